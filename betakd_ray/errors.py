@@ -1,0 +1,65 @@
+"""What can go wrong, as a tree.
+
+    BetaKDError
+    ├── UserError                    the user can mend it: exit code 2, caught before training starts
+    │   ├── SpecError                a field of the job spec
+    │   ├── DataError                shards, manifests, samples
+    │   │   └── TooManyBadSamples    more of the data is bad than `data.max_bad_fraction` allows
+    │   ├── ModelError               a checkpoint, a config, what a model can do
+    │   │   └── VocabularyMismatch   teacher and student do not share a tokenizer
+    │   ├── ClusterError             the cluster can never give what the job asks
+    │   └── OutputError              the output holds another job, or cannot be written
+    └── TrainingError                the run itself failed; the last committed checkpoint is still good
+        ├── NonFiniteLoss            too many skipped steps in a row
+        └── TeacherError             the teacher pool cannot answer
+
+Every message names the field or file, says what was seen, and what to do about it.
+"""
+
+
+class BetaKDError(Exception):
+    """The root of every error this package raises on purpose."""
+
+
+class UserError(BetaKDError):
+    """Something the user gave is wrong; nothing was trained and nothing was lost."""
+
+
+class SpecError(UserError):
+    """A field of a spec is missing, misspelt, of the wrong type, or contradicts another."""
+
+
+class DataError(UserError):
+    """A shard, a manifest or a sample is missing or damaged."""
+
+
+class TooManyBadSamples(DataError):
+    """The quarantined part of the data exceeds `data.max_bad_fraction`."""
+
+
+class ModelError(UserError):
+    """A model cannot be loaded or cannot do what the job asks of it."""
+
+
+class VocabularyMismatch(ModelError):
+    """Energies on logits need one vocabulary; teacher and student have two."""
+
+
+class ClusterError(UserError):
+    """The cluster, fully scaled, could not hold the job."""
+
+
+class OutputError(UserError):
+    """The output location is unusable or belongs to another job."""
+
+
+class TrainingError(BetaKDError):
+    """The run stopped; the last committed checkpoint is untouched."""
+
+
+class NonFiniteLoss(TrainingError):
+    """`training.max_skipped_steps` steps in a row had a non-finite loss or gradient."""
+
+
+class TeacherError(TrainingError):
+    """The teacher pool could not score a batch."""

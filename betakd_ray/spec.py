@@ -1,0 +1,573 @@
+"""What a job is: one frozen, closed tree of pydantic models.
+
+YAML in, JSON out. Every default is the paper's (Beta-KD §4.1 and its released recipe); a field nobody knows is an
+error. Nothing here imports torch or ray, so a spec is checked in milliseconds and before anything is asked of a
+cluster. Secrets have no place in a spec: storage credentials come from the environment's usual chain.
+"""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from betakd_ray.errors import SpecError
+
+
+class Spec(BaseModel):
+    """Base of every section: immutable, and no key that is not declared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def _absolute(location: str) -> str:
+    """A plain path made absolute (Ray's workers run in folders of their own); a URL is left as it is."""
+    if re.match(r"^[a-z][a-z0-9+.-]*://", location):
+        return location
+    return os.path.abspath(os.path.expanduser(location))
+
+
+def _absolute_if_present(location: str) -> str:
+    """A model is a hub id unless a folder of that name is here."""
+    return (
+        _absolute(location)
+        if Path(location).expanduser().exists() or location.startswith(("/", "./", "~"))
+        else location
+    )
+
+
+Location = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
+ModelLocation = Annotated[str, Field(min_length=1), AfterValidator(_absolute_if_present)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class StorageSpec(Spec):
+    """How to reach an object store. Credentials come from the environment, never from here."""
+
+    endpoint_url: str | None = Field(default=None, description="S3 endpoint, for stores other than AWS")
+    region: str | None = None
+    anonymous: bool = Field(default=False, description="read public buckets without credentials")
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, (str, dict)) else value
+
+
+Locations = Annotated[tuple[Location, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+
+
+class DataSpec(Spec):
+    """Which shards are read, and how a conversation becomes tokens."""
+
+    train: Locations = Field(description="shards: paths or URLs, with {00..07} braces and * globs")
+    storage: StorageSpec = StorageSpec()
+    template: Literal["plain", "vicuna_v1", "chat"] = Field(
+        default="vicuna_v1", description="`chat` is the processor's own template; `plain` is for projector warm-up"
+    )
+    system_prompt: str | None = Field(default=None, description="replaces the template's own; '' for none")
+    max_length: int = Field(default=2048, ge=8, description="tokens, image tokens included")
+    pad_to_square: bool = Field(default=True, description="pad images with the processor's mean colour")
+    shuffle: bool = Field(default=True, description="seeded by training.seed and the epoch")
+    shuffle_buffer: int = Field(default=1000, ge=1, description="samples shuffled together within a shard")
+    max_image_pixels: int = Field(default=100_000_000, ge=1, description="larger images are quarantined, not decoded")
+    max_bad_fraction: Fraction = Field(default=0.01, description="quarantined share of the data that stops the job")
+
+
+# -------------------------------------------------------------------------------------------------- models
+
+
+class ModelSpec(Spec):
+    """A pretrained vision–language model: a folder, a hub id, or a URL."""
+
+    path: ModelLocation
+    revision: str | None = None
+    storage: StorageSpec = StorageSpec()
+    attn_implementation: str | None = None
+    trust_remote_code: bool = Field(
+        default=False, description="runs code found beside the weights: only if you read it"
+    )
+
+
+class TeacherSpec(ModelSpec):
+    """The frozen teacher, served by actors of its own."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    window: int = Field(default=4, ge=1, description="micro-batches a student worker keeps with the teacher")
+    timeout_s: Positive = Field(default=600.0, description="a batch unanswered for so long is an error")
+
+
+class CheckpointInit(ModelSpec):
+    """Start from pretrained weights."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+
+
+class ConfigInit(Spec):
+    """Start from random weights, from a transformers configuration."""
+
+    kind: Literal["config"] = "config"
+    config: dict[str, Any] = Field(description="a transformers config, with its model_type")
+    processor: ModelLocation = Field(description="where the tokenizer and image processor come from")
+    vision_tower: ModelLocation | None = Field(
+        default=None, description="copy the vision tower's weights from this model; its config must match"
+    )
+    storage: StorageSpec = StorageSpec()
+
+
+Part = Literal["language_model", "projector", "vision_tower"]
+
+
+class StudentSpec(Spec):
+    """The model that learns. Parts not named in `train` are frozen and outside the optimizer."""
+
+    init: Annotated[CheckpointInit | ConfigInit, Field(discriminator="kind")]
+    train: tuple[Part, ...] = Field(default=("language_model", "projector"), min_length=1)
+
+
+# ----------------------------------------------------------------------------------------------- objective
+
+
+class Energy(Spec):
+    """One channel of the objective: a discrepancy between teacher and student."""
+
+
+class _OnProbabilities(Energy):
+    teacher_temperature: Positive = Field(default=1.0, description="τ_t")
+    student_temperature: Positive = Field(default=1.0, description="τ_s")
+
+
+class ForwardKL(_OnProbabilities):
+    kind: Literal["fkl"] = "fkl"
+    reference: bool = Field(default=False, description="drop the teacher's entropy, as the released code does")
+
+
+class ReverseKL(_OnProbabilities):
+    kind: Literal["rkl"] = "rkl"
+
+
+class SkewForwardKL(_OnProbabilities):
+    kind: Literal["sfkl"] = "sfkl"
+    skew: float = Field(default=0.1, gt=0, lt=1, description="λ, the teacher's share of the mixture")
+    reference: bool = False
+
+
+class SkewReverseKL(_OnProbabilities):
+    kind: Literal["srkl"] = "srkl"
+    skew: float = Field(default=0.1, gt=0, lt=1, description="λ, the student's share of the mixture")
+
+
+class JensenShannon(_OnProbabilities):
+    kind: Literal["js"] = "js"
+    mixture: float = Field(default=0.5, gt=0, lt=1, description="w, the teacher's share (the released code: 0.1)")
+
+
+class TotalVariation(_OnProbabilities):
+    kind: Literal["tvd"] = "tvd"
+
+
+class AdaptiveKL(_OnProbabilities):
+    kind: Literal["adaptive_kl"] = "adaptive_kl"
+    head_mass: float = Field(default=0.5, gt=0, lt=1, description="μ, teacher mass that makes the head")
+
+
+class MSELogits(Energy):
+    kind: Literal["mse_logits"] = "mse_logits"
+    standardize: bool = Field(default=False, description="z-score both rows over the vocabulary first")
+
+
+class MSEProbs(_OnProbabilities):
+    kind: Literal["mse_probs"] = "mse_probs"
+
+
+class CosineLogits(Energy):
+    kind: Literal["cosine_logits"] = "cosine_logits"
+    standardize: bool = False
+
+
+class CosineProbs(_OnProbabilities):
+    kind: Literal["cosine_probs"] = "cosine_probs"
+
+
+class FeatureDistance(Energy):
+    """Projector tokens, through a trained map from the teacher's width to the student's."""
+
+    kind: Literal["fd"] = "fd"
+
+
+def _named_energy(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+AnyEnergy = Annotated[
+    ForwardKL
+    | ReverseKL
+    | SkewForwardKL
+    | SkewReverseKL
+    | JensenShannon
+    | TotalVariation
+    | AdaptiveKL
+    | MSELogits
+    | MSEProbs
+    | CosineLogits
+    | CosineProbs
+    | FeatureDistance,
+    Field(discriminator="kind"),
+    BeforeValidator(_named_energy),
+]
+Energies = Annotated[tuple[AnyEnergy, ...], BeforeValidator(_as_tuple)]
+
+
+class EqualWeighting(Spec):
+    """The plain sum of all channels."""
+
+    kind: Literal["equal"] = "equal"
+
+
+class ManualWeighting(Spec):
+    """Fixed weights, given, or set once from the scales of the first steps (the paper's "initial scales")."""
+
+    kind: Literal["manual"] = "manual"
+    weights: dict[str, Annotated[float, Field(ge=0)]] | Literal["auto"] = "auto"
+    auto_steps: int = Field(default=20, ge=1, description="steps whose mean scales set the weights, with `auto`")
+
+
+class _Learned(Spec):
+    d: Positive = Field(
+        default=1.0,
+        description="a channel's share β·ℓ settles at d/2. The literal dim(a) = V belongs to energies summed over the "
+        "vocabulary; with energies of order one it drowns the cross-entropy",
+    )
+    positivity: Literal["softplus", "exp"] = "softplus"
+    log_bound: Positive = Field(default=5.0, description="β stays inside [e^-bound, e^bound], smoothly")
+    weight_ce: bool = Field(default=False, description="give CE a β of its own (Kendall & Gal); the paper does not")
+
+
+class TaskWeighting(_Learned):
+    """One learned β per channel, shared by all samples (homoscedastic)."""
+
+    kind: Literal["task"] = "task"
+
+
+Feature = Literal["teacher_vision", "teacher_answer", "teacher_entropy"]
+
+
+class InstanceWeighting(_Learned):
+    """One β per channel and sample, predicted from the teacher's features (Eq. 14)."""
+
+    kind: Literal["instance"] = "instance"
+    features: Annotated[tuple[Feature, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("teacher_vision",)
+    hidden_size: int = Field(default=128, ge=1)
+
+
+Weighting = Annotated[
+    EqualWeighting | ManualWeighting | TaskWeighting | InstanceWeighting,
+    Field(discriminator="kind"),
+    BeforeValidator(_named_energy),
+]
+
+
+class ObjectiveSpec(Spec):
+    """Cross-entropy on the data, energies to the teacher, and how they are balanced (Eq. 13, 15)."""
+
+    ce: bool = Field(default=True, description="false for the paper's Table 1: distillation alone")
+    energies: Energies = ()
+    weighting: Weighting = InstanceWeighting()
+    reduction: Literal["sample", "token"] = Field(
+        default="sample", description="mean over samples of per-sample means, or over all answer tokens"
+    )
+    chunk_rows: int = Field(default=1024, ge=1, description="answer rows whose logits exist at one time")
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        return tuple(energy.kind for energy in self.energies)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.channels)) != len(self.channels):
+            raise ValueError(f"energies: a kind stands twice in {list(self.channels)}; give each once")
+        if not self.ce and not self.energies:
+            raise ValueError("ce is false and energies is empty: there is nothing to learn from. Add an energy")
+        if isinstance(self.weighting, ManualWeighting) and isinstance(self.weighting.weights, dict):
+            if set(self.weighting.weights) != set(self.channels):
+                raise ValueError(
+                    f"weighting.weights names {sorted(self.weighting.weights)}, the energies are "
+                    f"{sorted(self.channels)}: give one weight to each energy"
+                )
+        if isinstance(self.weighting, ManualWeighting) and self.weighting.weights == "auto" and not self.ce:
+            raise ValueError("weighting.weights: `auto` scales each energy to the cross-entropy, and ce is false")
+        return self
+
+
+# ------------------------------------------------------------------------------------ optimizer and training
+
+
+class OptimizerSpec(Spec):
+    """AdamW, with a learning rate for each of the language model, the projector and β."""
+
+    lr: Positive = 4e-5
+    projector_lr: Positive | None = Field(default=None, description="default: lr; the recipe's stage 1 has 1e-3")
+    beta_lr: Positive = Field(default=1e-3, description="for the parameters of β, in float32, without weight decay")
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: Fraction = 0.03
+    max_grad_norm: Positive = 1.0
+
+
+class TrainingSpec(Spec):
+    """Steps, batches, precision and how often to checkpoint."""
+
+    epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, description="stop early; default: all epochs")
+    global_batch_size: int = Field(default=128, ge=1, description="samples a step, whatever the number of workers")
+    micro_batch_size: int = Field(default=8, ge=1, description="samples a worker holds at a time")
+    workers: int = Field(default=1, ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["bf16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = False
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="merged last into the DeepSpeed config")
+    seed: int = 0
+    checkpoint_every: int = Field(default=500, ge=1, description="steps")
+    keep: int = Field(default=2, ge=1, description="checkpoints kept")
+    log_every: int = Field(default=10, ge=1, description="steps")
+    max_skipped_steps: int = Field(default=5, ge=1, description="non-finite steps in a row that stop the job")
+    max_failures: int = Field(default=3, ge=0, description="restarts of the student workers")
+    collective_timeout_s: Positive = Field(default=600.0, description="a rank silent for so long is taken for dead")
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches a worker adds up for one step."""
+        return self.global_batch_size // (self.micro_batch_size * self.workers)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        share = self.micro_batch_size * self.workers
+        if self.global_batch_size % share:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size × workers = "
+                f"{self.micro_batch_size} × {self.workers} = {share}: change one of the three"
+            )
+        return self
+
+
+# ------------------------------------------------------------------------------------------ cluster, output
+
+
+class PoolSpec(Spec):
+    """What one process of a pool needs of its node."""
+
+    gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto", description="per process; auto: one if the cluster has any, else none"
+    )
+    cpus: float = Field(default=1.0, ge=0)
+    labels: dict[str, str] = Field(default_factory=dict, description="node labels, e.g. betakd.io/pool: student")
+    resources: dict[str, float] = Field(default_factory=dict, description="custom resources, e.g. student_slot: 1")
+
+
+class TeacherPoolSpec(PoolSpec):
+    """The teacher's actors. They outlive restarts of the students."""
+
+    min: int = Field(default=1, ge=1)
+    max: int | None = Field(default=None, ge=1, description="default: min")
+    max_restarts: int = Field(default=3, ge=0, description="per actor")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max {self.max} is below min {self.min}")
+        return self
+
+
+class ClusterSpec(Spec):
+    """Where each part runs."""
+
+    address: str | None = Field(
+        default=None, description="a running cluster; default: the one around, else a local one"
+    )
+    teacher: TeacherPoolSpec = TeacherPoolSpec()
+    student: PoolSpec = PoolSpec()
+    readers: PoolSpec = Field(default=PoolSpec(gpus=0, cpus=1.0), description="tasks that read and decode shards")
+    start_timeout_s: Positive = Field(default=600.0, description="wait for nodes and models")
+
+
+class OutputSpec(Spec):
+    """Everything a run writes lies under `path`/`name`."""
+
+    path: Location = "runs"
+    storage: StorageSpec = StorageSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class TrackingSpec(Spec):
+    """Where metrics go, besides the run's own metrics.jsonl."""
+
+    progress: bool = Field(default=True, description="a progress line with ETA on the driver's terminal")
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+
+
+# ------------------------------------------------------------------------------------------------- the jobs
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, . _ -")]
+
+
+class JobSpec(Spec):
+    """One distillation job, or plain supervised fine-tuning when `teacher` is absent."""
+
+    name: Name
+    data: DataSpec
+    student: StudentSpec
+    teacher: TeacherSpec | None = None
+    objective: ObjectiveSpec = ObjectiveSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    training: TrainingSpec = TrainingSpec()
+    cluster: ClusterSpec = ClusterSpec()
+    output: OutputSpec = Field(default_factory=OutputSpec)
+    tracking: TrackingSpec = TrackingSpec()
+
+    @model_validator(mode="after")
+    def _teacher_has_work(self) -> Self:
+        if self.teacher is None and self.objective.energies:
+            raise ValueError(
+                f"objective.energies is {list(self.objective.channels)} and there is no teacher: name one, or drop them"
+            )
+        if self.teacher is not None and not self.objective.energies:
+            raise ValueError("teacher is given and objective.energies is empty: add one, e.g. energies: [cosine_probs]")
+        return self
+
+
+class EvaluationSpec(Spec):
+    """Answers to a packed question set, by several models, scored alike."""
+
+    name: Name
+    models: dict[str, ModelSpec] = Field(min_length=1, description="label → model")
+    data: DataSpec = Field(description="`train` names the shards to evaluate on")
+    benchmark: Literal["exact_match"] = "exact_match"
+    agreement_with: str | None = Field(default=None, description="label of the model that the others are compared with")
+    max_new_tokens: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    limit: int | None = Field(default=None, ge=1, description="first samples only")
+    cluster: ClusterSpec = ClusterSpec()
+    output: OutputSpec = Field(default_factory=OutputSpec)
+
+    @model_validator(mode="after")
+    def _known_label(self) -> Self:
+        if self.agreement_with is not None and self.agreement_with not in self.models:
+            raise ValueError(f"agreement_with {self.agreement_with!r} is none of the models {list(self.models)}")
+        return self
+
+
+class PackSpec(Spec):
+    """A LLaVA-style JSON and its images, written as checked WebDataset shards."""
+
+    conversations: Location = Field(description="JSON list, or JSON lines, of {id, image?, conversations}")
+    images: Location | None = Field(default=None, description="folder that `image` is relative to")
+    output: Location = Field(description="folder for the shards")
+    prefix: str = "train"
+    samples_per_shard: int = Field(default=1000, ge=1)
+    shuffle_seed: int | None = Field(default=0, description="shuffle samples before packing; null keeps the order")
+    storage: StorageSpec = StorageSpec()
+
+
+# -------------------------------------------------------------------------------------------------- loading
+
+AnySpec = TypeVar("AnySpec", bound=Spec)
+
+
+def load_spec(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: type[AnySpec] = JobSpec) -> AnySpec:
+    """Read a YAML file, apply `overrides` such as "training.workers=2", and check the result.
+
+    Raises SpecError naming each wrong field, what was seen, and what would do.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML spec.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise SpecError(f"{path}: holds a {type(tree).__name__}, not a mapping of {list(kind.model_fields)}.")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_spec(tree, kind, source=str(path))
+
+
+def parse_spec(tree: dict[str, Any], kind: type[AnySpec] = JobSpec, source: str = "spec") -> AnySpec:
+    """Check a mapping against a kind of spec. Raises SpecError."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise SpecError(f"{source}: " + "; ".join(_explain(kind, issue) for issue in error.errors())) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise SpecError(f"override {override!r}: write it as section.field=value, e.g. training.workers=2")
+    *sections, field = path.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise SpecError(f"override {override!r}: {section} is {node!r}, which has no fields")
+    try:
+        node[field] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"override {override!r}: the value is not YAML: {error}") from error
+
+
+def _explain(kind: type[Spec], issue: Any) -> str:
+    """One line for one wrong field: where, what was seen, what to do."""
+    where = ".".join(str(part) for part in issue["loc"]) or "the spec"
+    seen = issue.get("input")
+    message = issue["msg"].removeprefix("Value error, ")
+    if issue["type"] == "extra_forbidden":
+        known = _fields_at(kind, issue["loc"][:-1])
+        hint = _closest(str(issue["loc"][-1]), known)
+        return f"{where}: no such field{hint}"
+    if issue["type"] == "missing":
+        return f"{where}: is missing; add it"
+    if issue["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: {message}, got {_short(seen)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _closest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; the fields here are {', '.join(known)}" if known else ""
+
+
+def _fields_at(kind: Any, location: tuple[Any, ...]) -> list[str]:
+    """Field names of the model that a pydantic error location points into; union tags are in the location too."""
+    models = [kind]
+    for part in location:
+        inner = [
+            m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)
+        ]
+        tagged = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part]
+        models = inner or tagged or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[Spec]]:
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
