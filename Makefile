@@ -1,0 +1,60 @@
+# Everything runs from .venv, which the first target that needs it sets up.
+
+PYTHON ?= python3
+VENV := .venv
+# DeepSpeed's compiled parts live in the venv, so they go with it and no two checkouts share (and rebuild) them.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+INSTALLED := $(VENV)/.installed
+BUILT := $(TORCH_EXTENSIONS_DIR)/.built
+BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out %/__init__.py,$(wildcard benchmarks/*.py)))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup distill test test-unit slow check bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) $(BUILT) ## make .venv and compile what DeepSpeed needs, once
+
+distill: setup ## distil a student on easy-VQA, on this machine
+	@python jobs/easy_vqa.py
+
+test: setup ## unit tests, and tests on a local Ray cluster with a local S3 server
+	@python -m pytest -m "not slow" tests/unit tests/ray
+
+test-unit: setup ## unit tests only
+	@python -m pytest -m "not slow" tests/unit
+
+slow: setup ## the tests that take minutes
+	@python -m pytest -m slow
+
+check: setup ## format, lint, types, imports, unit tests
+	@ruff format --check --quiet . || { echo "ruff format . would change files"; exit 1; }
+	@ruff check --quiet .
+	@pyright
+	@lint-imports --no-logo
+	@$(MAKE) --no-print-directory test-unit
+
+bench: setup ## every benchmark in benchmarks/
+	@for module in $(BENCHMARKS); do echo "== $$module"; python -m $$module || exit 1; done
+
+clean: ## remove caches and build products (.venv and runs/ stay)
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(VENV)/bin/python || { echo "== making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "== installing what constraints.txt pins (minutes the first time)"
+	@python -m pip install -qq -c constraints.txt -e '.[dev,tensorboard]'
+	@python -m pip install -qq -c constraints.txt --no-deps easy-vqa
+	@touch $@
+
+$(BUILT): constraints.txt | $(INSTALLED)
+	@echo "== compiling DeepSpeed's shared-memory collective (a minute or two, once; needs a C++ compiler)"
+	@rm -rf $(TORCH_EXTENSIONS_DIR) && mkdir -p $(TORCH_EXTENSIONS_DIR)
+	@DS_ACCELERATOR=cpu python -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Op; Op().is_compatible() and Op().load()" \
+	  > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@touch $@

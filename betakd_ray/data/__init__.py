@@ -1,0 +1,1 @@
+"""Object storage → rows → batches: shards and their manifests, packing, rendering, collating."""

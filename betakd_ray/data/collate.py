@@ -1,0 +1,98 @@
+"""Rows of the stream → one micro-batch, as numpy arrays.
+
+Everything that can be known on the CPU is made here (which positions are answer rows, which sample each belongs to), so
+that the device never has to be asked for a shape. Arrays travel to the teacher as they are, without a copy.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from betakd_ray.data.render import Rendering
+from betakd_ray.models.inputs import ModelInputs
+
+
+@dataclass(frozen=True)
+class SampleIds:
+    """Where each sample of a batch came from; the ledger's terms. All [B]."""
+
+    epoch: NDArray[np.int32]
+    shard: NDArray[np.int32]
+    index: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch: what the student sees, what the teacher sees (the same object if they see alike), and its ids."""
+
+    student: ModelInputs
+    teacher: ModelInputs
+    ids: SampleIds
+
+
+def collate(rows: pa.Table, pad_token_id: int, image_token_id: dict[str, int]) -> Batch:
+    """One micro-batch from rows of the stream (`stream.SCHEMA`).
+
+    `image_token_id` has an entry for "student", and one for "teacher" where the teacher's view differs.
+    """
+    views = {view: stack(_renderings(rows, view), pad_token_id, token) for view, token in image_token_id.items()}
+    ids = SampleIds(*(rows.column(name).to_numpy().astype(np.int32) for name in ("epoch", "shard", "index")))
+    return Batch(views["student"], views.get("teacher", views["student"]), ids)
+
+
+def stack(samples: list[Rendering], pad_token_id: int, image_token_id: int) -> ModelInputs:
+    """Pad renderings to one length and index their answer rows and image tokens."""
+    lengths = [len(sample.input_ids) for sample in samples]
+    shape = (len(samples), max(lengths))
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    answer_mask = np.zeros(shape, dtype=bool)
+    for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+        input_ids[row, :length] = sample.input_ids
+        attention_mask[row, :length] = 1
+        answer_mask[row, :length] = sample.answer_mask
+    row_sample, position = np.nonzero(answer_mask[:, 1:])
+    images = [sample.pixels for sample in samples if sample.pixels is not None]
+    return ModelInputs(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        pixels=np.concatenate(images) if images else None,
+        answer_rows=row_sample * shape[1] + position,
+        row_sample=row_sample,
+        targets=input_ids[row_sample, position + 1],
+        visual_sample=np.nonzero(input_ids == image_token_id)[0],
+    )
+
+
+def to_arrow(renderings: dict[str, list[Rendering]]) -> dict[str, pa.Array]:
+    """Columns of a block for each view; uint8 pixels as one binary value a sample."""
+    columns: dict[str, pa.Array] = {}
+    for view, samples in renderings.items():
+        columns[f"{view}_input_ids"] = pa.array([sample.input_ids for sample in samples], pa.list_(pa.int32()))
+        columns[f"{view}_answer_mask"] = pa.array(
+            [sample.answer_mask.view(np.uint8) for sample in samples], pa.list_(pa.uint8())
+        )
+        columns[f"{view}_pixels"] = pa.array(
+            [None if sample.pixels is None else sample.pixels.tobytes() for sample in samples], pa.large_binary()
+        )
+        columns[f"{view}_pixels_shape"] = pa.array(
+            [() if sample.pixels is None else sample.pixels.shape for sample in samples], pa.list_(pa.int32())
+        )
+    return columns
+
+
+def _renderings(rows: pa.Table, view: str) -> list[Rendering]:
+    columns = [
+        rows.column(f"{view}_{name}").combine_chunks()
+        for name in ("input_ids", "answer_mask", "pixels", "pixels_shape")
+    ]
+    return [
+        Rendering(
+            input_ids=input_ids.values.to_numpy(),
+            answer_mask=answer_mask.values.to_numpy().astype(bool),
+            pixels=np.frombuffer(pixels.as_buffer(), np.uint8).reshape(shape.as_py()) if pixels.is_valid else None,
+        )
+        for input_ids, answer_mask, pixels, shape in zip(*columns, strict=True)
+    ]

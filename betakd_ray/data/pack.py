@@ -1,0 +1,250 @@
+"""Conversations and images, written as checked WebDataset shards by webdataset's own writer."""
+
+import importlib
+import io
+import json
+import random
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from betakd_ray.data.shards import (
+    Shard,
+    check_conversation,
+    merge_manifest,
+    opened,
+    read_manifest,
+    remove_shards,
+)
+from betakd_ray.errors import DataError
+from betakd_ray.spec import PackSpec, StorageSpec
+from betakd_ray.storage import join
+
+MAGIC = {"jpg": rb"\xff\xd8\xff", "png": rb"\x89PNG\r\n\x1a\n", "webp": rb"RIFF....WEBP"}
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+SHAPES = ("circle", "rectangle", "triangle")
+
+
+def pack(
+    samples: Iterable[dict[str, Any]],
+    output: str,
+    *,
+    prefix: str = "train",
+    samples_per_shard: int = 1000,
+    storage: StorageSpec = StorageSpec(),
+    total: int | None = None,
+) -> list[Shard]:
+    """Write {"id", "conversations", "images": [bytes or path], …} to `output`/`prefix`-000000.tar and so on.
+
+    The same samples give the same bytes. Other fields are kept in the sample's json. A prefix holds what was packed
+    last: its former shards are replaced, and removed where there are fewer now. The manifest comes last, so shards
+    that an interrupted call left behind are not taken for whole ones. `total` is the progress bar's length.
+
+    Raises DataError for a sample nobody could train on, for no samples at all, or when the store refuses.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", prefix):
+        raise DataError(f"prefix {prefix!r}: a shard's name takes letters, digits, _ and -, e.g. train.")
+    own = re.compile(rf"{prefix}-\d{{6,}}\.tar").fullmatch
+    former = {name for name in read_manifest(output, storage) if own(name)}
+    shards = [
+        _write_shard(join(output, f"{prefix}-{number:06d}.tar"), numbered, storage)
+        for number, numbered in groupby(
+            enumerate(_with_progress(samples, prefix, total)), key=lambda pair: pair[0] // samples_per_shard
+        )
+    ]
+    if not shards:
+        raise DataError(f"{output}: there are no samples to pack. Check the source, and `limit` where there is one.")
+    merge_manifest(output, shards, storage, dropped=former)
+    kept = {shard.url.rpartition("/")[2] for shard in shards}
+    remove_shards(output, sorted(former - kept), storage)
+    return shards
+
+
+def pack_from_spec(spec: PackSpec) -> list[Shard]:
+    """Pack a LLaVA JSON and its images, shuffled by `shuffle_seed`, with a progress bar on a terminal."""
+    entries = _numbered_entries(spec.conversations, spec.storage)
+    if spec.shuffle_seed is not None:
+        random.Random(spec.shuffle_seed).shuffle(entries)
+    samples = (_llava_sample(entry, where, spec.images, spec.storage) for where, entry in entries)
+    return pack(
+        samples,
+        spec.output,
+        prefix=spec.prefix,
+        samples_per_shard=spec.samples_per_shard,
+        storage=spec.storage,
+        total=len(entries),
+    )
+
+
+def llava_samples(conversations: str, images: str | None, storage: StorageSpec) -> Iterator[dict[str, Any]]:
+    """Samples of a LLaVA file: a JSON list, or JSON lines, of {"id", "conversations", "image"?: name or names}.
+
+    Raises DataError naming the file and the entry, from 1.
+    """
+    for where, entry in _numbered_entries(conversations, storage):
+        yield _llava_sample(entry, where, images, storage)
+
+
+def easy_vqa_samples(
+    split: Literal["train", "test"], *, limit: int | None = None, wrong_answers: float = 0.0, seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Questions of the easy-VQA package on 64×64 images of one shape, with one-word answers.
+
+    `limit` takes a random subset. `wrong_answers` is the fraction of the samples whose answer is replaced by another
+    of its kind (yes/no, shapes, colours), all equally likely. Both follow `seed`. Raises DataError without the package.
+    """
+    package = _easy_vqa()
+    questions, answers, image_ids = getattr(package, f"get_{split}_questions")()
+    paths = getattr(package, f"get_{split}_image_paths")()
+    chosen = list(range(len(questions)))
+    if limit is not None:
+        chosen = sorted(random.Random(f"subset {seed}").sample(chosen, min(limit, len(chosen))))
+    noise = random.Random(f"noise {seed}")
+    wrong = set(noise.sample(chosen, round(wrong_answers * len(chosen))))
+    for number in chosen:
+        answer = answers[number]
+        given = noise.choice(_other_answers(answer, package.get_answers())) if number in wrong else answer
+        yield {
+            "id": f"{split}-{number:05d}",
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{questions[number]}"},
+                {"from": "gpt", "value": given},
+            ],
+            "type": "yes/no" if _kind(answer) == "yes/no" else "open",
+            "images": [paths[image_ids[number]]],
+        }
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def _write_shard(url: str, numbered: Iterable[tuple[int, dict[str, Any]]], storage: StorageSpec) -> Shard:
+    from webdataset.writer import TarWriter  # imports torch where it is installed: two seconds only packing should pay
+
+    samples = 0
+    # Times and owners are fixed: the same samples then give the same bytes, and the same checksum.
+    fixed = {"mtime": 0, "user": "betakd", "group": "betakd", "mode": 0o444}
+    with opened(url, "wb", storage) as stream, TarWriter(cast(Any, stream), encoder=False, **fixed) as tar:
+        for number, sample in numbered:
+            tar.write({"__key__": f"{number:09d}", **_members(sample, number, storage)})
+            samples += 1
+    return Shard(stream.url, samples, stream.size, stream.checksum)
+
+
+def _members(sample: dict[str, Any], number: int, storage: StorageSpec) -> dict[str, bytes]:
+    """Extension → content of one sample's members."""
+    if not sample.get("id"):
+        raise DataError(f"sample {number}: has no id; give each one, as it names the sample in every report.")
+    record = {name: value for name, value in sample.items() if name != "images"}
+    try:
+        images = [_encoded_image(image, storage) for image in sample.get("images", ())]
+        check_conversation(record.get("conversations"), len(images))
+        members = {"json": json.dumps(record, ensure_ascii=False).encode()}
+    except (ValueError, TypeError) as error:
+        raise DataError(f"sample {sample['id']!r}: {error}. Mend it or leave it out.") from error
+    if len(images) == 1:
+        return members | {images[0][0]: images[0][1]}
+    return members | {f"{order}.{extension}": content for order, (extension, content) in enumerate(images)}
+
+
+def _encoded_image(image: bytes | str | Path, storage: StorageSpec) -> tuple[str, bytes]:
+    """Extension and content; as it is for jpg, png and webp, else made a png. Raises ValueError for no image."""
+    content = image if isinstance(image, bytes) else _read(str(image), storage)
+    for extension, magic in MAGIC.items():
+        if re.match(magic, content, re.DOTALL):
+            return extension, content
+    try:
+        picture = Image.open(io.BytesIO(content))
+        buffer = io.BytesIO()
+        (picture if picture.mode in PNG_MODES else picture.convert("RGB")).save(buffer, "PNG")
+    except (OSError, Image.DecompressionBombError) as error:
+        seen = f"{len(content)} bytes" if isinstance(image, bytes) else str(image)
+        raise ValueError(f"{seen}: cannot be read as an image ({error})") from error
+    return "png", buffer.getvalue()
+
+
+def _with_progress(samples: Iterable[Any], prefix: str, total: int | None) -> Iterable[Any]:
+    terminal = sys.stderr.isatty()
+    return track(samples, f"packing {prefix}", total, console=Console(stderr=True)) if terminal else samples
+
+
+def _read(url: str, storage: StorageSpec) -> bytes:
+    with opened(url, "rb", storage) as stream:
+        return stream.read()
+
+
+# ------------------------------------------------------------------------------------------------- sources
+
+
+def _numbered_entries(location: str, storage: StorageSpec) -> list[tuple[str, Any]]:
+    """(Where it stands, entry) for each entry of a JSON list or of JSON lines."""
+    content = _read(location, storage)
+    try:
+        entries = _json_values(content.decode("utf-8-sig"))
+    except ValueError as error:
+        raise DataError(f"{location}: is neither a JSON list nor JSON lines: {error}.") from error
+    return [(f"{location}, entry {number}", entry) for number, entry in enumerate(entries, 1)]
+
+
+def _json_values(text: str) -> list[Any]:
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return [_json_line(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _json_line(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
+
+
+def _llava_sample(entry: Any, where: str, folder: str | None, storage: StorageSpec) -> dict[str, Any]:
+    if not isinstance(entry, dict) or not isinstance(entry.get("id"), (str, int)):
+        raise DataError(f'{where}: expected an object with "id" and "conversations", found {repr(entry)[:80]}.')
+    names = _image_names(entry.get("image"), where)
+    if names and folder is None:
+        raise DataError(f"{where}: names the image {names[0]!r}; give `images`, the folder it is relative to.")
+    try:
+        check_conversation(entry.get("conversations"), len(names))
+    except ValueError as error:
+        raise DataError(f"{where}: {error}. Mend the entry or leave it out.") from error
+    try:
+        images = [_read(join(folder or "", name), storage) for name in names]
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    record = {name: value for name, value in entry.items() if name not in ("id", "image", "images")}
+    return {"id": str(entry["id"]), **record, "images": images}
+
+
+def _image_names(value: Any, where: str) -> Sequence[str]:
+    names = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f'{where}: "image" is {value!r}; expected a file name or a list of them.')
+    for name in names:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise DataError(f"{where}: image {name!r} leaves the folder `images`; name it relative to that folder.")
+    return names
+
+
+def _easy_vqa() -> Any:
+    try:
+        return importlib.import_module("easy_vqa")
+    except ImportError as error:
+        raise DataError("the package easy_vqa is not here: pip install --no-deps easy-vqa==1.0") from error
+
+
+def _other_answers(answer: str, answers: Sequence[str]) -> list[str]:
+    """All other answers of the same kind, in a fixed order."""
+    return sorted(other for other in answers if other != answer and _kind(other) == _kind(answer))
+
+
+def _kind(answer: str) -> str:
+    return "yes/no" if answer in ("yes", "no") else "shape" if answer in SHAPES else "colour"

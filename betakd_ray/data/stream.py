@@ -1,0 +1,200 @@
+"""The job's one stream: a seeded plan of (epoch, shard) pairs, read, checked and rendered by Ray Data.
+
+One execution covers every epoch; what the ledger says is done is subtracted when the stream starts, so a restart with
+any number of workers replays nothing and loses nothing.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from betakd_ray.data.collate import to_arrow
+from betakd_ray.data.ledger import Ledger
+from betakd_ray.data.render import Renderer, Rendering, Unrenderable
+from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard_with_retry
+from betakd_ray.errors import TooManyBadSamples, UserError
+from betakd_ray.spec import DataSpec, PoolSpec
+
+BLOCK_BYTES = 4 << 20
+"""A block costs the executor tens of milliseconds, whatever is in it: make it worth that."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every (epoch, shard) of a job, in the order in which it is read."""
+
+    shards: tuple[Shard, ...]
+    epochs: int
+    seed: int
+    shuffle: bool
+
+    @property
+    def samples(self) -> int:
+        """Samples over all epochs."""
+        return self.epochs * sum(shard.samples for shard in self.shards)
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """(epoch, shard) pairs; each epoch is a permutation of its own."""
+        for epoch in range(self.epochs):
+            order = np.arange(len(self.shards))
+            if self.shuffle:
+                np.random.default_rng((self.seed, epoch)).shuffle(order)
+            for shard in order:
+                yield epoch, int(shard)
+
+    def empty_ledger(self) -> Ledger:
+        return Ledger([shard.samples for shard in self.shards])
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A sample that takes no part in training, and why."""
+
+    epoch: int
+    shard: int
+    index: int
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads one (epoch, shard) of the plan into blocks. Shipped once to every reading process."""
+
+    plan: Plan
+    data: DataSpec
+    renderers: dict[str, Renderer]
+    report: Callable[[list[Quarantined]], float]
+    """Takes bad samples to the job's monitor; returns the quarantined share of the plan so far."""
+    give_up: Callable[[UserError], None]
+    """Tells the job that no retry will help."""
+
+    def blocks(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[pa.Table]:
+        """Blocks of some BLOCK_BYTES. Raises DataError for a damaged shard, TooManyBadSamples."""
+        try:
+            yield from self._blocks(epoch, shard, done)
+        except UserError as error:
+            self.give_up(error)
+            raise
+
+    def _blocks(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[pa.Table]:
+        rows: list[tuple[int, dict[str, Rendering]]] = []
+        bad: list[Quarantined] = []
+        size = 0
+        for sample in self._shuffled(epoch, shard, done):
+            try:
+                if isinstance(sample, BadSample):
+                    raise Unrenderable(sample.reason)
+                views = self._render(sample)
+            except Unrenderable as reason:
+                bad.append(Quarantined(epoch, shard, sample.index, sample.key, str(reason)))
+                continue
+            rows.append((sample.index, views))
+            size += sum(_bytes(view) for view in views.values())
+            if size >= BLOCK_BYTES:
+                yield _block(epoch, shard, rows)
+                rows, size = [], 0
+        if rows:
+            yield _block(epoch, shard, rows)
+        if bad and (fraction := self.report(bad)) > self.data.max_bad_fraction:
+            raise TooManyBadSamples(
+                f"{fraction:.2%} of the planned samples are quarantined, above data.max_bad_fraction "
+                f"{self.data.max_bad_fraction:.2%}; the last: {bad[-1].key} of {self.plan.shards[shard].url}: "
+                f"{bad[-1].reason}. Mend the data, or raise the limit."
+            )
+
+    def _render(self, sample: RawSample) -> dict[str, Rendering]:
+        views = {view: renderer.render(sample) for view, renderer in self.renderers.items()}
+        answers = [view.input_ids[1:][view.answer_mask[1:]] for view in views.values()]
+        if not all(np.array_equal(answers[0], other) for other in answers[1:]):
+            raise Unrenderable("teacher and student do not have the same answer tokens (one cuts at max_length)")
+        return views
+
+    def _shuffled(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[RawSample | BadSample]:
+        samples = read_shard_with_retry(self.plan.shards[shard], self.data.storage, skip=done)
+        if not self.plan.shuffle:
+            return samples
+        return _shuffle(samples, self.data.shuffle_buffer, np.random.default_rng((self.plan.seed, epoch, shard)))
+
+
+def _shuffle(samples: Iterable[Any], buffer: int, rng: np.random.Generator) -> Iterator[Any]:
+    """A seeded reservoir: as random as the buffer is long."""
+    held: list[Any] = []
+    for sample in samples:
+        held.append(sample)
+        if len(held) >= buffer:
+            at = int(rng.integers(len(held)))
+            held[at], held[-1] = held[-1], held[at]
+            yield held.pop()
+    rng.shuffle(held)
+    yield from held
+
+
+def _bytes(rendering: Rendering) -> int:
+    return 5 * len(rendering.input_ids) + (0 if rendering.pixels is None else rendering.pixels.nbytes)
+
+
+def _block(epoch: int, shard: int, rows: list[tuple[int, dict[str, Rendering]]]) -> pa.Table:
+    views = {view: [renderings[view] for _, renderings in rows] for view in rows[0][1]}
+    return pa.table(
+        {
+            "epoch": pa.array(np.full(len(rows), epoch, np.int32)),
+            "shard": pa.array(np.full(len(rows), shard, np.int32)),
+            "index": pa.array(np.array([index for index, _ in rows], np.int32)),
+            **to_arrow(views),
+        }
+    )
+
+
+class PlanSource(Datasource):
+    """The plan, less what is done, as read tasks in plan order."""
+
+    def __init__(self, reader: ray.ObjectRef, plan: Plan, ledger: Ledger) -> None:
+        super().__init__()
+        self._reader = reader
+        self._todo = [
+            (epoch, shard, ledger.done(epoch, shard))
+            for epoch, shard in plan.places()
+            if not ledger.is_complete(epoch, shard)
+        ]
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        """One task for each (epoch, shard): a shard is the unit that is retried."""
+        return [self._task(*place) for place in self._todo]
+
+    def _task(self, epoch: int, shard: int, done: np.ndarray) -> ReadTask:
+        reader = self._reader
+        packed, size = np.packbits(done), len(done)
+
+        def read() -> Iterator[pa.Table]:
+            bits = np.unpackbits(packed, count=size).astype(bool)
+            yield from ray.get(reader).blocks(epoch, shard, bits)
+
+        metadata = BlockMetadata(num_rows=int(size - done.sum()), size_bytes=None, input_files=None, exec_stats=None)
+        return ReadTask(read, metadata)
+
+
+def stream(reader: ray.ObjectRef, plan: Plan, ledger: Ledger, pool: PoolSpec) -> "ray.data.Dataset":
+    """The rows that are still to be done, in plan order. Columns: epoch, shard, index, and those of `to_arrow`."""
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    # A long pause of the consumer (a checkpoint, an evaluation) is not a hang.
+    context.execution_no_progress_timeout_s = -1
+    context.enable_progress_bars = False
+    source = PlanSource(reader, plan, ledger)
+    return ray.data.read_datasource(
+        source,
+        override_num_blocks=max(1, len(source._todo)),
+        num_cpus=pool.cpus,
+        resources=pool.resources or None,
+        label_selector=pool.labels or None,
+    )

@@ -1,0 +1,383 @@
+"""The job: checks everything that can be checked, places each part on Ray, and runs it.
+
+JobSpec ──► BetaKDJob.fit()
+               ├── stream of the plan            Ray Data
+               ├── TeacherPool                   actors that outlive the students
+               └── student workers               Ray Train, DeepSpeed
+"""
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.actor import ActorHandle
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from betakd_ray import errors
+from betakd_ray.data.ledger import Ledger
+from betakd_ray.data.render import Renderer
+from betakd_ray.data.shards import find_shards
+from betakd_ray.data.stream import Plan, Quarantined, Reader, stream
+from betakd_ray.errors import ClusterError, DataError, OutputError, TrainingError
+from betakd_ray.models.compatibility import check_features, check_vocabularies
+from betakd_ray.models.load import load_config, load_processor, processor_source, student_config
+from betakd_ray.spec import JobSpec, load_spec
+from betakd_ray.storage import join, open_store
+from betakd_ray.teacher.pool import start_pool
+from betakd_ray.teacher.signal import Needs
+from betakd_ray.train.checkpoint import CheckpointStore
+from betakd_ray.train.loop import WorkerConfig, train_worker
+from betakd_ray.train.monitor import Monitor
+
+RESULT = "result.json"
+WORKER_ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DEEPSPEED_LOG_LEVEL": "error",
+}
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a finished job leaves behind."""
+
+    name: str
+    path: str
+    """The run's folder: metrics.jsonl, quarantine.jsonl, checkpoints/, model/."""
+    model: str
+    """A folder that transformers' `from_pretrained` loads."""
+    metrics: dict[str, Any]
+    """Of the last step."""
+    steps: int
+    planned: int
+    """Samples over all epochs."""
+    consumed: int
+    quarantined: int
+    tail: int
+    """Samples left over: fewer than one global batch, or beyond `training.max_steps`."""
+    skipped_steps: int
+
+
+class BetaKDJob:
+    """One distillation (or, without a teacher, supervised fine-tuning) job.
+
+    `fit()` of the same name and output resumes from the last committed checkpoint, and returns at once if the job is done.
+    """
+
+    def __init__(self, spec: JobSpec) -> None:
+        self.spec = spec
+        self.run = join(spec.output.path, spec.name)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "BetaKDJob":
+        """Read a spec. Raises SpecError."""
+        return cls(load_spec(path, overrides))
+
+    def fit(self) -> JobResult:
+        """Run to the end.
+
+        Raises a UserError before anything is asked of the cluster's GPUs if the job cannot work, a TrainingError if it
+        failed on the way; the last committed checkpoint is then what the next `fit()` resumes from.
+        """
+        views = self.check()
+        if (finished := self._finished()) is not None:
+            return finished
+        with cluster(self.spec):
+            return self._run(*views)
+
+    def check(self) -> tuple[Plan, dict[str, Renderer]]:
+        """Everything that can be known without a cluster: data, models, output. Raises UserError."""
+        renderers = self._renderers()
+        plan = self._plan()
+        self._claim_output()
+        return plan, renderers
+
+    # --------------------------------------------------------------------------------------------- checks
+
+    def _renderers(self) -> dict[str, Renderer]:
+        """One renderer, or two where the teacher sees samples differently. Raises ModelError."""
+        spec = self.spec
+        student_config(spec.student)
+        student_processor = load_processor(processor_source(spec.student))
+        student = Renderer(student_processor, spec.data)
+        if spec.teacher is None:
+            return {"student": student}
+        load_config(spec.teacher)
+        teacher_processor = load_processor(spec.teacher)
+        check_vocabularies(teacher_processor, student_processor)
+        teacher = Renderer(teacher_processor, spec.data)
+        check_features(spec.objective, teacher.image_tokens, student.image_tokens)
+        return (
+            {"student": student}
+            if teacher.fingerprint == student.fingerprint
+            else {"student": student, "teacher": teacher}
+        )
+
+    def _plan(self) -> Plan:
+        spec = self.spec
+        shards = tuple(find_shards(spec.data.train, spec.data.storage))
+        plan = Plan(shards, spec.training.epochs, spec.training.seed, spec.data.shuffle)
+        if plan.samples < spec.training.global_batch_size:
+            raise DataError(
+                f"data.train: {len(shards)} shards hold {plan.samples} samples over {plan.epochs} epochs, fewer than one "
+                f"training.global_batch_size of {spec.training.global_batch_size}. Lower it, or add data or epochs."
+            )
+        return plan
+
+    def _claim_output(self) -> None:
+        """Write spec.json, or find that this very job was here before. Raises OutputError."""
+        filesystem, root = open_store(self.run, self.spec.output.storage)
+        path = join(root, "spec.json")
+        try:
+            if filesystem.exists(path):
+                _require_same_job(self.run, JobSpec.model_validate_json(filesystem.cat_file(path)), self.spec)
+                return
+            filesystem.makedirs(root, exist_ok=True)
+            filesystem.pipe_file(path, self.spec.model_dump_json(indent=2).encode())
+        except OSError as error:
+            raise OutputError(f"output.path: {self.run} cannot be written ({error})") from error
+        except ValueError as error:
+            raise OutputError(f"output.path: {path} is not a spec of this version; choose another name") from error
+
+    def _finished(self) -> JobResult | None:
+        filesystem, root = open_store(self.run, self.spec.output.storage)
+        path = join(root, RESULT)
+        return JobResult(**json.loads(filesystem.cat_file(path))) if filesystem.exists(path) else None
+
+    # ------------------------------------------------------------------------------------------------ run
+
+    def _run(self, plan: Plan, renderers: dict[str, Renderer]) -> JobResult:
+        spec = self.spec
+        gpus = {name: _gpus(getattr(spec.cluster, name).gpus) for name in ("teacher", "student")}
+        _check_feasible(spec, gpus)
+        monitor = ray.remote(Monitor).options(num_cpus=0).remote(plan.samples)
+        pool = teacher = None
+        if spec.teacher:
+            pool = start_pool(spec.teacher, Needs.of(spec.objective), spec.cluster.teacher, gpus["teacher"])
+            teacher = ray.put(_unwrapped(pool.wait_until_ready.remote(spec.cluster.start_timeout_s)))
+        steps = plan.samples // spec.training.global_batch_size
+        config = WorkerConfig(
+            spec=spec,
+            run=self.run,
+            plan=plan,
+            monitor=monitor,
+            image_token_id={view: renderer.image_token_id for view, renderer in renderers.items()},
+            pad_token_id=renderers["student"].pad_token_id,
+            total_steps=min(steps, spec.training.max_steps or steps),
+            pool=pool,
+            teacher=teacher,
+        )
+        reader = ray.put(Reader(plan, spec.data, renderers, partial(_report, monitor), partial(_give_up, monitor)))
+        with _progress(monitor, config.total_steps, spec):
+            outcome = self._train(config, reader, gpus["student"])
+        return self._conclude(outcome, plan, monitor)
+
+    def _train(self, config: WorkerConfig, reader: "ray.ObjectRef", gpus: float) -> dict[str, Any]:
+        spec = self.spec
+        student = spec.cluster.student
+        resources = {"CPU": student.cpus, **student.resources} | ({"GPU": gpus} if gpus else {})
+        store = CheckpointStore(self.run, spec.output.storage)
+
+        def rows() -> "ray.data.Dataset":
+            """Called at every start of the workers: the plan, less what the newest checkpoint has done."""
+            manifest = store.latest()
+            ledger = (
+                Ledger.from_json(store.read_text(manifest, "ledger.json")) if manifest else config.plan.empty_ledger()
+            )
+            return stream(reader, config.plan, ledger, spec.cluster.readers)
+
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"worker": config},
+            datasets={"train": rows},
+            torch_config=TorchConfig(timeout_s=int(spec.training.collective_timeout_s)),
+            scaling_config=ScalingConfig(
+                num_workers=spec.training.workers,
+                use_gpu=gpus > 0,
+                resources_per_worker=resources,
+                label_selector=student.labels or None,
+            ),
+            run_config=RunConfig(
+                # Ray Train's own folder holds only its bookkeeping; ours is the run's.
+                name=f"{spec.name}-{os.urandom(4).hex()}",
+                storage_path=_scratch(),
+                failure_config=FailureConfig(max_failures=spec.training.max_failures, controller_failure_limit=3),
+                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | _accelerator(gpus)},
+            ),
+        )
+        try:
+            outcome = trainer.fit().return_value or {}
+        except TrainingFailedError as error:
+            _raise_noted(config.monitor)
+            raise TrainingError(f"{spec.name}: the student workers failed: {_root_cause(error)}") from error
+        _raise_noted(config.monitor)
+        return outcome
+
+    def _conclude(self, outcome: dict[str, Any], plan: Plan, monitor: ActorHandle) -> JobResult:
+        quarantined = ray.get(monitor.quarantined.remote())
+        result = JobResult(
+            name=self.spec.name,
+            path=self.run,
+            model=join(self.run, "model"),
+            metrics=outcome["metrics"],
+            steps=outcome["steps"],
+            planned=plan.samples,
+            consumed=outcome["consumed"],
+            quarantined=len(quarantined),
+            tail=plan.samples - outcome["consumed"] - len(quarantined),
+            skipped_steps=outcome["skipped_steps"],
+        )
+        filesystem, root = open_store(self.run, self.spec.output.storage)
+        lines = "".join(json.dumps(record) + "\n" for record in quarantined)
+        filesystem.pipe_file(join(root, "quarantine.jsonl"), lines.encode())
+        filesystem.pipe_file(join(root, RESULT), json.dumps(asdict(result), indent=2).encode())
+        return result
+
+
+# ----------------------------------------------------------------------------------------------- the cluster
+
+
+@contextmanager
+def cluster(spec: Any) -> Iterator[None]:
+    """A connection to Ray: the one that is there, the one the spec names, or a local one for as long as the job runs."""
+    _quiet()
+    if ray.is_initialized():
+        yield
+        return
+    address = spec.cluster.address or os.environ.get("RAY_ADDRESS")
+    local = {} if address else {"address": "local", "include_dashboard": False}
+    try:
+        ray.init(**({"address": address} if address else local), log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError) as error:
+        raise ClusterError(f"cluster.address: no Ray cluster answers at {address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quiet() -> None:
+    """Ray's and its libraries' chatter goes to their log files, not to the user's terminal."""
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+
+
+def _gpus(asked: float | str) -> float:
+    if asked == "auto":
+        return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+    return float(asked)
+
+
+def _check_feasible(spec: JobSpec, gpus: dict[str, float]) -> None:
+    """Raises ClusterError when the pools ask for more GPUs than the cluster has."""
+    teachers = spec.cluster.teacher.min if spec.teacher else 0
+    asked = teachers * gpus["teacher"] + spec.training.workers * gpus["student"]
+    available = ray.cluster_resources().get("GPU", 0.0)
+    if asked > available:
+        raise ClusterError(
+            f"cluster: {teachers} teachers × {gpus['teacher']:g} GPUs and {spec.training.workers} students × "
+            f"{gpus['student']:g} GPUs ask for {asked:g}; the cluster has {available:g}. Lower cluster.teacher.min, "
+            "training.workers or the pools' gpus, or add nodes."
+        )
+
+
+def _accelerator(gpus: float) -> dict[str, str]:
+    return {} if gpus else {"DS_ACCELERATOR": "cpu"}
+
+
+def _scratch() -> str:
+    folder = Path(os.environ.get("BETAKD_CACHE", Path.home() / ".cache" / "betakd")) / "ray-train"
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
+# ------------------------------------------------------------------------------------------ what went wrong
+
+
+def _report(monitor: ActorHandle, records: list[Quarantined]) -> float:
+    return ray.get(monitor.quarantine.remote(records))
+
+
+def _give_up(monitor: ActorHandle, error: errors.UserError) -> None:
+    ray.get(monitor.fail.remote(type(error).__name__, str(error)))
+
+
+def _raise_noted(monitor: ActorHandle) -> None:
+    """The error a worker noted as beyond mending, as itself."""
+    if failure := ray.get(monitor.failure.remote()):
+        kind, message = failure
+        raise getattr(errors, kind, TrainingError)(message)
+
+
+def _unwrapped(answer: "ray.ObjectRef") -> Any:
+    try:
+        return ray.get(answer)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+def _root_cause(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None)
+    return "; ".join(f"rank {rank}: {failure}" for rank, failure in failures.items()) if failures else str(error)
+
+
+def _require_same_job(run: str, there: JobSpec, asked: JobSpec) -> None:
+    """What shapes the stream and the model must be what it was; the rest may change between runs."""
+    free = {"cluster", "tracking", "output"}
+    before, now = (each.model_dump(mode="json", exclude=free) for each in (there, asked))
+    for tree in (before, now):
+        for field in ("workers", "micro_batch_size", "checkpoint_every", "keep", "log_every", "max_failures"):
+            tree["training"].pop(field)
+    differing = [section for section in now if before[section] != now[section]]
+    if differing:
+        raise OutputError(
+            f"output.path: {run} holds another job of this name (its {', '.join(differing)} differ). Choose another "
+            "`name`, another output.path, or remove the folder."
+        )
+
+
+# ------------------------------------------------------------------------------------------------ progress
+
+
+@contextmanager
+def _progress(monitor: ActorHandle, total_steps: int, spec: JobSpec) -> Iterator[None]:
+    """A progress line fed from the monitor, on the driver's terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    stop = threading.Event()
+    with Progress(*columns, disable=not spec.tracking.progress) as progress:
+        task = progress.add_task(spec.name, total=total_steps, numbers="starting")
+
+        def follow() -> None:
+            while not stop.wait(1.0):
+                latest = ray.get(monitor.latest.remote())
+                if latest:
+                    numbers = f"loss {latest['loss']:.4f} · {latest['samples_per_second']:.0f} samples/s"
+                    progress.update(task, completed=latest["step"], numbers=numbers)
+
+        follower = threading.Thread(target=follow, daemon=True)
+        follower.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            follower.join(timeout=5)

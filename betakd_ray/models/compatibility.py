@@ -1,0 +1,47 @@
+"""Can this teacher teach this student? Answered from tokenizers and configurations, before any weights are loaded."""
+
+from typing import Any
+
+from betakd_ray.errors import ModelError, VocabularyMismatch
+from betakd_ray.spec import ObjectiveSpec
+
+PROBE = "Is the 2nd shape (on the left) a blue triangle?\n\tÉtait-ce — 它是 🟦 0x1F\\n?"
+
+
+def check_vocabularies(teacher_processor: Any, student_processor: Any) -> None:
+    """Raises VocabularyMismatch unless the tokenizers agree wherever both define a token.
+
+    Compared by content, not by size: one family pads its vocabulary to several sizes, and two families may share a size.
+    """
+    teacher, student = (processor.tokenizer for processor in (teacher_processor, student_processor))
+    teacher_vocab, student_vocab = teacher.get_vocab(), student.get_vocab()
+    for token in teacher_vocab.keys() & student_vocab.keys():
+        if teacher_vocab[token] != student_vocab[token]:
+            raise VocabularyMismatch(_explain(token, teacher_vocab[token], student_vocab[token]))
+    teacher_tokens = {index: token for token, index in teacher_vocab.items()}
+    student_tokens = {index: token for token, index in student_vocab.items()}
+    for index in teacher_tokens.keys() & student_tokens.keys():
+        if teacher_tokens[index] != student_tokens[index]:
+            raise VocabularyMismatch(_explain(student_tokens[index], None, index))
+    if teacher.encode(PROBE) != student.encode(PROBE):
+        raise VocabularyMismatch(
+            "teacher's and student's tokenizers have the same tokens but split text differently (merges or normalizer "
+            "differ). Choose a teacher of the student's family."
+        )
+
+
+def check_features(objective: ObjectiveSpec, teacher_tokens: int, student_tokens: int) -> None:
+    """Raises ModelError where `fd` would compare different numbers of image tokens."""
+    if "fd" in objective.channels and teacher_tokens != student_tokens:
+        raise ModelError(
+            f"objective.energies: fd compares image tokens one by one; the teacher makes {teacher_tokens} of an image, "
+            f"the student {student_tokens}. Drop fd, or choose models with the same image size and patches."
+        )
+
+
+def _explain(token: str, teacher_id: int | None, student_id: int) -> str:
+    seen = "another token has that id" if teacher_id is None else f"to id {teacher_id}"
+    return (
+        f"the student's tokenizer maps {token!r} to id {student_id}; in the teacher's, {seen}. Energies on logits need one "
+        "vocabulary. Choose a teacher of the student's family."
+    )

@@ -1,0 +1,76 @@
+"""A micro-batch as one model sees it: as numpy arrays, which travel without a copy, and as tensors on a device."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """A micro-batch as one model sees it. B samples, L tokens, R answer rows, T image tokens."""
+
+    input_ids: NDArray[np.int64]
+    """[B, L], padded on the right."""
+    attention_mask: NDArray[np.int64]
+    """[B, L]"""
+    pixels: NDArray[np.uint8] | None
+    """[images, 3, height, width], or None if no sample has an image."""
+    answer_rows: NDArray[np.int64]
+    """[R] flat positions b·L + n whose *next* token is an answer token."""
+    row_sample: NDArray[np.int64]
+    """[R] the sample each answer row belongs to, ascending."""
+    targets: NDArray[np.int64]
+    """[R] the answer tokens."""
+    visual_sample: NDArray[np.int64]
+    """[T] the sample each image token belongs to, ascending."""
+
+    @property
+    def size(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def rows_per_sample(self) -> NDArray[np.int64]:
+        """[B]"""
+        return np.bincount(self.row_sample, minlength=self.size)
+
+    @property
+    def has_image(self) -> NDArray[np.bool_]:
+        """[B]"""
+        return np.bincount(self.visual_sample, minlength=self.size) > 0
+
+
+@dataclass(frozen=True)
+class TensorInputs:
+    """`ModelInputs` on a device, field by field."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    pixels: Tensor | None
+    answer_rows: Tensor
+    row_sample: Tensor
+    targets: Tensor
+    visual_sample: Tensor
+    rows_per_sample: Tensor
+    has_image: Tensor
+
+    @classmethod
+    def of(cls, inputs: ModelInputs, device: torch.device) -> "TensorInputs":
+        """The same micro-batch on `device`."""
+        arrays = {name: getattr(inputs, name) for name in cls.__dataclass_fields__}
+        return cls(**{name: None if array is None else to_device(array, device) for name, array in arrays.items()})
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A numpy array as a tensor; through pinned memory where there is a GPU, so that the copy overlaps with compute.
+
+    On the CPU it is a view, also of the read-only memory that Ray's object store gives: nothing here writes to inputs.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

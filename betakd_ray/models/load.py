@@ -1,0 +1,145 @@
+"""Models by path, hub id, URL or configuration; what a spec names becomes weights only here.
+
+Weights are read from safetensors and nothing else, and code beside a checkpoint runs only where the spec says
+`trust_remote_code`.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from betakd_ray.errors import ModelError
+from betakd_ray.models.vlm import parts
+from betakd_ray.spec import CheckpointInit, ConfigInit, ModelSpec, StorageSpec, StudentSpec
+from betakd_ray.storage import open_store
+
+
+def local_folder(location: str, storage: StorageSpec) -> str:
+    """A folder or hub id as it is; a URL copied to this node's cache once."""
+    if "://" not in location:
+        return location
+    filesystem, path = open_store(location, storage)
+    cache = Path(os.environ.get("BETAKD_CACHE", Path.home() / ".cache" / "betakd")) / "models"
+    try:
+        listing = filesystem.find(path, detail=True)
+    except OSError as error:
+        raise ModelError(f"{location}: cannot be listed ({error})") from error
+    if not listing:
+        raise ModelError(f"{location}: no files there. Give the folder that holds config.json.")
+    state = repr(sorted((name, info.get("size"), str(info.get("ETag", ""))) for name, info in listing.items()))
+    target = cache / hashlib.sha256((location + state).encode()).hexdigest()[:20]
+    if not target.exists():
+        # Two processes of a node may copy at once; the rename decides, and a half copy is never seen.
+        partial = target.with_name(f"{target.name}.{os.getpid()}")
+        filesystem.get(path.rstrip("/") + "/", str(partial) + "/", recursive=True)
+        try:
+            partial.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+    return str(target)
+
+
+def load_config(spec: ModelSpec) -> PretrainedConfig:
+    """The configuration alone. Raises ModelError if it cannot be read or is not a vision–language model."""
+    config = _from_pretrained(AutoConfig, spec)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ModelError(
+            f"{spec.path}: a {config.model_type!r} is not a vision–language model transformers can load "
+            "(AutoModelForImageTextToText). Name one such as LLaVA."
+        )
+    return config
+
+
+def load_processor(spec: ModelSpec) -> Any:
+    """Tokenizer and image processor of a model. Raises ModelError."""
+    processor = _from_pretrained(AutoProcessor, spec)
+    if getattr(processor, "image_processor", None) is None or not hasattr(processor, "image_token_id"):
+        raise ModelError(f"{spec.path}: {type(processor).__name__} takes no images; a vision–language model is needed.")
+    return processor
+
+
+def load_model(spec: ModelSpec, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """Weights in `dtype`, on the CPU, in evaluation mode. Raises ModelError."""
+    load_config(spec)
+    extra = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
+    return _from_pretrained(AutoModelForImageTextToText, spec, dtype=dtype, use_safetensors=True, **extra).eval()
+
+
+def processor_source(student: StudentSpec) -> ModelSpec:
+    """Where a student's tokenizer and image processor come from."""
+    init = student.init
+    return ModelSpec(path=init.processor, storage=init.storage) if isinstance(init, ConfigInit) else init
+
+
+def student_config(student: StudentSpec) -> PretrainedConfig:
+    """The student's configuration, without weights. Raises ModelError."""
+    if isinstance(student.init, CheckpointInit):
+        return load_config(student.init)
+    tree = dict(student.init.config)
+    try:
+        config = AutoConfig.for_model(tree.pop("model_type"), **tree)
+    except KeyError as error:
+        raise ModelError(f"student.init.config: model_type {error} is missing or unknown to transformers") from error
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"student.init.config: {error}") from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ModelError(f"student.init.config: {config.model_type!r} is not a vision–language model")
+    return config
+
+
+def build_student(student: StudentSpec, dtype: torch.dtype) -> PreTrainedModel:
+    """The student with its initial weights, frozen where `student.train` does not name a part. Raises ModelError.
+
+    Random weights come from torch's global generator: seed it first.
+    """
+    if isinstance(student.init, CheckpointInit):
+        model = load_model(student.init, dtype)
+    else:
+        model = AutoModelForImageTextToText.from_config(student_config(student), dtype=dtype)
+        if student.init.vision_tower:
+            _copy_vision_tower(model, student.init)
+    for part, modules in parts(model).items():
+        for module in modules:
+            module.requires_grad_(part in student.train)
+    return model
+
+
+def _copy_vision_tower(model: PreTrainedModel, init: ConfigInit) -> None:
+    assert init.vision_tower is not None
+    source = load_model(ModelSpec(path=init.vision_tower, storage=init.storage), dtype="auto")
+    towers = [_only(parts(each)["vision_tower"]) for each in (model, source)]
+    try:
+        towers[0].load_state_dict(towers[1].state_dict())
+    except RuntimeError as error:
+        raise ModelError(
+            f"student.init.vision_tower: {init.vision_tower} does not fit student.init.config.vision_config: {error}"
+        ) from error
+
+
+def _only(modules: list[nn.Module]) -> nn.Module:
+    (module,) = modules
+    return module
+
+
+def _from_pretrained(auto_class: Any, spec: ModelSpec, **options: Any) -> Any:
+    folder = local_folder(spec.path, spec.storage)
+    try:
+        return auto_class.from_pretrained(
+            folder, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{spec.path}: {auto_class.__name__} cannot load it: {reason}") from error

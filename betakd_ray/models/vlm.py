@@ -1,0 +1,95 @@
+"""What training needs of a vision–language model, whatever its family.
+
+transformers gives every image–text-to-text model the same outline: `model.model` runs vision tower, projector and
+language model to the last hidden states, and an output embedding turns those into logits.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from betakd_ray.errors import ModelError
+from betakd_ray.models.inputs import TensorInputs
+from betakd_ray.spec import Part
+
+_NAMES: dict[Part, tuple[str, ...]] = {
+    "language_model": ("language_model",),
+    "projector": ("multi_modal_projector", "connector", "projector"),
+    "vision_tower": ("vision_tower", "vision_model", "visual"),
+}
+
+
+def parts(model: PreTrainedModel) -> dict[Part, list[nn.Module]]:
+    """The model's parts by the names a spec uses; the lm_head goes with the language model.
+
+    Raises ModelError for a model that does not have all three.
+    """
+    found: dict[Part, list[nn.Module]] = {}
+    for part, names in _NAMES.items():
+        modules = [
+            getattr(model.model, name) for name in names if isinstance(getattr(model.model, name, None), nn.Module)
+        ]
+        if not modules:
+            raise ModelError(f"{type(model).__name__} has no {part} (looked for {', '.join(names)} in its .model)")
+        found[part] = modules[:1]
+    found["language_model"].append(model.get_output_embeddings())
+    return found
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """How uint8 pixels become a vision tower's input; applied on the device."""
+
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, image_processor: Any) -> "Normalization":
+        """As the image processor would have done it."""
+        scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
+        if not image_processor.do_normalize:
+            return cls(scale, (0.0,) * 3, (1.0,) * 3)
+        return cls(scale, tuple(image_processor.image_mean), tuple(image_processor.image_std))
+
+    def __call__(
+        self, pixels: UInt8[Tensor, "images 3 height width"], dtype: torch.dtype
+    ) -> Float[Tensor, "images 3 height width"]:
+        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
+        return ((pixels * self.scale - mean) / std).to(dtype)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A forward pass up to the language model's last hidden states."""
+
+    rows: Float[Tensor, "rows width"]
+    """At the answer rows, in order."""
+    visual: Float[Tensor, "image_tokens width"] | None
+    """Projector tokens, as the language model receives them."""
+
+
+def hidden_rows(model: PreTrainedModel, inputs: TensorInputs, normalize: Normalization) -> Hidden:
+    """Run a model to its answer rows; no logits are computed.
+
+    Rows of prompt, image and padding never reach the vocabulary.
+    """
+    pixels = None if inputs.pixels is None else normalize(inputs.pixels, model.dtype)
+    output = model.model(
+        input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, pixel_values=pixels, use_cache=False
+    )
+    states = output.last_hidden_state
+    visual = None if pixels is None else output.image_hidden_states
+    return Hidden(
+        rows=states.reshape(-1, states.shape[-1])[inputs.answer_rows],
+        visual=None if visual is None else visual.reshape(-1, visual.shape[-1]),
+    )
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Evaluation mode, no gradients."""
+    return model.eval().requires_grad_(False)

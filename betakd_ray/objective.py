@@ -1,0 +1,212 @@
+"""Answer rows → per-sample energies and the gradient of one scalar: the only place with vocabulary-wide tensors.
+
+Because the weights of a batch are known before its losses (see `weighting`), the gradient with respect to the logits is
+made in the forward pass, chunk by chunk: logits of `chunk_rows` rows exist at a time, whatever the batch. All energies of
+a job share one computation of the teacher's and the student's logits.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from betakd_ray.energies import ENERGIES, cross_entropy, entropy, matching_distance
+from betakd_ray.spec import Energy, ObjectiveSpec
+from betakd_ray.weighting import CE
+
+STATISTICS = ("student_entropy", "teacher_entropy", "matching_distance", "top1_agreement")
+"""Per row, averaged over samples like an energy; computed on logging steps only (paper Figures 5, 6)."""
+
+Energyfn = Callable[[Tensor, Tensor], Tensor]
+
+
+def project(rows: Float[Tensor, "rows width"], weight: Float[Tensor, "vocab width"]) -> Float[Tensor, "rows vocab"]:
+    """Logits in float32 from the matrix product itself: rounding them to bf16 first would cost a small KL its gradient."""
+    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(rows, weight.t(), out_dtype=torch.float32)
+    dtype = torch.promote_types(torch.float32, rows.dtype)
+    return rows.to(dtype) @ weight.to(dtype).t()
+
+
+def energy_function(energy: Energy) -> Energyfn:
+    """The energy of a spec with its options bound: (teacher_logits, student_logits) → [rows]."""
+    options = energy.model_dump(exclude={"kind"})
+    function = ENERGIES[energy.kind]  # type: ignore[attr-defined]
+    return lambda teacher_logits, student_logits: function(teacher_logits, student_logits, **options)
+
+
+class RowObjective(nn.Module):
+    """Energies on logits, for the answer rows of a micro-batch.
+
+    It holds the student's lm_head, so that whatever gathers parameters for a forward (ZeRO-3) gathers that too, and a
+    frozen copy of the teacher's, `teacher_head` [V_t, H_t]. Where the two vocabularies differ by padding, energies
+    compare the common ids; the cross-entropy sees all of the student's.
+    """
+
+    def __init__(
+        self, spec: ObjectiveSpec, lm_head: nn.Linear, teacher_head: Float[Tensor, "vocab width"] | None
+    ) -> None:
+        super().__init__()
+        self.energies = tuple(energy for energy in spec.energies if energy.kind in ENERGIES)
+        self.channels = ((CE,) if spec.ce else ()) + tuple(energy.kind for energy in self.energies)
+        self.ce = spec.ce
+        self.chunk_rows = spec.chunk_rows
+        self.lm_head = lm_head
+        self.functions = [energy_function(energy) for energy in self.energies]
+        # Not persistent: it is the teacher's, and a checkpoint holds only what learns.
+        self.register_buffer("teacher_head", teacher_head, persistent=False)
+
+    def forward(
+        self,
+        student_rows: Float[Tensor, "rows width"],
+        teacher_rows: Float[Tensor, "rows teacher_width"] | None,
+        targets: Int[Tensor, " rows"],
+        row_weights: Float[Tensor, "rows channels"],
+        *,
+        statistics: bool = False,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "rows values"]]:
+        """Σ_rows Σ_channels w · D, and D itself per row, detached.
+
+        The scalar carries gradients to `student_rows` and the lm_head. `values` has a column per channel, then one per
+        name in STATISTICS if those are asked for.
+        """
+        return _ChunkedRows.apply(
+            student_rows,
+            self.lm_head.weight,
+            self.lm_head.bias,
+            _Rows(self, teacher_rows, targets, row_weights, statistics),
+        )
+
+    def values(self, teacher_logits: Tensor | None, student_logits: Tensor, targets: Tensor) -> list[Tensor]:
+        """Each channel's value per row, from the logits of one chunk."""
+        values = [cross_entropy(student_logits, targets)] if self.ce else []
+        if teacher_logits is not None:
+            teacher_logits, student_logits = _common(teacher_logits, student_logits)
+            values += [function(teacher_logits, student_logits) for function in self.functions]
+        return values
+
+    @staticmethod
+    def statistics(teacher_logits: Tensor | None, student_logits: Tensor) -> list[Tensor]:
+        """Each of STATISTICS per row; zero where there is no teacher."""
+        if teacher_logits is None:
+            nothing = student_logits.new_zeros(student_logits.shape[0])
+            return [entropy(student_logits), nothing, nothing, nothing]
+        teacher_logits, student_logits = _common(teacher_logits, student_logits)
+        agree = teacher_logits.argmax(1) == student_logits.argmax(1)
+        return [
+            entropy(student_logits),
+            entropy(teacher_logits),
+            matching_distance(teacher_logits, student_logits),
+            agree.to(student_logits.dtype),
+        ]
+
+
+def _common(teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
+    vocab = min(teacher_logits.shape[1], student_logits.shape[1])
+    return teacher_logits[:, :vocab], student_logits[:, :vocab]
+
+
+class _Rows:
+    """What a chunked pass needs besides the tensors it differentiates."""
+
+    def __init__(
+        self,
+        objective: RowObjective,
+        teacher_rows: Tensor | None,
+        targets: Tensor,
+        row_weights: Tensor,
+        statistics: bool,
+    ) -> None:
+        self.objective = objective
+        self.teacher_rows = teacher_rows
+        self.targets = targets
+        self.row_weights = row_weights
+        self.statistics = statistics
+
+    def chunk(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """(weighted sum, values) of one chunk of rows."""
+        objective = self.objective
+        teacher_logits = None
+        if self.teacher_rows is not None and objective.teacher_head is not None:
+            teacher_logits = project(self.teacher_rows[rows], objective.teacher_head)
+        values = torch.stack(objective.values(teacher_logits, logits, self.targets[rows]), dim=1)
+        weights = self.row_weights[rows]
+        # 0 · inf would poison a row that takes no part.
+        total = torch.where(weights != 0, values * weights, 0.0).sum()
+        values = values.detach()
+        if self.statistics:
+            with torch.no_grad():
+                extra = torch.stack(objective.statistics(teacher_logits, logits.detach()), dim=1)
+            values = torch.cat([values, extra.to(values.dtype)], dim=1)
+        return total, values
+
+
+class _ChunkedRows(torch.autograd.Function):
+    """The gradient is complete after the forward pass; backward only scales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_rows: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows
+    ) -> tuple[Tensor, Tensor]:
+        need_rows, need_weight, need_bias, _ = ctx.needs_input_grad
+        dtype = torch.promote_types(torch.float32, student_rows.dtype)
+        grad_rows = torch.zeros_like(student_rows) if need_rows else None
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias and bias is not None else None
+        total = student_rows.new_zeros((), dtype=dtype)
+        values = []
+        for start in range(0, student_rows.shape[0], rows.objective.chunk_rows):
+            at = slice(start, start + rows.objective.chunk_rows)
+            logits = project(student_rows[at], weight)
+            if bias is not None:
+                logits += bias
+            with torch.enable_grad():
+                logits.requires_grad_(need_rows or need_weight or need_bias)
+                chunk_total, chunk_values = rows.chunk(at, logits)
+            total += chunk_total.detach()
+            values.append(chunk_values)
+            if not logits.requires_grad:
+                continue
+            (grad,) = torch.autograd.grad(chunk_total, logits)
+            _accumulate(grad.to(weight.dtype), student_rows[at], weight, at, grad_rows, grad_weight, grad_bias)
+        ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
+        ctx.dtype = weight.dtype
+        result = torch.cat(values) if values else rows.row_weights.new_zeros((0, rows.row_weights.shape[1]))
+        ctx.mark_non_differentiable(result)
+        return total, result
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_rows, grad_weight, grad_bias = (
+            None if grad is None else (grad * grad_total).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, (ctx.dtype, ctx.dtype, ctx.dtype), strict=True)
+        )
+        return grad_rows, grad_weight, grad_bias, None
+
+
+def _accumulate(
+    grad: Tensor,
+    student_rows: Tensor,
+    weight: Tensor,
+    at: slice,
+    grad_rows: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Carry a chunk's logit gradient to the rows, and add it to the head's, which is kept in float32."""
+    if grad_rows is not None:
+        grad_rows[at] = grad @ weight
+    if grad_weight is not None:
+        grad_weight += project(grad.t(), student_rows.t())
+    if grad_bias is not None:
+        grad_bias += grad.sum(0)
+
+
+def segment_mean(
+    values: Float[Tensor, "rows columns"], segment: Int[Tensor, " rows"], counts: Int[Tensor, " segments"]
+) -> Float[Tensor, "segments columns"]:
+    """Mean of the rows of each segment; zero for an empty one."""
+    sums = values.new_zeros((counts.shape[0], values.shape[1])).index_add_(0, segment, values)
+    return sums / counts.clamp_min(1)[:, None].to(values.dtype)

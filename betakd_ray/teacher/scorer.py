@@ -1,0 +1,74 @@
+"""One teacher: a frozen model that answers micro-batches. A plain class; the pool makes it an actor."""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from betakd_ray.models.device import find_device
+from betakd_ray.energies import entropy
+from betakd_ray.models.inputs import ModelInputs, TensorInputs
+from betakd_ray.models.load import load_model, load_processor
+from betakd_ray.models.vlm import Hidden, Normalization, freeze, hidden_rows
+from betakd_ray.objective import project, segment_mean
+from betakd_ray.spec import Feature, TeacherSpec
+from betakd_ray.teacher.signal import Needs, Signal, TeacherFacts, Wire
+
+ENTROPY_ROWS = 1024
+"""Rows whose teacher logits exist at a time when h(x) asks for entropies."""
+
+
+class TeacherScorer:
+    """Holds the teacher on this process's device. Raises ModelError if it cannot be loaded."""
+
+    def __init__(self, spec: TeacherSpec, needs: Needs) -> None:
+        self.needs = needs
+        self.device = find_device()
+        dtype = spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
+        self.model: Any = freeze(load_model(spec, dtype).to(self.device))
+        self.normalize = Normalization.of(load_processor(spec).image_processor)
+        self.head: Tensor = self.model.get_output_embeddings().weight
+
+    def facts(self) -> TeacherFacts:
+        """What students fetch once."""
+        width = self.head.shape[1]
+        sizes: dict[Feature, int] = {"teacher_vision": width, "teacher_answer": width, "teacher_entropy": 2}
+        return TeacherFacts(head=Wire.of(self.head), visual_size=width, feature_sizes=sizes)
+
+    @torch.inference_mode()
+    def score(self, inputs: ModelInputs) -> Signal:
+        """The teacher's forward on one micro-batch, reduced to what the objective needs."""
+        start = time.perf_counter()
+        tensors = TensorInputs.of(inputs, self.device)
+        hidden = hidden_rows(self.model, tensors, self.normalize)
+        finite = hidden.rows.isfinite().all(dim=1, keepdim=True).float()
+        valid = segment_mean(finite, tensors.row_sample, tensors.rows_per_sample)[:, 0] == 1
+        return Signal(
+            valid=valid.cpu().numpy(),
+            hidden=Wire.of(hidden.rows) if self.needs.hidden else None,
+            visual=Wire.of(hidden.visual) if self.needs.visual and hidden.visual is not None else None,
+            features={name: self._feature(name, hidden, tensors) for name in self.needs.features},
+            busy_s=time.perf_counter() - start,
+        )
+
+    def _feature(self, name: Feature, hidden: Hidden, inputs: TensorInputs) -> np.ndarray:
+        """h(x): one vector a sample, float32."""
+        if name == "teacher_entropy":
+            feature = self._entropies(hidden, inputs)
+        elif name == "teacher_answer":
+            feature = segment_mean(hidden.rows.float(), inputs.row_sample, inputs.rows_per_sample)
+        elif hidden.visual is None:
+            feature = hidden.rows.new_zeros((len(inputs.input_ids), self.head.shape[1]), dtype=torch.float32)
+        else:
+            counts = torch.bincount(inputs.visual_sample, minlength=len(inputs.input_ids))
+            feature = segment_mean(hidden.visual.float(), inputs.visual_sample, counts)
+        return feature.cpu().numpy()
+
+    def _entropies(self, hidden: Hidden, inputs: TensorInputs) -> Tensor:
+        """[B, 2] mean and maximum of H(p), in nats, over each sample's answer rows."""
+        rows = torch.cat([entropy(project(chunk, self.head)) for chunk in hidden.rows.split(ENTROPY_ROWS)])
+        mean = segment_mean(rows[:, None], inputs.row_sample, inputs.rows_per_sample)
+        top = rows.new_zeros(len(inputs.input_ids)).scatter_reduce(0, inputs.row_sample, rows, "amax")
+        return torch.cat([mean, top[:, None]], dim=1)

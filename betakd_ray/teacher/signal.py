@@ -1,0 +1,83 @@
+"""What travels from the teacher to the student: no more than the objective needs.
+
+For energies on logits that is the final hidden state of each answer row, from which the student, holding a copy of the
+teacher's head, rebuilds the exact logits: at 7B some 8 kB a token instead of 64 kB of logits. Half-precision floats that
+numpy lacks travel as a view of uint16.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from betakd_ray.models.inputs import to_device
+from betakd_ray.spec import Feature, InstanceWeighting, ObjectiveSpec
+
+FeatureSizes = dict[Feature, int]
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A tensor as numpy, with the dtype it really has."""
+
+    array: NDArray
+    dtype: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Wire":
+        """From a tensor on any device."""
+        tensor = tensor.detach().contiguous().cpu()
+        name = str(tensor.dtype).removeprefix("torch.")
+        return cls((tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy(), name)
+
+    def tensor(self, device: torch.device) -> Tensor:
+        """Back to a tensor, on `device`."""
+        return to_device(self.array, device).view(getattr(torch, self.dtype))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective asks of the teacher."""
+
+    hidden: bool
+    visual: bool
+    features: tuple[Feature, ...]
+
+    @classmethod
+    def of(cls, objective: ObjectiveSpec) -> "Needs":
+        """From the spec of an objective."""
+        weighting = objective.weighting
+        return cls(
+            hidden=any(channel != "fd" for channel in objective.channels),
+            visual="fd" in objective.channels,
+            features=weighting.features if isinstance(weighting, InstanceWeighting) else (),
+        )
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What a student must know of the teacher before the first batch."""
+
+    head: Wire
+    """[V_t, H_t] the lm_head's weight."""
+    visual_size: int
+    """Width of the projector's tokens."""
+    feature_sizes: FeatureSizes
+
+
+@dataclass(frozen=True)
+class Signal:
+    """The teacher's answer to one micro-batch of B samples, R answer rows and T image tokens."""
+
+    valid: NDArray[np.bool_]
+    """[B] false where a teacher row was not finite; such a sample takes no part."""
+    hidden: Wire | None = None
+    """[R, H_t]"""
+    visual: Wire | None = None
+    """[T, H_t]"""
+    features: dict[Feature, NDArray[np.float32]] = field(default_factory=dict)
+    """Each [B, size]; float32."""
+    busy_s: float = 0.0
+    """Seconds the teacher computed."""

@@ -1,0 +1,115 @@
+"""Metrics out: the run's own metrics.jsonl, and whichever trackers the spec names."""
+
+import json
+import time
+from typing import Any, Protocol
+
+from betakd_ray.spec import JobSpec
+from betakd_ray.storage import join, open_store
+
+Record = dict[str, Any]
+FLUSH_S = 10.0
+"""Object stores cannot append, so the file is written whole; not more often than this."""
+
+
+class Tracker(Protocol):
+    """Takes the numbers of a step."""
+
+    def log(self, record: Record) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files beside the run, or in ./tensorboard/NAME when the run is in an object store."""
+
+    def __init__(self, spec: JobSpec, run: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(join(run, "tensorboard") if "://" not in run else f"tensorboard/{spec.name}")
+
+    def log(self, record: Record) -> None:
+        for name, value in _numbers(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class MLflow:
+    """One MLflow run of the job's name; the server comes from MLFLOW_TRACKING_URI."""
+
+    def __init__(self, spec: JobSpec, run: str) -> None:
+        import mlflow
+
+        self._mlflow = mlflow
+        mlflow.set_experiment("betakd")
+        mlflow.start_run(run_name=spec.name)
+        mlflow.log_dict(spec.model_dump(mode="json"), "spec.json")
+
+    def log(self, record: Record) -> None:
+        self._mlflow.log_metrics(_numbers(record), step=record["step"])
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+class WandB:
+    """One Weights & Biases run, resumed by the job's name; the key comes from the environment."""
+
+    def __init__(self, spec: JobSpec, run: str) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project="betakd", name=spec.name, id=spec.name, resume="allow", config=spec.model_dump(mode="json")
+        )
+
+    def log(self, record: Record) -> None:
+        self._run.log(_numbers(record), step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
+
+
+class Metrics:
+    """The run's history: kept whole, so that it rides in the checkpoint and a resumed curve has no gap and no double."""
+
+    def __init__(self, spec: JobSpec, run: str) -> None:
+        self.history: list[Record] = []
+        self._filesystem, root = open_store(run, spec.output.storage)
+        self._path = join(root, "metrics.jsonl")
+        self._trackers: list[Tracker] = [TRACKERS[name](spec, run) for name in spec.tracking.trackers]
+        self._flushed = time.monotonic()
+
+    def log(self, record: Record) -> None:
+        """Add the numbers of a step."""
+        self.history.append(record)
+        for tracker in self._trackers:
+            tracker.log(record)
+        if time.monotonic() - self._flushed > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write metrics.jsonl."""
+        self._filesystem.pipe_file(self._path, self.to_jsonl().encode())
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Flush and end the trackers."""
+        self.flush()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def to_jsonl(self) -> str:
+        """One JSON object a line."""
+        return "".join(json.dumps(record) + "\n" for record in self.history)
+
+    def restore(self, text: str) -> None:
+        """Continue from a checkpoint's history."""
+        self.history = [json.loads(line) for line in text.splitlines()]
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    return {name: float(value) for name, value in record.items() if name != "step" and isinstance(value, (int, float))}

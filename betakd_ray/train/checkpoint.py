@@ -1,0 +1,146 @@
+"""Checkpoints that are whole or not there.
+
+Every rank writes its files under a new name; the manifest, which lists them with their sizes, is written last. A
+directory without a manifest does not exist as far as a resume is concerned, so a crash at any point leaves the previous
+checkpoint current. The manifest is the only truth: the stream and the workers both resume from what it names.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from betakd_ray.errors import OutputError
+from betakd_ray.spec import StorageSpec
+from betakd_ray.storage import join, open_store
+
+MANIFEST = "manifest.json"
+FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A committed checkpoint."""
+
+    name: str
+    step: int
+    world_size: int
+    files: dict[str, int]
+    """Relative path → bytes."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run, newest last."""
+
+    def __init__(self, run: str, storage: StorageSpec) -> None:
+        self.filesystem, root = open_store(run, storage)
+        self.root = join(root, FOLDER)
+
+    def committed(self) -> list[Manifest]:
+        """Every checkpoint that has its manifest, by step."""
+        found = [
+            Manifest(**json.loads(self.filesystem.cat_file(path)))
+            for path in self.filesystem.glob(join(self.root, "*", MANIFEST))
+        ]
+        return sorted(found, key=lambda manifest: manifest.step)
+
+    def latest(self) -> Manifest | None:
+        """The checkpoint to resume from."""
+        return next(reversed(self.committed()), None)
+
+    def upload(self, local: Path, name: str) -> dict[str, int]:
+        """Copy one rank's files; returns them with their sizes."""
+        files = {str(path.relative_to(local)): path.stat().st_size for path in local.rglob("*") if path.is_file()}
+        for file in files:
+            target = join(self.root, name, file)
+            self.filesystem.makedirs(os.path.dirname(target), exist_ok=True)
+            self.filesystem.put_file(str(local / file), target)
+        return files
+
+    def commit(self, manifest: Manifest) -> None:
+        """Make a checkpoint current. Raises OutputError if a file did not arrive whole."""
+        for file, size in manifest.files.items():
+            seen = self.filesystem.info(join(self.root, manifest.name, file))["size"]
+            if seen != size:
+                raise OutputError(f"{self.root}/{manifest.name}/{file}: {seen} of {size} bytes were stored")
+        path = join(self.root, manifest.name, MANIFEST)
+        # A rename makes it atomic on a disk; an object store's put already is.
+        self.filesystem.pipe_file(path + ".partial", json.dumps(asdict(manifest)).encode())
+        self.filesystem.mv(path + ".partial", path)
+
+    def prune(self, keep: int) -> None:
+        """Remove what `keep` newer checkpoints supersede, and what never got a manifest."""
+        committed = self.committed()
+        kept = {manifest.name for manifest in committed[-keep:]}
+        for path in self.filesystem.ls(self.root, detail=False) if self.filesystem.exists(self.root) else []:
+            if path.rstrip("/").rsplit("/", 1)[-1] not in kept:
+                self.filesystem.rm(path, recursive=True)
+
+    def read_text(self, manifest: Manifest, file: str) -> str:
+        """A small file of a checkpoint."""
+        return self.filesystem.cat_file(join(self.root, manifest.name, file)).decode()
+
+    @contextmanager
+    def on_disk(self, manifest: Manifest) -> Iterator[Path]:
+        """The checkpoint as a local folder: itself if it is on a disk, else a copy for as long as it is needed."""
+        source = join(self.root, manifest.name)
+        if self.filesystem.protocol in ("file", ("file", "local")):
+            yield Path(source)
+            return
+        with tempfile.TemporaryDirectory(prefix="betakd-checkpoint-") as folder:
+            for file in manifest.files:
+                (Path(folder) / file).parent.mkdir(parents=True, exist_ok=True)
+                self.filesystem.get_file(join(source, file), str(Path(folder) / file))
+            yield Path(folder)
+
+
+def save(store: CheckpointStore, step: int, attempt: str, keep: int, write: Any) -> None:
+    """Collective. `write(folder)` writes this rank's files; returns on every rank once the checkpoint is committed."""
+    name = f"step-{step:08d}-{attempt}"
+    local = Path(tempfile.mkdtemp(prefix="betakd-save-"))
+    try:
+        write(local)
+        files = _gather(store.upload(local, name))
+    finally:
+        shutil.rmtree(local)
+    if dist.get_rank() == 0:
+        merged = {file: size for each in files for file, size in each.items()}
+        store.commit(Manifest(name, step, dist.get_world_size(), merged))
+        store.prune(keep)
+    dist.barrier()
+
+
+def load_engine(engine: Any, folder: Path, saved_ranks: int, ranks: int) -> None:
+    """Collective: DeepSpeed's state from a checkpoint, through its universal form if the number of ranks changed."""
+    tag = "deepspeed" if saved_ranks == ranks else _universal(folder)
+    engine._config.load_universal_checkpoint = saved_ranks != ranks
+    # Frozen parameters are not in the checkpoint: they are as the spec's models have them.
+    path, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+    if path is None:
+        raise OutputError(f"{folder}: DeepSpeed cannot read its part of the checkpoint")
+
+
+def _universal(folder: Path) -> str:
+    """The checkpoint in DeepSpeed's form for any number of ranks; converted by one rank of each node."""
+    target = folder / "deepspeed_universal"
+    if int(os.environ["LOCAL_RANK"]) == 0 and not target.exists():
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        command += ["--input_folder", str(folder / "deepspeed"), "--output_folder", str(target)]
+        subprocess.run(command, check=True, capture_output=True)
+    dist.barrier()
+    return target.name
+
+
+def _gather(value: Any) -> list[Any]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone

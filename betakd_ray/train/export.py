@@ -1,0 +1,83 @@
+"""The result: a Hugging Face folder that `from_pretrained` loads without this package."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from betakd_ray.models.load import load_processor, processor_source
+from betakd_ray.spec import JobSpec
+from betakd_ray.storage import join, open_store
+from betakd_ray.train.distiller import Distiller
+
+FOLDER = "model"
+PREFIX = "student."
+
+
+def export(engine: DeepSpeedEngine, spec: JobSpec, run: str, metrics: dict[str, Any]) -> None:
+    """Collective: write weights (safetensors), config, processor and model card to RUN/model."""
+    state = _student_state(engine, spec)
+    if dist.get_rank() == 0 and state is not None:
+        distiller: Distiller = engine.module
+        with tempfile.TemporaryDirectory(prefix="betakd-export-") as folder:
+            distiller.student.save_pretrained(folder, state_dict=state)
+            load_processor(processor_source(spec.student)).save_pretrained(folder)
+            (Path(folder) / "README.md").write_text(model_card(spec, metrics), encoding="utf-8")
+            filesystem, root = open_store(join(run, FOLDER), spec.output.storage)
+            filesystem.makedirs(root, exist_ok=True)
+            for file in Path(folder).iterdir():
+                filesystem.put_file(str(file), join(root, file.name))
+    dist.barrier()
+
+
+def _student_state(engine: DeepSpeedEngine, spec: JobSpec) -> dict[str, Tensor] | None:
+    """The student's own tensors; gathered from all ranks under ZeRO-3, where the others get None."""
+    if spec.training.zero_stage == 3:
+        state = engine._zero3_consolidated_16bit_state_dict()
+    else:
+        state = engine.module.state_dict()
+    if state is None:
+        return None
+    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+
+
+def model_card(spec: JobSpec, metrics: dict[str, Any]) -> str:
+    """What this model is, from what, and how it was made."""
+    teacher = spec.teacher.path if spec.teacher else "none (supervised fine-tuning)"
+    channels = ", ".join([*(["ce"] if spec.objective.ce else []), *spec.objective.channels])
+    numbers = "\n".join(
+        f"| {name} | {value:.5g} |" for name, value in metrics.items() if isinstance(value, (int, float))
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [knowledge-distillation, beta-kd]
+---
+# {spec.name}
+
+A vision–language model trained with uncertainty-aware knowledge distillation (Beta-KD, arXiv 2603.21426).
+
+| | |
+|---|---|
+| teacher | `{teacher}` |
+| channels | {channels} |
+| weighting | {spec.objective.weighting.kind} |
+| data | {", ".join(f"`{location}`" for location in spec.data.train)} |
+| trained parts | {", ".join(spec.student.train)} |
+| global batch × epochs | {spec.training.global_batch_size} × {spec.training.epochs} |
+
+## Metrics of the last step
+
+| metric | value |
+|---|---|
+{numbers}
+
+## The whole job
+
+```json
+{spec.model_dump_json(indent=2)}
+```
+"""

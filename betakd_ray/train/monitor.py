@@ -1,0 +1,41 @@
+"""The one small actor that outlives student restarts and knows how the job stands: progress, quarantine, fate."""
+
+from dataclasses import asdict
+from typing import Any
+
+from betakd_ray.data.stream import Quarantined
+
+
+class Monitor:
+    """Readers report bad samples here, rank 0 its metrics; the driver looks on. Holds no data."""
+
+    def __init__(self, planned_samples: int) -> None:
+        self._planned = planned_samples
+        self._quarantined: dict[tuple[int, int, int], Quarantined] = {}
+        self._latest: dict[str, Any] = {}
+        self._failure: tuple[str, str] | None = None
+
+    def quarantine(self, records: list[Quarantined]) -> float:
+        """Note bad samples (a shard read twice counts once); returns their share of the plan."""
+        self._quarantined.update({(record.epoch, record.shard, record.index): record for record in records})
+        return len(self._quarantined) / self._planned
+
+    def quarantined(self) -> list[dict[str, Any]]:
+        """Every bad sample so far, in plan order of (epoch, shard, index)."""
+        return [asdict(self._quarantined[place]) for place in sorted(self._quarantined)]
+
+    def log(self, record: dict[str, Any]) -> None:
+        """The newest metrics."""
+        self._latest = record
+
+    def fail(self, kind: str, message: str) -> None:
+        """An error that no restart will mend; the first one stands."""
+        self._failure = self._failure or (kind, message)
+
+    def failure(self) -> tuple[str, str] | None:
+        """(class name in `errors`, message) of such an error."""
+        return self._failure
+
+    def latest(self) -> dict[str, Any]:
+        """The newest metrics, or {}."""
+        return self._latest

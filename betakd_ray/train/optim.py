@@ -1,0 +1,121 @@
+"""Optimizers, schedule and the DeepSpeed configuration that a spec stands for."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from betakd_ray.models.vlm import parts
+from betakd_ray.spec import JobSpec, OptimizerSpec
+from betakd_ray.train.distiller import Distiller
+
+
+class GuardedAdamW(AdamW):
+    """AdamW that leaves parameters and moments alone when a gradient is not finite.
+
+    DeepSpeed's ZeRO optimizers do so themselves; this gives its plain float32 engine (stage 0) the same behaviour,
+    through the same attribute that it reads after a step.
+    """
+
+    overflow = False
+
+    def step(self, closure: Any = None) -> Any:
+        """One update, or none and `overflow` set. Gradients are reduced by then, so every rank decides alike."""
+        gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        self.overflow = not _all_finite(gradient for gradient in gradients if gradient is not None)
+        return None if self.overflow else super().step(closure)
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    norms = torch._foreach_norm(list(tensors))
+    return bool(torch.stack(norms).isfinite().all()) if norms else True
+
+
+def student_optimizer(distiller: Distiller, spec: OptimizerSpec) -> AdamW:
+    """AdamW over what learns: one group for the projector (and the feature map), one for the rest."""
+    projector = [*parts(distiller.student)["projector"], *([distiller.feature_map] if distiller.feature_map else [])]
+    own = {id(parameter) for module in projector for parameter in module.parameters()}
+    learning = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in learning if id(p) not in own], "lr": spec.lr},
+        {"params": [p for p in learning if id(p) in own], "lr": spec.projector_lr or spec.lr},
+    ]
+    return GuardedAdamW([g for g in groups if g["params"]], betas=spec.adam_betas, weight_decay=spec.weight_decay)
+
+
+def schedule(optimizer: torch.optim.Optimizer, spec: OptimizerSpec, total_steps: int) -> LambdaLR:
+    """Linear warm-up, then the spec's decay to zero at `total_steps`."""
+    warmup = math.ceil(spec.warmup_fraction * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[
+            spec.schedule
+        ]
+
+    return LambdaLR(optimizer, factor)
+
+
+class BetaOptimizer:
+    """AdamW over β's parameters: float32, a rate of their own, no weight decay, and gradients summed over the ranks."""
+
+    def __init__(self, weighting: nn.Module, spec: OptimizerSpec, total_steps: int) -> None:
+        self._parameters = list(weighting.parameters())
+        self._max_grad_norm = spec.max_grad_norm
+        self._adam = AdamW(self._parameters, lr=spec.beta_lr, betas=spec.adam_betas, weight_decay=0.0)
+        self._schedule = schedule(self._adam, spec, total_steps)
+
+    def step(self, apply: bool) -> None:
+        """Collective. With `apply` false the gradients are dropped: the student's step was skipped."""
+        if apply:
+            for parameter in self._parameters:
+                dist.all_reduce(parameter.grad)
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+            self._adam.step()
+            self._schedule.step()
+        self._adam.zero_grad(set_to_none=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"adam": self._adam.state_dict(), "schedule": self._schedule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self._adam.load_state_dict(state["adam"])
+        self._schedule.load_state_dict(state["schedule"])
+
+
+def beta_optimizer(weighting: nn.Module, spec: OptimizerSpec, total_steps: int) -> BetaOptimizer | None:
+    """None for a weighting that learns nothing."""
+    return BetaOptimizer(weighting, spec, total_steps) if list(weighting.parameters()) else None
+
+
+def deepspeed_config(spec: JobSpec, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration; `training.deepspeed` is merged last, for what the spec does not name."""
+    training = spec.training
+    config = {
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * world_size),
+        "gradient_clipping": spec.optimizer.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": training.precision == "bf16"},
+        "zero_optimization": {"stage": training.zero_stage, "stage3_gather_16bit_weights_on_model_save": True},
+    }
+    return _merge(config, training.deepspeed)
+
+
+def _merge(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    nested = {
+        key: _merge(base[key], value)
+        for key, value in other.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return {**base, **other, **nested}

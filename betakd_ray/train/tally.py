@@ -1,0 +1,77 @@
+"""Sums over a global batch: kept on the device, reduced over ranks once a step, read by the host on logging steps."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from betakd_ray.objective import STATISTICS
+
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A global batch, reduced. Alike on every rank; still on the device."""
+
+    loss: Float[Tensor, ""]
+    energies: Float[Tensor, " channels"]
+    """Mean of each channel over the samples that have it."""
+    weighted: Float[Tensor, " channels"]
+    """Mean of β·ℓ likewise."""
+    beta: Float[Tensor, " channels"]
+    """Mean of β likewise."""
+    statistics: Float[Tensor, " statistics"]
+
+
+class Tally:
+    """One step's sums on this rank."""
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self._channels = channels
+        self._device = device
+        self.clear()
+
+    def clear(self) -> None:
+        """Start the next step."""
+        self._sums = torch.zeros(4, self._channels, device=self._device)
+        self._loss = torch.zeros((), device=self._device)
+        self._statistics = torch.zeros(len(STATISTICS) + 1, device=self._device)
+        self._betas: list[Tensor] = []
+
+    def add(
+        self,
+        energies: Float[Tensor, "batch channels"],
+        beta: Float[Tensor, "batch channels"],
+        present: Bool[Tensor, "batch channels"],
+        loss: Float[Tensor, ""],
+        statistics: Float[Tensor, "batch statistics"] | None,
+    ) -> None:
+        """A micro-batch. `loss` is already this micro-batch's share of the global mean."""
+        here = present.to(energies.dtype)
+        self._sums += torch.stack(
+            [part.sum(0) for part in (energies * here, energies * beta * here, beta * here, here)]
+        )
+        self._loss += loss
+        if statistics is not None:
+            valid = here.amax(dim=1)
+            self._statistics += torch.cat([(statistics * valid[:, None]).sum(0), valid.sum()[None]])
+            self._betas.append(beta)
+
+    def reduced(self) -> Totals:
+        """Collective: the global batch's means. Moves nothing to the host."""
+        flat = torch.cat([self._sums.flatten(), self._loss[None], self._statistics])
+        dist.all_reduce(flat)
+        sums = flat[: self._sums.numel()].view_as(self._sums)
+        statistics = flat[self._sums.numel() + 1 :]
+        energies, weighted, beta = sums[:3] / sums[3].clamp_min(1)
+        return Totals(flat[self._sums.numel()], energies, weighted, beta, statistics[:-1] / statistics[-1].clamp_min(1))
+
+    def beta_quantiles(self) -> Float[Tensor, "quantiles channels"]:
+        """Collective: β over the samples of the global batch. Only on steps that gathered statistics."""
+        mine = torch.cat(self._betas)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+        return torch.cat(everyone).quantile(torch.tensor(QUANTILES, device=mine.device), dim=0)

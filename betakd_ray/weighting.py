@@ -1,0 +1,164 @@
+"""β: how much each channel counts, for each sample.
+
+The objective is, per sample i and channel k (Beta-KD Eq. 13 and 15)
+
+    L = mean_i Σ_k ( β_ik · ℓ_ik − (d/2) · log β_ik ),
+
+with the cross-entropy as the channel whose β is 1 unless `weight_ce` says otherwise. A learned β has its fixed point at
+d / (2ℓ): the channel's share β·ℓ settles at d/2, whatever the energy's scale. β never depends on the student's own loss,
+only on parameters and on the teacher's features, so gradients split exactly into
+
+    ∂L/∂student from sg(β) · ℓ        and        ∂L/∂β from β · sg(ℓ) − (d/2) · log β,
+
+which lets the vocabulary-wide part see constant weights, and keeps β's parameters in float32, outside every
+mixed-precision cast.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from betakd_ray.spec import InstanceWeighting, ManualWeighting, TaskWeighting, Weighting
+
+UNIT_SOFTPLUS = math.log(math.e - 1)
+"""softplus of this is 1."""
+
+CE = "ce"
+
+
+class BetaWeighting(nn.Module):
+    """Weights for the channels of an objective.
+
+    `channels` names the energies, without the cross-entropy; `ce` says whether that is a channel too. For `instance`,
+    `feature_sizes` gives the width of each feature the spec names; `teacher_vision` of a text-only sample is replaced by
+    a learned vector.
+    """
+
+    def __init__(
+        self,
+        spec: Weighting,
+        channels: Sequence[str],
+        *,
+        ce: bool = True,
+        feature_sizes: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.channels: tuple[str, ...] = (CE, *channels) if ce else tuple(channels)
+        learned = isinstance(spec, TaskWeighting | InstanceWeighting)
+        weighted = [learned and (name != CE or spec.weight_ce) for name in self.channels]
+        self.register_buffer("learned", torch.tensor(weighted), persistent=False)
+        count = sum(weighted)
+        if isinstance(spec, TaskWeighting):
+            self.u = nn.Parameter(torch.zeros(count))
+        elif isinstance(spec, InstanceWeighting):
+            sizes = {name: (feature_sizes or {})[name] for name in spec.features}
+            self.text_only = nn.Parameter(torch.zeros(sizes.get("teacher_vision", 0)))
+            self.net = _network(sum(sizes.values()), spec.hidden_size, count)
+        elif isinstance(spec, ManualWeighting):
+            given = {} if spec.weights == "auto" else spec.weights
+            weights = torch.tensor([given.get(name, 1.0) for name in self.channels])
+            self.register_buffer("weights", weights)
+            self.register_buffer("scales", torch.zeros(len(self.channels)))
+            self.register_buffer("observed", torch.tensor(0))
+
+    def beta(
+        self, features: Mapping[str, Float[Tensor, "batch _"]], has_image: Bool[Tensor, " batch"]
+    ) -> Float[Tensor, "batch channels"]:
+        """β of every sample and channel, in float32; 1 where it is not learned, differentiable where it is."""
+        batch = has_image.shape[0]
+        fixed = (
+            self.weights
+            if isinstance(self.spec, ManualWeighting)
+            else torch.ones_like(self.learned, dtype=torch.float32)
+        )
+        beta = fixed.expand(batch, -1)
+        if isinstance(self.spec, TaskWeighting):
+            return self._placed(beta, self._positive(self.u).expand(batch, -1))
+        if isinstance(self.spec, InstanceWeighting):
+            return self._placed(beta, self._positive(self.net(self._features(features, has_image))))
+        return beta
+
+    def loss(
+        self,
+        beta: Float[Tensor, "batch channels"],
+        energies: Float[Tensor, "batch channels"],
+        present: Bool[Tensor, "batch channels"] | None = None,
+    ) -> Float[Tensor, " batch"]:
+        """Σ_k β_ik ℓ_ik − (d/2) log β_ik of each sample. A channel that is not `present` gives neither term."""
+        total = beta * energies
+        if isinstance(self.spec, TaskWeighting | InstanceWeighting):
+            total = total - (self.spec.d / 2) * torch.where(self.learned, beta.log(), 0.0)
+        return (total if present is None else torch.where(present, total, 0.0)).sum(dim=1)
+
+    def forward(
+        self,
+        energies: Mapping[str, Float[Tensor, " batch"]],
+        features: Mapping[str, Float[Tensor, "batch _"]] | None = None,
+        has_image: Bool[Tensor, " batch"] | None = None,
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The scalar of a batch, and its log, for a training loop of your own.
+
+        `energies` maps each channel ("ce" among them) to its per-sample values. The result is differentiable with
+        respect to the energies and to β's parameters.
+        """
+        matrix = torch.stack([energies[name] for name in self.channels], dim=1).float()
+        if has_image is None:
+            has_image = torch.ones(matrix.shape[0], dtype=torch.bool, device=matrix.device)
+        beta = self.beta(features or {}, has_image)
+        log = {}
+        for column, name in enumerate(self.channels):
+            log[f"energy/{name}"] = matrix[:, column].detach().mean()
+            log[f"beta/{name}"] = beta[:, column].detach().mean()
+        return self.loss(beta, matrix).mean(), log
+
+    @torch.no_grad()
+    def observe(self, energies: Float[Tensor, " channels"]) -> None:
+        """Tell `manual: auto` the global batch's mean energies, once a step and alike on every rank.
+
+        After `auto_steps` steps each energy's weight becomes the ratio of CE's scale to its own, and stays.
+        """
+        if not isinstance(self.spec, ManualWeighting) or self.spec.weights != "auto":
+            return
+        if self.observed >= self.spec.auto_steps:
+            return
+        self.scales += energies
+        self.observed += 1
+        if self.observed == self.spec.auto_steps:
+            tiny = torch.finfo(self.scales.dtype).tiny
+            self.weights.copy_(self.scales[self.channels.index(CE)] / self.scales.clamp_min(tiny))
+
+    def _features(
+        self, features: Mapping[str, Float[Tensor, "batch _"]], has_image: Bool[Tensor, " batch"]
+    ) -> Float[Tensor, "batch width"]:
+        assert isinstance(self.spec, InstanceWeighting)
+        parts = [features[name].detach().float() for name in self.spec.features]
+        if "teacher_vision" in self.spec.features:
+            at = self.spec.features.index("teacher_vision")
+            parts[at] = torch.where(has_image[:, None], parts[at], self.text_only)
+        return torch.cat(parts, dim=1)
+
+    def _positive(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """β = 1 at u = 0, and smoothly inside [e^-bound, e^bound].
+
+        A hard clamp has no gradient outside, and a parameter that once got there would never come back.
+        """
+        assert isinstance(self.spec, TaskWeighting | InstanceWeighting)
+        log_beta = u if self.spec.positivity == "exp" else torch.log(nn.functional.softplus(u + UNIT_SOFTPLUS))
+        return torch.exp(self.spec.log_bound * torch.tanh(log_beta / self.spec.log_bound))
+
+    def _placed(
+        self, beta: Float[Tensor, "batch channels"], values: Float[Tensor, "batch learned"]
+    ) -> Float[Tensor, "batch channels"]:
+        return beta.clone().masked_scatter(self.learned.expand_as(beta), values)
+
+
+def _network(width: int, hidden: int, outputs: int) -> nn.Sequential:
+    """g_φ of Eq. 14. The last layer starts at zero, so every β starts at 1."""
+    last = nn.Linear(hidden, outputs)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.ReLU(), last)

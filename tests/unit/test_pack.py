@@ -1,0 +1,280 @@
+import io
+import json
+import os
+import sys
+from collections import Counter
+
+import fsspec
+import pytest
+from PIL import Image
+
+from betakd_ray.data import pack as module
+from betakd_ray.data.pack import easy_vqa_samples, llava_samples, pack, pack_from_spec
+from betakd_ray.data.shards import find_shards, read_shard
+from betakd_ray.errors import DataError
+from betakd_ray.spec import PackSpec, StorageSpec
+
+STORAGE = StorageSpec()
+TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Ein Würfel."}]
+
+
+def encoded(kind, mode="RGB", size=(8, 6)):
+    buffer = io.BytesIO()
+    Image.new(mode, size, 0).save(buffer, kind)
+    return buffer.getvalue()
+
+
+PNG = encoded("PNG")
+
+
+def samples(count, **fields):
+    return [{"id": f"q{number}", "conversations": TURNS, "images": [PNG], **fields} for number in range(count)]
+
+
+def contents(shards, storage=STORAGE):
+    return [sample for shard in shards for sample in read_shard(shard, storage)]
+
+
+def test_what_is_packed_is_found_and_read_back(tmp_path):
+    shards = pack(samples(7, type="open"), str(tmp_path / "new"), samples_per_shard=3)
+    assert [(os.path.basename(s.url), s.samples) for s in shards] == [
+        ("train-000000.tar", 3),
+        ("train-000001.tar", 3),
+        ("train-000002.tar", 1),
+    ]
+    assert find_shards([f"{tmp_path}/new/train-{{000000..000002}}.tar"], STORAGE) == shards
+    read = contents(shards)
+    assert [sample.id for sample in read] == [f"q{number}" for number in range(7)]
+    assert [sample.key for sample in read] == [f"{number:09d}" for number in range(7)]
+    assert all((s.conversation, s.images, s.extra) == (TURNS, [PNG], {"type": "open"}) for s in read)
+
+
+def test_shards_are_written_to_any_url():
+    shards = pack(samples(2), "memory://packed")
+    assert find_shards(["memory://packed/*.tar"], STORAGE) == shards
+    assert len(contents(shards)) == 2
+
+
+def test_webdataset_reads_the_shards(tmp_path):
+    import webdataset
+
+    (shard,) = pack(samples(2), str(tmp_path))
+    read = list(webdataset.WebDataset(shard.url, shardshuffle=False))
+    assert [json.loads(sample["json"])["id"] for sample in read] == ["q0", "q1"]
+    assert [sample["png"] for sample in read] == [PNG, PNG]
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path):
+    first, second = (pack(samples(5), str(tmp_path / name), samples_per_shard=2) for name in ("a", "b"))
+    assert [shard.checksum for shard in first] == [shard.checksum for shard in second]
+    assert (tmp_path / "a/manifest.jsonl").read_text() == (tmp_path / "b/manifest.jsonl").read_text()
+
+
+def test_prefixes_share_a_folder_and_its_manifest(tmp_path):
+    train, test = pack(samples(2), str(tmp_path)), pack(samples(1), str(tmp_path), prefix="test")
+    assert find_shards([f"{tmp_path}/*.tar"], STORAGE) == test + train
+
+
+def test_packing_a_prefix_again_leaves_nothing_of_what_it_held(tmp_path):
+    pack(samples(5), str(tmp_path), samples_per_shard=1)
+    other = pack(samples(1), str(tmp_path), prefix="train-b")
+    again = pack(samples(2), str(tmp_path), samples_per_shard=1)
+    assert find_shards([f"{tmp_path}/*.tar"], STORAGE) == again + other
+
+
+def test_an_interrupted_packing_leaves_no_shard_that_passes_for_whole(tmp_path):
+    def interrupted():
+        yield from samples(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(interrupted(), str(tmp_path), samples_per_shard=2)
+    with pytest.raises(DataError, match=r"there is no manifest\.jsonl"):
+        find_shards([f"{tmp_path}/*.tar"], STORAGE)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_common_images_are_stored_as_they_are(tmp_path, kind):
+    content = encoded(kind)
+    path = tmp_path / "misnamed.bin"
+    path.write_bytes(content)
+    shards = pack([{"id": "a", "conversations": TURNS, "images": [path]}], str(tmp_path))
+    assert contents(shards)[0].images == [content]
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("GIF", "P"), ("BMP", "RGB"), ("TIFF", "CMYK")])
+def test_other_images_become_png(tmp_path, kind, mode):
+    shards = pack([{"id": "a", "conversations": TURNS, "images": [encoded(kind, mode)]}], str(tmp_path))
+    (image,) = contents(shards)[0].images
+    assert (Image.open(io.BytesIO(image)).format, Image.open(io.BytesIO(image)).size) == ("PNG", (8, 6))
+
+
+def test_several_images_keep_their_order(tmp_path):
+    images = [encoded("PNG", size=(number + 1, 1)) for number in range(11)]
+    turns = [{"from": "human", "value": "<image>" * 11}, TURNS[1]]
+    shards = pack([{"id": "a", "conversations": turns, "images": images}], str(tmp_path))
+    assert contents(shards)[0].images == images
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"id": ""}, ["sample 0", "no id"]),
+        ({"conversations": TURNS[:1]}, ["'q0'", "no answer"]),
+        ({"images": []}, ["'q0'", "1 <image> placeholders and 0 images"]),
+        ({"images": [b"no image"]}, ["'q0'", "8 bytes", "cannot be read as an image"]),
+        ({"images": ["/nowhere/x.jpg"]}, ["/nowhere/x.jpg"]),
+        ({"score": object()}, ["'q0'", "serializable"]),
+    ],
+)
+def test_a_sample_nobody_could_train_on_stops_the_packing(tmp_path, changes, words):
+    with pytest.raises(DataError) as caught:
+        pack([samples(1)[0] | changes], str(tmp_path))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_no_samples_and_an_unsafe_prefix_are_errors(tmp_path):
+    with pytest.raises(DataError, match="no samples"):
+        pack([], str(tmp_path))
+    for prefix in ("../x", "a.b", ""):
+        with pytest.raises(DataError, match="prefix"):
+            pack(samples(1), str(tmp_path), prefix=prefix)
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DataError, match="file/"):
+        pack(samples(1), str(tmp_path / "file"))
+
+
+# --------------------------------------------------------------------------------------------------- LLaVA
+
+
+def llava(folder, entries, lines=False):
+    (folder / "images").mkdir(exist_ok=True)
+    (folder / "images" / "a.png").write_bytes(PNG)
+    text = "\n".join(map(json.dumps, entries)) + "\n" if lines else json.dumps(entries)
+    (folder / "data.json").write_text(text)
+    return str(folder / "data.json"), str(folder / "images")
+
+
+def entry(number=0, **changes):
+    return {"id": number, "image": "a.png", "conversations": TURNS, "model": "x", **changes}
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_llava_file_is_a_list_or_lines(tmp_path, lines):
+    location, images = llava(tmp_path, [entry(), entry(1, image=["a.png"])], lines)
+    read = list(llava_samples(location, images, STORAGE))
+    assert read == [{"id": str(n), "conversations": TURNS, "model": "x", "images": [PNG]} for n in range(2)]
+
+
+def test_llava_entries_may_have_no_image(tmp_path):
+    turns = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
+    location, _ = llava(tmp_path, [{"id": "a", "conversations": turns}])
+    assert next(llava_samples(location, None, STORAGE))["images"] == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ([], ['"id"']),
+        ({"image": "a.png", "conversations": TURNS}, ['"id"']),
+        (entry(conversations=TURNS[:1]), ["no answer"]),
+        (entry(conversations=None), ["conversations"]),
+        (entry(image=3), ['"image" is 3']),
+        (entry(image="b.png"), ["b.png", "FileNotFoundError"]),
+        (entry(image="../a.png"), ["leaves the folder"]),
+        (entry(image="/etc/passwd"), ["leaves the folder"]),
+    ],
+)
+def test_a_bad_llava_entry_is_named_by_file_and_number(tmp_path, bad, words):
+    location, images = llava(tmp_path, [entry(), bad])
+    with pytest.raises(DataError) as caught:
+        list(llava_samples(location, images, STORAGE))
+    for word in ["data.json, entry 2", *words]:
+        assert word in str(caught.value)
+
+
+def test_images_without_their_folder_are_an_error(tmp_path):
+    location, _ = llava(tmp_path, [entry()])
+    with pytest.raises(DataError, match="give `images`"):
+        list(llava_samples(location, None, STORAGE))
+
+
+@pytest.mark.parametrize("text", ["[1,", '{"id": 1}\nnonsense', "\xff"])
+def test_a_file_that_is_no_json_is_named(tmp_path, text):
+    (tmp_path / "data.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"data\.json: is neither a JSON list nor JSON lines"):
+        list(llava_samples(str(tmp_path / "data.json"), None, STORAGE))
+
+
+def test_a_missing_llava_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nothing\.json"):
+        list(llava_samples(str(tmp_path / "nothing.json"), None, STORAGE))
+
+
+def test_a_spec_shuffles_by_its_seed_and_names_entries_as_the_file_counts_them(tmp_path):
+    location, images = llava(tmp_path, [entry(number) for number in range(20)])
+    spec = PackSpec(conversations=location, images=images, output=str(tmp_path / "out"), samples_per_shard=8)
+
+    def order(**changes):
+        return [sample.id for sample in contents(pack_from_spec(spec.model_copy(update=changes)))]
+
+    assert order() == order() != order(shuffle_seed=1)
+    assert sorted(order(), key=int) == order(shuffle_seed=None) == [str(number) for number in range(20)]
+    llava(tmp_path, [entry(number) for number in range(19)] + [entry(19, image="b.png")])
+    with pytest.raises(DataError, match="entry 20"):
+        pack_from_spec(spec)
+
+
+def test_progress_is_shown_on_a_terminal_only(tmp_path, monkeypatch, capsys):
+    pack(samples(2), str(tmp_path), total=2)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(module.sys.stderr, "isatty", lambda: True, raising=False)
+    pack(samples(2), str(tmp_path), total=2)
+    assert "packing train" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ easy-VQA
+
+
+def answers(**options):
+    return {s["id"]: (s["conversations"][1]["value"], s["type"]) for s in easy_vqa_samples("train", **options)}
+
+
+def test_easy_vqa_gives_questions_with_their_image_and_kind(tmp_path):
+    shards = pack(easy_vqa_samples("test", limit=40), str(tmp_path))
+    read = contents(shards)
+    assert len(read) == 40
+    assert all(sample.id.startswith("test-") and sample.images[0].startswith(b"\x89PNG") for sample in read)
+    assert {sample.extra["type"] for sample in read} == {"yes/no", "open"}
+
+
+def test_easy_vqa_takes_a_seeded_subset():
+    assert answers(limit=50) == answers(limit=50)
+    assert set(answers(limit=50)) != set(answers(limit=50, seed=1))
+    assert len(answers(limit=10**6)) == 38575
+
+
+def test_wrong_answers_are_the_asked_fraction_and_of_the_same_kind():
+    clean, noisy = answers(limit=4000), answers(limit=4000, wrong_answers=0.25)
+    assert list(clean) == list(noisy)
+    changed = [(clean[name][0], noisy[name][0]) for name in clean if clean[name] != noisy[name]]
+    assert len(changed) == 1000
+    assert all(module._kind(before) == module._kind(after) for before, after in changed)
+    instead_of_red = Counter(after for before, after in changed if before == "red")
+    assert set(instead_of_red) <= {"green", "gray", "teal", "black", "yellow", "brown", "blue"}
+    assert len(instead_of_red) >= 5
+
+
+def test_a_missing_easy_vqa_package_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    with pytest.raises(DataError, match=r"pip install --no-deps easy-vqa==1\.0"):
+        next(easy_vqa_samples("train"))
+
+
+@pytest.fixture(autouse=True)
+def _empty_memory_store():
+    fsspec.filesystem("memory").store.clear()
