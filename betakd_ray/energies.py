@@ -452,7 +452,6 @@ def _never_negative(divergence: Float[Tensor, " rows"]) -> Float[Tensor, " rows"
     return divergence - divergence.detach().clamp(max=0.0)
 
 
-@torch.no_grad()
 def _head_and_tail_gaps(
     p: Float[Tensor, "rows vocab"], q: Float[Tensor, "rows vocab"], head_mass: float
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:

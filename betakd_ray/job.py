@@ -73,7 +73,8 @@ class JobResult:
 class BetaKDJob:
     """One distillation (or, without a teacher, supervised fine-tuning) job.
 
-    `fit()` of the same name and output resumes from the last committed checkpoint, and returns at once if the job is done.
+    `fit()` of the same name and output resumes from the last committed checkpoint, and returns at once if the job is
+    done.
     """
 
     def __init__(self, spec: JobSpec) -> None:
@@ -131,8 +132,8 @@ class BetaKDJob:
         plan = Plan(shards, spec.training.epochs, spec.training.seed, spec.data.shuffle)
         if plan.samples < spec.training.global_batch_size:
             raise DataError(
-                f"data.train: {len(shards)} shards hold {plan.samples} samples over {plan.epochs} epochs, fewer than one "
-                f"training.global_batch_size of {spec.training.global_batch_size}. Lower it, or add data or epochs."
+                f"data.train: {len(shards)} shards hold {plan.samples} samples over {plan.epochs} epochs, fewer than "
+                f"one training.global_batch_size of {spec.training.global_batch_size}. Lower it, or add data or epochs."
             )
         return plan
 
@@ -251,7 +252,7 @@ class BetaKDJob:
 
 @contextmanager
 def cluster(spec: Any) -> Iterator[None]:
-    """A connection to Ray: the one that is there, the one the spec names, or a local one for as long as the job runs."""
+    """A connection to Ray: the one that is there, the one the spec names, or a local one while the job runs."""
     _quiet()
     if ray.is_initialized():
         yield

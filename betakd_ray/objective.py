@@ -1,11 +1,11 @@
 """Answer rows → per-sample energies and the gradient of one scalar: the only place with vocabulary-wide tensors.
 
 Because the weights of a batch are known before its losses (see `weighting`), the gradient with respect to the logits is
-made in the forward pass, chunk by chunk: logits of `chunk_rows` rows exist at a time, whatever the batch. All energies of
-a job share one computation of the teacher's and the student's logits.
+made in the forward pass, chunk by chunk: logits of `chunk_rows` rows exist at a time, whatever the batch. All energies
+of a job share one computation of the teacher's and the student's logits.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ Energyfn = Callable[[Tensor, Tensor], Tensor]
 
 
 def project(rows: Float[Tensor, "rows width"], weight: Float[Tensor, "vocab width"]) -> Float[Tensor, "rows vocab"]:
-    """Logits in float32 from the matrix product itself: rounding them to bf16 first would cost a small KL its gradient."""
+    """Logits in float32 from the matrix product itself: rounded to bf16 first, a small KL would lose its gradient."""
     if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(rows, weight.t(), out_dtype=torch.float32)
     dtype = torch.promote_types(torch.float32, rows.dtype)
@@ -44,6 +44,8 @@ class RowObjective(nn.Module):
     frozen copy of the teacher's, `teacher_head` [V_t, H_t]. Where the two vocabularies differ by padding, energies
     compare the common ids; the cross-entropy sees all of the student's.
     """
+
+    teacher_head: Tensor | None
 
     def __init__(
         self, spec: ObjectiveSpec, lm_head: nn.Linear, teacher_head: Float[Tensor, "vocab width"] | None
@@ -131,7 +133,8 @@ class _Rows:
         teacher_logits = None
         if self.teacher_rows is not None and objective.teacher_head is not None:
             teacher_logits = project(self.teacher_rows[rows], objective.teacher_head)
-        values = torch.stack(objective.values(teacher_logits, logits, self.targets[rows]), dim=1)
+        columns = objective.values(teacher_logits, logits, self.targets[rows])
+        values = torch.stack(columns, dim=1) if columns else logits.new_zeros((logits.shape[0], 0))
         weights = self.row_weights[rows]
         # 0 · inf would poison a row that takes no part.
         total = torch.where(weights != 0, values * weights, 0.0).sum()
@@ -150,7 +153,9 @@ class _ChunkedRows(torch.autograd.Function):
     def forward(
         ctx: Any, student_rows: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows
     ) -> tuple[Tensor, Tensor]:
-        need_rows, need_weight, need_bias, _ = ctx.needs_input_grad
+        # With no channel on logits (`fd` alone, without CE) there is nothing to differentiate.
+        learns = bool(rows.objective.channels)
+        need_rows, need_weight, need_bias = (need and learns for need in ctx.needs_input_grad[:3])
         dtype = torch.promote_types(torch.float32, student_rows.dtype)
         grad_rows = torch.zeros_like(student_rows) if need_rows else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
@@ -170,10 +175,15 @@ class _ChunkedRows(torch.autograd.Function):
             if not logits.requires_grad:
                 continue
             (grad,) = torch.autograd.grad(chunk_total, logits)
-            _accumulate(grad.to(weight.dtype), student_rows[at], weight, at, grad_rows, grad_weight, grad_bias)
+            # A row that takes no part may not be finite, and 0 · NaN would reach the head.
+            absent = (rows.row_weights[at] == 0).all(dim=1, keepdim=True)
+            grad.masked_fill_(absent, 0.0)
+            taking_part = student_rows[at].masked_fill(absent, 0.0)
+            _accumulate(grad, taking_part, weight, at, grad_rows, grad_weight, grad_bias)
         ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
-        ctx.dtype = weight.dtype
-        result = torch.cat(values) if values else rows.row_weights.new_zeros((0, rows.row_weights.shape[1]))
+        ctx.dtypes = (student_rows.dtype, weight.dtype, None if bias is None else bias.dtype)
+        columns = rows.row_weights.shape[1] + (len(STATISTICS) if rows.statistics else 0)
+        result = torch.cat(values) if values else total.new_zeros((0, columns))
         ctx.mark_non_differentiable(result)
         return total, result
 
@@ -181,7 +191,7 @@ class _ChunkedRows(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_rows, grad_weight, grad_bias = (
             None if grad is None else (grad * grad_total).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, (ctx.dtype, ctx.dtype, ctx.dtype), strict=True)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return grad_rows, grad_weight, grad_bias, None
 
@@ -197,9 +207,9 @@ def _accumulate(
 ) -> None:
     """Carry a chunk's logit gradient to the rows, and add it to the head's, which is kept in float32."""
     if grad_rows is not None:
-        grad_rows[at] = grad @ weight
+        grad_rows[at] = (grad.to(weight.dtype) @ weight).to(grad_rows.dtype)
     if grad_weight is not None:
-        grad_weight += project(grad.t(), student_rows.t())
+        grad_weight += project(grad.t().to(weight.dtype), student_rows.t())
     if grad_bias is not None:
         grad_bias += grad.sum(0)
 

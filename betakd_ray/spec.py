@@ -289,18 +289,18 @@ class ObjectiveSpec(Spec):
         return tuple(energy.kind for energy in self.energies)
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "ObjectiveSpec":
         if len(set(self.channels)) != len(self.channels):
             raise ValueError(f"energies: a kind stands twice in {list(self.channels)}; give each once")
         if not self.ce and not self.energies:
             raise ValueError("ce is false and energies is empty: there is nothing to learn from. Add an energy")
-        if isinstance(self.weighting, ManualWeighting) and isinstance(self.weighting.weights, dict):
-            if set(self.weighting.weights) != set(self.channels):
-                raise ValueError(
-                    f"weighting.weights names {sorted(self.weighting.weights)}, the energies are "
-                    f"{sorted(self.channels)}: give one weight to each energy"
-                )
-        if isinstance(self.weighting, ManualWeighting) and self.weighting.weights == "auto" and not self.ce:
+        weights = self.weighting.weights if isinstance(self.weighting, ManualWeighting) else None
+        if isinstance(weights, dict) and set(weights) != set(self.channels):
+            raise ValueError(
+                f"weighting.weights names {sorted(weights)}, the energies are {sorted(self.channels)}: give one weight "
+                "to each energy"
+            )
+        if weights == "auto" and not self.ce:
             raise ValueError("weighting.weights: `auto` scales each energy to the cross-entropy, and ce is false")
         return self
 
@@ -347,7 +347,7 @@ class TrainingSpec(Spec):
         return self.global_batch_size // (self.micro_batch_size * self.workers)
 
     @model_validator(mode="after")
-    def _divides(self) -> Self:
+    def _divides(self) -> "TrainingSpec":
         share = self.micro_batch_size * self.workers
         if self.global_batch_size % share:
             raise ValueError(
@@ -379,7 +379,7 @@ class TeacherPoolSpec(PoolSpec):
     max_restarts: int = Field(default=3, ge=0, description="per actor")
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _ordered(self) -> "TeacherPoolSpec":
         if self.max is not None and self.max < self.min:
             raise ValueError(f"max {self.max} is below min {self.min}")
         return self
@@ -437,7 +437,7 @@ class JobSpec(Spec):
     tracking: TrackingSpec = TrackingSpec()
 
     @model_validator(mode="after")
-    def _teacher_has_work(self) -> Self:
+    def _teacher_has_work(self) -> "JobSpec":
         if self.teacher is None and self.objective.energies:
             raise ValueError(
                 f"objective.energies is {list(self.objective.channels)} and there is no teacher: name one, or drop them"
@@ -462,7 +462,7 @@ class EvaluationSpec(Spec):
     output: OutputSpec = Field(default_factory=OutputSpec)
 
     @model_validator(mode="after")
-    def _known_label(self) -> Self:
+    def _known_label(self) -> "EvaluationSpec":
         if self.agreement_with is not None and self.agreement_with not in self.models:
             raise ValueError(f"agreement_with {self.agreement_with!r} is none of the models {list(self.models)}")
         return self

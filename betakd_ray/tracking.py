@@ -74,7 +74,7 @@ TRACKERS = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
 
 
 class Metrics:
-    """The run's history: kept whole, so that it rides in the checkpoint and a resumed curve has no gap and no double."""
+    """The run's history, kept whole: it rides in the checkpoint, so a resumed curve has no gap and no double."""
 
     def __init__(self, spec: JobSpec, run: str) -> None:
         self.history: list[Record] = []

@@ -5,8 +5,8 @@ The objective is, per sample i and channel k (Beta-KD Eq. 13 and 15)
     L = mean_i Σ_k ( β_ik · ℓ_ik − (d/2) · log β_ik ),
 
 with the cross-entropy as the channel whose β is 1 unless `weight_ce` says otherwise. A learned β has its fixed point at
-d / (2ℓ): the channel's share β·ℓ settles at d/2, whatever the energy's scale. β never depends on the student's own loss,
-only on parameters and on the teacher's features, so gradients split exactly into
+d / (2ℓ): the channel's share β·ℓ settles at d/2, whatever the energy's scale. β never depends on the student's own
+loss, only on parameters and on the teacher's features, so gradients split exactly into
 
     ∂L/∂student from sg(β) · ℓ        and        ∂L/∂β from β · sg(ℓ) − (d/2) · log β,
 
@@ -27,15 +27,21 @@ UNIT_SOFTPLUS = math.log(math.e - 1)
 """softplus of this is 1."""
 
 CE = "ce"
+FD = "fd"
 
 
 class BetaWeighting(nn.Module):
     """Weights for the channels of an objective.
 
     `channels` names the energies, without the cross-entropy; `ce` says whether that is a channel too. For `instance`,
-    `feature_sizes` gives the width of each feature the spec names; `teacher_vision` of a text-only sample is replaced by
-    a learned vector.
+    `feature_sizes` gives the width of each feature the spec names; `teacher_vision` of a text-only sample is replaced
+    by a learned vector. Where no channel has a β to learn (plain fine-tuning), no features are needed.
     """
+
+    learned: Tensor
+    weights: Tensor
+    scales: Tensor
+    observed: Tensor
 
     def __init__(
         self,
@@ -48,16 +54,19 @@ class BetaWeighting(nn.Module):
         super().__init__()
         self.spec = spec
         self.channels: tuple[str, ...] = (CE, *channels) if ce else tuple(channels)
-        learned = isinstance(spec, TaskWeighting | InstanceWeighting)
-        weighted = [learned and (name != CE or spec.weight_ce) for name in self.channels]
+        weight_ce = isinstance(spec, TaskWeighting | InstanceWeighting) and spec.weight_ce
+        is_learned = isinstance(spec, TaskWeighting | InstanceWeighting)
+        weighted = [is_learned and (name != CE or weight_ce) for name in self.channels]
         self.register_buffer("learned", torch.tensor(weighted), persistent=False)
         count = sum(weighted)
         if isinstance(spec, TaskWeighting):
             self.u = nn.Parameter(torch.zeros(count))
-        elif isinstance(spec, InstanceWeighting):
+        elif isinstance(spec, InstanceWeighting) and count:
             sizes = {name: (feature_sizes or {})[name] for name in spec.features}
             self.text_only = nn.Parameter(torch.zeros(sizes.get("teacher_vision", 0)))
-            self.net = _network(sum(sizes.values()), spec.hidden_size, count)
+            self.net: nn.Sequential | None = _network(sum(sizes.values()), spec.hidden_size, count)
+        elif isinstance(spec, InstanceWeighting):
+            self.net = None
         elif isinstance(spec, ManualWeighting):
             given = {} if spec.weights == "auto" else spec.weights
             weights = torch.tensor([given.get(name, 1.0) for name in self.channels])
@@ -78,7 +87,7 @@ class BetaWeighting(nn.Module):
         beta = fixed.expand(batch, -1)
         if isinstance(self.spec, TaskWeighting):
             return self._placed(beta, self._positive(self.u).expand(batch, -1))
-        if isinstance(self.spec, InstanceWeighting):
+        if isinstance(self.spec, InstanceWeighting) and self.net is not None:
             return self._placed(beta, self._positive(self.net(self._features(features, has_image))))
         return beta
 
@@ -89,6 +98,8 @@ class BetaWeighting(nn.Module):
         present: Bool[Tensor, "batch channels"] | None = None,
     ) -> Float[Tensor, " batch"]:
         """Σ_k β_ik ℓ_ik − (d/2) log β_ik of each sample. A channel that is not `present` gives neither term."""
+        if present is not None:
+            energies = torch.where(present, energies, 0.0)  # or an absent NaN reaches β's gradient as 0 · NaN
         total = beta * energies
         if isinstance(self.spec, TaskWeighting | InstanceWeighting):
             total = total - (self.spec.d / 2) * torch.where(self.learned, beta.log(), 0.0)
@@ -102,24 +113,30 @@ class BetaWeighting(nn.Module):
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The scalar of a batch, and its log, for a training loop of your own.
 
-        `energies` maps each channel ("ce" among them) to its per-sample values. The result is differentiable with
-        respect to the energies and to β's parameters.
+        `energies` maps each channel ("ce" among them) to its per-sample values; a sample without an image has no "fd".
+        The result is differentiable with respect to the energies and to β's parameters. The log has each channel's
+        means over the samples that have it.
         """
         matrix = torch.stack([energies[name] for name in self.channels], dim=1).float()
         if has_image is None:
             has_image = torch.ones(matrix.shape[0], dtype=torch.bool, device=matrix.device)
         beta = self.beta(features or {}, has_image)
+        present = torch.ones_like(matrix, dtype=torch.bool)
+        if FD in self.channels:
+            present[:, self.channels.index(FD)] = has_image
+        counts = present.sum(dim=0).clamp_min(1)
         log = {}
-        for column, name in enumerate(self.channels):
-            log[f"energy/{name}"] = matrix[:, column].detach().mean()
-            log[f"beta/{name}"] = beta[:, column].detach().mean()
-        return self.loss(beta, matrix).mean(), log
+        for kind, values in (("energy", matrix), ("beta", beta)):
+            means = torch.where(present, values.detach(), 0.0).sum(dim=0) / counts
+            log |= {f"{kind}/{name}": mean for name, mean in zip(self.channels, means, strict=True)}
+        return self.loss(beta, matrix, present).mean(), log
 
     @torch.no_grad()
     def observe(self, energies: Float[Tensor, " channels"]) -> None:
         """Tell `manual: auto` the global batch's mean energies, once a step and alike on every rank.
 
-        After `auto_steps` steps each energy's weight becomes the ratio of CE's scale to its own, and stays.
+        After `auto_steps` steps each energy's weight becomes the ratio of CE's scale to its own, and stays. An energy
+        that was zero all along has no scale, and keeps weight 1.
         """
         if not isinstance(self.spec, ManualWeighting) or self.spec.weights != "auto":
             return
@@ -128,8 +145,8 @@ class BetaWeighting(nn.Module):
         self.scales += energies
         self.observed += 1
         if self.observed == self.spec.auto_steps:
-            tiny = torch.finfo(self.scales.dtype).tiny
-            self.weights.copy_(self.scales[self.channels.index(CE)] / self.scales.clamp_min(tiny))
+            ratios = self.scales[self.channels.index(CE)] / self.scales
+            self.weights.copy_(torch.where(self.scales > 0, ratios, 1.0))
 
     def _features(
         self, features: Mapping[str, Float[Tensor, "batch _"]], has_image: Bool[Tensor, " batch"]
@@ -147,13 +164,18 @@ class BetaWeighting(nn.Module):
         A hard clamp has no gradient outside, and a parameter that once got there would never come back.
         """
         assert isinstance(self.spec, TaskWeighting | InstanceWeighting)
-        log_beta = u if self.spec.positivity == "exp" else torch.log(nn.functional.softplus(u + UNIT_SOFTPLUS))
+        log_beta = u if self.spec.positivity == "exp" else _log_softplus(u + UNIT_SOFTPLUS)
         return torch.exp(self.spec.log_bound * torch.tanh(log_beta / self.spec.log_bound))
 
     def _placed(
         self, beta: Float[Tensor, "batch channels"], values: Float[Tensor, "batch learned"]
     ) -> Float[Tensor, "batch channels"]:
         return beta.clone().masked_scatter(self.learned.expand_as(beta), values)
+
+
+def _log_softplus(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """log(softplus(x)), which is x itself far below zero, where softplus would underflow to a gradient of 0/0."""
+    return torch.where(x < -15, x, nn.functional.softplus(x.clamp_min(-15)).log())
 
 
 def _network(width: int, hidden: int, outputs: int) -> nn.Sequential:

@@ -109,37 +109,46 @@ class Renderer:
     @property
     def image_tokens(self) -> int:
         """Tokens that the model makes of a (square) image."""
-        return int((self.render(_probe(1)).input_ids == self.image_token_id).sum())
+        return int((self._uncut(_probe(1)).input_ids == self.image_token_id).sum())
 
     @property
     def fingerprint(self) -> str:
         """Equal for two renderers exactly when they render every sample alike."""
-        probe = self.render(_probe(2)).input_ids.tobytes() + repr(self.image_processor.to_dict()).encode()
+        probe = self._uncut(_probe(2)).input_ids.tobytes() + repr(self.image_processor.to_dict()).encode()
         settings = repr((self.template, self.system_prompt, self.max_length, self.pad_to_square))
         vocabulary = repr(sorted(self.tokenizer.get_vocab().items()))
         return hashlib.sha256(probe + settings.encode() + vocabulary.encode()).hexdigest()[:16]
 
     def render(self, sample: RawSample) -> Rendering:
         """Tokens, answer mask and pixels of a sample. Raises Unrenderable with the reason."""
-        pixels = self._pixels(sample.images) if sample.images else None
-        spans = list(self._spans(sample.conversation))
-        placeholders = sum(text.count(IMAGE) for text, _ in spans)
-        if placeholders != len(sample.images):
-            raise Unrenderable(f"{placeholders} {IMAGE} placeholders and {len(sample.images)} images")
-        input_ids, answer_mask = self._tokenize(self._expand(spans, pixels))
-        return Rendering(*self._fit(input_ids, answer_mask), pixels)
+        whole = self._uncut(sample)
+        return Rendering(*self._fit(whole.input_ids, whole.answer_mask), whole.pixels)
 
     def prompt(self, sample: RawSample) -> Rendering:
         """The sample up to its last answer: what a model is given to continue. Nothing is cut."""
+        spans = self._checked_spans(sample)
         pixels = self._pixels(sample.images) if sample.images else None
-        spans = list(self._spans(sample.conversation))
         last = max(i for i, (_, is_answer) in enumerate(spans) if is_answer)
         # A trailing space would be a token of its own that training never saw before an answer.
         spans = [*spans[: last - 1], (spans[last - 1][0].rstrip(" "), False)]
         input_ids, answer_mask = self._tokenize(self._expand(spans, pixels))
         return Rendering(input_ids, answer_mask, pixels)
 
+    def _uncut(self, sample: RawSample) -> Rendering:
+        spans = self._checked_spans(sample)
+        pixels = self._pixels(sample.images) if sample.images else None
+        return Rendering(*self._tokenize(self._expand(spans, pixels)), pixels)
+
     # ------------------------------------------------------------------------------------------ text
+
+    def _checked_spans(self, sample: RawSample) -> list[Span]:
+        spans = list(self._spans(sample.conversation))
+        placeholders = sum(text.count(IMAGE) for text, _ in spans)
+        if placeholders != len(sample.images):
+            raise Unrenderable(f"{placeholders} {IMAGE} placeholders and {len(sample.images)} images")
+        if any(IMAGE in text for text, is_answer in spans if is_answer):
+            raise Unrenderable(f"an {IMAGE} placeholder stands in an answer, which a model cannot be asked to write")
+        return spans
 
     def _spans(self, conversation: Sequence[dict[str, str]]) -> Iterator[Span]:
         if self.template == "chat":
@@ -223,8 +232,11 @@ class Renderer:
     def _decode(self, data: bytes) -> Image.Image:
         try:
             with Image.open(io.BytesIO(data)) as image:
-                if image.width * image.height > self.max_image_pixels:
-                    raise Unrenderable(f"image of {image.width}×{image.height} exceeds data.max_image_pixels")
+                # A thin strip is small until it is padded: what counts is the memory it will take.
+                area = max(image.size) ** 2 if self.pad_to_square else image.width * image.height
+                if area > self.max_image_pixels:
+                    padded = " (padded to a square)" if self.pad_to_square else ""
+                    raise Unrenderable(f"image of {image.width}×{image.height}{padded} exceeds data.max_image_pixels")
                 decoded = image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise Unrenderable(f"image cannot be decoded: {error}") from error

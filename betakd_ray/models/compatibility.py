@@ -11,7 +11,8 @@ PROBE = "Is the 2nd shape (on the left) a blue triangle?\n\tÉtait-ce — 它是
 def check_vocabularies(teacher_processor: Any, student_processor: Any) -> None:
     """Raises VocabularyMismatch unless the tokenizers agree wherever both define a token.
 
-    Compared by content, not by size: one family pads its vocabulary to several sizes, and two families may share a size.
+    Compared by content, not by size: one family pads its vocabulary to several sizes, and two families may share a
+    size.
     """
     teacher, student = (processor.tokenizer for processor in (teacher_processor, student_processor))
     teacher_vocab, student_vocab = teacher.get_vocab(), student.get_vocab()
@@ -42,6 +43,6 @@ def check_features(objective: ObjectiveSpec, teacher_tokens: int, student_tokens
 def _explain(token: str, teacher_id: int | None, student_id: int) -> str:
     seen = "another token has that id" if teacher_id is None else f"to id {teacher_id}"
     return (
-        f"the student's tokenizer maps {token!r} to id {student_id}; in the teacher's, {seen}. Energies on logits need one "
-        "vocabulary. Choose a teacher of the student's family."
+        f"the student's tokenizer maps {token!r} to id {student_id}; in the teacher's, {seen}. Energies on logits need "
+        "one vocabulary. Choose a teacher of the student's family."
     )

@@ -50,7 +50,10 @@ class TeacherPool:
             self._add()
 
     def wait_until_ready(self, timeout_s: float) -> TeacherFacts:
-        """Block until `min` teachers are loaded. Raises ClusterError after `timeout_s`, TeacherError if none can load."""
+        """Block until `min` teachers are loaded.
+
+        Raises ClusterError after `timeout_s`, TeacherError if none can load.
+        """
         deadline = time.monotonic() + timeout_s
         while len(self.members()) < self._min:
             if time.monotonic() > deadline:
@@ -84,7 +87,7 @@ class TeacherPool:
         self._replace(TeacherError(reason))
 
     def heartbeat(self, client: int, waiting: float) -> Members:
-        """A student reports the share of its time spent waiting for teachers; the pool resizes, and answers who is in."""
+        """A student reports the share of its time spent waiting for teachers; the pool resizes and says who is in."""
         self._waiting[client] = waiting
         most = max(self._waiting.values())
         now = time.monotonic()

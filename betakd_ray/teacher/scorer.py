@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from betakd_ray.models.device import find_device
 from betakd_ray.energies import entropy
+from betakd_ray.models.device import find_device
 from betakd_ray.models.inputs import ModelInputs, TensorInputs
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import Hidden, Normalization, freeze, hidden_rows

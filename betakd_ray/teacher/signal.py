@@ -1,8 +1,8 @@
 """What travels from the teacher to the student: no more than the objective needs.
 
 For energies on logits that is the final hidden state of each answer row, from which the student, holding a copy of the
-teacher's head, rebuilds the exact logits: at 7B some 8 kB a token instead of 64 kB of logits. Half-precision floats that
-numpy lacks travel as a view of uint16.
+teacher's head, rebuilds the exact logits: at 7B some 8 kB a token instead of 64 kB of logits. Half-precision floats
+that numpy lacks travel as a view of uint16.
 """
 
 from dataclasses import dataclass, field

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from betakd_ray.models.inputs import TensorInputs
-from betakd_ray.models.vlm import Hidden, Normalization, hidden_rows
+from betakd_ray.models.vlm import Hidden, Normalization, hidden_rows, parts
 from betakd_ray.objective import STATISTICS, RowObjective, segment_mean
 from betakd_ray.spec import ObjectiveSpec
 from betakd_ray.weighting import CE
@@ -40,6 +40,16 @@ class Distiller(nn.Module):
         if FD in objective.channels:
             assert teacher_visual_size is not None
             self.feature_map = nn.Linear(teacher_visual_size, head.weight.shape[1], dtype=head.weight.dtype)
+
+    def train(self, mode: bool = True) -> "Distiller":
+        """Training mode for what learns. A frozen part stays in evaluation mode: its dropout is off, and its batch
+        normalisation keeps the statistics it shares with the teacher."""
+        super().train(mode)
+        for modules in parts(self.student).values():
+            for module in modules:
+                if not any(parameter.requires_grad for parameter in module.parameters()):
+                    module.eval()
+        return self
 
     def forward(
         self,

@@ -159,8 +159,8 @@ class Worker:
     def agree(self, window: list[Scored]) -> tuple[float, float] | None:
         """(valid samples, their answer tokens) of the global batch; None once any rank lacks a full window.
 
-        Every rank learns it before the first backward, so the loss is a mean over the *global* batch, however its samples
-        fall on ranks and micro-batches.
+        Every rank learns it before the first backward, so the loss is a mean over the *global* batch, however its
+        samples fall on ranks and micro-batches.
         """
         samples = tokens = 0
         for batch, signal in window:
@@ -202,7 +202,7 @@ class Worker:
         self.clock.teacher_busy_s += signal.busy_s if signal else 0.0
 
     def present(self, inputs: TensorInputs, valid: Tensor) -> Tensor:
-        """[B, channels] which channels a sample has: none if the teacher's answer is invalid, no `fd` without an image."""
+        """[B, channels] which channels a sample has: none if the teacher's answer is invalid, no `fd` without image."""
         present = valid[:, None].expand(-1, len(self.distiller.channels)).clone()
         if FD in self.distiller.channels:
             present[:, self.distiller.channels.index(FD)] &= inputs.has_image
@@ -233,8 +233,9 @@ class Worker:
         if self.skipped_in_a_row >= self.training.max_skipped_steps:
             last = self.store.latest()
             raise errors.NonFiniteLoss(
-                f"{self.skipped_in_a_row} steps in a row, up to step {self.step + 1}, had a loss or gradient that is not "
-                f"finite. Last good checkpoint: {last.name if last else 'none'}. Lower optimizer.lr or use precision fp32."
+                f"{self.skipped_in_a_row} steps in a row, up to step {self.step + 1}, had a loss or gradient that is "
+                f"not finite. Last good checkpoint: {last.name if last else 'none'}. Lower optimizer.lr or use "
+                "precision fp32."
             )
         return totals
 

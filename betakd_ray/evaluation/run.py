@@ -1,0 +1,179 @@
+"""Several models answer one question set: a Ray task for each, one table for all."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice, tee
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from betakd_ray.data.render import IMAGE, Renderer
+from betakd_ray.data.shards import BadSample, RawSample, Shard, find_shards, read_shard_with_retry
+from betakd_ray.errors import ClusterError, DataError, OutputError, TrainingError
+from betakd_ray.evaluation.exact_match import Record, agreement, score
+from betakd_ray.evaluation.generate import answers
+from betakd_ray.models.device import find_device
+from betakd_ray.models.load import load_model, load_processor
+from betakd_ray.models.vlm import freeze
+from betakd_ray.spec import EvaluationSpec
+from betakd_ray.storage import join, open_store
+
+RESULT = "evaluation.json"
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question of the set and what a model said to it."""
+
+    question_id: str
+    prompt: str
+    record: Record
+    reason: str | None = None
+    """Why the sample could not be read."""
+
+    def line(self, label: str, position: int) -> dict[str, Any]:
+        """A line of answers-{label}.jsonl, in LLaVA's format."""
+        known = {"reference": self.record.reference, "type": self.record.type, "reason": self.reason}
+        return {
+            "question_id": self.question_id,
+            "prompt": self.prompt,
+            "text": self.record.text or "",
+            "answer_id": f"{label}-{position}",
+            "model_id": label,
+            "metadata": {name: value for name, value in known.items() if value is not None}
+            | {"answered": self.record.text is not None},
+        }
+
+
+class Evaluation:
+    """Runs an evaluation on the Ray cluster this process is connected to."""
+
+    def __init__(self, spec: EvaluationSpec) -> None:
+        self.spec = spec
+        self.folder = join(spec.output.path, spec.name)
+
+    def run(self) -> dict[str, Metrics]:
+        """Metrics of each model by its label; answers and metrics are also written under the output.
+
+        Raises ClusterError, DataError, ModelError or OutputError for what the user can mend.
+        """
+        shards = find_shards(self.spec.data.train, self.spec.data.storage)
+        if not sum(shard.samples for shard in shards):
+            raise DataError(f"data.train: {list(self.spec.data.train)} holds no sample. Name shards with questions.")
+        self._store({})  # an output that cannot be written is found before the models run
+        answered = self._answer(shards)
+        results = {label: self._score(label, answered) for label in self.spec.models}
+        lines = {
+            f"answers-{label}.jsonl": "".join(
+                json.dumps(each.line(label, position), ensure_ascii=False) + "\n"
+                for position, each in enumerate(answered[label])
+            )
+            for label in self.spec.models
+        }
+        self._store(lines | {RESULT: json.dumps(results, indent=2)})
+        return results
+
+    def _answer(self, shards: list[Shard]) -> dict[str, list[Answered]]:
+        """One task a model, as many at a time as the cluster has room for."""
+        pool = self.spec.cluster.student
+        task = ray.remote(answer).options(
+            num_cpus=pool.cpus,
+            num_gpus=_gpus(pool.gpus),
+            resources=pool.resources or None,
+            label_selector=pool.labels or None,
+        )
+        pending = {task.remote(self.spec, label, shards): label for label in self.spec.models}
+        answered: dict[str, list[Answered]] = {}
+        try:
+            with _progress() as progress:
+                line = progress.add_task(self.spec.name, total=len(pending))
+                while pending:
+                    for done in ray.wait(list(pending), timeout=1.0)[0]:
+                        label = pending.pop(done)
+                        answered[label] = _result(done, label)
+                        progress.advance(line)
+        finally:
+            for unfinished in pending:
+                ray.cancel(unfinished, force=True)
+        return answered
+
+    def _score(self, label: str, answered: dict[str, list[Answered]]) -> Metrics:
+        records = [each.record for each in answered[label]]
+        metrics = score(records)
+        reference = self.spec.agreement_with
+        if reference is not None and reference != label:
+            others = [each.record.text for each in answered[reference]]
+            metrics["agreement"] = agreement([record.text for record in records], others)
+        return metrics
+
+    def _store(self, files: dict[str, str]) -> None:
+        try:
+            filesystem, root = open_store(self.folder, self.spec.output.storage)
+            filesystem.makedirs(root, exist_ok=True)
+            for name, content in files.items():
+                filesystem.pipe_file(join(root, name), content.encode())
+        except (OSError, ValueError) as error:
+            raise OutputError(f"output.path: {self.folder} cannot be written ({error})") from error
+
+
+def answer(spec: EvaluationSpec, label: str, shards: list[Shard]) -> list[Answered]:
+    """Load a model on this process's device and put every question to it. Raises ModelError or DataError."""
+    renderer = Renderer(load_processor(spec.models[label]), spec.data)
+    model = freeze(load_model(spec.models[label]).to(find_device()))  # pyright: ignore[reportArgumentType]
+    asked, kept = tee(_samples(spec, shards))
+    texts = answers(model, renderer, asked, batch_size=spec.batch_size, max_new_tokens=spec.max_new_tokens)
+    return [_answered(sample, text) for text, sample in zip(texts, kept, strict=True)]
+
+
+def _samples(spec: EvaluationSpec, shards: list[Shard]) -> Iterator[RawSample | BadSample]:
+    every = chain.from_iterable(read_shard_with_retry(shard, spec.data.storage) for shard in shards)
+    return islice(every, spec.limit)
+
+
+def _answered(sample: RawSample | BadSample, text: str | None) -> Answered:
+    if isinstance(sample, BadSample):
+        return Answered(sample.key, "", Record(None, None), sample.reason)
+    turns = sample.conversation
+    last = max(i for i, turn in enumerate(turns) if turn["from"] == "gpt")
+    question = next((turn["value"] for turn in reversed(turns[:last]) if turn["from"] == "human"), "")
+    kind = sample.extra.get("type")
+    record = Record(text, turns[last]["value"], None if kind is None else str(kind))
+    return Answered(sample.id, question.replace(IMAGE, "").strip(), record)
+
+
+def _gpus(asked: float | str) -> float:
+    """GPUs a model. Raises ClusterError when the cluster has fewer, since its task would wait for ever."""
+    available = ray.cluster_resources().get("GPU", 0.0)
+    gpus = float(available >= 1) if asked == "auto" else float(asked)
+    if gpus > available:
+        raise ClusterError(
+            f"cluster.student.gpus: a model asks for {gpus:g} GPUs; the cluster has {available:g}. Lower it "
+            "or add nodes."
+        )
+    return gpus
+
+
+def _result(done: Any, label: str) -> list[Answered]:
+    """What a task returned, or the error it raised, as itself."""
+    try:
+        return ray.get(done)
+    except RayTaskError as error:
+        raise error.cause from None
+    except RayError as error:
+        raise TrainingError(f"models.{label}: its process died ({error})") from error
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("models"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )

@@ -1,0 +1,129 @@
+"""A vision–language model small enough for a test: LLaVA with 4 tokens an image, and its processor.
+
+Nothing is downloaded; the vocabulary is trained on a few lines, and is the same in every process.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+IMAGE_SIZE, PATCH = 16, 8
+IMAGE_TOKENS = (IMAGE_SIZE // PATCH) ** 2
+PAD, BOS, EOS, UNK, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
+IDS = {token: index for index, token in enumerate((PAD, BOS, EOS, UNK, IMAGE))}
+VOCAB = 384
+CORPUS = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "USER: What is in the image? ASSISTANT: A red circle on the left.",
+    "USER: What color is the square? ASSISTANT: The square is blue, yes. no yes",
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
+    "{{ '</s>\n' if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, which begins a text with `<s>` and knows `<image>`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=list(IDS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, IDS[BOS])]),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        extra_special_tokens={"image_token": IMAGE},
+        chat_template=chat_template,
+    )
+
+
+def tiny_processor(*, image_size: int = IMAGE_SIZE, chat_template: str | None = CHAT_TEMPLATE) -> LlavaProcessor:
+    """The tokenizer, and CLIP's image processor at 16×16 pixels: (16 / 8)² = 4 tokens an image."""
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"height": image_size, "width": image_size},
+            crop_size={"height": image_size, "width": image_size},
+        ),
+        tokenizer=tiny_tokenizer(chat_template=chat_template),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # CLIP's class token, which the strategy drops again
+        chat_template=chat_template,
+    )
+
+
+def tiny_config(*, hidden: int = 16, layers: int = 2, vocab: int = VOCAB, image_size: int = IMAGE_SIZE) -> LlavaConfig:
+    """A LLaVA of about 30,000 parameters."""
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=image_size,
+        patch_size=PATCH,
+        projection_dim=16,
+    )
+    text = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=IDS[PAD],
+        bos_token_id=IDS[BOS],
+        eos_token_id=IDS[EOS],
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IDS[IMAGE],
+        image_token_id=IDS[IMAGE],
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+        image_seq_length=IMAGE_TOKENS,
+        tie_word_embeddings=False,
+    )
+
+
+def tiny_model(*, seed: int = 0, **config: Any) -> LlavaForConditionalGeneration:
+    """Random weights, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlavaForConditionalGeneration(tiny_config(**config)).eval()
+
+
+def save_tiny(folder: str | Path, *, seed: int = 0, **config: Any) -> str:
+    """A folder with model and processor, as a hub snapshot has them; returns its path."""
+    tiny_model(seed=seed, **config).save_pretrained(folder)
+    tiny_processor(image_size=config.get("image_size", IMAGE_SIZE)).save_pretrained(folder)
+    return str(folder)

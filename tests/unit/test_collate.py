@@ -1,0 +1,143 @@
+"""Renderings as a batch: padding, answer rows and image tokens against a plain loop, and the way through Arrow."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from betakd_ray.data.collate import collate, stack, to_arrow
+from betakd_ray.data.render import Rendering
+
+PAD, IMAGE = 0, 4
+LENGTHS = [5, 9, 2, 7]
+IMAGES = [1, 2, 0, 0]
+
+
+def rendering(length, images, first=5):
+    generator = np.random.default_rng(length)
+    ids = generator.integers(first, 50, length).astype(np.int32)
+    ids[1 : 1 + images] = IMAGE
+    mask = generator.random(length) > 0.5
+    mask[0], mask[1 : 1 + images], mask[-1] = False, False, True
+    pixels = generator.integers(0, 256, (images, 3, 4, 6)).astype(np.uint8) if images else None
+    return Rendering(ids, mask, pixels)
+
+
+@pytest.fixture
+def samples():
+    return [rendering(length, images) for length, images in zip(LENGTHS, IMAGES, strict=True)]
+
+
+def table(samples, views=("student",)):
+    count = len(samples)
+    ids = {
+        "epoch": pa.array([1] * count, pa.int32()),
+        "shard": pa.array(range(count), pa.int32()),
+        "index": pa.array(range(10, 10 + count), pa.int32()),
+    }
+    return pa.table({**ids, **to_arrow({view: samples for view in views})})
+
+
+def assert_same_inputs(actual, expected):
+    for name in type(expected).__dataclass_fields__:
+        a, e = getattr(actual, name), getattr(expected, name)
+        assert (a is None) == (e is None), name
+        if e is not None:
+            assert a.dtype == e.dtype, name
+            np.testing.assert_array_equal(a, e, err_msg=name)
+
+
+def test_a_batch_is_the_plain_loop(samples):
+    inputs = stack(samples, PAD, IMAGE)
+    longest = max(LENGTHS)
+    ids = [[*sample.input_ids.tolist(), *[PAD] * (longest - len(sample.input_ids))] for sample in samples]
+    mask = [[1] * len(sample.input_ids) + [0] * (longest - len(sample.input_ids)) for sample in samples]
+    assert inputs.input_ids.tolist() == ids
+    assert inputs.attention_mask.tolist() == mask
+    answer_rows, row_sample, targets, visual_sample = [], [], [], []
+    for b, sample in enumerate(samples):
+        for n, (token, learned) in enumerate(zip(sample.input_ids, sample.answer_mask, strict=True)):
+            if learned and n > 0:
+                answer_rows.append(b * longest + n - 1)
+                row_sample.append(b)
+                targets.append(token)
+            if token == IMAGE:
+                visual_sample.append(b)
+    assert inputs.answer_rows.tolist() == answer_rows
+    assert inputs.row_sample.tolist() == row_sample
+    assert inputs.targets.tolist() == targets
+    assert inputs.visual_sample.tolist() == visual_sample
+    assert inputs.pixels.tolist() == np.concatenate([samples[0].pixels, samples[1].pixels]).tolist()
+    assert inputs.rows_per_sample.tolist() == [int(sample.answer_mask[1:].sum()) for sample in samples]
+    assert inputs.has_image.tolist() == [True, True, False, False]
+
+
+def test_an_answer_token_at_the_very_start_is_predicted_by_nothing():
+    inputs = stack([Rendering(np.array([5, 6], np.int32), np.array([True, True]), None)], PAD, IMAGE)
+    assert inputs.answer_rows.tolist() == [0]
+    assert inputs.targets.tolist() == [6]
+
+
+def test_padding_with_the_end_of_sequence_adds_no_answer_row():
+    eos = 2
+    rows = [Rendering(np.array([5, 6, eos], np.int32), np.array([False, True, True]), None), rendering(9, 0)]
+    assert (stack(rows, eos, IMAGE).row_sample == 0).sum() == 2
+
+
+def test_the_last_prompt_token_counts_and_the_final_eos_does_not():
+    """Changing the logits at the last prompt position changes the loss; changing those at the final eos does not."""
+    prompt, answer = 4, 3
+    mask = np.array([False] * prompt + [True] * answer)
+    inputs = stack([Rendering(np.arange(5, 5 + prompt + answer, dtype=np.int32), mask, None)], PAD, IMAGE)
+    logits = torch.randn(prompt + answer, 20)
+
+    def loss(logits):
+        return torch.nn.functional.cross_entropy(logits[inputs.answer_rows], torch.from_numpy(inputs.targets)).item()
+
+    changes = []
+    for position in range(prompt + answer):
+        changed = logits.clone()
+        changed[position, 0] += 1.0
+        changes.append(loss(changed) != loss(logits))
+    assert changes == [False] * (prompt - 1) + [True] * answer + [False]
+
+
+# ---- Arrow -------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_gives_the_batch_of_its_renderings(samples):
+    batch = collate(table(samples), PAD, {"student": IMAGE})
+    assert_same_inputs(batch.student, stack(samples, PAD, IMAGE))
+    assert batch.teacher is batch.student
+    assert batch.ids.epoch.tolist() == [1] * 4
+    assert batch.ids.shard.tolist() == [0, 1, 2, 3]
+    assert batch.ids.index.tolist() == [10, 11, 12, 13]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 2), (1, 3), (2, 4), (3, 4)])
+def test_a_slice_of_a_table_gives_the_batch_of_its_own_renderings(samples, start, stop):
+    batch = collate(table(samples).slice(start, stop - start), PAD, {"student": IMAGE})
+    assert_same_inputs(batch.student, stack(samples[start:stop], PAD, IMAGE))
+    assert batch.ids.index.tolist() == list(range(10 + start, 10 + stop))
+
+
+def test_a_table_of_several_chunks_is_read_across_them(samples):
+    parts = pa.concat_tables([table(samples).slice(0, 1), table(samples).slice(1, 3)])
+    assert parts.column("student_input_ids").num_chunks == 2
+    assert_same_inputs(collate(parts, PAD, {"student": IMAGE}).student, stack(samples, PAD, IMAGE))
+
+
+def test_a_batch_of_text_alone_has_no_pixels():
+    texts = [rendering(5, 0), rendering(6, 0)]
+    batch = collate(table(texts), PAD, {"student": IMAGE})
+    assert batch.student.pixels is None
+    assert batch.student.visual_sample.tolist() == []
+    assert batch.student.has_image.tolist() == [False, False]
+
+
+def test_two_views_are_two_inputs(samples):
+    views = {"student": samples, "teacher": [rendering(length + 3, 1) for length in LENGTHS]}
+    columns = {**dict(zip(table(samples).column_names, table(samples).columns, strict=True)), **to_arrow(views)}
+    batch = collate(pa.table(columns), PAD, {"student": IMAGE, "teacher": IMAGE})
+    assert_same_inputs(batch.student, stack(views["student"], PAD, IMAGE))
+    assert_same_inputs(batch.teacher, stack(views["teacher"], PAD, IMAGE))

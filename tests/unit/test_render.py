@@ -1,0 +1,292 @@
+"""Conversations as tokens: what is learned, what is shown, what is refused."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from betakd_ray.data.render import VICUNA_SYSTEM, Renderer, Unrenderable
+from betakd_ray.data.shards import RawSample
+from betakd_ray.errors import ModelError
+from betakd_ray.spec import DataSpec
+from tests.tiny import BOS, CHAT_TEMPLATE, EOS, IDS, IMAGE, IMAGE_SIZE, IMAGE_TOKENS, tiny_processor
+
+TEMPLATES = ["vicuna_v1", "plain", "chat"]
+each_template = pytest.mark.parametrize("template", TEMPLATES)
+
+ONE = (("What is it?\n<image>", "A red circle."),)
+MANY = (("<image>\nWhat colour?", "Blue, ünïcode ✓."), ("And now?", "  Still blue "), ("Sure?", "yes"))
+TEXT = (("Say yes.", "yes"),)
+TWO_IMAGES = (("<image>\n<image>\nSame?", "no"), ("Now? <image>", "yes"))
+CONVERSATIONS = {"one": ONE, "many": MANY, "text": TEXT, "two_images": TWO_IMAGES}
+each_conversation = pytest.mark.parametrize("turns", CONVERSATIONS.values(), ids=CONVERSATIONS)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+def png(width=20, height=12, colour=(200, 30, 90)):
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def sample(turns, images=None):
+    conversation = []
+    for question, answer in turns:
+        conversation += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    if images is None:
+        images = [png(colour=(i * 40, 90, 10)) for i in range(sum(q.count(IMAGE) for q, _ in turns))]
+    return RawSample(key="k", index=0, id="k", conversation=conversation, images=images)
+
+
+def renderer(processor, **options):
+    return Renderer(processor, DataSpec.model_validate({"train": "/x.tar", **options}))
+
+
+def reference(turns, template, system=None):
+    """[(piece of text, learned)] with image tokens expanded, written down again from the formats' definitions."""
+    pictures = IMAGE * IMAGE_TOKENS
+    pieces = []
+    if template == "vicuna_v1":
+        pieces.append(((VICUNA_SYSTEM if system is None else system) + (" " if system != "" else ""), False))
+    if template == "chat" and system:
+        pieces.append((f"<|system|>\n{system}\n", False))
+    for question, answer in turns:
+        count, words = question.count(IMAGE), question.replace(IMAGE, "").strip()
+        asked = (pictures + "\n") * count + words
+        if template == "plain":
+            pieces += [(pictures * count, False), (answer + "\n", True)]
+        elif template == "vicuna_v1":
+            pieces += [(f"USER: {asked} ASSISTANT: ", False), (answer + EOS, True)]
+        else:
+            pieces += [(f"<|user|>\n{asked}\n<|assistant|>\n", False), (answer + EOS, True), ("\n", False)]
+    return pieces
+
+
+def learned_by_offsets(tokenizer, pieces):
+    """(ids, mask), token by token and character by character."""
+    text = "".join(piece for piece, _ in pieces)
+    learned = [flag for piece, flag in pieces for _ in piece]
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    mask = [any(learned[start:end]) for start, end in encoded["offset_mapping"]]
+    return encoded["input_ids"], mask
+
+
+# ---- what is learned ---------------------------------------------------------------------------------------------
+
+
+@each_template
+@each_conversation
+@pytest.mark.parametrize("system", [None, "", "Be short."])
+def test_exactly_the_answers_and_what_closes_them_are_learned(processor, template, turns, system):
+    rendering = renderer(processor, template=template, system_prompt=system).render(sample(turns))
+    ids, mask = learned_by_offsets(processor.tokenizer, reference(turns, template, system))
+    assert rendering.input_ids.tolist() == ids
+    assert rendering.answer_mask.tolist() == mask
+    assert ids[0] == IDS[BOS]
+    assert not mask[0]
+
+
+@pytest.mark.parametrize("template", ["vicuna_v1", "chat"])
+@each_conversation
+def test_every_answer_is_closed_by_a_learned_eos(processor, template, turns):
+    rendering = renderer(processor, template=template).render(sample(turns))
+    closes = rendering.input_ids == IDS[EOS]
+    assert closes.sum() == len(turns)
+    assert rendering.answer_mask[closes].all()
+    runs = np.diff(np.concatenate([[0], rendering.answer_mask.astype(int), [0]]))
+    starts, ends = np.flatnonzero(runs == 1), np.flatnonzero(runs == -1)
+    answers = [processor.tokenizer.decode(rendering.input_ids[s:e]).strip() for s, e in zip(starts, ends, strict=True)]
+    assert answers == [(answer + EOS).strip() for _, answer in turns]
+
+
+@each_template
+@each_conversation
+def test_image_tokens_are_expanded_and_never_answers(processor, template, turns):
+    rendering = renderer(processor, template=template).render(sample(turns))
+    images = sum(question.count(IMAGE) for question, _ in turns)
+    at_image = rendering.input_ids == IDS[IMAGE]
+    assert at_image.sum() == images * IMAGE_TOKENS
+    assert not rendering.answer_mask[at_image].any()
+    if images:
+        assert rendering.pixels is not None
+        assert rendering.pixels.shape == (images, 3, IMAGE_SIZE, IMAGE_SIZE)
+        assert rendering.pixels.dtype == np.uint8
+    else:
+        assert rendering.pixels is None
+
+
+def test_images_keep_their_order(processor):
+    made = [png(16, 16, (10 * i, 0, 0)) for i in range(1, 4)]
+    pixels = renderer(processor).render(sample(TWO_IMAGES, made)).pixels
+    assert pixels[:, 0, 8, 8].tolist() == [10, 20, 30]
+
+
+@each_template
+@each_conversation
+def test_a_prompt_is_the_beginning_of_the_whole(processor, template, turns):
+    view = renderer(processor, template=template)
+    prompt, whole = view.prompt(sample(turns)), view.render(sample(turns))
+    count = len(prompt.input_ids)
+    assert prompt.input_ids.tolist() == whole.input_ids[:count].tolist()
+    pieces = reference(turns, template)
+    last = max(i for i, (_, learned) in enumerate(pieces) if learned)
+    only_last = [(piece, i == last) for i, (piece, _) in enumerate(pieces)]
+    assert count == learned_by_offsets(processor.tokenizer, only_last)[1].index(True)
+    assert (prompt.pixels is None) == (whole.pixels is None)
+
+
+def test_a_system_prompt_replaces_the_template_s_own(processor):
+    texts = {
+        system: processor.tokenizer.decode(renderer(processor, system_prompt=system).render(sample(TEXT)).input_ids)
+        for system in (None, "", "Be short.")
+    }
+    assert texts[None].startswith(f"{BOS}{VICUNA_SYSTEM} USER: ")
+    assert texts[""].startswith(f"{BOS}USER: ")
+    assert texts["Be short."].startswith(f"{BOS}Be short. USER: ")
+
+
+def test_a_template_that_writes_bos_itself_gets_one(processor):
+    other = tiny_processor(chat_template="{{ '<s>' }}" + CHAT_TEMPLATE)
+    ids = renderer(other, template="chat").render(sample(MANY)).input_ids
+    assert (ids == IDS[BOS]).sum() == 1
+
+
+# ---- what is cut, what is refused --------------------------------------------------------------------------------
+
+
+def test_truncation_keeps_whatever_answers_fit(processor):
+    whole = renderer(processor).render(sample(MANY))
+    first = int(np.flatnonzero(whole.answer_mask)[0])
+    for length in (first + 1, first + 3, len(whole.input_ids) - 1, len(whole.input_ids), 2048):
+        cut = renderer(processor, max_length=length).render(sample(MANY))
+        assert cut.input_ids.tolist() == whole.input_ids[:length].tolist()
+        assert cut.answer_mask.tolist() == whole.answer_mask[:length].tolist()
+    with pytest.raises(Unrenderable, match=f"no answer token within max_length {first}"):
+        renderer(processor, max_length=first).render(sample(MANY))
+
+
+def test_a_cut_through_an_image_is_refused(processor):
+    whole = renderer(processor).render(sample(TWO_IMAGES))
+    last_image = int(np.flatnonzero(whole.input_ids == IDS[IMAGE])[-1])
+    with pytest.raises(Unrenderable, match="image tokens beyond max_length"):
+        renderer(processor, max_length=last_image).render(sample(TWO_IMAGES))
+
+
+def test_a_prompt_is_never_cut(processor):
+    short = renderer(processor, max_length=8)
+    assert len(short.prompt(sample(MANY)).input_ids) > 8
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", png()[:60]], ids=["empty", "text", "truncated"])
+def test_an_image_that_cannot_be_decoded_is_refused(processor, data):
+    with pytest.raises(Unrenderable, match="cannot be decoded"):
+        renderer(processor).render(sample(ONE, [data]))
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded(processor):
+    with pytest.raises(Unrenderable, match="20×12 exceeds"):
+        renderer(processor, max_image_pixels=239, pad_to_square=False).render(sample(ONE))
+    renderer(processor, max_image_pixels=240, pad_to_square=False).render(sample(ONE))
+
+
+def test_a_thin_image_counts_as_the_square_it_is_padded_to(processor):
+    thin = [png(2000, 1)]
+    with pytest.raises(Unrenderable, match=r"2000×1 \(padded to a square\) exceeds"):
+        renderer(processor, max_image_pixels=10_000).render(sample(ONE, thin))
+
+
+@pytest.mark.parametrize("method", ["render", "prompt"])
+@pytest.mark.parametrize("images", [0, 2])
+def test_placeholders_and_images_must_be_as_many(processor, method, images):
+    with pytest.raises(Unrenderable, match=f"1 <image> placeholders and {images} images"):
+        getattr(renderer(processor), method)(sample(ONE, [png()] * images))
+
+
+@pytest.mark.parametrize("method", ["render", "prompt"])
+@each_template
+def test_a_placeholder_in_an_answer_is_refused(processor, template, method):
+    with pytest.raises(Unrenderable, match="stands in an answer"):
+        getattr(renderer(processor, template=template), method)(sample([("Draw.", "<image>")], [png()]))
+
+
+def test_a_chat_template_that_rewrites_earlier_turns_is_refused():
+    rewriting = tiny_processor(chat_template="{{ messages|length }}" + CHAT_TEMPLATE)
+    with pytest.raises(Unrenderable, match="rewrites earlier turns"):
+        renderer(rewriting, template="chat").render(sample(MANY))
+
+
+# ---- pixels ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "height"), [(16, 8), (8, 16)])
+def test_padding_to_a_square_is_centred_and_has_the_mean_colour(processor, width, height):
+    pixels = renderer(processor).render(sample(ONE, [png(width, height, (255, 255, 255))])).pixels[0]
+    image = pixels if width > height else pixels.transpose(0, 2, 1)
+    mean = [int(255 * channel) for channel in processor.image_processor.image_mean]
+    for row in (0, 1, 2, 3, 12, 13, 14, 15):
+        assert image[:, row].T.tolist() == [mean] * 16
+    assert (image[:, 4:12] == 255).all()
+
+
+def test_without_padding_the_image_fills_its_square(processor):
+    image = [png(32, 16, (255, 255, 255))]
+    pixels = renderer(processor, pad_to_square=False).render(sample(ONE, image)).pixels
+    assert (pixels == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "CMYK"])
+def test_every_kind_of_image_becomes_rgb(processor, mode):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (10, 20, 30)).convert(mode).save(buffer, "TIFF")
+    assert renderer(processor).render(sample(ONE, [buffer.getvalue()])).pixels.shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+# ---- a renderer's identity ---------------------------------------------------------------------------------------
+
+
+@each_template
+def test_equal_renderers_have_equal_fingerprints(template):
+    assert renderer(tiny_processor(), template=template).fingerprint == (
+        renderer(tiny_processor(), template=template).fingerprint
+    )
+
+
+def test_renderers_that_differ_have_fingerprints_that_differ(processor):
+    views = [
+        renderer(processor),
+        renderer(processor, template="plain"),
+        renderer(processor, template="chat"),
+        renderer(processor, system_prompt=""),
+        renderer(processor, max_length=512),
+        renderer(processor, pad_to_square=False),
+        renderer(tiny_processor(image_size=32)),
+    ]
+    assert len({view.fingerprint for view in views}) == len(views)
+
+
+@each_template
+def test_an_image_s_tokens_are_counted_whatever_the_length(processor, template):
+    short = renderer(processor, template=template, max_length=8)
+    assert short.image_tokens == IMAGE_TOKENS
+    assert short.fingerprint
+
+
+def test_padding_falls_back_on_eos():
+    processor = tiny_processor()
+    assert renderer(processor).pad_token_id == IDS["<pad>"]
+    processor.tokenizer.pad_token = None
+    assert renderer(processor).pad_token_id == IDS[EOS]
+
+
+def test_a_processor_that_lacks_something_is_refused():
+    processor = tiny_processor(chat_template=None)
+    with pytest.raises(ModelError, match="no chat template"):
+        renderer(processor, template="chat")
+    processor.tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="no eos token"):
+        renderer(processor)

@@ -1,0 +1,247 @@
+"""What a job may say, and what it is told when it says something else."""
+
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from betakd_ray.energies import ENERGIES
+from betakd_ray.errors import SpecError
+from betakd_ray.spec import (
+    AnyEnergy,
+    CosineProbs,
+    EvaluationSpec,
+    FeatureDistance,
+    InstanceWeighting,
+    JobSpec,
+    ObjectiveSpec,
+    OutputSpec,
+    PackSpec,
+    load_spec,
+    parse_spec,
+)
+
+NOT_ON_LOGITS = {"fd", "relation", "align_attention", "align_topk"}
+NEED_STATE = {"ctkd", "taid"}
+"""Energies that need more than logits and options; the spec may not offer them yet."""
+
+
+def tree(**changes):
+    job = {
+        "name": "a-job",
+        "data": {"train": "/data/{00..07}.tar"},
+        "student": {"init": {"path": "org/student"}},
+        "teacher": {"path": "org/teacher"},
+        "objective": {"energies": ["cosine_probs", "fd"]},
+    }
+    job["student"]["init"]["kind"] = "checkpoint"
+    for path, value in changes.items():
+        *sections, field = path.split("__")
+        node = job
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[field] = value
+    return job
+
+
+def refused(kind=JobSpec, **changes):
+    with pytest.raises(SpecError) as caught:
+        parse_spec(tree(**changes), kind)
+    return str(caught.value)
+
+
+# ---- defaults, shape ---------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_paper_s():
+    job = parse_spec(tree())
+    assert job.objective.weighting == InstanceWeighting(
+        d=1.0, positivity="softplus", log_bound=5.0, weight_ce=False, features=("teacher_vision",), hidden_size=128
+    )
+    assert job.objective.ce
+    assert job.objective.reduction == "sample"
+    assert job.optimizer.beta_lr == 1e-3
+    assert job.optimizer.lr == 4e-5
+    assert job.training.global_batch_size == 128
+    assert job.training.accumulation == 16
+    assert job.data.template == "vicuna_v1"
+    assert job.student.train == ("language_model", "projector")
+
+
+def test_shorthands_are_the_long_form():
+    job = parse_spec(tree(output="/runs", objective__weighting="task"))
+    assert job.data.train == ("/data/{00..07}.tar",)
+    assert job.objective.energies == (CosineProbs(), FeatureDistance())
+    assert job.objective.channels == ("cosine_probs", "fd")
+    assert job.output == OutputSpec(path="/runs")
+    assert job.objective.weighting.kind == "task"
+    assert ObjectiveSpec(energies="fkl").channels == ("fkl",)
+
+
+def test_a_spec_is_frozen():
+    job = parse_spec(tree())
+    with pytest.raises(ValidationError):
+        job.name = "other"
+    with pytest.raises(ValidationError):
+        job.training.workers = 2
+
+
+def test_json_keeps_everything():
+    job = parse_spec(
+        tree(
+            objective__energies=[{"kind": "js", "mixture": 0.1}, "fd"],
+            objective__weighting={"kind": "manual", "weights": {"js": 2.0, "fd": 0.5}},
+            training={"global_batch_size": 8, "micro_batch_size": 2, "workers": 2},
+        )
+    )
+    assert JobSpec.model_validate_json(job.model_dump_json()) == job
+
+
+def test_paths_are_absolute_and_urls_and_hub_ids_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    job = parse_spec(tree(data__train=["a.tar", "s3://b/{0..1}.tar"], teacher__path="here"))
+    assert job.data.train == (str(tmp_path / "a.tar"), "s3://b/{0..1}.tar")
+    assert job.teacher is not None
+    assert job.teacher.path == str(tmp_path / "here")
+    assert job.student.init.path == "org/student"
+    assert job.output.path == str(tmp_path / "runs")
+
+
+def test_the_energies_are_those_that_the_spec_names():
+    union = get_args(get_args(AnyEnergy)[0])
+    kinds = {energy.model_fields["kind"].default for energy in union}
+    assert kinds - NOT_ON_LOGITS - NEED_STATE == set(ENERGIES) - NEED_STATE
+
+
+def test_every_section_is_closed():
+    def sections(kind):
+        yield kind
+        for field in kind.model_fields.values():
+            for inner in [field.annotation, *get_args(field.annotation)]:
+                if isinstance(inner, type) and hasattr(inner, "model_fields"):
+                    yield from sections(inner)
+
+    for root in (JobSpec, EvaluationSpec, PackSpec):
+        for kind in sections(root):
+            assert kind.model_config["extra"] == "forbid", kind
+            assert kind.model_config["frozen"], kind
+
+
+def test_a_spec_is_checked_without_torch_ray_or_transformers():
+    code = "import sys, betakd_ray.spec; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---- files and overrides -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(tree()), encoding="utf-8")
+    return path
+
+
+def test_overrides_are_yaml_and_make_missing_sections(file):
+    job = load_spec(file, ["training.workers=2", "training.precision=fp32", "objective.energies=[fkl, rkl]"])
+    assert job.training.workers == 2
+    assert job.training.precision == "fp32"
+    assert job.objective.channels == ("fkl", "rkl")
+    assert load_spec(file, ["teacher=null", "objective.energies=[]"]).teacher is None
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.workers", "section.field=value"),
+        ("=3", "section.field=value"),
+        ("name.first=3", "name is 'a-job', which has no fields"),
+        ("training.workers=[1", "not YAML"),
+        ("training.worker=2", "did you mean 'workers'?"),
+    ],
+)
+def test_a_bad_override_says_what_to_write(file, override, said):
+    with pytest.raises(SpecError) as caught:
+        load_spec(file, [override])
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "said"), [("- a", "holds a list"), ("a: [", "is not YAML"), ("", "NoneType")])
+def test_a_file_that_is_no_spec_is_named(tmp_path, text, said):
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        load_spec(path)
+    assert str(path) in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(SpecError, match=r"nowhere\.yaml: cannot be read"):
+        load_spec(tmp_path / "nowhere.yaml")
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"trainig": {}}, "trainig: no such field; did you mean 'training'?"),
+        ({"training__micro_batchsize": 1}, "training.micro_batchsize: no such field; did you mean 'micro_batch_size'?"),
+        ({"teacher__windows": 1}, "teacher.windows: no such field; did you mean 'window'?"),
+        (
+            {"objective__weighting": {"kind": "instance", "hidden_sise": 1}},
+            "hidden_sise: no such field; did you mean 'hidden_size'?",
+        ),
+        ({"objective__energies": [{"kind": "js", "mixtures": 1}]}, "no such field; did you mean 'mixture'?"),
+        ({"output__zzz": 1}, "output.zzz: no such field; the fields here are path, storage"),
+        ({"training__workers": "two"}, "training.workers: "),
+        ({"training__workers": "two"}, "got 'two'"),
+        ({"training__workers": 0}, "greater than or equal to 1, got 0"),
+        ({"training__precision": "fp8"}, "got 'fp8'"),
+        ({"objective__energies": ["fk"]}, "'fkl'"),
+        ({"name": "a job"}, "name: "),
+        (
+            {"training": {"global_batch_size": 10, "micro_batch_size": 4, "workers": 2}},
+            "global_batch_size 10 is not a multiple of micro_batch_size × workers = 4 × 2 = 8",
+        ),
+        ({"teacher": None}, "objective.energies is ['cosine_probs', 'fd'] and there is no teacher"),
+        ({"objective__energies": []}, "teacher is given and objective.energies is empty"),
+        ({"objective__energies": ["fkl", "fkl"]}, "a kind stands twice"),
+        ({"objective__energies": [], "objective__ce": False}, "there is nothing to learn from"),
+        (
+            {"objective__weighting": {"kind": "manual", "weights": {"fd": 1.0}}},
+            "weighting.weights names ['fd'], the energies are ['cosine_probs', 'fd']",
+        ),
+        ({"objective__weighting": "manual", "objective__ce": False}, "ce is false"),
+        ({"cluster__teacher": {"min": 3, "max": 2}}, "max 2 is below min 3"),
+        ({"objective__weighting": {"kind": "task", "d": 0}}, "greater than 0, got 0"),
+    ],
+)
+def test_an_error_says_what_was_seen_and_what_would_do(changes, said):
+    assert said in refused(**changes)
+
+
+def test_a_missing_field_is_named():
+    job = tree()
+    del job["data"]
+    with pytest.raises(SpecError, match="data: is missing; add it"):
+        parse_spec(job)
+
+
+def test_every_wrong_field_is_told_at_once():
+    message = refused(training__workers=0, nam="x")
+    assert "training.workers" in message
+    assert "nam: no such field; did you mean 'name'?" in message
+
+
+def test_an_unknown_label_is_named():
+    evaluation = {"name": "e", "models": {"a": {"path": "org/a"}}, "data": {"train": "/x.tar"}, "agreement_with": "b"}
+    with pytest.raises(SpecError, match=r"agreement_with 'b' is none of the models \['a'\]"):
+        parse_spec(evaluation, EvaluationSpec)
