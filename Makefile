@@ -20,7 +20,7 @@ help: ## list the targets
 setup: $(INSTALLED) $(BUILT) ## make .venv and compile what DeepSpeed needs, once
 
 distill: setup ## distil a student on easy-VQA, on this machine
-	@python jobs/easy_vqa.py
+	@python -m jobs.easy_vqa.run
 
 test: setup ## unit tests, and tests on a local Ray cluster with a local S3 server
 	@python -m pytest -m "not slow" tests/unit tests/ray

@@ -1,0 +1,178 @@
+"""betakd …: parse, call, print."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from betakd_ray.errors import TrainingError, UserError
+from betakd_ray.spec import DataSpec, EvaluationSpec, JobSpec, ModelSpec, PackSpec, StorageSpec, load_spec
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+SpecPath = Annotated[Path, typer.Argument(help="YAML spec")]
+Overrides = Annotated[list[str], typer.Option("--set", help="section.field=value")]
+Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint, for stores other than AWS")]
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """A user's error is one message and exit code 2; a failed run is one message and exit code 1."""
+    try:
+        yield
+    except UserError as error:
+        print(f"betakd: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except TrainingError as error:
+        print(f"betakd: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def job(call: Callable[..., Any]) -> None:
+    """Run a `--spec PATH --set key=value` entry point of jobs/."""
+
+    def main(
+        spec: Annotated[Path, typer.Option("--spec", help="YAML spec")],
+        overrides: Overrides = [],  # noqa: B006 (typer's way)
+    ) -> None:
+        with explained():
+            call(spec, overrides)
+
+    typer.run(main)
+
+
+@app.command()
+def distill(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Run a distillation job (or fine-tuning, without a teacher) to the end; resumes by name."""
+    with explained():
+        run_job(spec, overrides)
+
+
+def run_job(spec: Path, overrides: list[str]) -> None:
+    """Fit and print the result."""
+    from betakd_ray.job import BetaKDJob
+
+    result = BetaKDJob.from_yaml(spec, overrides).fit()
+    Console().print_json(data={"model": result.model, "steps": result.steps, "consumed": result.consumed,
+                               "quarantined": result.quarantined, "tail": result.tail,
+                               "loss": result.metrics.get("loss")})  # fmt: skip
+
+
+@app.command()
+def validate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Check a spec's fields, without touching data, models or a cluster."""
+    with explained():
+        load_spec(spec, overrides)
+    print(f"{spec}: valid")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a job spec, for editors."""
+    print(json.dumps(JobSpec.model_json_schema(), indent=2))
+
+
+@app.command()
+def pack(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Write a LLaVA-style JSON and its images as checked shards."""
+    with explained():
+        run_pack(spec, overrides)
+
+
+def run_pack(spec: Path, overrides: list[str]) -> None:
+    """Pack and say where."""
+    from betakd_ray.data.pack import pack_from_spec
+
+    parsed = load_spec(spec, overrides, PackSpec)
+    shards = pack_from_spec(parsed)
+    print(f"{sum(shard.samples for shard in shards)} samples in {len(shards)} shards under {parsed.output}")
+
+
+@app.command()
+def index(shards: list[str], endpoint_url: Endpoint = None) -> None:
+    """Write the manifest of shards that have none."""
+    from betakd_ray.data.shards import index_shards
+
+    with explained():
+        found = index_shards(shards, StorageSpec(endpoint_url=endpoint_url))
+    print(f"{len(found)} shards, {sum(shard.samples for shard in found)} samples")
+
+
+@app.command()
+def inspect(
+    shard: str,
+    model: Annotated[str | None, typer.Option(help="its processor renders the prompts")] = None,
+    template: str = "vicuna_v1",
+    limit: int = 3,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Show a shard's samples: keys, sizes and, with --model, the rendered prompt with its answer tokens marked."""
+    from betakd_ray.data.render import Renderer, Unrenderable
+    from betakd_ray.data.shards import BadSample, find_shards, read_shard
+    from betakd_ray.models.load import load_processor
+
+    storage = StorageSpec(endpoint_url=endpoint_url)
+    console = Console(highlight=False)
+    with explained():
+        renderer = None
+        if model:
+            data = DataSpec(train=(shard,), template=template)  # type: ignore[arg-type]
+            renderer = Renderer(load_processor(ModelSpec(path=model)), data)
+        for sample in read_shard(find_shards([shard], storage)[0], storage):
+            if sample.index >= limit:
+                break
+            if isinstance(sample, BadSample):
+                console.print(f"{sample.key}: bad: {sample.reason}", style="red", markup=False)
+                continue
+            sizes = ", ".join(f"{len(image)} bytes" for image in sample.images) or "text only"
+            console.print(f"{sample.key} ({sample.id}): {sizes}", style="bold", markup=False)
+            if renderer is None:
+                for turn in sample.conversation:
+                    console.print(f"  {turn['from']}: {turn['value']}", markup=False)
+                continue
+            try:
+                rendering = renderer.render(sample)
+            except Unrenderable as reason:
+                console.print(f"  unrenderable: {reason}", style="red", markup=False)
+                continue
+            tokens = renderer.tokenizer.convert_ids_to_tokens(rendering.input_ids.tolist())
+            for token, is_answer in zip(tokens, rendering.answer_mask, strict=True):
+                console.print(token, style="bold green" if is_answer else "dim", end=" ", markup=False)
+            console.print()
+
+
+@app.command()
+def evaluate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Answer a packed question set with several models and score them alike."""
+    with explained():
+        run_evaluation(spec, overrides)
+
+
+def run_evaluation(spec: Path, overrides: list[str]) -> None:
+    """Evaluate and print the table."""
+    from betakd_ray.evaluation.run import Evaluation
+    from betakd_ray.job import cluster
+
+    parsed = load_spec(spec, overrides, EvaluationSpec)
+    with cluster(parsed):
+        print_scores(Evaluation(parsed).run())
+
+
+def print_scores(scores: dict[str, dict[str, float]]) -> None:
+    """A row a model, a column a metric."""
+    names = list(dict.fromkeys(name for metrics in scores.values() for name in metrics))
+    table = Table("model", *names)
+    for label, metrics in scores.items():
+        table.add_row(label, *(f"{metrics[name]:.4g}" if name in metrics else "" for name in names))
+    Console().print(table)
+
+
+def main() -> None:
+    """The `betakd` command."""
+    app()

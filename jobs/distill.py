@@ -1,0 +1,6 @@
+"""Distil a student from a teacher: `python jobs/distill.py --spec SPEC [--set section.field=value]`, alone or under `ray job submit`."""
+
+from betakd_ray.cli import job, run_job
+
+if __name__ == "__main__":
+    job(run_job)

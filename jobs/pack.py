@@ -1,0 +1,6 @@
+"""Pack a LLaVA-style data set into shards: `python jobs/pack.py --spec SPEC [--set section.field=value]`, alone or under `ray job submit`."""
+
+from betakd_ray.cli import job, run_pack
+
+if __name__ == "__main__":
+    job(run_pack)
