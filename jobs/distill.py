@@ -1,4 +1,4 @@
-"""Distil a student from a teacher: `python jobs/distill.py --spec SPEC [--set section.field=value]`, alone or under `ray job submit`."""
+"""Distil a student from a teacher: `python jobs/distill.py --spec SPEC`, alone or under `ray job submit`."""
 
 from betakd_ray.cli import job, run_job
 

@@ -1,4 +1,4 @@
-"""Evaluate models on a packed question set: `python jobs/evaluate.py --spec SPEC [--set section.field=value]`, alone or under `ray job submit`."""
+"""Evaluate models on a packed question set: `python jobs/evaluate.py --spec SPEC`, alone or under `ray job submit`."""
 
 from betakd_ray.cli import job, run_evaluation
 

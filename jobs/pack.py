@@ -1,4 +1,4 @@
-"""Pack a LLaVA-style data set into shards: `python jobs/pack.py --spec SPEC [--set section.field=value]`, alone or under `ray job submit`."""
+"""Pack a LLaVA-style data set into shards: `python jobs/pack.py --spec SPEC`, alone or under `ray job submit`."""
 
 from betakd_ray.cli import job, run_pack
 

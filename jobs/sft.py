@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (a spec without a teacher): teachers and baselines by the same loop: `python jobs/sft.py --spec SPEC [--set section.field=value]`, alone or under `ray job submit`."""
+"""Supervised fine-tuning (no teacher): `python jobs/sft.py --spec SPEC`, alone or under `ray job submit`."""
 
 from betakd_ray.cli import job, run_job
 

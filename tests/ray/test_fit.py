@@ -1,0 +1,151 @@
+"""A whole job on a local cluster: shards and output in a real S3 server, one teacher, two student workers."""
+
+import io
+import json
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from betakd_ray.data.pack import pack
+from betakd_ray.errors import ClusterError, OutputError
+from betakd_ray.job import BetaKDJob, JobResult
+from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
+from betakd_ray.storage import join, open_store
+from betakd_ray.train.checkpoint import CheckpointStore
+from tests.s3 import SeaweedServer
+from tests.tiny import save_tiny
+
+SAMPLES = 96
+BATCH = 8
+
+
+def _samples(count: int, broken: int | None = None) -> list[dict]:
+    samples = []
+    for number in range(count):
+        buffer = io.BytesIO()
+        Image.new("RGB", (20, 12), (number % 256, 90, 200)).save(buffer, "PNG")
+        image = buffer.getvalue() if number != broken else buffer.getvalue()[:40]
+        turns = [{"from": "human", "value": "<image>\nWhich number?"}, {"from": "gpt", "value": f"It is {number}."}]
+        text_only = number % 7 == 3
+        samples.append(
+            {
+                "id": str(number),
+                "conversations": [{**turns[0], "value": "Which number?"}, turns[1]] if text_only else turns,
+                "images": [] if text_only else [image],
+            }
+        )
+    return samples
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny(folder / "teacher", hidden=32, seed=1)
+    save_tiny(folder / "student", hidden=16, seed=2)
+    return folder
+
+
+def _spec(s3: SeaweedServer, models: Path, name: str, **training: object) -> JobSpec:
+    storage = {"endpoint_url": s3.endpoint_url, "region": "us-east-1"}
+    return parse_spec(
+        {
+            "name": name,
+            "data": {
+                "train": f"s3://{s3.bucket}/{name}/shards/train-*.tar",
+                "storage": storage,
+                "max_bad_fraction": 0.5,
+            },
+            "teacher": {"path": str(models / "teacher")},
+            "student": {"init": {"kind": "checkpoint", "path": str(models / "student")}},
+            "objective": {"energies": ["fkl", "fd"], "weighting": "instance"},
+            "optimizer": {"lr": 1e-3},
+            "training": {
+                "epochs": 2,
+                "global_batch_size": BATCH,
+                "micro_batch_size": 2,
+                "workers": 2,
+                "precision": "fp32",
+                "log_every": 1,
+                "checkpoint_every": 4,
+                **training,
+            },
+            "cluster": {"student": {"cpus": 1}, "readers": {"gpus": 0, "cpus": 1}},
+            "output": {"path": f"s3://{s3.bucket}/{name}/runs", "storage": storage},
+            "tracking": {"progress": False},
+        }
+    )
+
+
+def _kill_a_worker_after_the_first_checkpoint(spec: JobSpec, killed: list[int]) -> None:
+    store = CheckpointStore(join(spec.output.path, spec.name), spec.output.storage)
+    deadline = time.monotonic() + 200
+    while not store.committed() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in psutil.Process().children(recursive=True):
+        if "RayTrainWorker" in " ".join(process.cmdline()):
+            process.kill()
+            killed.append(process.pid)
+            return
+
+
+@pytest.mark.timeout(400)
+def test_a_killed_worker_costs_no_sample_and_doubles_none(s3: SeaweedServer, ray_cluster: str, models: Path) -> None:
+    spec = _spec(s3, models, "killed")
+    pack(
+        _samples(SAMPLES, broken=40),
+        f"s3://{s3.bucket}/killed/shards",
+        samples_per_shard=17,
+        storage=spec.data.storage,
+    )
+    killed: list[int] = []
+    killer = threading.Thread(target=_kill_a_worker_after_the_first_checkpoint, args=(spec, killed), daemon=True)
+    killer.start()
+    result = BetaKDJob(spec).fit()
+    killer.join()
+    assert killed
+    assert result.quarantined == 2  # the broken image, once an epoch
+    assert result.planned == 2 * SAMPLES
+    assert result.planned == result.steps * BATCH + result.quarantined + result.tail
+    assert result.consumed == result.steps * BATCH  # distinct samples in the ledger: none doubled, none lost
+    assert result.tail < BATCH
+    _the_history_has_each_step_once(spec, result)
+    _the_result_loads_without_this_package(spec, result)
+    with pytest.raises(OutputError, match="holds another job"):
+        BetaKDJob(_spec(s3, models, "killed", epochs=1)).fit()
+    assert BetaKDJob(spec).fit() == result  # done already
+
+
+def _the_history_has_each_step_once(spec: JobSpec, result: JobResult) -> None:
+    filesystem, root = open_store(result.path, spec.output.storage)
+    history = [json.loads(line) for line in filesystem.cat_file(join(root, "metrics.jsonl")).splitlines()]
+    assert [record["step"] for record in history] == list(range(1, result.steps + 1))
+    assert history[-1]["energy/ce"] < history[0]["energy/ce"]
+
+
+def _the_result_loads_without_this_package(spec: JobSpec, result: JobResult) -> None:
+    import tempfile
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    filesystem, root = open_store(result.model, StorageSpec.model_validate(spec.output.storage.model_dump()))
+    with tempfile.TemporaryDirectory() as folder:
+        filesystem.get(root + "/", folder + "/", recursive=True)
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert model.config.text_config.hidden_size == 16
+        assert AutoProcessor.from_pretrained(folder).image_token_id == model.config.image_token_id
+
+
+def test_gpus_that_the_cluster_cannot_have_are_an_error_before_any_training(
+    s3: SeaweedServer, ray_cluster: str, models: Path
+) -> None:
+    spec = _spec(s3, models, "greedy")
+    pack(_samples(16), f"s3://{s3.bucket}/greedy/shards", storage=spec.data.storage)
+    tree = spec.model_dump(mode="json")
+    tree["cluster"]["teacher"]["gpus"] = 4
+    with pytest.raises(ClusterError, match=r"teacher.*4 GPUs"):
+        BetaKDJob(parse_spec(tree)).fit()
