@@ -8,6 +8,7 @@ JobSpec ──► BetaKDJob.fit()
 
 import json
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -189,20 +190,10 @@ class BetaKDJob:
         spec = self.spec
         student = spec.cluster.student
         resources = {"CPU": student.cpus, **student.resources} | ({"GPU": gpus} if gpus else {})
-        store = CheckpointStore(self.run, spec.output.storage)
-
-        def rows() -> "ray.data.Dataset":
-            """Called at every start of the workers: the plan, less what the newest checkpoint has done."""
-            manifest = store.latest()
-            ledger = (
-                Ledger.from_json(store.read_text(manifest, "ledger.json")) if manifest else config.plan.empty_ledger()
-            )
-            return stream(reader, config.plan, ledger, spec.cluster.readers)
-
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"worker": config},
-            datasets={"train": rows},
+            datasets={"train": partial(_rows, reader, config)},
             torch_config=TorchConfig(timeout_s=int(spec.training.collective_timeout_s)),
             scaling_config=ScalingConfig(
                 num_workers=spec.training.workers,
@@ -247,6 +238,14 @@ class BetaKDJob:
         return result
 
 
+def _rows(reader: "ray.ObjectRef", config: WorkerConfig) -> "ray.data.Dataset":
+    """Called at every start of the workers: the plan, less what the newest checkpoint has done."""
+    store = CheckpointStore(config.run, config.spec.output.storage)
+    manifest = store.latest()
+    ledger = Ledger.from_json(store.read_text(manifest, "ledger.json")) if manifest else config.plan.empty_ledger()
+    return stream(reader, config.plan, ledger, config.spec.cluster.readers)
+
+
 # ----------------------------------------------------------------------------------------------- the cluster
 
 
@@ -258,7 +257,7 @@ def cluster(spec: Any) -> Iterator[None]:
         yield
         return
     address = spec.cluster.address or os.environ.get("RAY_ADDRESS")
-    local = {} if address else {"address": "local", "include_dashboard": False}
+    local = {} if address else {"address": "local", "include_dashboard": False, "num_cpus": _logical_cpus(spec)}
     try:
         ray.init(**({"address": address} if address else local), log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
@@ -267,6 +266,14 @@ def cluster(spec: Any) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _logical_cpus(spec: Any) -> int:
+    """For a local cluster: what the machine has, but never so few that readers, teachers and workers wait for a place."""
+    pools = spec.cluster
+    workers = spec.training.workers if isinstance(spec, JobSpec) else 1
+    asked = pools.teacher.min * pools.teacher.cpus + workers * pools.student.cpus + pools.readers.cpus
+    return max(os.cpu_count() or 1, math.ceil(asked))
 
 
 def _quiet() -> None:
@@ -292,6 +299,14 @@ def _check_feasible(spec: JobSpec, gpus: dict[str, float]) -> None:
             f"cluster: {teachers} teachers × {gpus['teacher']:g} GPUs and {spec.training.workers} students × "
             f"{gpus['student']:g} GPUs ask for {asked:g}; the cluster has {available:g}. Lower cluster.teacher.min, "
             "training.workers or the pools' gpus, or add nodes."
+        )
+    pools = spec.cluster
+    cpus = teachers * pools.teacher.cpus + spec.training.workers * pools.student.cpus + pools.readers.cpus
+    if cpus > (there := ray.cluster_resources().get("CPU", 0.0)):
+        # Ray would wait for a place in silence.
+        raise ClusterError(
+            f"cluster: teachers, students and one reader ask for {cpus:g} CPUs; the cluster has {there:g}. Lower "
+            "cluster.teacher.cpus, cluster.student.cpus or training.workers, or add nodes."
         )
 
 

@@ -6,6 +6,7 @@ any number of workers replays nothing and loses nothing.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -172,15 +173,14 @@ class PlanSource(Datasource):
         return [self._task(*place) for place in self._todo]
 
     def _task(self, epoch: int, shard: int, done: np.ndarray) -> ReadTask:
-        reader = self._reader
-        packed, size = np.packbits(done), len(done)
-
-        def read() -> Iterator[pa.Table]:
-            bits = np.unpackbits(packed, count=size).astype(bool)
-            yield from ray.get(reader).blocks(epoch, shard, bits)
-
+        size = len(done)
         metadata = BlockMetadata(num_rows=int(size - done.sum()), size_bytes=None, input_files=None, exec_stats=None)
-        return ReadTask(read, metadata)
+        return ReadTask(partial(_read, self._reader, epoch, shard, np.packbits(done), size), metadata)
+
+
+def _read(reader: ray.ObjectRef, epoch: int, shard: int, done: np.ndarray, size: int) -> Iterator[pa.Table]:
+    """One (epoch, shard), where Ray Data runs it; `done` is packed, eight samples a byte."""
+    yield from ray.get(reader).blocks(epoch, shard, np.unpackbits(done, count=size).astype(bool))
 
 
 def stream(reader: ray.ObjectRef, plan: Plan, ledger: Ledger, pool: PoolSpec) -> "ray.data.Dataset":

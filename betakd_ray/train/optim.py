@@ -67,7 +67,7 @@ class BetaOptimizer:
     """AdamW over β's parameters: float32, a rate of their own, no weight decay, and gradients summed over the ranks."""
 
     def __init__(self, weighting: nn.Module, spec: OptimizerSpec, total_steps: int) -> None:
-        self._parameters = list(weighting.parameters())
+        self._parameters = [parameter for parameter in weighting.parameters() if parameter.numel()]
         self._max_grad_norm = spec.max_grad_norm
         self._adam = AdamW(self._parameters, lr=spec.beta_lr, betas=spec.adam_betas, weight_decay=0.0)
         self._schedule = schedule(self._adam, spec, total_steps)
