@@ -269,7 +269,7 @@ def cluster(spec: Any) -> Iterator[None]:
 
 
 def _logical_cpus(spec: Any) -> int:
-    """For a local cluster: what the machine has, but never so few that readers, teachers and workers wait for a place."""
+    """For a local cluster: what the machine has, and at least a place for every reader, teacher and worker."""
     pools = spec.cluster
     workers = spec.training.workers if isinstance(spec, JobSpec) else 1
     asked = pools.teacher.min * pools.teacher.cpus + workers * pools.student.cpus + pools.readers.cpus
