@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from betakd_ray.errors import TrainingError, UserError
@@ -167,7 +168,7 @@ def run_evaluation(spec: Path, overrides: list[str]) -> None:
 def print_scores(scores: dict[str, dict[str, float]]) -> None:
     """A row a model, a column a metric."""
     names = list(dict.fromkeys(name for metrics in scores.values() for name in metrics))
-    table = Table("model", *names)
+    table = Table("model", *(escape(name) for name in names))
     for label, metrics in scores.items():
         table.add_row(label, *(f"{metrics[name]:.4g}" if name in metrics else "" for name in names))
     Console().print(table)
