@@ -442,6 +442,11 @@ class JobSpec(Spec):
             raise ValueError(
                 f"objective.energies is {list(self.objective.channels)} and there is no teacher: name one, or drop them"
             )
+        weighting = self.objective.weighting
+        if self.teacher is None and isinstance(weighting, InstanceWeighting) and weighting.weight_ce:
+            raise ValueError(
+                "objective.weighting: instance predicts β from a teacher's features, and there is none: use task"
+            )
         if self.teacher is not None and not self.objective.energies:
             raise ValueError("teacher is given and objective.energies is empty: add one, e.g. energies: [cosine_probs]")
         return self
