@@ -338,16 +338,16 @@ def matching_distance(
 
 
 def feature_distance(
-    mapped_teacher: Float[Tensor, "batch tokens width"], student: Float[Tensor, "batch tokens width"]
-) -> Float[Tensor, " batch"]:
-    """Mean squared distance of token features per sample, in squared feature units.
+    mapped_teacher: Float[Tensor, "tokens width"], student: Float[Tensor, "tokens width"]
+) -> Float[Tensor, " tokens"]:
+    """Mean squared distance of features per token, in squared feature units.
 
-    D_i = mean over (tokens, channels) of (W f_t − f_s)²             (Beta-KD §4.1, FD)
+    D_n = mean over channels of (W f_t,n − f_s,n)²                   (Beta-KD §4.1, FD)
 
     `mapped_teacher` is W f_t: the teacher's features, already mapped to the student's width.
     """
     mapped_teacher, student = _upcast(mapped_teacher, student)
-    return (mapped_teacher - student).square().mean(dim=(-2, -1))
+    return (mapped_teacher - student).square().mean(dim=1)
 
 
 def relation(

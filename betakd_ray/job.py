@@ -26,10 +26,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from betakd_ray import errors
-from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.shards import find_shards
-from betakd_ray.data.stream import Plan, Quarantined, Reader, stream
+from betakd_ray.data.stream import Plan, Quarantined, Reader, ids_of, stream
 from betakd_ray.errors import ClusterError, DataError, OutputError, TrainingError
 from betakd_ray.models.compatibility import check_features, check_vocabularies
 from betakd_ray.models.load import load_config, load_processor, processor_source, student_config
@@ -37,7 +36,8 @@ from betakd_ray.spec import JobSpec, load_spec
 from betakd_ray.storage import join, open_store
 from betakd_ray.teacher.pool import start_pool
 from betakd_ray.teacher.signal import Needs
-from betakd_ray.train.checkpoint import CheckpointStore
+from betakd_ray.tracking import to_jsonl
+from betakd_ray.train.checkpoint import QUARANTINE, CheckpointStore
 from betakd_ray.train.loop import WorkerConfig, train_worker
 from betakd_ray.train.monitor import Monitor
 
@@ -164,7 +164,10 @@ class BetaKDJob:
         spec = self.spec
         gpus = {name: _gpus(getattr(spec.cluster, name).gpus) for name in ("teacher", "student")}
         _check_feasible(spec, gpus)
-        monitor = ray.remote(Monitor).options(num_cpus=0).remote(plan.samples)
+        store = CheckpointStore(self.run, spec.output.storage)
+        resumed = store.latest()
+        quarantined = store.quarantined(resumed) if resumed else []
+        monitor = ray.remote(Monitor).options(num_cpus=0).remote(plan.samples, quarantined)
         pool = teacher = None
         if spec.teacher:
             pool = start_pool(spec.teacher, Needs.of(spec.objective), spec.cluster.teacher, gpus["teacher"])
@@ -232,18 +235,20 @@ class BetaKDJob:
             skipped_steps=outcome["skipped_steps"],
         )
         filesystem, root = open_store(self.run, self.spec.output.storage)
-        lines = "".join(json.dumps(record) + "\n" for record in quarantined)
-        filesystem.pipe_file(join(root, "quarantine.jsonl"), lines.encode())
+        filesystem.pipe_file(join(root, QUARANTINE), to_jsonl(quarantined).encode())
         filesystem.pipe_file(join(root, RESULT), json.dumps(asdict(result), indent=2).encode())
         return result
 
 
 def _rows(reader: "ray.ObjectRef", config: WorkerConfig) -> "ray.data.Dataset":
-    """Called at every start of the workers: the plan, less what the newest checkpoint has done."""
+    """Called at every start of the workers: the plan, less what the newest checkpoint has consumed or set aside."""
     store = CheckpointStore(config.run, config.spec.output.storage)
     manifest = store.latest()
-    ledger = Ledger.from_json(store.read_text(manifest, "ledger.json")) if manifest else config.plan.empty_ledger()
-    return stream(reader, config.plan, ledger, config.spec.cluster.readers)
+    done = config.plan.empty_ledger()
+    if manifest:
+        done.merge(store.ledger(manifest))
+        done.add(ids_of(store.quarantined(manifest)))
+    return stream(reader, config.plan, done, config.spec.cluster.readers)
 
 
 # ----------------------------------------------------------------------------------------------- the cluster

@@ -45,8 +45,6 @@ class RowObjective(nn.Module):
     compare the common ids; the cross-entropy sees all of the student's.
     """
 
-    teacher_head: Tensor | None
-
     def __init__(
         self, spec: ObjectiveSpec, lm_head: nn.Linear, teacher_head: Float[Tensor, "vocab width"] | None
     ) -> None:
@@ -57,8 +55,8 @@ class RowObjective(nn.Module):
         self.chunk_rows = spec.chunk_rows
         self.lm_head = lm_head
         self.functions = [energy_function(energy) for energy in self.energies]
-        # Not persistent: it is the teacher's, and a checkpoint holds only what learns.
-        self.register_buffer("teacher_head", teacher_head, persistent=False)
+        # Not a buffer: it is the teacher's, so it is neither saved nor rounded to the student's precision.
+        self.teacher_head = teacher_head
 
     def forward(
         self,
@@ -72,8 +70,10 @@ class RowObjective(nn.Module):
         """Σ_rows Σ_channels w · D, and D itself per row, detached.
 
         The scalar carries gradients to `student_rows` and the lm_head. `values` has a column per channel, then one per
-        name in STATISTICS if those are asked for.
+        name in STATISTICS if those are asked for. Raises ValueError if there are energies and no teacher rows.
         """
+        if self.energies and (teacher_rows is None or self.teacher_head is None):
+            raise ValueError(f"energies {self.channels} compare with a teacher: give teacher_rows and teacher_head")
         return _ChunkedRows.apply(
             student_rows,
             self.lm_head.weight,

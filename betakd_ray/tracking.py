@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from betakd_ray.spec import JobSpec
@@ -39,7 +40,7 @@ class MLflow:
     """One MLflow run of the job's name; the server comes from MLFLOW_TRACKING_URI."""
 
     def __init__(self, spec: JobSpec, run: str) -> None:
-        import mlflow
+        import mlflow  # pyright: ignore[reportMissingImports]  # an extra
 
         self._mlflow = mlflow
         mlflow.set_experiment("betakd")
@@ -57,7 +58,7 @@ class WandB:
     """One Weights & Biases run, resumed by the job's name; the key comes from the environment."""
 
     def __init__(self, spec: JobSpec, run: str) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  # an extra
 
         self._run = wandb.init(
             project="betakd", name=spec.name, id=spec.name, resume="allow", config=spec.model_dump(mode="json")
@@ -93,7 +94,7 @@ class Metrics:
 
     def flush(self) -> None:
         """Write metrics.jsonl."""
-        self._filesystem.pipe_file(self._path, self.to_jsonl().encode())
+        self._filesystem.pipe_file(self._path, to_jsonl(self.history).encode())
         self._flushed = time.monotonic()
 
     def close(self) -> None:
@@ -102,13 +103,14 @@ class Metrics:
         for tracker in self._trackers:
             tracker.close()
 
-    def to_jsonl(self) -> str:
-        """One JSON object a line."""
-        return "".join(json.dumps(record) + "\n" for record in self.history)
-
     def restore(self, text: str) -> None:
         """Continue from a checkpoint's history."""
         self.history = [json.loads(line) for line in text.splitlines()]
+
+
+def to_jsonl(records: Iterable[Record]) -> str:
+    """One JSON object a line."""
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def _numbers(record: Record) -> dict[str, float]:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from betakd_ray.spec import InstanceWeighting, ManualWeighting, TaskWeighting, Weighting
+from betakd_ray.spec import Feature, InstanceWeighting, ManualWeighting, TaskWeighting, Weighting
 
 UNIT_SOFTPLUS = math.log(math.e - 1)
 """softplus of this is 1."""
@@ -49,7 +49,7 @@ class BetaWeighting(nn.Module):
         channels: Sequence[str],
         *,
         ce: bool = True,
-        feature_sizes: Mapping[str, int] | None = None,
+        feature_sizes: Mapping[Feature, int] | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec

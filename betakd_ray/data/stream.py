@@ -4,7 +4,7 @@ One execution covers every epoch; what the ledger says is done is subtracted whe
 any number of workers replays nothing and loses nothing.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import ray
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from betakd_ray.data.collate import to_arrow
+from betakd_ray.data.collate import SampleIds, to_arrow
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.render import Renderer, Rendering, Unrenderable
 from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard_with_retry
@@ -62,6 +62,12 @@ class Quarantined:
     index: int
     key: str
     reason: str
+
+
+def ids_of(quarantined: Sequence[Quarantined]) -> SampleIds:
+    """Their places, as the ledger takes them."""
+    places = np.array([(bad.epoch, bad.shard, bad.index) for bad in quarantined], np.int32).reshape(-1, 3)
+    return SampleIds(*places.T)
 
 
 @dataclass(frozen=True)

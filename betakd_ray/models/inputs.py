@@ -62,7 +62,9 @@ class TensorInputs:
     def of(cls, inputs: ModelInputs, device: torch.device) -> "TensorInputs":
         """The same micro-batch on `device`."""
         arrays = {name: getattr(inputs, name) for name in cls.__dataclass_fields__}
-        return cls(**{name: None if array is None else to_device(array, device) for name, array in arrays.items()})
+        # Any: only `pixels` may be None, which one type for all fields cannot say.
+        tensors: dict[str, Any] = {name: a if a is None else to_device(a, device) for name, a in arrays.items()}
+        return cls(**tensors)
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:

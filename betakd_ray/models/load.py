@@ -7,7 +7,7 @@ Weights are read from safetensors and nothing else, and code beside a checkpoint
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ def local_folder(location: str, storage: StorageSpec) -> str:
     filesystem, path = open_store(location, storage)
     cache = Path(os.environ.get("BETAKD_CACHE", Path.home() / ".cache" / "betakd")) / "models"
     try:
-        listing = filesystem.find(path, detail=True)
+        listing = cast(dict[str, Any], filesystem.find(path, detail=True))  # a list only without detail
     except OSError as error:
         raise ModelError(f"{location}: cannot be listed ({error})") from error
     if not listing:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -36,7 +37,9 @@ def parts(model: PreTrainedModel) -> dict[Part, list[nn.Module]]:
         if not modules:
             raise ModelError(f"{type(model).__name__} has no {part} (looked for {', '.join(names)} in its .model)")
         found[part] = modules[:1]
-    found["language_model"].append(model.get_output_embeddings())
+    head = model.get_output_embeddings()
+    assert head is not None  # an image–text-to-text model ends in one
+    found["language_model"].append(head)
     return found
 
 
@@ -61,6 +64,12 @@ class Normalization:
     ) -> Float[Tensor, "images 3 height width"]:
         mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
         return ((pixels * self.scale - mean) / std).to(dtype)
+
+
+def blank_image(image_processor: Any) -> UInt8[Tensor, "1 3 height width"]:
+    """An image of the size that the image processor makes, all black."""
+    pixels = image_processor([Image.new("RGB", (32, 32))], do_rescale=False, do_normalize=False, return_tensors="pt")
+    return pixels["pixel_values"].to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,14 @@ def hidden_rows(model: PreTrainedModel, inputs: TensorInputs, normalize: Normali
         rows=states.reshape(-1, states.shape[-1])[inputs.answer_rows],
         visual=None if visual is None else visual.reshape(-1, visual.shape[-1]),
     )
+
+
+def image_features(
+    model: PreTrainedModel, pixels: UInt8[Tensor, "images 3 height width"], normalize: Normalization
+) -> Float[Tensor, "image_tokens width"]:
+    """Vision tower and projector alone."""
+    features = model.model.get_image_features(pixel_values=normalize(pixels, model.dtype)).pooler_output
+    return torch.cat(list(features))
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ hop through the object store.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
@@ -63,7 +63,8 @@ class TeacherPool:
                     "cluster.teacher.min or its gpus, or add nodes."
                 )
             ray.wait([ready for _, ready in self._pending.values()], timeout=1.0)
-        return ray.get(next(iter(self._members.values())).facts.remote())
+        teacher = next(iter(self._members.values()))
+        return cast(TeacherFacts, ray.get(teacher.facts.remote()))  # Ray does not type a handle's methods
 
     def members(self) -> Members:
         """Teachers that are loaded. Raises TeacherError when they die as fast as they are replaced."""
@@ -102,7 +103,7 @@ class TeacherPool:
         return self.members()
 
     def _add(self) -> None:
-        actor = self._start.remote(*self._arguments)
+        actor = cast(ActorHandle, self._start.remote(*self._arguments))  # typed as a handle or the class
         self._pending[self._next] = (actor, actor.__ray_ready__.remote())
         self._next += 1
 
@@ -117,7 +118,7 @@ class TeacherPool:
 def start_pool(teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float) -> ActorHandle:
     """The pool as an actor, owned by the caller: it lives as long as the job's driver does."""
     manager = ray.remote(TeacherPool).options(num_cpus=0, max_concurrency=1)
-    return manager.remote(teacher, needs, pool, gpus)
+    return cast(ActorHandle, manager.remote(teacher, needs, pool, gpus))
 
 
 @dataclass

@@ -27,7 +27,7 @@ class TeacherScorer:
         self.needs = needs
         self.device = find_device()
         dtype = spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
-        self.model: Any = freeze(load_model(spec, dtype).to(self.device))
+        self.model: Any = freeze(load_model(spec, dtype)).to(self.device)
         self.normalize = Normalization.of(load_processor(spec).image_processor)
         self.head: Tensor = self.model.get_output_embeddings().weight
 

@@ -19,12 +19,19 @@ from typing import Any
 
 import torch.distributed as dist
 
+from betakd_ray.data.ledger import Ledger
+from betakd_ray.data.stream import Quarantined
 from betakd_ray.errors import OutputError
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import join, open_store
 
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
+ENGINE = "deepspeed"
+LEDGER = "ledger.json"
+"""The samples that took part in a step."""
+QUARANTINE = "quarantine.jsonl"
+"""The samples that never will, and why."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,14 @@ class CheckpointStore:
         """A small file of a checkpoint."""
         return self.filesystem.cat_file(join(self.root, manifest.name, file)).decode()
 
+    def ledger(self, manifest: Manifest) -> Ledger:
+        """What the training up to that checkpoint consumed."""
+        return Ledger.from_json(self.read_text(manifest, LEDGER))
+
+    def quarantined(self, manifest: Manifest) -> list[Quarantined]:
+        """What the readers had set aside by then."""
+        return [Quarantined(**json.loads(line)) for line in self.read_text(manifest, QUARANTINE).splitlines()]
+
     @contextmanager
     def on_disk(self, manifest: Manifest) -> Iterator[Path]:
         """The checkpoint as a local folder: itself if it is on a disk, else a copy for as long as it is needed."""
@@ -119,10 +134,11 @@ def save(store: CheckpointStore, step: int, attempt: str, keep: int, write: Any)
     dist.barrier()
 
 
-def load_engine(engine: Any, folder: Path, saved_ranks: int, ranks: int) -> None:
+def load_engine(engine: Any, folder: Path, saved_ranks: int) -> None:
     """Collective: DeepSpeed's state from a checkpoint, through its universal form if the number of ranks changed."""
-    tag = "deepspeed" if saved_ranks == ranks else _universal(folder)
-    engine._config.load_universal_checkpoint = saved_ranks != ranks
+    resized = saved_ranks != dist.get_world_size()
+    tag = _universal(folder) if resized else ENGINE
+    engine._config.load_universal_checkpoint = resized
     # Frozen parameters are not in the checkpoint: they are as the spec's models have them.
     path, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
     if path is None:
@@ -131,10 +147,10 @@ def load_engine(engine: Any, folder: Path, saved_ranks: int, ranks: int) -> None
 
 def _universal(folder: Path) -> str:
     """The checkpoint in DeepSpeed's form for any number of ranks; converted by one rank of each node."""
-    target = folder / "deepspeed_universal"
+    target = folder / f"{ENGINE}_universal"
     if int(os.environ["LOCAL_RANK"]) == 0 and not target.exists():
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-        command += ["--input_folder", str(folder / "deepspeed"), "--output_folder", str(target)]
+        command += ["--input_folder", str(folder / ENGINE), "--output_folder", str(target)]
         subprocess.run(command, check=True, capture_output=True)
     dist.barrier()
     return target.name

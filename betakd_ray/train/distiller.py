@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from betakd_ray.energies import feature_distance
 from betakd_ray.models.inputs import TensorInputs
-from betakd_ray.models.vlm import Hidden, Normalization, hidden_rows, parts
+from betakd_ray.models.vlm import Hidden, Normalization, blank_image, hidden_rows, image_features, parts
 from betakd_ray.objective import STATISTICS, RowObjective, segment_mean
 from betakd_ray.spec import ObjectiveSpec
 from betakd_ray.weighting import CE
@@ -22,17 +23,20 @@ class Distiller(nn.Module):
     `teacher_head` and `teacher_visual_size` describe the teacher; both None without one.
     """
 
+    blank: Tensor
+
     def __init__(
         self,
         student: PreTrainedModel,
-        normalize: Normalization,
+        image_processor: Any,
         objective: ObjectiveSpec,
         teacher_head: Tensor | None,
         teacher_visual_size: int | None,
     ) -> None:
         super().__init__()
         self.student = student
-        self.normalize = normalize
+        self.normalize = Normalization.of(image_processor)
+        self.register_buffer("blank", blank_image(image_processor), persistent=False)
         head = student.get_output_embeddings()
         self.rows = RowObjective(objective, head, teacher_head)
         self.channels: tuple[str, ...] = ((CE,) if objective.ce else ()) + objective.channels
@@ -65,10 +69,15 @@ class Distiller(nn.Module):
         [B, 4], the columns of objective.STATISTICS, if asked for.
         """
         hidden = hidden_rows(self.student, inputs, self.normalize)
+        rows = hidden.rows
+        if inputs.pixels is None:
+            # Ranks must agree about which parameters have a gradient (and, in ZeRO-3, about which to gather): the
+            # image path takes part in a text-only micro-batch, too, with a weight of zero.
+            rows = rows + 0.0 * image_features(self.student, self.blank, self.normalize).sum()
         counts = inputs.rows_per_sample
         on_rows = [self.channels.index(name) for name in self.rows.channels]
         row_weights = (weights[:, on_rows] / counts.clamp_min(1)[:, None])[inputs.row_sample]
-        loss, values = self.rows(hidden.rows, teacher_rows, inputs.targets, row_weights, statistics=statistics)
+        loss, values = self.rows(rows, teacher_rows, inputs.targets, row_weights, statistics=statistics)
         means = segment_mean(values, inputs.row_sample, counts)
         energies = weights.new_zeros(weights.shape)
         energies[:, on_rows] = means[:, : len(on_rows)].to(energies.dtype)
@@ -95,5 +104,5 @@ class Distiller(nn.Module):
                 torch.zeros(len(inputs.input_ids), device=counts.device)
             )
         mapped = self.feature_map(teacher_visual.to(self.feature_map.weight.dtype))
-        per_token = (mapped.float() - hidden.visual.float()).square().mean(dim=1, keepdim=True)
-        return segment_mean(per_token, inputs.visual_sample, counts)[:, 0]
+        per_token = feature_distance(mapped, hidden.visual)
+        return segment_mean(per_token[:, None], inputs.visual_sample, counts)[:, 0]

@@ -9,9 +9,10 @@ from betakd_ray.data.stream import Quarantined
 class Monitor:
     """Readers report bad samples here, rank 0 its metrics; the driver looks on. Holds no data."""
 
-    def __init__(self, planned_samples: int) -> None:
+    def __init__(self, planned_samples: int, quarantined: list[Quarantined]) -> None:
         self._planned = planned_samples
         self._quarantined: dict[tuple[int, int, int], Quarantined] = {}
+        self.quarantine(quarantined)
         self._latest: dict[str, Any] = {}
         self._failure: tuple[str, str] | None = None
 

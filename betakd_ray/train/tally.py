@@ -24,6 +24,8 @@ class Totals:
     beta: Float[Tensor, " channels"]
     """Mean of β likewise."""
     statistics: Float[Tensor, " statistics"]
+    applied: bool
+    """False for a step that was skipped, because a gradient was not finite."""
 
 
 class Tally:
@@ -60,14 +62,15 @@ class Tally:
             self._statistics += torch.cat([(statistics * valid[:, None]).sum(0), valid.sum()[None]])
             self._betas.append(beta)
 
-    def reduced(self) -> Totals:
+    def reduced(self, applied: bool) -> Totals:
         """Collective: the global batch's means. Moves nothing to the host."""
         flat = torch.cat([self._sums.flatten(), self._loss[None], self._statistics])
         dist.all_reduce(flat)
         sums = flat[: self._sums.numel()].view_as(self._sums)
         statistics = flat[self._sums.numel() + 1 :]
         energies, weighted, beta = sums[:3] / sums[3].clamp_min(1)
-        return Totals(flat[self._sums.numel()], energies, weighted, beta, statistics[:-1] / statistics[-1].clamp_min(1))
+        loss = flat[self._sums.numel()]
+        return Totals(loss, energies, weighted, beta, statistics[:-1] / statistics[-1].clamp_min(1), applied)
 
     def beta_quantiles(self) -> Float[Tensor, "quantiles channels"]:
         """Collective: β over the samples of the global batch. Only on steps that gathered statistics."""

@@ -2,8 +2,15 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -12,9 +19,11 @@ from betakd_ray.errors import ClusterError, OutputError
 from betakd_ray.job import BetaKDJob, JobResult
 from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
 from betakd_ray.storage import join, open_store
+from betakd_ray.train.checkpoint import CheckpointStore
 from tests.s3 import SeaweedServer
 from tests.tiny import save_tiny
 
+REPOSITORY = Path(__file__).parents[2]
 SAMPLES = 96
 BATCH = 8
 
@@ -119,6 +128,53 @@ def _the_result_loads_without_this_package(spec: JobSpec, result: JobResult) -> 
         assert not info["missing_keys"]
         assert model.config.text_config.hidden_size == 16
         assert AutoProcessor.from_pretrained(folder).image_token_id == model.config.image_token_id
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_driver_and_a_killed_worker_lose_and_double_nothing(
+    s3: SeaweedServer, ray_cluster: str, models: Path, tmp_path: Path
+) -> None:
+    spec = _spec(s3, models, "killed")
+    pack(
+        _samples(SAMPLES, broken=3), f"s3://{s3.bucket}/killed/shards", samples_per_shard=17, storage=spec.data.storage
+    )
+    file = tmp_path / "killed.yaml"
+    file.write_text(spec.model_dump_json())  # JSON is YAML
+
+    command = [sys.executable, str(REPOSITORY / "jobs" / "distill.py"), "--spec", str(file)]
+    driver = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "RAY_ADDRESS": ray_cluster})
+    first = _wait_for_a_checkpoint(spec, after=0)
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL  # it was still at work
+
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        running = executor.submit(BetaKDJob(spec).fit)
+        second = _wait_for_a_checkpoint(spec, after=first)
+        assert not running.done()
+        _student_workers()[0].kill()
+        result = running.result()
+
+    assert result.steps > second
+    assert result.quarantined == 2
+    assert result.planned == result.steps * BATCH + result.quarantined + result.tail
+    assert result.consumed == result.steps * BATCH
+    assert result.tail < BATCH
+    _the_history_has_each_step_once(spec, result)
+
+
+def _wait_for_a_checkpoint(spec: JobSpec, after: int) -> int:
+    """The step of the first committed checkpoint beyond `after`."""
+    store = CheckpointStore(BetaKDJob(spec).run, spec.output.storage)
+    while True:
+        newest = store.latest()
+        if newest and newest.step > after:
+            return newest.step
+        time.sleep(0.05)
+
+
+def _student_workers() -> list[psutil.Process]:
+    mine = psutil.Process().children(recursive=True)
+    return [process for process in mine if "RayTrainWorker" in " ".join(process.cmdline())]
 
 
 def test_gpus_that_the_cluster_cannot_have_are_an_error_before_any_training(

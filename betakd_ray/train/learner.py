@@ -1,0 +1,203 @@
+"""One rank's student: models, optimizers and β, from a window of scored micro-batches to one step. Knows no Ray."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from betakd_ray.data.collate import Batch
+from betakd_ray.models.device import find_device
+from betakd_ray.models.inputs import TensorInputs, to_device
+from betakd_ray.models.load import build_student, load_processor, processor_source
+from betakd_ray.spec import JobSpec
+from betakd_ray.teacher.signal import Signal, TeacherFacts
+from betakd_ray.train import checkpoint
+from betakd_ray.train.distiller import FD, Distiller
+from betakd_ray.train.optim import beta_optimizer, deepspeed_config, schedule, student_optimizer
+from betakd_ray.train.tally import Tally, Totals
+from betakd_ray.weighting import BetaWeighting
+
+Scored = tuple[Batch, Signal | None]
+Window = list[Scored]
+"""One step's micro-batches on this rank."""
+
+
+@dataclass(frozen=True)
+class GlobalCounts:
+    """What the global batch holds that takes part: the denominators of its means."""
+
+    samples: int
+    tokens: int
+
+
+class Learner:
+    """Needs a process group. Every method named collective must be called by all ranks alike."""
+
+    def __init__(self, spec: JobSpec, facts: TeacherFacts | None, total_steps: int) -> None:
+        self.spec = spec
+        self.device = find_device()
+        self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.accumulation = spec.training.global_batch_size // (spec.training.micro_batch_size * self.world_size)
+        _seed(spec.training.seed)
+        self.distiller = self._distiller(facts)
+        self.engine = self._engine(total_steps)
+        self.weighting = BetaWeighting(
+            spec.objective.weighting,
+            spec.objective.channels,
+            ce=spec.objective.ce,
+            feature_sizes=facts.feature_sizes if facts else None,
+        ).to(self.device)
+        self.beta_optimizer = beta_optimizer(self.weighting, spec.optimizer, total_steps)
+        self.tally = Tally(len(self.distiller.channels), self.device)
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        return self.distiller.channels
+
+    def agree(self, window: Window) -> GlobalCounts | None:
+        """Collective: the global batch's counts; None once any rank lacks a full window.
+
+        Every rank learns them before the first backward, so the loss is a mean over the *global* batch, however its
+        samples fall on ranks and micro-batches.
+        """
+        samples = tokens = 0
+        for batch, signal in window:
+            valid = _valid(batch, signal)
+            samples += int(valid.sum())
+            tokens += int(batch.student.rows_per_sample[valid].sum())
+        counts = torch.tensor([samples, tokens, len(window) == self.accumulation], dtype=torch.float64)
+        counts = counts.to(self.device)
+        dist.all_reduce(counts)
+        samples, tokens, full = (int(count) for count in counts.tolist())
+        return GlobalCounts(max(samples, 1), max(tokens, 1)) if full == self.world_size else None
+
+    def step(self, window: Window, counts: GlobalCounts, *, statistics: bool) -> Totals:
+        """Collective: one optimizer step on a full window. With `statistics`, those of the objective come along."""
+        self.tally.clear()
+        for batch, signal in window:
+            self._backward(batch, signal, counts, statistics)
+        return self._update()
+
+    def _backward(self, batch: Batch, signal: Signal | None, counts: GlobalCounts, statistics: bool) -> None:
+        """Forward and backward of one micro-batch; DeepSpeed steps with the last of the window."""
+        inputs = TensorInputs.of(batch.student, self.device)
+        valid = to_device(_valid(batch, signal), self.device)
+        features = {name: to_device(value, self.device) for name, value in (signal.features if signal else {}).items()}
+        beta = self.weighting.beta(features, inputs.has_image)
+        present = self._present(inputs, valid)
+        share = self._share(inputs, counts)
+        output = self.engine(
+            inputs,
+            signal.hidden.tensor(self.device) if signal and signal.hidden else None,
+            signal.visual.tensor(self.device) if signal and signal.visual else None,
+            # DeepSpeed divides by accumulation steps and ranks, and `share` already by the global batch.
+            beta.detach() * present * share[:, None] * (self.accumulation * self.world_size),
+            statistics,
+        )
+        self.engine.backward(output["loss"])
+        self.engine.step()
+        energies = torch.where(present, output["energies"], 0.0)
+        loss = (self.weighting.loss(beta, energies, present) * share).sum()
+        if self.beta_optimizer:
+            loss.backward()
+        self.tally.add(energies, beta.detach(), present, loss.detach(), output["statistics"])
+
+    def _present(self, inputs: TensorInputs, valid: Tensor) -> Tensor:
+        """[B, channels] which channels a sample has: none if the teacher's answer is invalid, no `fd` without image."""
+        present = valid[:, None].expand(-1, len(self.channels)).clone()
+        if FD in self.channels:
+            present[:, self.channels.index(FD)] &= inputs.has_image
+        return present
+
+    def _share(self, inputs: TensorInputs, counts: GlobalCounts) -> Tensor:
+        """[B] each sample's part of the global mean, by `objective.reduction`."""
+        if self.spec.objective.reduction == "token":
+            return inputs.rows_per_sample.float() / counts.tokens
+        return torch.full((len(inputs.input_ids),), 1 / counts.samples, device=self.device)
+
+    def _update(self) -> Totals:
+        """DeepSpeed has stepped by now, or skipped a gradient that is not finite; β then stays as it was, too."""
+        applied = self.engine.was_step_applied()
+        totals = self.tally.reduced(applied)
+        if self.beta_optimizer:
+            self.beta_optimizer.step(applied)
+        if applied:
+            self.weighting.observe(totals.energies)
+        return totals
+
+    # -------------------------------------------------------------------------------------------------- state
+
+    def save(self, folder: Path) -> None:
+        """Collective: this rank's files of a checkpoint."""
+        self.engine.save_checkpoint(str(folder), tag=checkpoint.ENGINE, exclude_frozen_parameters=True)
+        torch.save(_rng_state(), folder / f"rng-{self.rank}.pt")
+        if self.rank == 0:
+            torch.save(
+                {
+                    "weighting": self.weighting.state_dict(),
+                    "beta_optimizer": self.beta_optimizer.state_dict() if self.beta_optimizer else None,
+                },
+                folder / "beta.pt",
+            )
+
+    def load(self, folder: Path, saved_ranks: int) -> None:
+        """Collective: the inverse, also of a checkpoint that `saved_ranks`, another number of ranks, wrote."""
+        checkpoint.load_engine(self.engine, folder, saved_ranks)
+        state = torch.load(folder / "beta.pt", weights_only=True, map_location=self.device)
+        self.weighting.load_state_dict(state["weighting"])
+        if self.beta_optimizer:
+            self.beta_optimizer.load_state_dict(state["beta_optimizer"])
+        if saved_ranks == self.world_size:
+            _set_rng_state(torch.load(folder / f"rng-{self.rank}.pt", weights_only=True))
+
+    # --------------------------------------------------------------------------------------------------- build
+
+    def _distiller(self, facts: TeacherFacts | None) -> Distiller:
+        training = self.spec.training
+        student = build_student(self.spec.student, torch.bfloat16 if training.precision == "bf16" else torch.float32)
+        if training.gradient_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        image_processor = load_processor(processor_source(self.spec.student)).image_processor
+        head = facts.head.tensor(self.device) if facts else None
+        visual_size = facts.visual_size if facts else None
+        distiller = Distiller(student, image_processor, self.spec.objective, head, visual_size)
+        return distiller.to(self.device).train()
+
+    def _engine(self, total_steps: int) -> deepspeed.DeepSpeedEngine:
+        optimizer = student_optimizer(self.distiller, self.spec.optimizer)
+        engine, *_ = deepspeed.initialize(
+            model=self.distiller,
+            optimizer=optimizer,
+            lr_scheduler=schedule(optimizer, self.spec.optimizer, total_steps),
+            config=deepspeed_config(self.spec, self.world_size),
+            dist_init_required=False,
+        )
+        return engine
+
+
+def _valid(batch: Batch, signal: Signal | None) -> np.ndarray:
+    return np.ones(batch.student.size, dtype=bool) if signal is None else signal.valid
+
+
+def _seed(seed: int) -> None:
+    """The same initial weights on every rank."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _rng_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

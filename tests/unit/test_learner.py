@@ -1,0 +1,220 @@
+"""The real engine, without Ray: one global batch is one step, however it falls on ranks and micro-batches."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+
+from betakd_ray.data.collate import Batch, SampleIds, stack
+from betakd_ray.data.render import Renderer, Rendering
+from betakd_ray.data.shards import RawSample
+from betakd_ray.models.load import load_processor
+from betakd_ray.spec import ModelSpec, parse_spec
+from betakd_ray.teacher.scorer import TeacherScorer
+from betakd_ray.teacher.signal import Needs
+from betakd_ray.train.learner import Learner, Window
+from tests.tiny import save_tiny
+
+BATCH, STEPS = 8, 3
+# One of four samples has an image: some micro-batches have none, on some ranks.
+IMAGES = [True, False, False, False, True, False, False, False]
+
+
+@dataclass(frozen=True)
+class Case:
+    """How one global batch is cut up, and by what engine it is learned."""
+
+    micro: int
+    zero: int = 2
+    precision: str = "fp32"
+    weighting: str = "instance"
+    reduction: str = "sample"
+
+
+REFERENCE = Case(micro=8, zero=0)
+ALONE = [REFERENCE, Case(micro=4), Case(micro=2), Case(micro=2, zero=0), Case(micro=4, zero=3)]
+TOKENS = [Case(micro=8, reduction="token", weighting="task"), Case(micro=2, reduction="token", weighting="task")]
+BF16 = [Case(micro=4, precision="bf16"), Case(micro=2, precision="bf16", zero=3)]
+PAIR = [Case(micro=4, zero=0), Case(micro=1, zero=1), Case(micro=2), Case(micro=1), Case(micro=1, zero=3), TOKENS[1]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step saw and did, gathered from all ranks."""
+
+    loss: float
+    energies: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def _spec(folder: Path, case: Case, ranks: int) -> Any:
+    return parse_spec(
+        {
+            "name": "learner",
+            "data": {"train": "unused.tar"},
+            "teacher": {"path": str(folder / "teacher")},
+            "student": {"init": {"kind": "checkpoint", "path": str(folder / "student")}},
+            "objective": {
+                "energies": ["fkl", "cosine_probs", "fd"],
+                "weighting": case.weighting,
+                "reduction": case.reduction,
+            },
+            "optimizer": {"lr": 1e-2, "beta_lr": 1e-2, "warmup_fraction": 0.0},
+            "training": {
+                "global_batch_size": BATCH,
+                "micro_batch_size": case.micro,
+                "workers": ranks,
+                "zero_stage": case.zero,
+                "precision": case.precision,
+            },
+        }
+    )
+
+
+def _renderings(folder: Path, spec: Any) -> tuple[Renderer, list[Rendering]]:
+    renderer = Renderer(load_processor(ModelSpec(path=str(folder / "student"))), spec.data)
+    renderings = []
+    for number, has_image in enumerate(IMAGES):
+        buffer = io.BytesIO()
+        Image.new("RGB", (20, 12), (30 * number, 90, 200)).save(buffer, "PNG")
+        turns = [
+            {"from": "human", "value": "<image>\nWhich?" if has_image else "Which?"},
+            {"from": "gpt", "value": f"It is {'a long ' * (number % 3)}{number}."},
+        ]
+        sample = RawSample(str(number), number, str(number), turns, [buffer.getvalue()] if has_image else [])
+        renderings.append(renderer.render(sample))
+    return renderer, renderings
+
+
+def _window(folder: Path, spec: Any, teacher: TeacherScorer) -> Window:
+    """This rank's micro-batches of the one global batch."""
+    renderer, renderings = _renderings(folder, spec)
+    micro, ranks = spec.training.micro_batch_size, dist.get_world_size()
+    pieces = [renderings[start : start + micro] for start in range(0, BATCH, micro)][dist.get_rank() :: ranks]
+    window: Window = []
+    for piece in pieces:
+        inputs = stack(piece, renderer.pad_token_id, renderer.image_token_id)
+        nowhere = torch.zeros(len(piece), dtype=torch.int32).numpy()
+        window.append((Batch(inputs, inputs, SampleIds(nowhere, nowhere, nowhere)), teacher.score(inputs)))
+    return window
+
+
+def _recorded(learner: Learner) -> dict[str, torch.Tensor]:
+    """The full gradients that the optimizers are about to use, once they are there."""
+    from deepspeed.utils import safe_get_full_grad
+
+    gradients: dict[str, torch.Tensor] = {}
+    engine_step = learner.engine.step
+
+    def step() -> None:
+        if learner.engine.is_gradient_accumulation_boundary():
+            for name, parameter in learner.distiller.named_parameters():
+                if parameter.requires_grad:
+                    gradient = safe_get_full_grad(parameter)
+                    gradients[name] = torch.zeros_like(parameter) if gradient is None else gradient.clone()
+        engine_step()
+
+    learner.engine.step = step
+    assert learner.beta_optimizer
+    beta_step = learner.beta_optimizer.step
+
+    def step_beta(applied: bool) -> None:
+        for name, parameter in learner.weighting.named_parameters():
+            if parameter.grad is not None:
+                gradients[f"beta.{name}"] = parameter.grad.clone()
+                dist.all_reduce(gradients[f"beta.{name}"])
+        beta_step(applied)
+
+    learner.beta_optimizer.step = step_beta
+    return gradients
+
+
+def _learn(folder: Path, case: Case) -> list[Step]:
+    spec = _spec(folder, case, dist.get_world_size())
+    teacher = TeacherScorer(spec.teacher, Needs.of(spec.objective))
+    learner = Learner(spec, teacher.facts(), total_steps=10)
+    gradients = _recorded(learner)
+    window = _window(folder, spec, teacher)
+    steps = []
+    for _ in range(STEPS):
+        counts = learner.agree(window)
+        assert counts is not None
+        totals = learner.step(window, counts, statistics=True)
+        assert totals.applied
+        steps.append(Step(totals.loss.item(), totals.energies.clone(), dict(gradients)))
+    assert learner.agree(window[:-1]) is None  # a rank without a full window ends the job for all
+    return steps
+
+
+def _rank(rank: int, ranks: int, folder: Path, cases: list[Case]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks)
+    steps = {case: _learn(folder, case) for case in cases}
+    if rank == 0:
+        torch.save(steps, folder / f"steps-{ranks}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[int, Case], list[Step]]]:
+    """Every case's steps, by (ranks, case)."""
+    folder = tmp_path_factory.mktemp("learner")
+    save_tiny(folder / "teacher", hidden=32, seed=1)
+    save_tiny(folder / "student", hidden=16, seed=2)
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        for ranks, cases in ((1, [*ALONE, *TOKENS, *BF16]), (2, PAIR)):
+            patch.setenv("LOCAL_SIZE", str(ranks))
+            mp.spawn(_rank, (ranks, folder, cases), nprocs=ranks)
+            for case, result in torch.load(folder / f"steps-{ranks}.pt", weights_only=False).items():
+                found[ranks, case] = result
+    yield found
+
+
+def _assert_same(steps: list[Step], reference: list[Step]) -> None:
+    for step, expected in zip(steps, reference, strict=True):
+        assert step.loss == pytest.approx(expected.loss, rel=1e-5)
+        torch.testing.assert_close(step.energies, expected.energies, rtol=1e-4, atol=1e-6)
+        assert step.gradients.keys() == expected.gradients.keys()
+        for name, gradient in step.gradients.items():
+            scale = expected.gradients[name].abs().max().item()
+            torch.testing.assert_close(
+                gradient.float(), expected.gradients[name], rtol=1e-3, atol=2e-4 * scale + 1e-8, msg=name
+            )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "case"),
+    [*((1, case) for case in ALONE[1:]), *((2, case) for case in PAIR if case.reduction == "sample")],
+    ids=str,
+)
+def test_a_global_batch_gives_one_loss_and_one_gradient_on_any_ranks_micro_batches_and_zero_stage(steps, ranks, case):
+    _assert_same(steps[ranks, case], steps[1, REFERENCE])
+
+
+@pytest.mark.parametrize(("ranks", "case"), [(1, TOKENS[1]), (2, TOKENS[1])], ids=str)
+def test_so_does_the_mean_over_tokens(steps, ranks, case):
+    _assert_same(steps[ranks, case], steps[1, TOKENS[0]])
+
+
+@pytest.mark.parametrize("case", BF16, ids=str)
+def test_bf16_stays_near_float32(steps, case):
+    for step, expected in zip(steps[1, case], steps[1, REFERENCE], strict=True):
+        assert step.loss == pytest.approx(expected.loss, rel=0.05)
+
+
+def test_every_part_that_learns_has_a_gradient_and_the_loss_falls(steps):
+    reference = steps[1, REFERENCE]
+    names = set(reference[0].gradients)
+    for part in ("language_model", "lm_head", "multi_modal_projector", "feature_map", "beta.net"):
+        assert any(part in name for name in names), part
+    assert not any("vision_tower" in name for name in names)
+    assert reference[-1].loss < reference[0].loss
