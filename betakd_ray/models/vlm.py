@@ -82,29 +82,33 @@ class Hidden:
     """Projector tokens, as the language model receives them."""
 
 
-def hidden_rows(model: PreTrainedModel, inputs: TensorInputs, normalize: Normalization) -> Hidden:
+def hidden_rows(
+    model: PreTrainedModel,
+    inputs: TensorInputs,
+    normalize: Normalization,
+    blank: UInt8[Tensor, "1 3 height width"] | None = None,
+) -> Hidden:
     """Run a model to its answer rows; no logits are computed.
 
-    Rows of prompt, image and padding never reach the vocabulary.
+    Rows of prompt, image and padding never reach the vocabulary. In training, a micro-batch without images sees
+    `blank`, with a weight of zero: ranks must agree about which parameters have a gradient, and ZeRO-3's about which
+    modules run, in which order.
     """
-    pixels = None if inputs.pixels is None else normalize(inputs.pixels, model.dtype)
+    pixels = blank if inputs.pixels is None else inputs.pixels
+    images = None
+    if pixels is not None:
+        images = model.model.get_image_features(pixel_values=normalize(pixels, model.dtype), return_dict=True)
     output = model.model(
-        input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, pixel_values=pixels, use_cache=False
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        mm_encoder_outputs=None if inputs.pixels is None else {"image": images},
+        use_cache=False,
     )
-    states = output.last_hidden_state
-    visual = None if pixels is None else output.image_hidden_states
-    return Hidden(
-        rows=states.reshape(-1, states.shape[-1])[inputs.answer_rows],
-        visual=None if visual is None else visual.reshape(-1, visual.shape[-1]),
-    )
-
-
-def image_features(
-    model: PreTrainedModel, pixels: UInt8[Tensor, "images 3 height width"], normalize: Normalization
-) -> Float[Tensor, "image_tokens width"]:
-    """Vision tower and projector alone."""
-    features = model.model.get_image_features(pixel_values=normalize(pixels, model.dtype)).pooler_output
-    return torch.cat(list(features))
+    rows = output.last_hidden_state.flatten(0, 1)[inputs.answer_rows]
+    if images is None:
+        return Hidden(rows, None)
+    visual = torch.cat(list(images.pooler_output))
+    return Hidden(rows + 0.0 * visual.sum(), None) if inputs.pixels is None else Hidden(rows, visual)
 
 
 def freeze(model: nn.Module) -> nn.Module:

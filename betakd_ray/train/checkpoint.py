@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -94,7 +94,7 @@ class CheckpointStore:
 
     def read_text(self, manifest: Manifest, file: str) -> str:
         """A small file of a checkpoint."""
-        return self.filesystem.cat_file(join(self.root, manifest.name, file)).decode()
+        return cast(bytes, self.filesystem.cat_file(join(self.root, manifest.name, file))).decode()
 
     def ledger(self, manifest: Manifest) -> Ledger:
         """What the training up to that checkpoint consumed."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from betakd_ray.energies import feature_distance
 from betakd_ray.models.inputs import TensorInputs
-from betakd_ray.models.vlm import Hidden, Normalization, blank_image, hidden_rows, image_features, parts
+from betakd_ray.models.vlm import Hidden, Normalization, blank_image, hidden_rows, parts
 from betakd_ray.objective import STATISTICS, RowObjective, segment_mean
 from betakd_ray.spec import ObjectiveSpec
 from betakd_ray.weighting import CE
@@ -38,6 +38,7 @@ class Distiller(nn.Module):
         self.normalize = Normalization.of(image_processor)
         self.register_buffer("blank", blank_image(image_processor), persistent=False)
         head = student.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
         self.rows = RowObjective(objective, head, teacher_head)
         self.channels: tuple[str, ...] = ((CE,) if objective.ce else ()) + objective.channels
         self.feature_map = None
@@ -68,16 +69,11 @@ class Distiller(nn.Module):
         ℓ_ik is the mean of energy k over sample i's answer rows (for `fd`: over its image tokens). "statistics" is
         [B, 4], the columns of objective.STATISTICS, if asked for.
         """
-        hidden = hidden_rows(self.student, inputs, self.normalize)
-        rows = hidden.rows
-        if inputs.pixels is None:
-            # Ranks must agree about which parameters have a gradient (and, in ZeRO-3, about which to gather): the
-            # image path takes part in a text-only micro-batch, too, with a weight of zero.
-            rows = rows + 0.0 * image_features(self.student, self.blank, self.normalize).sum()
+        hidden = hidden_rows(self.student, inputs, self.normalize, self.blank)
         counts = inputs.rows_per_sample
         on_rows = [self.channels.index(name) for name in self.rows.channels]
         row_weights = (weights[:, on_rows] / counts.clamp_min(1)[:, None])[inputs.row_sample]
-        loss, values = self.rows(rows, teacher_rows, inputs.targets, row_weights, statistics=statistics)
+        loss, values = self.rows(hidden.rows, teacher_rows, inputs.targets, row_weights, statistics=statistics)
         means = segment_mean(values, inputs.row_sample, counts)
         energies = weights.new_zeros(weights.shape)
         energies[:, on_rows] = means[:, : len(on_rows)].to(energies.dtype)

@@ -2,7 +2,7 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
@@ -21,7 +21,7 @@ def export(engine: DeepSpeedEngine, spec: JobSpec, run: str, metrics: dict[str, 
     """Collective: write weights (safetensors), config, processor and model card to RUN/model."""
     state = _student_state(engine, spec)
     if dist.get_rank() == 0 and state is not None:
-        distiller: Distiller = engine.module
+        distiller = cast(Distiller, engine.module)
         with tempfile.TemporaryDirectory(prefix="betakd-export-") as folder:
             distiller.student.save_pretrained(folder, state_dict=state)
             load_processor(processor_source(spec.student)).save_pretrained(folder)
@@ -38,7 +38,7 @@ def _student_state(engine: DeepSpeedEngine, spec: JobSpec) -> dict[str, Tensor] 
     if spec.training.zero_stage == 3:
         state = engine._zero3_consolidated_16bit_state_dict()
     else:
-        state = engine.module.state_dict()
+        state = cast(Distiller, engine.module).state_dict()
     if state is None:
         return None
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}

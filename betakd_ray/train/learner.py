@@ -174,7 +174,7 @@ class Learner:
         engine, *_ = deepspeed.initialize(
             model=self.distiller,
             optimizer=optimizer,
-            lr_scheduler=schedule(optimizer, self.spec.optimizer, total_steps),
+            lr_scheduler=schedule(optimizer, self.spec.optimizer, total_steps),  # pyright: ignore[reportArgumentType]
             config=deepspeed_config(self.spec, self.world_size),
             dist_init_required=False,
         )

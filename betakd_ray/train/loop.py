@@ -121,6 +121,7 @@ class Worker:
     def batches(self) -> Iterator[Batch]:
         """Micro-batches of this rank's part of the stream."""
         shard = ray.train.get_dataset_shard("train")
+        assert shard is not None
         size = self.training.micro_batch_size
         rows = iter(shard.iter_batches(batch_size=size, batch_format="pyarrow", drop_last=True, prefetch_batches=2))
         while True:

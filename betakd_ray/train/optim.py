@@ -32,7 +32,7 @@ class GuardedAdamW(AdamW):
 
 
 def _all_finite(tensors: Iterable[Tensor]) -> bool:
-    norms = torch._foreach_norm(list(tensors))
+    norms = torch._foreach_norm(list(tensors))  # pyright: ignore[reportPrivateImportUsage]
     return bool(torch.stack(norms).isfinite().all()) if norms else True
 
 

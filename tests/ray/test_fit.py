@@ -136,7 +136,7 @@ def test_a_killed_driver_and_a_killed_worker_lose_and_double_nothing(
 ) -> None:
     spec = _spec(s3, models, "killed")
     pack(
-        _samples(SAMPLES, broken=3), f"s3://{s3.bucket}/killed/shards", samples_per_shard=17, storage=spec.data.storage
+        _samples(SAMPLES, broken=4), f"s3://{s3.bucket}/killed/shards", samples_per_shard=17, storage=spec.data.storage
     )
     file = tmp_path / "killed.yaml"
     file.write_text(spec.model_dump_json())  # JSON is YAML

@@ -1,7 +1,6 @@
 """The real engine, without Ray: one global batch is one step, however it falls on ranks and micro-batches."""
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,7 +162,7 @@ def _rank(rank: int, ranks: int, folder: Path, cases: list[Case]) -> None:
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[int, Case], list[Step]]]:
+def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Case], list[Step]]:
     """Every case's steps, by (ranks, case)."""
     folder = tmp_path_factory.mktemp("learner")
     save_tiny(folder / "teacher", hidden=32, seed=1)
@@ -176,7 +175,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[int, 
             mp.spawn(_rank, (ranks, folder, cases), nprocs=ranks)
             for case, result in torch.load(folder / f"steps-{ranks}.pt", weights_only=False).items():
                 found[ranks, case] = result
-    yield found
+    return found
 
 
 def _assert_same(steps: list[Step], reference: list[Step]) -> None:
