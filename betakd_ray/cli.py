@@ -98,7 +98,7 @@ def run_pack(spec: Path, overrides: list[str]) -> None:
 @app.command()
 def index(shards: list[str], endpoint_url: Endpoint = None) -> None:
     """Write the manifest of shards that have none."""
-    from betakd_ray.data.shards import index_shards
+    from betakd_ray.data.manifest import index_shards
 
     with explained():
         found = index_shards(shards, StorageSpec(endpoint_url=endpoint_url))
@@ -114,8 +114,9 @@ def inspect(
     endpoint_url: Endpoint = None,
 ) -> None:
     """Show a shard's samples: keys, sizes and, with --model, the rendered prompt with its answer tokens marked."""
+    from betakd_ray.data.manifest import find_shards
     from betakd_ray.data.render import Renderer, Unrenderable
-    from betakd_ray.data.shards import BadSample, find_shards, read_shard
+    from betakd_ray.data.shards import BadSample, read_shard
     from betakd_ray.models.load import load_processor
 
     storage = StorageSpec(endpoint_url=endpoint_url)

@@ -16,6 +16,7 @@ Three rules hold for every function of logits here.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -296,6 +297,21 @@ ENERGIES: dict[str, Callable[..., Tensor]] = {
     "cosine_logits": cosine_logits,
     "cosine_probs": cosine_probs,
 }
+
+
+def energy(
+    name: str,
+    teacher_logits: Float[Tensor, "rows vocab"],
+    student_logits: Float[Tensor, "rows vocab"],
+    **options: Any,
+) -> Float[Tensor, " rows"]:
+    """One energy by its name in a spec, with its options, for a training loop of your own.
+
+    `ctkd` needs `temperature=`, `taid` needs `t=`. Raises ValueError for a name that is none.
+    """
+    if name not in ENERGIES:
+        raise ValueError(f"no energy {name!r} on logits; there are {', '.join(ENERGIES)}")
+    return ENERGIES[name](teacher_logits, student_logits, **options)
 
 
 def cross_entropy(

@@ -16,18 +16,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.train
 from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from betakd_ray import errors
+from betakd_ray.data.manifest import find_shards
 from betakd_ray.data.render import Renderer
-from betakd_ray.data.shards import find_shards
 from betakd_ray.data.stream import Plan, Quarantined, Reader, ids_of, stream
 from betakd_ray.errors import ClusterError, DataError, OutputError, TrainingError
 from betakd_ray.models.compatibility import check_features, check_vocabularies
@@ -167,7 +168,7 @@ class BetaKDJob:
         store = CheckpointStore(self.run, spec.output.storage)
         resumed = store.latest()
         quarantined = store.quarantined(resumed) if resumed else []
-        monitor = ray.remote(Monitor).options(num_cpus=0).remote(plan.samples, quarantined)
+        monitor = cast(ActorHandle, ray.remote(Monitor).options(num_cpus=0).remote(plan.samples, quarantined))
         pool = teacher = None
         if spec.teacher:
             pool = start_pool(spec.teacher, Needs.of(spec.objective), spec.cluster.teacher, gpus["teacher"])
@@ -262,9 +263,11 @@ def cluster(spec: Any) -> Iterator[None]:
         yield
         return
     address = spec.cluster.address or os.environ.get("RAY_ADDRESS")
-    local = {} if address else {"address": "local", "include_dashboard": False, "num_cpus": _logical_cpus(spec)}
+    options: dict[str, Any] = {"address": address}
+    if not address:
+        options = {"address": "local", "include_dashboard": False, "num_cpus": _logical_cpus(spec)}
     try:
-        ray.init(**({"address": address} if address else local), log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         raise ClusterError(f"cluster.address: no Ray cluster answers at {address}: {error}") from error
     try:
@@ -329,7 +332,7 @@ def _scratch() -> str:
 
 
 def _report(monitor: ActorHandle, records: list[Quarantined]) -> float:
-    return ray.get(monitor.quarantine.remote(records))
+    return cast(float, ray.get(monitor.quarantine.remote(records)))
 
 
 def _give_up(monitor: ActorHandle, error: errors.UserError) -> None:
@@ -346,7 +349,7 @@ def _raise_noted(monitor: ActorHandle) -> None:
 def _unwrapped(answer: "ray.ObjectRef") -> Any:
     try:
         return ray.get(answer)
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         raise error.cause from None
 
 
@@ -390,7 +393,7 @@ def _progress(monitor: ActorHandle, total_steps: int, spec: JobSpec) -> Iterator
 
         def follow() -> None:
             while not stop.wait(1.0):
-                latest = ray.get(monitor.latest.remote())
+                latest = cast(dict[str, Any], ray.get(monitor.latest.remote()))
                 if latest:
                     numbers = f"loss {latest['loss']:.4f} · {latest['samples_per_second']:.0f} samples/s"
                     progress.update(task, completed=latest["step"], numbers=numbers)

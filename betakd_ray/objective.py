@@ -5,13 +5,14 @@ made in the forward pass, chunk by chunk: logits of `chunk_rows` rows exist at a
 of a job share one computation of the teacher's and the student's logits.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from betakd_ray.curriculum import KNOBS
 from betakd_ray.energies import ENERGIES, cross_entropy, entropy, matching_distance
 from betakd_ray.spec import Energy, ObjectiveSpec
 from betakd_ray.weighting import CE
@@ -19,7 +20,8 @@ from betakd_ray.weighting import CE
 STATISTICS = ("student_entropy", "teacher_entropy", "matching_distance", "top1_agreement")
 """Per row, averaged over samples like an energy; computed on logging steps only (paper Figures 5, 6)."""
 
-Energyfn = Callable[[Tensor, Tensor], Tensor]
+RowEnergy = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+"""(teacher_logits, student_logits, moving numbers by channel) → [rows]."""
 
 
 def project(rows: Float[Tensor, "rows width"], weight: Float[Tensor, "vocab width"]) -> Float[Tensor, "rows vocab"]:
@@ -30,11 +32,28 @@ def project(rows: Float[Tensor, "rows width"], weight: Float[Tensor, "vocab widt
     return rows.to(dtype) @ weight.to(dtype).t()
 
 
-def energy_function(energy: Energy) -> Energyfn:
-    """The energy of a spec with its options bound: (teacher_logits, student_logits) → [rows]."""
-    options = energy.model_dump(exclude={"kind"})
+def energy_function(energy: Energy) -> RowEnergy:
+    """The energy of a spec with its options bound."""
+    options = energy.model_dump(exclude={"kind", "schedule"})
     function = ENERGIES[energy.kind]  # type: ignore[attr-defined]
-    return lambda teacher_logits, student_logits: function(teacher_logits, student_logits, **options)
+    knob = KNOBS.get(energy.kind)  # type: ignore[attr-defined]
+
+    def value(teacher_logits: Tensor, student_logits: Tensor, moving: Mapping[str, Tensor]) -> Tensor:
+        at = {knob: moving[energy.kind]} if knob else {}  # type: ignore[attr-defined]
+        return function(teacher_logits, student_logits, **options, **at)
+
+    return value
+
+
+class RowLosses(NamedTuple):
+    """What the objective says of a micro-batch's answer rows."""
+
+    total: Float[Tensor, ""]
+    """Carries gradients to the student's rows and to the lm_head."""
+    values: Float[Tensor, "rows values"]
+    """A column per channel, then one per name in STATISTICS if those were asked for; detached."""
+    moving_gradients: Mapping[str, Float[Tensor, ""]]
+    """∂total/∂ each stateful channel's number."""
 
 
 class RowObjective(nn.Module):
@@ -65,28 +84,28 @@ class RowObjective(nn.Module):
         targets: Int[Tensor, " rows"],
         row_weights: Float[Tensor, "rows channels"],
         *,
+        moving: Mapping[str, Float[Tensor, ""]] | None = None,
         statistics: bool = False,
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "rows values"]]:
-        """Σ_rows Σ_channels w · D, and D itself per row, detached.
+    ) -> RowLosses:
+        """Σ_rows Σ_channels w · D, and D itself per row.
 
-        The scalar carries gradients to `student_rows` and the lm_head. `values` has a column per channel, then one per
-        name in STATISTICS if those are asked for. Raises ValueError if there are energies and no teacher rows.
+        `moving` has the present number of each stateful channel (see `curriculum`). Raises ValueError if there are
+        energies and no teacher rows.
         """
         if self.energies and (teacher_rows is None or self.teacher_head is None):
             raise ValueError(f"energies {self.channels} compare with a teacher: give teacher_rows and teacher_head")
-        return _ChunkedRows.apply(
-            student_rows,
-            self.lm_head.weight,
-            self.lm_head.bias,
-            _Rows(self, teacher_rows, targets, row_weights, statistics),
-        )
+        chunks = _Chunks(self, teacher_rows, targets, row_weights, moving or {}, statistics)
+        total, values = _ChunkedRows.apply(student_rows, self.lm_head.weight, self.lm_head.bias, chunks)
+        return RowLosses(total, values, chunks.moving_gradients)
 
-    def values(self, teacher_logits: Tensor | None, student_logits: Tensor, targets: Tensor) -> list[Tensor]:
+    def values(
+        self, teacher_logits: Tensor | None, student_logits: Tensor, targets: Tensor, moving: Mapping[str, Tensor]
+    ) -> list[Tensor]:
         """Each channel's value per row, from the logits of one chunk."""
         values = [cross_entropy(student_logits, targets)] if self.ce else []
         if teacher_logits is not None:
             teacher_logits, student_logits = _common(teacher_logits, student_logits)
-            values += [function(teacher_logits, student_logits) for function in self.functions]
+            values += [function(teacher_logits, student_logits, moving) for function in self.functions]
         return values
 
     @staticmethod
@@ -110,8 +129,8 @@ def _common(teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Ten
     return teacher_logits[:, :vocab], student_logits[:, :vocab]
 
 
-class _Rows:
-    """What a chunked pass needs besides the tensors it differentiates."""
+class _Chunks:
+    """What a chunked pass needs besides the tensors it differentiates; one chunk's logits at a time."""
 
     def __init__(
         self,
@@ -119,6 +138,7 @@ class _Rows:
         teacher_rows: Tensor | None,
         targets: Tensor,
         row_weights: Tensor,
+        moving: Mapping[str, Tensor],
         statistics: bool,
     ) -> None:
         self.objective = objective
@@ -126,14 +146,22 @@ class _Rows:
         self.targets = targets
         self.row_weights = row_weights
         self.statistics = statistics
+        # Leaves of their own: what moves them is not this objective's business.
+        self.moving = {name: value.detach().requires_grad_() for name, value in moving.items()}
+        self.moving_gradients = {name: torch.zeros_like(value) for name, value in moving.items()}
 
-    def chunk(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def slices(self) -> Iterator[slice]:
+        """Of `chunk_rows` rows each."""
+        for start in range(0, len(self.targets), self.objective.chunk_rows):
+            yield slice(start, start + self.objective.chunk_rows)
+
+    def values(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(weighted sum, values) of one chunk of rows."""
         objective = self.objective
         teacher_logits = None
         if self.teacher_rows is not None and objective.teacher_head is not None:
             teacher_logits = project(self.teacher_rows[rows], objective.teacher_head)
-        columns = objective.values(teacher_logits, logits, self.targets[rows])
+        columns = objective.values(teacher_logits, logits, self.targets[rows], self.moving)
         values = torch.stack(columns, dim=1) if columns else logits.new_zeros((logits.shape[0], 0))
         weights = self.row_weights[rows]
         # 0 · inf would poison a row that takes no part.
@@ -145,16 +173,28 @@ class _Rows:
             values = torch.cat([values, extra.to(values.dtype)], dim=1)
         return total, values
 
+    def gradient(self, rows: slice, total: Tensor, logits: Tensor) -> Tensor:
+        """∂total/∂logits; the moving numbers' is added up aside."""
+        gradient, *moving = torch.autograd.grad(total, [logits, *self.moving.values()], allow_unused=True)
+        for name, part in zip(self.moving, moving, strict=True):
+            if part is not None:
+                self.moving_gradients[name] += part
+        return gradient.masked_fill_(self.absent(rows), 0.0)
+
+    def absent(self, rows: slice) -> Tensor:
+        """[rows, 1] which take no part: such a row may not be finite, and 0 · NaN would reach the head."""
+        return (self.row_weights[rows] == 0).all(dim=1, keepdim=True)
+
 
 class _ChunkedRows(torch.autograd.Function):
     """The gradient is complete after the forward pass; backward only scales it."""
 
     @staticmethod
     def forward(
-        ctx: Any, student_rows: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows
+        ctx: Any, student_rows: Tensor, weight: Tensor, bias: Tensor | None, chunks: _Chunks
     ) -> tuple[Tensor, Tensor]:
         # With no channel on logits (`fd` alone, without CE) there is nothing to differentiate.
-        learns = bool(rows.objective.channels)
+        learns = bool(chunks.objective.channels)
         need_rows, need_weight, need_bias = (need and learns for need in ctx.needs_input_grad[:3])
         dtype = torch.promote_types(torch.float32, student_rows.dtype)
         grad_rows = torch.zeros_like(student_rows) if need_rows else None
@@ -162,27 +202,28 @@ class _ChunkedRows(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias and bias is not None else None
         total = student_rows.new_zeros((), dtype=dtype)
         values = []
-        for start in range(0, student_rows.shape[0], rows.objective.chunk_rows):
-            at = slice(start, start + rows.objective.chunk_rows)
-            logits = project(student_rows[at], weight)
+        for rows in chunks.slices():
+            logits = project(student_rows[rows], weight)
             if bias is not None:
                 logits += bias
             with torch.enable_grad():
                 logits.requires_grad_(need_rows or need_weight or need_bias)
-                chunk_total, chunk_values = rows.chunk(at, logits)
+                chunk_total, chunk_values = chunks.values(rows, logits)
             total += chunk_total.detach()
             values.append(chunk_values)
             if not logits.requires_grad:
                 continue
-            (grad,) = torch.autograd.grad(chunk_total, logits)
-            # A row that takes no part may not be finite, and 0 · NaN would reach the head.
-            absent = (rows.row_weights[at] == 0).all(dim=1, keepdim=True)
-            grad.masked_fill_(absent, 0.0)
-            taking_part = student_rows[at].masked_fill(absent, 0.0)
-            _accumulate(grad, taking_part, weight, at, grad_rows, grad_weight, grad_bias)
+            grad = chunks.gradient(rows, chunk_total, logits)
+            if grad_rows is not None:
+                grad_rows[rows] = (grad.to(weight.dtype) @ weight).to(grad_rows.dtype)
+            if grad_weight is not None:
+                taking_part = student_rows[rows].masked_fill(chunks.absent(rows), 0.0)
+                grad_weight += project(grad.t().to(weight.dtype), taking_part.t())
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
         ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
         ctx.dtypes = (student_rows.dtype, weight.dtype, None if bias is None else bias.dtype)
-        columns = rows.row_weights.shape[1] + (len(STATISTICS) if rows.statistics else 0)
+        columns = chunks.row_weights.shape[1] + (len(STATISTICS) if chunks.statistics else 0)
         result = torch.cat(values) if values else total.new_zeros((0, columns))
         ctx.mark_non_differentiable(result)
         return total, result
@@ -194,24 +235,6 @@ class _ChunkedRows(torch.autograd.Function):
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return grad_rows, grad_weight, grad_bias, None
-
-
-def _accumulate(
-    grad: Tensor,
-    student_rows: Tensor,
-    weight: Tensor,
-    at: slice,
-    grad_rows: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-) -> None:
-    """Carry a chunk's logit gradient to the rows, and add it to the head's, which is kept in float32."""
-    if grad_rows is not None:
-        grad_rows[at] = (grad.to(weight.dtype) @ weight).to(grad_rows.dtype)
-    if grad_weight is not None:
-        grad_weight += project(grad.t().to(weight.dtype), student_rows.t())
-    if grad_bias is not None:
-        grad_bias += grad.sum(0)
 
 
 def segment_mean(

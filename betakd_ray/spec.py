@@ -177,6 +177,46 @@ class AdaptiveKL(_OnProbabilities):
     head_mass: float = Field(default=0.5, gt=0, lt=1, description="μ, teacher mass that makes the head")
 
 
+class TemperatureSchedule(Spec):
+    """T = start + range · sigmoid(θ); θ learns to raise the loss, the more so the further the job is."""
+
+    start: Positive = Field(default=1.0, description="lowest temperature")
+    range: Positive = Field(default=3.0, description="above it (the original's 20 was for image classes)")
+    theta: float = Field(default=-2.0, description="θ at the first step")
+
+
+class CurriculumTemperature(Energy):
+    """CTKD: forward KL at one temperature for teacher and student, learned against the student."""
+
+    kind: Literal["ctkd"] = "ctkd"
+    schedule: TemperatureSchedule = TemperatureSchedule()
+    reference: bool = Field(default=False, description="drop the teacher's entropy, as the released code does")
+
+
+class InterpolationSchedule(Spec):
+    """t, the target's place between student (0) and teacher (1): at least linear in the job's progress, and faster
+    while the loss falls."""
+
+    start: Fraction = Field(default=0.4, description="t_0")
+    end: Fraction = Field(default=1.0, description="t_end")
+    rate: Positive = Field(default=5e-4, description="a")
+    momentum: float = Field(default=0.99, ge=0, lt=1, description="b")
+
+    @model_validator(mode="after")
+    def _rises(self) -> "InterpolationSchedule":
+        if self.start > self.end:
+            raise ValueError(f"start {self.start} is above end {self.end}: t only rises")
+        return self
+
+
+class TemporallyAdaptiveInterpolation(Energy):
+    """TAID: forward KL from a target that moves from the student to the teacher."""
+
+    kind: Literal["taid"] = "taid"
+    schedule: InterpolationSchedule = InterpolationSchedule()
+    reference: bool = Field(default=False, description="drop the target's entropy, as the released code does")
+
+
 class MSELogits(Energy):
     kind: Literal["mse_logits"] = "mse_logits"
     standardize: bool = Field(default=False, description="z-score both rows over the vocabulary first")
@@ -195,10 +235,20 @@ class CosineProbs(_OnProbabilities):
     kind: Literal["cosine_probs"] = "cosine_probs"
 
 
-class FeatureDistance(Energy):
+class VisualEnergy(Energy):
+    """A channel on image tokens; a text-only sample does not have it."""
+
+
+class FeatureDistance(VisualEnergy):
     """Projector tokens, through a trained map from the teacher's width to the student's."""
 
     kind: Literal["fd"] = "fd"
+
+
+class Relation(VisualEnergy):
+    """LLaVA-KD's relation term: how alike a sample's image tokens are to each other, in teacher and student."""
+
+    kind: Literal["relation"] = "relation"
 
 
 def _named_energy(value: Any) -> Any:
@@ -213,14 +263,18 @@ AnyEnergy = Annotated[
     | JensenShannon
     | TotalVariation
     | AdaptiveKL
+    | CurriculumTemperature
+    | TemporallyAdaptiveInterpolation
     | MSELogits
     | MSEProbs
     | CosineLogits
     | CosineProbs
-    | FeatureDistance,
+    | FeatureDistance
+    | Relation,
     Field(discriminator="kind"),
     BeforeValidator(_named_energy),
 ]
+VISUAL_ENERGIES = frozenset({"fd", "relation"})
 Energies = Annotated[tuple[AnyEnergy, ...], BeforeValidator(_as_tuple)]
 
 

@@ -1,42 +1,112 @@
-"""Paths and object stores behind one interface: fsspec, with the retries that storage needs.
+"""Paths and object stores behind one interface: fsspec, with the patience that storage needs.
 
 `open_store(url, storage)` gives a filesystem and the path inside it. Credentials come from the environment's usual
 chain (for S3: AWS_ACCESS_KEY_ID …, a profile, or the instance's role); a spec never holds them.
 """
 
+import socket
 from typing import Any
 
 import fsspec
+from botocore.exceptions import ClientError, ConnectTimeoutError, HTTPClientError, NoCredentialsError, ReadTimeoutError
+from botocore.exceptions import ConnectionError as BotoConnectionError
+from botocore.handlers import add_expect_header
+from botocore.parsers import ResponseParserError
+from fsspec.asyn import sync_wrapper
 from fsspec.spec import AbstractFileSystem
+from s3fs import S3FileSystem
+from s3fs.errors import translate_boto_error
 
 from betakd_ray.spec import StorageSpec
 
-RETRIES = 8
+# Between attempts botocore pauses for a random part of 1, 2, 4, 8, 16, 20, 20 … seconds, with nine of them for 45 s on
+# average. That outlasts half a minute of 5xx, and with the timeout a silent store is given up after two minutes.
+ATTEMPTS = 9
+TIMEOUT_S = 8.0
 
 
-def open_store(url: str, storage: StorageSpec | None = None) -> tuple[AbstractFileSystem, str]:
-    """The filesystem of `url` and the path within it. Raises ValueError for a protocol fsspec does not know."""
-    protocol, _, _ = url.partition("://") if "://" in url else ("file", "", "")
-    options = _s3_options(storage or StorageSpec()) if protocol in ("s3", "s3a") else {}
-    filesystem, path = fsspec.core.url_to_fs(url, **options)
-    return filesystem, path
+class StoreSilent(OSError):
+    """A store did not answer, however often it was asked: whoever waited so long need not ask again."""
 
 
-def _s3_options(storage: StorageSpec) -> dict[str, Any]:
+def open_store(
+    url: str, storage: StorageSpec | None = None, *, attempts: int = ATTEMPTS
+) -> tuple[AbstractFileSystem, str]:
+    """The filesystem of `url` and the path within it. Raises ValueError for a protocol fsspec does not know.
+
+    A request to S3 is made up to `attempts` times, then raises an OSError: StoreSilent where there was no answer, after
+    about two minutes unless `attempts` are fewer.
+    """
+    if not url.startswith(("s3://", "s3a://")):
+        return fsspec.core.url_to_fs(url)
+    filesystem = S3(**_s3_options(storage or StorageSpec(), attempts))
+    return filesystem, str(S3._strip_protocol(url))
+
+
+def join(url: str, *parts: str) -> str:
+    """URL or path, one level deeper for each part."""
+    return "/".join([url.rstrip("/"), *parts])
+
+
+class S3(S3FileSystem):
+    """s3fs where each failure is repeated by one layer, and a request that failed is an OSError.
+
+    As it comes, s3fs repeats five times the requests that botocore has given up, and those for a range five times five:
+    an hour of silence. Here botocore repeats requests, and s3fs only what breaks off while an answer is read.
+    """
+
+    retries = 4
+
+    async def set_session(self, *arguments: Any, **options: Any) -> Any:
+        client = await super().set_session(*arguments, **options)
+        # aiohttp would wait for "100 Continue" before each PUT, and for ever.
+        client.meta.events.unregister("before-call.s3", add_expect_header)
+        return client
+
+    async def _call_s3(self, method: str, *arguments: Any, **options: Any) -> Any:
+        await self.set_session()
+        client = await self.get_s3(options.get("Bucket"))
+        operation = getattr(client, method)
+        try:
+            return await operation(**self._get_s3_method_kwargs(operation, *arguments, **options))
+        except ClientError as error:
+            raise translate_boto_error(error) from error
+        except NoCredentialsError as error:
+            raise PermissionError(str(error)) from error
+        # Both below are classes that s3fs does not take for a reason to begin again.
+        except (ReadTimeoutError, ConnectTimeoutError) as error:
+            attempts = self.config_kwargs["retries"]["total_max_attempts"]
+            raise StoreSilent(f"no answer within {TIMEOUT_S:g} s at up to {attempts} attempts") from error
+        except (HTTPClientError, BotoConnectionError, ResponseParserError) as error:
+            raise ConnectionError(str(error)) from error
+
+    call_s3 = sync_wrapper(_call_s3)
+
+
+def _s3_options(storage: StorageSpec, attempts: int) -> dict[str, Any]:
     client: dict[str, Any] = {"region_name": storage.region} if storage.region else {}
     if storage.endpoint_url:
         client["endpoint_url"] = storage.endpoint_url
     return {
         "anon": storage.anonymous,
         "client_kwargs": client,
-        # Adaptive mode backs off with jitter on throttling and 5xx, inside botocore.
-        "config_kwargs": {"retries": {"mode": "adaptive", "max_attempts": RETRIES}},
+        "config_kwargs": {
+            "connect_timeout": TIMEOUT_S,
+            "read_timeout": TIMEOUT_S,
+            "connector_args": {"socket_factory": _socket},
+            # Adaptive mode backs off with jitter on throttling and 5xx, inside botocore.
+            "retries": {"mode": "adaptive", "total_max_attempts": attempts},
+        },
         "default_cache_type": "readahead",
         # A listing cached by one process hides what another just wrote.
         "use_listings_cache": False,
     }
 
 
-def join(url: str, *parts: str) -> str:
-    """URL or path, one level deeper for each part."""
-    return "/".join([url.rstrip("/"), *parts])
+def _socket(address: Any) -> socket.socket:
+    """A TCP socket that breaks when nobody takes what it sends; a read timeout begins only after the last byte."""
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * TIMEOUT_S))
+    return made

@@ -21,13 +21,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from betakd_ray.spec import Feature, InstanceWeighting, ManualWeighting, TaskWeighting, Weighting
+from betakd_ray.spec import VISUAL_ENERGIES, Feature, InstanceWeighting, ManualWeighting, TaskWeighting, Weighting
 
 UNIT_SOFTPLUS = math.log(math.e - 1)
 """softplus of this is 1."""
 
 CE = "ce"
-FD = "fd"
 
 
 class BetaWeighting(nn.Module):
@@ -113,7 +112,8 @@ class BetaWeighting(nn.Module):
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The scalar of a batch, and its log, for a training loop of your own.
 
-        `energies` maps each channel ("ce" among them) to its per-sample values; a sample without an image has no "fd".
+        `energies` maps each channel ("ce" among them) to its per-sample values; a sample without an
+        image has no channel on image tokens, such as "fd".
         The result is differentiable with respect to the energies and to β's parameters. The log has each channel's
         means over the samples that have it.
         """
@@ -122,8 +122,9 @@ class BetaWeighting(nn.Module):
             has_image = torch.ones(matrix.shape[0], dtype=torch.bool, device=matrix.device)
         beta = self.beta(features or {}, has_image)
         present = torch.ones_like(matrix, dtype=torch.bool)
-        if FD in self.channels:
-            present[:, self.channels.index(FD)] = has_image
+        for at, name in enumerate(self.channels):
+            if name in VISUAL_ENERGIES:
+                present[:, at] = has_image
         counts = present.sum(dim=0).clamp_min(1)
         log = {}
         for kind, values in (("energy", matrix), ("beta", beta)):

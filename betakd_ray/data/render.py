@@ -6,11 +6,13 @@ student may see a sample differently; their *answer tokens* are the same, and th
 
 import hashlib
 import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -97,7 +99,7 @@ class Renderer:
             )
         if self.tokenizer.eos_token is None:
             raise ModelError("the tokenizer has no eos token, so an answer could not be closed. Set eos_token.")
-        if data.template == "chat" and not (processor.chat_template or self.tokenizer.chat_template):
+        if data.template == "chat" and not self._chat_template:
             raise ModelError("data.template is `chat` and the processor has no chat template. Use vicuna_v1 or plain.")
 
     @property
@@ -113,11 +115,15 @@ class Renderer:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for two renderers exactly when they render every sample alike."""
-        probe = self._uncut(_probe(2)).input_ids.tobytes() + repr(self.image_processor.to_dict()).encode()
-        settings = repr((self.template, self.system_prompt, self.max_length, self.pad_to_square))
-        vocabulary = repr(sorted(self.tokenizer.get_vocab().items()))
-        return hashlib.sha256(probe + settings.encode() + vocabulary.encode()).hexdigest()[:16]
+        """Equal only for renderers that render every sample alike: what a rendering depends on is in it."""
+        data = (self.template, self.system_prompt, self.max_length, self.pad_to_square, self.max_image_pixels)
+        # Pillow's and torchvision's processors call themselves alike, and round differently.
+        images = (type(self.image_processor).__qualname__, self.image_processor.to_dict())
+        chat = (self._chat_template, self.tokenizer.special_tokens_map) if self.template == "chat" else None
+        # How many tokens an image has is the processor's secret.
+        probe = self._uncut(_probe(2)).input_ids.tolist()
+        everything = repr((data, images, chat, probe, self._tokenization()))
+        return hashlib.sha256(everything.encode()).hexdigest()[:16]
 
     def render(self, sample: RawSample) -> Rendering:
         """Tokens, answer mask and pixels of a sample. Raises Unrenderable with the reason."""
@@ -125,13 +131,18 @@ class Renderer:
         return Rendering(*self._fit(whole.input_ids, whole.answer_mask), whole.pixels)
 
     def prompt(self, sample: RawSample) -> Rendering:
-        """The sample up to its last answer: what a model is given to continue. Nothing is cut."""
+        """The sample up to its last answer: what a model is given to continue. Nothing is cut.
+
+        With the `plain` template that is an image's tokens alone. Raises Unrenderable with the reason.
+        """
         spans = self._checked_spans(sample)
         pixels = self._pixels(sample.images) if sample.images else None
         last = max(i for i, (_, is_answer) in enumerate(spans) if is_answer)
         # A trailing space would be a token of its own that training never saw before an answer.
         spans = [*spans[: last - 1], (spans[last - 1][0].rstrip(" "), False)]
         input_ids, answer_mask = self._tokenize(self._expand(spans, pixels))
+        if not len(input_ids):
+            raise Unrenderable(f"the prompt is empty: template {self.template} shows only images, and there is none")
         return Rendering(input_ids, answer_mask, pixels)
 
     def _uncut(self, sample: RawSample) -> Rendering:
@@ -142,6 +153,8 @@ class Renderer:
     # ------------------------------------------------------------------------------------------ text
 
     def _checked_spans(self, sample: RawSample) -> list[Span]:
+        if sample.conversation[0]["from"] != "human":
+            raise Unrenderable("the first turn is from gpt, an answer without a question")
         spans = list(self._spans(sample.conversation))
         placeholders = sum(text.count(IMAGE) for text, _ in spans)
         if placeholders != len(sample.images):
@@ -176,10 +189,16 @@ class Renderer:
             seen = replied
 
     def _apply(self, messages: list[dict[str, str]], *, generation: bool) -> str:
-        template = self.processor.chat_template or self.tokenizer.chat_template
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=generation
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self._chat_template, tokenize=False, add_generation_prompt=generation
+            )
+        except TemplateError as error:  # many demand that roles alternate, or take no system prompt
+            raise Unrenderable(f"the chat template refuses the conversation: {error}") from error
+
+    @property
+    def _chat_template(self) -> str | None:
+        return self.processor.chat_template or self.tokenizer.chat_template
 
     def _expand(self, spans: Sequence[Span], pixels: NDArray[np.uint8] | None) -> list[Span]:
         """Each placeholder becomes as many image tokens as the model makes of that image."""
@@ -208,6 +227,14 @@ class Renderer:
         reaches = np.concatenate([[0], np.cumsum(is_answer)])
         answer_mask = reaches[offsets[:, 1]] > reaches[offsets[:, 0]]
         return np.asarray(encoded["input_ids"], dtype=np.int32), answer_mask
+
+    def _tokenization(self) -> tuple[Any, ...]:
+        """All that `_tokenize` and the templates take from the tokenizer."""
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        # Whoever used the tokenizer last may have left these; `_tokenize` neither pads nor truncates.
+        del backend["padding"], backend["truncation"]
+        tokens = (self.tokenizer.bos_token, self.tokenizer.eos_token, self.image_token)
+        return backend, self.tokenizer.split_special_tokens, tokens
 
     def _fit(
         self, input_ids: NDArray[np.int32], answer_mask: NDArray[np.bool_]

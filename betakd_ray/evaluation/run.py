@@ -10,8 +10,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from betakd_ray.data.manifest import find_shards
 from betakd_ray.data.render import IMAGE, Renderer
-from betakd_ray.data.shards import BadSample, RawSample, Shard, find_shards, read_shard_with_retry
+from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard_with_retry
 from betakd_ray.errors import ClusterError, DataError, OutputError, TrainingError
 from betakd_ray.evaluation.exact_match import Record, agreement, score
 from betakd_ray.evaluation.generate import answers

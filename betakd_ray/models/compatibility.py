@@ -3,7 +3,7 @@
 from typing import Any
 
 from betakd_ray.errors import ModelError, VocabularyMismatch
-from betakd_ray.spec import ObjectiveSpec
+from betakd_ray.spec import VISUAL_ENERGIES, ObjectiveSpec
 
 PROBE = "Is the 2nd shape (on the left) a blue triangle?\n\tÉtait-ce — 它是 🟦 0x1F\\n?"
 
@@ -32,11 +32,13 @@ def check_vocabularies(teacher_processor: Any, student_processor: Any) -> None:
 
 
 def check_features(objective: ObjectiveSpec, teacher_tokens: int, student_tokens: int) -> None:
-    """Raises ModelError where `fd` would compare different numbers of image tokens."""
-    if "fd" in objective.channels and teacher_tokens != student_tokens:
+    """Raises ModelError where an energy would compare different numbers of image tokens."""
+    visual = [name for name in objective.channels if name in VISUAL_ENERGIES]
+    if visual and teacher_tokens != student_tokens:
         raise ModelError(
-            f"objective.energies: fd compares image tokens one by one; the teacher makes {teacher_tokens} of an image, "
-            f"the student {student_tokens}. Drop fd, or choose models with the same image size and patches."
+            f"objective.energies: {', '.join(visual)} compare image tokens one by one; the teacher makes "
+            f"{teacher_tokens} of an image, the student {student_tokens}. Drop them, or choose models with the same "
+            "image size and patches."
         )
 
 

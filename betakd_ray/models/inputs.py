@@ -39,9 +39,27 @@ class ModelInputs:
         return np.bincount(self.row_sample, minlength=self.size)
 
     @property
+    def visual_per_sample(self) -> NDArray[np.int64]:
+        """[B]"""
+        return np.bincount(self.visual_sample, minlength=self.size)
+
+    @property
+    def visual_slot(self) -> NDArray[np.int64]:
+        """[T] places in a [B, most image tokens of a sample] table, flattened."""
+        counts = self.visual_per_sample
+        starts = np.cumsum(counts) - counts
+        within = np.arange(len(self.visual_sample)) - starts[self.visual_sample]
+        return self.visual_sample * self.most_visual + within
+
+    @property
+    def most_visual(self) -> int:
+        """Image tokens of the sample that has most."""
+        return int(self.visual_per_sample.max(initial=0))
+
+    @property
     def has_image(self) -> NDArray[np.bool_]:
         """[B]"""
-        return np.bincount(self.visual_sample, minlength=self.size) > 0
+        return self.visual_per_sample > 0
 
 
 @dataclass(frozen=True)
@@ -56,15 +74,20 @@ class TensorInputs:
     targets: Tensor
     visual_sample: Tensor
     rows_per_sample: Tensor
+    visual_per_sample: Tensor
+    visual_slot: Tensor
+    most_visual: int
+    """On the host, as are all shapes: the device is never asked for one."""
     has_image: Tensor
 
     @classmethod
     def of(cls, inputs: ModelInputs, device: torch.device) -> "TensorInputs":
         """The same micro-batch on `device`."""
-        arrays = {name: getattr(inputs, name) for name in cls.__dataclass_fields__}
-        # Any: only `pixels` may be None, which one type for all fields cannot say.
-        tensors: dict[str, Any] = {name: a if a is None else to_device(a, device) for name, a in arrays.items()}
-        return cls(**tensors)
+        fields = {name: getattr(inputs, name) for name in cls.__dataclass_fields__}
+        moved: dict[str, Any] = {
+            name: to_device(value, device) if isinstance(value, np.ndarray) else value for name, value in fields.items()
+        }
+        return cls(**moved)
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -62,8 +62,7 @@ class TeacherScorer:
         elif hidden.visual is None:
             feature = hidden.rows.new_zeros((len(inputs.input_ids), self.head.shape[1]), dtype=torch.float32)
         else:
-            counts = torch.bincount(inputs.visual_sample, minlength=len(inputs.input_ids))
-            feature = segment_mean(hidden.visual.float(), inputs.visual_sample, counts)
+            feature = segment_mean(hidden.visual.float(), inputs.visual_sample, inputs.visual_per_sample)
         return feature.cpu().numpy()
 
     def _entropies(self, hidden: Hidden, inputs: TensorInputs) -> Tensor:

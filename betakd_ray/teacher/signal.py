@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from betakd_ray.models.inputs import to_device
-from betakd_ray.spec import Feature, InstanceWeighting, ObjectiveSpec
+from betakd_ray.spec import VISUAL_ENERGIES, Feature, InstanceWeighting, ObjectiveSpec
 
 FeatureSizes = dict[Feature, int]
 
@@ -50,8 +50,8 @@ class Needs:
         """From the spec of an objective."""
         weighting = objective.weighting
         return cls(
-            hidden=any(channel != "fd" for channel in objective.channels),
-            visual="fd" in objective.channels,
+            hidden=any(channel not in VISUAL_ENERGIES for channel in objective.channels),
+            visual=any(channel in VISUAL_ENERGIES for channel in objective.channels),
             features=weighting.features if isinstance(weighting, InstanceWeighting) else (),
         )
 

@@ -1,20 +1,21 @@
 """The module that DeepSpeed wraps: student, feature map and objective, from a micro-batch to one scalar."""
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from betakd_ray.energies import feature_distance
+from betakd_ray.energies import feature_distance, relation
 from betakd_ray.models.inputs import TensorInputs
 from betakd_ray.models.vlm import Hidden, Normalization, blank_image, hidden_rows, parts
 from betakd_ray.objective import STATISTICS, RowObjective, segment_mean
 from betakd_ray.spec import ObjectiveSpec
 from betakd_ray.weighting import CE
 
-FD = "fd"
+FD, RELATION = "fd", "relation"
 
 
 class Distiller(nn.Module):
@@ -62,43 +63,63 @@ class Distiller(nn.Module):
         teacher_rows: Float[Tensor, "rows teacher_width"] | None,
         teacher_visual: Float[Tensor, "tokens teacher_width"] | None,
         weights: Float[Tensor, "batch channels"],
+        moving: Mapping[str, Float[Tensor, ""]],
         statistics: bool = False,
-    ) -> dict[str, Any]:
-        """Σ_i Σ_k weights_ik · ℓ_ik as "loss", and ℓ [B, channels] as "energies", detached.
+    ) -> "Distilled":
+        """Σ_i Σ_k weights_ik · ℓ_ik, and ℓ itself.
 
-        ℓ_ik is the mean of energy k over sample i's answer rows (for `fd`: over its image tokens). "statistics" is
-        [B, 4], the columns of objective.STATISTICS, if asked for.
+        ℓ_ik is the mean of energy k over sample i's answer rows (for energies on image tokens: over those). `moving`
+        has the present number of each stateful channel.
         """
         hidden = hidden_rows(self.student, inputs, self.normalize, self.blank)
         counts = inputs.rows_per_sample
         on_rows = [self.channels.index(name) for name in self.rows.channels]
         row_weights = (weights[:, on_rows] / counts.clamp_min(1)[:, None])[inputs.row_sample]
-        loss, values = self.rows(hidden.rows, teacher_rows, inputs.targets, row_weights, statistics=statistics)
-        means = segment_mean(values, inputs.row_sample, counts)
+        rows = self.rows(hidden.rows, teacher_rows, inputs.targets, row_weights, moving=moving, statistics=statistics)
+        means = segment_mean(rows.values, inputs.row_sample, counts)
         energies = weights.new_zeros(weights.shape)
         energies[:, on_rows] = means[:, : len(on_rows)].to(energies.dtype)
-        if self.feature_map is not None:
-            at = self.channels.index(FD)
-            distance = self._feature_distance(hidden, teacher_visual, inputs)
+        loss = rows.total
+        for name, distance in self._on_image_tokens(hidden, teacher_visual, inputs):
+            at = self.channels.index(name)
             loss = loss + (distance * weights[:, at]).sum()
             energies[:, at] = distance.detach()
-        return {
-            "loss": loss,
-            "energies": energies,
-            "statistics": means[:, -len(STATISTICS) :] if statistics else None,
-        }
+        return Distilled(loss, energies, rows.moving_gradients, means[:, -len(STATISTICS) :] if statistics else None)
 
-    def _feature_distance(
+    def _on_image_tokens(
         self, hidden: Hidden, teacher_visual: Tensor | None, inputs: TensorInputs
-    ) -> Float[Tensor, " batch"]:
-        """Mean over a sample's image tokens and channels of (W f_t − f_s)²; zero without an image."""
-        assert self.feature_map is not None
-        counts = torch.bincount(inputs.visual_sample, minlength=len(inputs.input_ids))
-        if hidden.visual is None or teacher_visual is None:
+    ) -> Iterator[tuple[str, Float[Tensor, " batch"]]]:
+        """Each of the objective's energies on image tokens, per sample; zero without an image."""
+        nothing = torch.zeros(len(inputs.input_ids), device=inputs.input_ids.device)
+        if self.feature_map is not None:
             # Every rank must use the map in every step, or ranks disagree about which gradients to reduce.
-            return 0.0 * self.feature_map(self.feature_map.weight.new_zeros(1, self.feature_map.in_features)).sum() + (
-                torch.zeros(len(inputs.input_ids), device=counts.device)
-            )
-        mapped = self.feature_map(teacher_visual.to(self.feature_map.weight.dtype))
-        per_token = feature_distance(mapped, hidden.visual)
-        return segment_mean(per_token[:, None], inputs.visual_sample, counts)[:, 0]
+            blank = self.feature_map.weight.new_zeros(1, self.feature_map.in_features)
+            mapped = self.feature_map(blank if teacher_visual is None else teacher_visual.to(blank.dtype))
+            if hidden.visual is None or teacher_visual is None:
+                yield FD, nothing + 0.0 * mapped.sum()
+            else:
+                per_token = feature_distance(mapped, hidden.visual)[:, None]
+                yield FD, segment_mean(per_token, inputs.visual_sample, inputs.visual_per_sample)[:, 0]
+        if RELATION in self.channels:
+            if hidden.visual is None or teacher_visual is None:
+                yield RELATION, nothing
+            else:
+                yield RELATION, relation(_by_sample(teacher_visual, inputs), _by_sample(hidden.visual, inputs))
+
+
+class Distilled(NamedTuple):
+    """What a micro-batch of B samples gives."""
+
+    loss: Float[Tensor, ""]
+    energies: Float[Tensor, "batch channels"]
+    """Detached."""
+    moving_gradients: Mapping[str, Float[Tensor, ""]]
+    """∂loss/∂ each stateful channel's number."""
+    statistics: Float[Tensor, "batch statistics"] | None
+    """The columns of objective.STATISTICS, if asked for."""
+
+
+def _by_sample(visual: Float[Tensor, "tokens width"], inputs: TensorInputs) -> Float[Tensor, "batch most width"]:
+    """Image tokens as a table, with zeros where a sample has fewer: they add nothing to a Gram matrix."""
+    table = visual.new_zeros(len(inputs.input_ids) * inputs.most_visual, visual.shape[1])
+    return table.index_copy(0, inputs.visual_slot, visual).view(len(inputs.input_ids), inputs.most_visual, -1)

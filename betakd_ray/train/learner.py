@@ -11,14 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from betakd_ray.curriculum import Curriculum, reversal
 from betakd_ray.data.collate import Batch
 from betakd_ray.models.device import find_device
 from betakd_ray.models.inputs import TensorInputs, to_device
 from betakd_ray.models.load import build_student, load_processor, processor_source
-from betakd_ray.spec import JobSpec
+from betakd_ray.spec import VISUAL_ENERGIES, JobSpec
 from betakd_ray.teacher.signal import Signal, TeacherFacts
 from betakd_ray.train import checkpoint
-from betakd_ray.train.distiller import FD, Distiller
+from betakd_ray.train.distiller import Distilled, Distiller
 from betakd_ray.train.optim import beta_optimizer, deepspeed_config, schedule, student_optimizer
 from betakd_ray.train.tally import Tally, Totals
 from betakd_ray.weighting import BetaWeighting
@@ -44,6 +45,8 @@ class Learner:
         self.device = find_device()
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.accumulation = spec.training.global_batch_size // (spec.training.micro_batch_size * self.world_size)
+        # What is known on the host is agreed on there, without waiting for the device.
+        self.host_group = dist.new_group(backend="gloo")
         _seed(spec.training.seed)
         self.distiller = self._distiller(facts)
         self.engine = self._engine(total_steps)
@@ -53,7 +56,8 @@ class Learner:
             ce=spec.objective.ce,
             feature_sizes=facts.feature_sizes if facts else None,
         ).to(self.device)
-        self.beta_optimizer = beta_optimizer(self.weighting, spec.optimizer, total_steps)
+        self.curriculum = Curriculum(spec.objective.energies).to(self.device)
+        self.beta_optimizer = beta_optimizer(self.weighting, self.curriculum, spec.optimizer, total_steps)
         self.tally = Tally(len(self.distiller.channels), self.device)
 
     @property
@@ -72,19 +76,24 @@ class Learner:
             samples += int(valid.sum())
             tokens += int(batch.student.rows_per_sample[valid].sum())
         counts = torch.tensor([samples, tokens, len(window) == self.accumulation], dtype=torch.float64)
-        counts = counts.to(self.device)
-        dist.all_reduce(counts)
+        dist.all_reduce(counts, group=self.host_group)
         samples, tokens, full = (int(count) for count in counts.tolist())
         return GlobalCounts(max(samples, 1), max(tokens, 1)) if full == self.world_size else None
 
-    def step(self, window: Window, counts: GlobalCounts, *, statistics: bool) -> Totals:
-        """Collective: one optimizer step on a full window. With `statistics`, those of the objective come along."""
+    def step(self, window: Window, counts: GlobalCounts, progress: float, *, statistics: bool) -> Totals:
+        """Collective: one optimizer step on a full window.
+
+        `progress` is the job's with this step done, up to 1. With `statistics`, those of the
+        objective come along.
+        """
         self.tally.clear()
         for batch, signal in window:
-            self._backward(batch, signal, counts, statistics)
-        return self._update()
+            self._backward(batch, signal, counts, progress, statistics)
+        return self._update(progress)
 
-    def _backward(self, batch: Batch, signal: Signal | None, counts: GlobalCounts, statistics: bool) -> None:
+    def _backward(
+        self, batch: Batch, signal: Signal | None, counts: GlobalCounts, progress: float, statistics: bool
+    ) -> None:
         """Forward and backward of one micro-batch; DeepSpeed steps with the last of the window."""
         inputs = TensorInputs.of(batch.student, self.device)
         valid = to_device(_valid(batch, signal), self.device)
@@ -92,27 +101,35 @@ class Learner:
         beta = self.weighting.beta(features, inputs.has_image)
         present = self._present(inputs, valid)
         share = self._share(inputs, counts)
-        output = self.engine(
+        moving = self.curriculum.values()
+        # DeepSpeed divides by accumulation steps and ranks, and `share` already by the global batch.
+        scale = self.accumulation * self.world_size
+        output: Distilled = self.engine(
             inputs,
             signal.hidden.tensor(self.device) if signal and signal.hidden else None,
             signal.visual.tensor(self.device) if signal and signal.visual else None,
-            # DeepSpeed divides by accumulation steps and ranks, and `share` already by the global batch.
-            beta.detach() * present * share[:, None] * (self.accumulation * self.world_size),
+            beta.detach() * present * share[:, None] * scale,
+            {name: value.detach() for name, value in moving.items()},
             statistics,
         )
-        self.engine.backward(output["loss"])
+        self.engine.backward(output.loss)
         self.engine.step()
-        energies = torch.where(present, output["energies"], 0.0)
+        energies = torch.where(present, output.energies, 0.0)
         loss = (self.weighting.loss(beta, energies, present) * share).sum()
-        if self.beta_optimizer:
+        if loss.requires_grad:
             loss.backward()
-        self.tally.add(energies, beta.detach(), present, loss.detach(), output["statistics"])
+        for name, value in moving.items():
+            if value.requires_grad:
+                value.backward(output.moving_gradients[name] / scale * reversal(progress))
+        self.tally.add(energies, beta.detach(), present, loss.detach(), output.statistics)
 
     def _present(self, inputs: TensorInputs, valid: Tensor) -> Tensor:
-        """[B, channels] which channels a sample has: none if the teacher's answer is invalid, no `fd` without image."""
+        """[B, channels] which channels a sample has: none if the teacher's answer is invalid, none on image
+        tokens without an image."""
         present = valid[:, None].expand(-1, len(self.channels)).clone()
-        if FD in self.channels:
-            present[:, self.channels.index(FD)] &= inputs.has_image
+        for at, name in enumerate(self.channels):
+            if name in VISUAL_ENERGIES:
+                present[:, at] &= inputs.has_image
         return present
 
     def _share(self, inputs: TensorInputs, counts: GlobalCounts) -> Tensor:
@@ -121,7 +138,7 @@ class Learner:
             return inputs.rows_per_sample.float() / counts.tokens
         return torch.full((len(inputs.input_ids),), 1 / counts.samples, device=self.device)
 
-    def _update(self) -> Totals:
+    def _update(self, progress: float) -> Totals:
         """DeepSpeed has stepped by now, or skipped a gradient that is not finite; β then stays as it was, too."""
         applied = self.engine.was_step_applied()
         totals = self.tally.reduced(applied)
@@ -129,6 +146,7 @@ class Learner:
             self.beta_optimizer.step(applied)
         if applied:
             self.weighting.observe(totals.energies)
+            self.curriculum.observe(dict(zip(self.channels, totals.energies, strict=True)), progress)
         return totals
 
     # -------------------------------------------------------------------------------------------------- state
@@ -141,6 +159,7 @@ class Learner:
             torch.save(
                 {
                     "weighting": self.weighting.state_dict(),
+                    "curriculum": self.curriculum.state_dict(),
                     "beta_optimizer": self.beta_optimizer.state_dict() if self.beta_optimizer else None,
                 },
                 folder / "beta.pt",
@@ -151,6 +170,7 @@ class Learner:
         checkpoint.load_engine(self.engine, folder, saved_ranks)
         state = torch.load(folder / "beta.pt", weights_only=True, map_location=self.device)
         self.weighting.load_state_dict(state["weighting"])
+        self.curriculum.load_state_dict(state["curriculum"])
         if self.beta_optimizer:
             self.beta_optimizer.load_state_dict(state["beta_optimizer"])
         if saved_ranks == self.world_size:

@@ -90,7 +90,8 @@ class Worker:
             if counts is None:
                 break
             is_logged = self.is_logged(self.step + 1)
-            totals = self.learner.step(window, counts, statistics=is_logged)
+            progress = (self.step + 1) / self.total_steps
+            totals = self.learner.step(window, counts, progress, statistics=is_logged)
             self.step += 1
             self.account(window)
             self.guard(totals)
@@ -169,6 +170,7 @@ class Worker:
         for at, (name, energy, weighted, beta) in enumerate(columns):
             record |= {f"energy/{name}": energy, f"weighted/{name}": weighted, f"beta/{name}": beta}
             record |= {f"beta_p{round(100 * q)}/{name}": row[at] for q, row in zip(QUANTILES, quantiles, strict=True)}
+        record |= {f"moving/{name}": value.item() for name, value in self.learner.curriculum.values().items()}
         record |= dict(zip(STATISTICS, totals.statistics.tolist(), strict=True))
         engine = self.learner.engine
         record |= {"lr": engine.get_lr()[0], "grad_norm": float(engine.get_global_grad_norm() or 0.0)}

@@ -1,7 +1,7 @@
 """Optimizers, schedule and the DeepSpeed configuration that a spec stands for."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from betakd_ray.curriculum import reversal
 from betakd_ray.models.vlm import parts
 from betakd_ray.spec import JobSpec, OptimizerSpec
 from betakd_ray.train.distiller import Distiller
@@ -50,6 +51,10 @@ def student_optimizer(distiller: Distiller, spec: OptimizerSpec) -> AdamW:
 
 def schedule(optimizer: torch.optim.Optimizer, spec: OptimizerSpec, total_steps: int) -> LambdaLR:
     """Linear warm-up, then the spec's decay to zero at `total_steps`."""
+    return LambdaLR(optimizer, _factor(spec, total_steps))
+
+
+def _factor(spec: OptimizerSpec, total_steps: int) -> Callable[[int], float]:
     warmup = math.ceil(spec.warmup_fraction * total_steps)
 
     def factor(step: int) -> float:
@@ -60,24 +65,37 @@ def schedule(optimizer: torch.optim.Optimizer, spec: OptimizerSpec, total_steps:
             spec.schedule
         ]
 
-    return LambdaLR(optimizer, factor)
+    return factor
 
 
 class BetaOptimizer:
-    """AdamW over β's parameters: float32, a rate of their own, no weight decay, and gradients summed over the ranks."""
+    """AdamW over what learns outside DeepSpeed: β's parameters, and ctkd's θ.
 
-    def __init__(self, weighting: nn.Module, spec: OptimizerSpec, total_steps: int) -> None:
-        self._parameters = [parameter for parameter in weighting.parameters() if parameter.numel()]
+    Float32, a rate of its own, no weight decay, and gradients summed over the ranks.
+    """
+
+    def __init__(self, weighting: nn.Module, curriculum: nn.Module, spec: OptimizerSpec, total_steps: int) -> None:
+        self._beta = [parameter for parameter in weighting.parameters() if parameter.numel()]
+        theta = list(curriculum.parameters())
+        # Adam forgets how strongly a gradient was reversed, so it is θ's rate that grows with the job.
+        groups = [(self._beta, _factor(spec, total_steps)), (theta, lambda step: -reversal(step / total_steps))]
+        groups = [(parameters, factor) for parameters, factor in groups if parameters]
+        self._parameters = self._beta + theta
         self._max_grad_norm = spec.max_grad_norm
-        self._adam = AdamW(self._parameters, lr=spec.beta_lr, betas=spec.adam_betas, weight_decay=0.0)
-        self._schedule = schedule(self._adam, spec, total_steps)
+        self._adam = AdamW(
+            [{"params": parameters} for parameters, _ in groups],
+            lr=spec.beta_lr,
+            betas=spec.adam_betas,
+            weight_decay=0.0,
+        )
+        self._schedule = LambdaLR(self._adam, [factor for _, factor in groups])
 
     def step(self, apply: bool) -> None:
         """Collective. With `apply` false the gradients are dropped: the student's step was skipped."""
         if apply:
             for parameter in self._parameters:
                 dist.all_reduce(parameter.grad)
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self._beta, self._max_grad_norm)
             self._adam.step()
             self._schedule.step()
         self._adam.zero_grad(set_to_none=False)
@@ -92,9 +110,12 @@ class BetaOptimizer:
         self._schedule.load_state_dict(state["schedule"])
 
 
-def beta_optimizer(weighting: nn.Module, spec: OptimizerSpec, total_steps: int) -> BetaOptimizer | None:
-    """None for a weighting that learns nothing."""
-    return BetaOptimizer(weighting, spec, total_steps) if list(weighting.parameters()) else None
+def beta_optimizer(
+    weighting: nn.Module, curriculum: nn.Module, spec: OptimizerSpec, total_steps: int
+) -> BetaOptimizer | None:
+    """None where nothing learns outside DeepSpeed."""
+    learns = any(parameter.numel() for module in (weighting, curriculum) for parameter in module.parameters())
+    return BetaOptimizer(weighting, curriculum, spec, total_steps) if learns else None
 
 
 def deepspeed_config(spec: JobSpec, world_size: int) -> dict[str, Any]:

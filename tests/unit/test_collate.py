@@ -141,3 +141,20 @@ def test_two_views_are_two_inputs(samples):
     batch = collate(pa.table(columns), PAD, {"student": IMAGE, "teacher": IMAGE})
     assert_same_inputs(batch.student, stack(views["student"], PAD, IMAGE))
     assert_same_inputs(batch.teacher, stack(views["teacher"], PAD, IMAGE))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_nothing_in_a_batch_is_memory_of_the_table(samples, count):
+    """Arrow's buffers may lie in Ray's object store, which could not free the block while a batch points into it."""
+    rows = table(samples[:count], views=("student", "teacher"))
+    batch = collate(rows, PAD, {"student": IMAGE, "teacher": IMAGE})
+    buffers = [np.frombuffer(buffer, np.uint8) for buffer in buffers_of(rows) if buffer.size]
+    for part in (batch.student, batch.teacher, batch.ids):
+        for name in type(part).__dataclass_fields__:
+            array = getattr(part, name)
+            assert not any(np.may_share_memory(array, buffer) for buffer in buffers), name
+            assert array.flags.writeable, name
+
+
+def buffers_of(rows):
+    return [buffer for column in rows.columns for chunk in column.chunks for buffer in chunk.buffers() if buffer]

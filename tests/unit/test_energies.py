@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+import betakd_ray
 from betakd_ray.energies import (
     ENERGIES,
     cross_entropy,
@@ -502,6 +503,17 @@ def test_matching_distance_centres_each_row_and_skips_masked_out_ids():
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(matching_distance(teacher, student), expected)
     torch.testing.assert_close(matching_distance(*masked_out(teacher + 4, student - 9)), expected)
+
+
+def test_an_energy_is_found_by_its_name_in_a_spec():
+    teacher, student = logits(), logits()
+    assert torch.equal(betakd_ray.energy("fkl", teacher, student), forward_kl(teacher, student))
+    assert torch.equal(
+        betakd_ray.energy("ctkd", teacher, student, temperature=2.0),
+        curriculum_temperature(teacher, student, temperature=2.0),
+    )
+    with pytest.raises(ValueError, match=r"no energy 'kl' .* fkl, rkl"):
+        betakd_ray.energy("kl", teacher, student)
 
 
 def test_feature_distance_is_the_mean_over_channels():

@@ -4,16 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.shards import BadSample, RawSample
@@ -21,8 +11,8 @@ from betakd_ray.evaluation.exact_match import Record, agreement, score
 from betakd_ray.evaluation.generate import answers, pad_left
 from betakd_ray.models.vlm import Normalization
 from betakd_ray.spec import DataSpec
+from tests.tiny import tiny_model, tiny_processor
 
-SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 NEW_TOKENS = 8
 
 
@@ -70,48 +60,20 @@ def test_agreement_is_the_share_of_equal_answers():
 # ------------------------------------------------------------------------------------------------- generation
 
 
-def processor():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = Tokenizer(models.BPE({token: i for i, token in enumerate(SPECIAL + alphabet)}, [], unk_token="<unk>"))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokens,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    images = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
-    return LlavaProcessor(
-        images, tokenizer, patch_size=16, vision_feature_select_strategy="default", num_additional_image_tokens=1
-    )
-
-
-def llava(vocabulary):
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = LlamaConfig(
-        **small, vocab_size=vocabulary, bos_token_id=1, eos_token_id=2, pad_token_id=3, initializer_range=0.5
-    )
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**small, image_size=64, patch_size=16, initializer_range=0.5),
-        text_config=text,
-        image_token_index=4,
-        vision_feature_layer=-1,
-    )
-    return LlavaForConditionalGeneration(config).eval()
-
-
 @pytest.fixture
 def renderer():
-    return Renderer(processor(), DataSpec(train="unused.tar", system_prompt=""))
+    return Renderer(tiny_processor(), DataSpec(train="unused.tar", system_prompt=""))
 
 
 @pytest.fixture
-def model(renderer):
-    torch.manual_seed(0)
-    return llava(len(renderer.tokenizer))
+def model():
+    """Large weights: with the usual ones every question would have the same answer."""
+    model = tiny_model()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight *= 25
+    return model
 
 
 def sample(index, question, colour=None):

@@ -51,6 +51,8 @@ class Step:
     loss: float
     energies: torch.Tensor
     gradients: dict[str, torch.Tensor]
+    moving: dict[str, float]
+    """ctkd's temperature and taid's t after the step."""
 
 
 def _spec(folder: Path, case: Case, ranks: int) -> Any:
@@ -61,7 +63,7 @@ def _spec(folder: Path, case: Case, ranks: int) -> Any:
             "teacher": {"path": str(folder / "teacher")},
             "student": {"init": {"kind": "checkpoint", "path": str(folder / "student")}},
             "objective": {
-                "energies": ["fkl", "cosine_probs", "fd"],
+                "energies": ["fkl", "cosine_probs", "ctkd", "taid", "fd", "relation"],
                 "weighting": case.weighting,
                 "reduction": case.reduction,
             },
@@ -125,7 +127,8 @@ def _recorded(learner: Learner) -> dict[str, torch.Tensor]:
     beta_step = learner.beta_optimizer.step
 
     def step_beta(applied: bool) -> None:
-        for name, parameter in learner.weighting.named_parameters():
+        outside = (*learner.weighting.named_parameters(), *learner.curriculum.named_parameters())
+        for name, parameter in outside:
             if parameter.grad is not None:
                 gradients[f"beta.{name}"] = parameter.grad.clone()
                 dist.all_reduce(gradients[f"beta.{name}"])
@@ -142,12 +145,13 @@ def _learn(folder: Path, case: Case) -> list[Step]:
     gradients = _recorded(learner)
     window = _window(folder, spec, teacher)
     steps = []
-    for _ in range(STEPS):
+    for number in range(STEPS):
         counts = learner.agree(window)
         assert counts is not None
-        totals = learner.step(window, counts, statistics=True)
+        totals = learner.step(window, counts, (number + 1) / STEPS, statistics=True)
         assert totals.applied
-        steps.append(Step(totals.loss.item(), totals.energies.clone(), dict(gradients)))
+        moving = {name: value.item() for name, value in learner.curriculum.values().items()}
+        steps.append(Step(totals.loss.item(), totals.energies.clone(), dict(gradients), moving))
     assert learner.agree(window[:-1]) is None  # a rank without a full window ends the job for all
     return steps
 
@@ -182,6 +186,7 @@ def _assert_same(steps: list[Step], reference: list[Step]) -> None:
     for step, expected in zip(steps, reference, strict=True):
         assert step.loss == pytest.approx(expected.loss, rel=1e-5)
         torch.testing.assert_close(step.energies, expected.energies, rtol=1e-4, atol=1e-6)
+        assert step.moving == pytest.approx(expected.moving, rel=1e-5)
         assert step.gradients.keys() == expected.gradients.keys()
         for name, gradient in step.gradients.items():
             scale = expected.gradients[name].abs().max().item()
@@ -217,3 +222,11 @@ def test_every_part_that_learns_has_a_gradient_and_the_loss_falls(steps):
         assert any(part in name for name in names), part
     assert not any("vision_tower" in name for name in names)
     assert reference[-1].loss < reference[0].loss
+
+
+def test_what_moves_moves_with_the_job(steps):
+    reference = steps[1, REFERENCE]
+    temperatures, interpolations = ([step.moving[name] for step in reference] for name in ("ctkd", "taid"))
+    assert interpolations == sorted(interpolations)
+    assert interpolations[-1] == pytest.approx(1.0)
+    assert len(set(temperatures)) == STEPS

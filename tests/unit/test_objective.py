@@ -12,7 +12,8 @@ from betakd_ray.spec import ObjectiveSpec
 
 ROWS, WIDTH, TEACHER_WIDTH, VOCAB = 7, 5, 6, 11
 NAMES = ["fkl", "rkl", "sfkl", "srkl", "js", "tvd", "adaptive_kl", "mse_logits", "mse_probs", "cosine_logits"]
-NAMES += ["cosine_probs"]
+NAMES += ["cosine_probs", "ctkd", "taid"]
+MOVING = {"ctkd": torch.tensor(2.5), "taid": torch.tensor(0.6)}
 TOGETHER = [{"kind": "fkl", "student_temperature": 2.0}, "rkl", {"kind": "mse_logits", "standardize": True}]
 CASES = {**{name: [name] for name in NAMES}, "together": [*TOGETHER, "cosine_probs"]}
 
@@ -38,7 +39,7 @@ class Case:
         return [self.rows, *self.head.parameters()]
 
     def chunked(self, **options):
-        return self.objective(self.rows, self.teacher_rows, self.targets, self.weights, **options)
+        return self.objective(self.rows, self.teacher_rows, self.targets, self.weights, moving=MOVING, **options)
 
     def whole(self):
         """(total, values) from all logits at once, by autograd."""
@@ -47,13 +48,13 @@ class Case:
         for energy in self.spec.energies:
             teacher_logits = self.teacher_rows @ self.teacher_head.t()
             common = min(logits.shape[1], teacher_logits.shape[1])
-            values.append(energy_function(energy)(teacher_logits[:, :common], logits[:, :common]))
+            values.append(energy_function(energy)(teacher_logits[:, :common], logits[:, :common], MOVING))
         values = torch.stack(values, dim=1)
         return (values * self.weights).sum(), values
 
 
 def assert_same(case, scale=1.0):
-    total, values = case.chunked()
+    total, values, _ = case.chunked()
     expected_total, expected_values = case.whole()
     torch.testing.assert_close(total, expected_total, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(values, expected_values, rtol=1e-12, atol=1e-12)
@@ -92,7 +93,7 @@ def test_the_gradient_scales_with_what_comes_from_above():
 
 def test_cross_entropy_is_the_plain_loop():
     case = Case()
-    _, values = case.chunked()
+    _, values, _ = case.chunked()
     for row, target, value in zip(case.rows.tolist(), case.targets.tolist(), values[:, 0].tolist(), strict=True):
         weight, bias = case.head.weight.tolist(), case.head.bias.tolist()
         logits = [
@@ -106,12 +107,12 @@ def test_cross_entropy_is_the_plain_loop():
 def test_a_row_without_weight_poisons_nothing_when_it_is_not_finite(culprit, bad):
     case = Case(["fkl", "cosine_probs"], chunk_rows=3)
     case.weights[2] = 0
-    _, clean = case.chunked()
+    _, clean, _ = case.chunked()
     expected_total, _ = case.whole()
     expected = torch.autograd.grad(expected_total, case.learned)
     with torch.no_grad():
         getattr(case, culprit)[2] = bad
-    total, values = case.chunked()
+    total, values, _ = case.chunked()
     gradients = torch.autograd.grad(total, case.learned)
     torch.testing.assert_close(total, expected_total.detach(), check_stride=False)
     for actual, wanted in zip(gradients, expected, strict=True):
@@ -124,8 +125,24 @@ def test_a_row_with_weight_that_is_not_finite_is_not_hidden():
     case = Case(["fkl"])
     with torch.no_grad():
         case.rows[2] = math.nan
-    total, _ = case.chunked()
+    total, *_ = case.chunked()
     assert not total.isfinite()
+
+
+@pytest.mark.parametrize("chunk_rows", [2, 1000])
+def test_the_gradient_of_a_moving_number_is_that_of_the_whole_logits(chunk_rows, monkeypatch):
+    case = Case(["ctkd", "taid"], chunk_rows=chunk_rows)
+    moving = {name: value.double().requires_grad_() for name, value in MOVING.items()}
+    monkeypatch.setattr("tests.unit.test_objective.MOVING", moving)
+    expected = torch.autograd.grad(case.whole()[0], moving["ctkd"])[0]
+    gradients = case.chunked().moving_gradients
+    torch.testing.assert_close(gradients["ctkd"], expected)
+
+
+def test_energies_without_a_teacher_s_rows_are_an_error():
+    case = Case(["fkl"])
+    with pytest.raises(ValueError, match="teacher_rows"):
+        case.objective(case.rows, None, case.targets, case.weights)
 
 
 # ---- statistics --------------------------------------------------------------------------------------------------
@@ -135,7 +152,7 @@ def test_a_row_with_weight_that_is_not_finite_is_not_hidden():
 @pytest.mark.parametrize("teacher_vocab", [VOCAB, VOCAB + 3])
 def test_statistics_are_columns_after_the_channels(chunk_rows, teacher_vocab):
     case = Case(["fkl"], chunk_rows=chunk_rows, teacher_vocab=teacher_vocab)
-    _, values = case.chunked(statistics=True)
+    _, values, _ = case.chunked(statistics=True)
     assert values.shape == (ROWS, 2 + len(STATISTICS))
     columns = dict(zip(STATISTICS, values[:, 2:].t(), strict=True))
     student = case.head(case.rows).detach()
@@ -152,7 +169,7 @@ def test_statistics_are_columns_after_the_channels(chunk_rows, teacher_vocab):
 
 
 def test_statistics_without_a_teacher_are_the_student_s_entropy_and_zeros():
-    _, values = Case().chunked(statistics=True)
+    _, values, _ = Case().chunked(statistics=True)
     assert (values[:, 1] > 0).all()
     assert (values[:, 2:] == 0).all()
 
@@ -160,7 +177,7 @@ def test_statistics_without_a_teacher_are_the_student_s_entropy_and_zeros():
 @pytest.mark.parametrize("statistics", [False, True])
 def test_a_batch_without_answer_rows_has_the_same_columns(statistics):
     case = Case(["fkl"])
-    total, values = case.objective(
+    total, values, _ = case.objective(
         case.rows[:0], case.teacher_rows[:0], case.targets[:0], case.weights[:0], statistics=statistics
     )
     assert total.item() == 0
@@ -171,7 +188,7 @@ def test_a_batch_without_answer_rows_has_the_same_columns(statistics):
 
 def test_feature_distance_alone_leaves_nothing_to_do_here():
     case = Case(["fd"], ce=False)
-    total, values = case.chunked()
+    total, values, _ = case.chunked()
     total.backward()
     assert total.item() == 0
     assert values.shape == (ROWS, 0)
@@ -193,7 +210,7 @@ def test_a_bf16_head_accumulates_its_gradient_in_float32_over_chunks():
     exact.weights = many.weights.double()
     expected = torch.autograd.grad(exact.whole()[0], exact.learned)
     for case in (many, few):
-        total, values = case.chunked()
+        total, values, _ = case.chunked()
         assert total.dtype == values.dtype == torch.float32
         gradients = torch.autograd.grad(total, case.learned)
         for actual, wanted in zip(gradients, expected, strict=True):
@@ -209,7 +226,7 @@ def test_many_small_gradients_are_not_lost_in_bf16():
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     rows = torch.ones(count, 2, dtype=torch.bfloat16)
-    total, _ = RowObjective(spec, head, None)(rows, None, torch.zeros(count, dtype=torch.long), torch.ones(count, 1))
+    total, *_ = RowObjective(spec, head, None)(rows, None, torch.zeros(count, dtype=torch.long), torch.ones(count, 1))
     total.backward()
     expected = count * torch.tensor([-2 / 3, 1 / 3, 1 / 3])
     torch.testing.assert_close(head.weight.grad[:, 0].float(), expected, rtol=1e-2, atol=0)
@@ -229,7 +246,7 @@ def test_a_frozen_head_gets_no_gradient_and_the_rows_do():
 def test_nothing_requires_a_gradient_under_no_grad():
     case = Case(["fkl"])
     with torch.no_grad():
-        total, _ = case.chunked()
+        total, *_ = case.chunked()
     assert not total.requires_grad
 
 
@@ -265,7 +282,7 @@ def test_the_same_global_batch_gives_the_same_loss_and_gradient_however_it_is_sp
     total = 0.0
     for part in torch.arange(4).chunk(micro_batches):
         at = torch.isin(sample, part)
-        loss, values = case.objective(case.rows[at], case.teacher_rows[at], case.targets[at], case.weights[at])
+        loss, values, _ = case.objective(case.rows[at], case.teacher_rows[at], case.targets[at], case.weights[at])
         means = segment_mean(values, sample[at] - part[0], counts[part])
         torch.testing.assert_close(means, per_sample[part])
         loss.backward()

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from betakd_ray.data import pack as module
+from betakd_ray.data.manifest import find_shards
 from betakd_ray.data.pack import easy_vqa_samples, llava_samples, pack, pack_from_spec
-from betakd_ray.data.shards import find_shards, read_shard
+from betakd_ray.data.shards import read_shard
 from betakd_ray.errors import DataError
 from betakd_ray.spec import PackSpec, StorageSpec
 

@@ -1,10 +1,13 @@
 """Conversations as tokens: what is learned, what is shown, what is refused."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer
+from transformers import CLIPImageProcessorPil
 
 from betakd_ray.data.render import VICUNA_SYSTEM, Renderer, Unrenderable
 from betakd_ray.data.shards import RawSample
@@ -220,6 +223,40 @@ def test_a_chat_template_that_rewrites_earlier_turns_is_refused():
         renderer(rewriting, template="chat").render(sample(MANY))
 
 
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("method", ["render", "prompt"])
+def test_a_conversation_that_a_chat_template_refuses_is_refused(method):
+    view = renderer(tiny_processor(chat_template=REFUSING), template="chat", system_prompt="Be short.")
+    with pytest.raises(Unrenderable, match="refuses the conversation: no system role"):
+        getattr(view, method)(sample(ONE))
+
+
+@pytest.mark.parametrize("method", ["render", "prompt"])
+@pytest.mark.parametrize("later", [(), ONE], ids=["alone", "before a question"])
+@each_template
+def test_an_answer_without_a_question_is_refused(processor, template, later, method):
+    asked = sample(later)
+    asked.conversation.insert(0, {"from": "gpt", "value": "Hello."})
+    with pytest.raises(Unrenderable, match="first turn is from gpt"):
+        getattr(renderer(processor, template=template), method)(asked)
+
+
+def test_a_plain_prompt_is_the_image_s_tokens_alone(processor):
+    prompt = renderer(processor, template="plain").prompt(sample(ONE))
+    assert prompt.input_ids.tolist() == [IDS[BOS], *[IDS[IMAGE]] * IMAGE_TOKENS]
+    assert not prompt.answer_mask.any()
+    assert prompt.pixels.shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+def test_a_plain_prompt_of_nothing_is_refused(processor):
+    assert renderer(processor, template="plain").prompt(sample(TEXT)).input_ids.tolist() == [IDS[BOS]]
+    without_bos = changed("post_processor", lambda _: None)
+    with pytest.raises(Unrenderable, match="the prompt is empty"):
+        renderer(without_bos, template="plain").prompt(sample(TEXT))
+
+
 # ---- pixels ------------------------------------------------------------------------------------------------------
 
 
@@ -264,9 +301,68 @@ def test_renderers_that_differ_have_fingerprints_that_differ(processor):
         renderer(processor, system_prompt=""),
         renderer(processor, max_length=512),
         renderer(processor, pad_to_square=False),
+        renderer(processor, max_image_pixels=10_000),
         renderer(tiny_processor(image_size=32)),
     ]
     assert len({view.fingerprint for view in views}) == len(views)
+
+
+def changed(part, change):
+    """A processor whose tokenizer has another setting in its tokenizer.json."""
+    processor = tiny_processor()
+    content = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    content[part] = change(content[part])
+    processor.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+    return processor
+
+
+class OtherBackend(CLIPImageProcessorPil):
+    def to_dict(self):
+        return {**super().to_dict(), "image_processor_type": "CLIPImageProcessor"}
+
+
+def other_backend():
+    processor = tiny_processor()
+    same = {name: getattr(processor.image_processor, name) for name in ("size", "crop_size")}
+    processor.image_processor = OtherBackend(**same)
+    assert processor.image_processor.to_dict() == tiny_processor().image_processor.to_dict()
+    return processor
+
+
+def given(**attributes):
+    processor = tiny_processor()
+    for name, value in attributes.items():
+        setattr(processor.image_processor if name == "image_mean" else processor.tokenizer, name, value)
+    return processor
+
+
+OTHERS = {
+    "merges": lambda: changed("model", lambda model: {**model, "merges": model["merges"][:-1]}),
+    "normalizer": lambda: changed("normalizer", lambda _: {"type": "Lowercase"}),
+    "pre_tokenizer": lambda: changed("pre_tokenizer", lambda before: {**before, "add_prefix_space": True}),
+    "an added token": lambda: changed("added_tokens", lambda tokens: [*tokens[:-1], {**tokens[-1], "lstrip": True}]),
+    "eos token": lambda: given(eos_token="<unk>"),
+    "special tokens taken apart": lambda: given(split_special_tokens=True),
+    "image mean": lambda: given(image_mean=(0.1, 0.2, 0.3)),
+    "an image processor on another backend": other_backend,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_fingerprint_covers_what_the_probe_does_not_show(processor, name):
+    assert renderer(OTHERS[name]()).fingerprint != renderer(processor).fingerprint
+
+
+def test_chat_templates_that_differ_only_later_have_fingerprints_that_differ(processor):
+    later = tiny_processor(chat_template=CHAT_TEMPLATE + "{% if messages|length > 4 %}!{% endif %}")
+    assert renderer(later, template="chat").fingerprint != renderer(processor, template="chat").fingerprint
+    assert renderer(later).fingerprint == renderer(processor).fingerprint
+
+
+def test_a_fingerprint_does_not_depend_on_earlier_use_or_on_padding(processor):
+    used = given(pad_token="<unk>")
+    used.tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=8)
+    assert renderer(used).fingerprint == renderer(processor).fingerprint
 
 
 @each_template

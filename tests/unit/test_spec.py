@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from betakd_ray.energies import ENERGIES
 from betakd_ray.errors import SpecError
 from betakd_ray.spec import (
+    VISUAL_ENERGIES,
     AnyEnergy,
     CosineProbs,
     EvaluationSpec,
@@ -20,13 +22,12 @@ from betakd_ray.spec import (
     ObjectiveSpec,
     OutputSpec,
     PackSpec,
+    VisualEnergy,
     load_spec,
     parse_spec,
 )
 
-NOT_ON_LOGITS = {"fd", "relation", "align_attention", "align_topk"}
-NEED_STATE = {"ctkd", "taid"}
-"""Energies that need more than logits and options; the spec may not offer them yet."""
+JOBS = Path(__file__).parents[2] / "jobs"
 
 
 def tree(**changes):
@@ -113,8 +114,10 @@ def test_paths_are_absolute_and_urls_and_hub_ids_are_left_alone(tmp_path, monkey
 
 def test_the_energies_are_those_that_the_spec_names():
     union = get_args(get_args(AnyEnergy)[0])
-    kinds = {energy.model_fields["kind"].default for energy in union}
-    assert kinds - NOT_ON_LOGITS - NEED_STATE == set(ENERGIES) - NEED_STATE
+    by_kind = {energy.model_fields["kind"].default: energy for energy in union}
+    kinds = set(by_kind)
+    assert kinds - VISUAL_ENERGIES == set(ENERGIES)
+    assert {kind for kind in kinds if issubclass(by_kind[kind], VisualEnergy)} == VISUAL_ENERGIES
 
 
 def test_every_section_is_closed():
@@ -138,6 +141,11 @@ def test_a_spec_is_checked_without_torch_ray_or_transformers():
 
 
 # ---- files and overrides -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(JOBS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(JOBS)))
+def test_every_shipped_job_is_a_spec(path):
+    assert load_spec(path).name
 
 
 @pytest.fixture

@@ -1,0 +1,124 @@
+"""Files of a store, with their bytes counted and checksummed, and their failures put into words.
+
+What a store or its client library raises comes out as StoreError where another attempt may help, and as DataError
+where it would not.
+"""
+
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
+
+from betakd_ray.errors import DataError
+from betakd_ray.spec import StorageSpec
+from betakd_ray.storage import StoreSilent, open_store
+
+BLOCK_BYTES = 8 << 20  # one request to the store, and what a reader holds besides the sample at hand
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+
+
+class StoreError(DataError):
+    """The store, not the file, failed, and another attempt may succeed."""
+
+
+class ChecksumStream:
+    """A file object that counts and checksums the bytes that pass. `url` is absolute."""
+
+    def __init__(self, raw: Any, url: str, errors: Callable[[], AbstractContextManager[None]]) -> None:
+        self.url = url
+        self.size = 0
+        self._crc = 0
+        self._raw = raw
+        self._errors = errors
+
+    @property
+    def checksum(self) -> str:
+        """crc32 of what passed so far, 8 hex digits."""
+        return f"{self._crc:08x}"
+
+    def read(self, size: int = -1) -> bytes:
+        with self._errors():
+            data = self._raw.read(size)
+        self._count(data)
+        return data
+
+    def write(self, data: bytes) -> int:
+        with self._errors():
+            self._raw.write(data)
+        self._count(data)
+        return len(data)
+
+    def _count(self, data: bytes) -> None:
+        self.size += len(data)
+        self._crc = zlib.crc32(data, self._crc)
+
+
+@contextmanager
+def opened(url: str, mode: str, storage: StorageSpec) -> Iterator[ChecksumStream]:
+    """A file of the store, whose errors come out as StoreError or DataError."""
+    errors = partial(store_errors, url, storage)
+    with errors():
+        filesystem, path = open_store(url, storage)
+        if "w" in mode and isinstance(filesystem, LocalFileSystem):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        raw = filesystem.open(path, mode, block_size=BLOCK_BYTES)
+    try:
+        yield ChecksumStream(raw, url_like(url, filesystem, path), errors)
+    finally:
+        with errors():
+            raw.close()
+
+
+@contextmanager
+def store_errors(url: str, storage: StorageSpec) -> Iterator[None]:
+    """What a store raises, as StoreError, or DataError where waiting would not help.
+
+    fsspec passes on OSError, botocore's and aiohttp's classes, which share no base but Exception.
+    """
+    try:
+        yield
+    except Exception as error:
+        permanent = (FileNotFoundError, ValueError, ImportError, StoreSilent)
+        kind = DataError if isinstance(error, permanent) or _is_refusal(error) else StoreError
+        raise kind(_explain(url, storage, error)) from error
+
+
+def url_like(given: str, filesystem: AbstractFileSystem, path: str) -> str:
+    """One spelling for one file: a URL where a URL was given, or an absolute path."""
+    return filesystem.unstrip_protocol(path) if "://" in given else path
+
+
+def _is_refusal(error: Exception) -> bool:
+    return isinstance(error, PermissionError) or "Credential" in type(error).__name__
+
+
+def _explain(url: str, storage: StorageSpec, error: Exception) -> str:
+    """What the store said and what to do; values of credentials are blanked."""
+    said = f"{type(error).__name__}: {error}"
+    for value in (os.environ.get(name, "") for name in CREDENTIALS):
+        if len(value) > 4:  # a shorter one hides nothing, and would be blanked out of common words
+            said = said.replace(value, "***")
+    if not url.startswith(("s3://", "s3a://")):
+        return f"{url}: cannot be opened ({said}). Check the path and its permissions."
+    if _is_refusal(error):
+        return (
+            f"{url}: the store at {_endpoint(storage)} refuses access ({said}). Credentials are read from "
+            f"{', '.join(CREDENTIALS)}, AWS_PROFILE or the machine's role: set them where the job runs, or "
+            f"storage.anonymous for a public bucket."
+        )
+    return (
+        f"{url}: the store at {_endpoint(storage)} gives no usable answer ({said}). Check storage.endpoint_url (or "
+        f"AWS_ENDPOINT_URL), storage.region, the bucket's name and the network."
+    )
+
+
+def _endpoint(storage: StorageSpec) -> str:
+    """Without user and password, should the URL hold them."""
+    parts = urlsplit(storage.endpoint_url or os.environ.get("AWS_ENDPOINT_URL", ""))
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.hostname else "AWS"

@@ -1,0 +1,194 @@
+"""The manifest of a folder of shards: finding shards by name, and noticing one that is cut, missing or unknown.
+
+A folder of shards holds `manifest.jsonl`, one line a shard: {"shard": name, "samples": n, "bytes": b, "crc32": hex}.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Container, Iterable, Sequence
+from glob import has_magic
+from typing import Any
+
+from braceexpand import braceexpand
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
+
+from betakd_ray.data.files import store_errors, url_like
+from betakd_ray.data.shards import Shard, ShardDamaged, scan_shard
+from betakd_ray.errors import DataError
+from betakd_ray.spec import StorageSpec
+from betakd_ray.storage import join, open_store
+
+MANIFEST = "manifest.jsonl"
+PLANNING_ATTEMPTS = 3  # a person waits to hear whether the store answers, before the job starts
+
+
+def find_shards(patterns: Sequence[str], storage: StorageSpec) -> list[Shard]:
+    """The shards that paths or URLs with {00..07} braces and * globs name, sorted by URL, each once.
+
+    Raises DataError when nothing matches, a named shard is missing, the store refuses or stays silent (half a
+    minute), or a shard and its manifest disagree.
+    """
+    sizes = _locate(patterns, storage)
+    manifests = {folder: read_manifest(folder, storage) for folder in sorted({_folder(url) for url in sizes})}
+    return [_checked(url, size, manifests[_folder(url)]) for url, size in sizes.items()]
+
+
+def index_shards(patterns: Sequence[str], storage: StorageSpec) -> list[Shard]:
+    """Read shards from elsewhere whole, and enter them into the manifest of their folder.
+
+    Raises ShardDamaged for one that is no whole tar, DataError as `find_shards` does.
+    """
+    by_folder: dict[str, list[Shard]] = defaultdict(list)
+    for url, size in _locate(patterns, storage).items():
+        by_folder[_folder(url)].append(_indexed(url, size, storage))
+    for folder, shards in by_folder.items():
+        merge_manifest(folder, shards, storage)
+    return sorted((shard for shards in by_folder.values() for shard in shards), key=lambda shard: shard.url)
+
+
+def read_manifest(folder: str, storage: StorageSpec) -> dict[str, Shard]:
+    """Base name → shard; empty where there is no manifest. Raises DataError for a line that is none."""
+    url = join(folder, MANIFEST)
+    with store_errors(url, storage):
+        filesystem, path = open_store(url, storage, attempts=PLANNING_ATTEMPTS)
+        try:
+            lines = filesystem.cat_file(path).splitlines()
+        except FileNotFoundError:
+            return {}
+    shards = [_manifest_entry(folder, f"{url}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
+    return {_name(shard.url): shard for shard in shards}
+
+
+def merge_manifest(folder: str, shards: Iterable[Shard], storage: StorageSpec, dropped: Container[str] = ()) -> None:
+    """Add shards to a folder's manifest, by base name, after taking out the names in `dropped`.
+
+    The manifest changes at once or not at all; of two writers at the same time, one loses its entries.
+    """
+    entries = {name: shard for name, shard in read_manifest(folder, storage).items() if name not in dropped}
+    entries |= {_name(shard.url): shard for shard in shards}
+    rows = [
+        {"shard": name, "samples": shard.samples, "bytes": shard.bytes, "crc32": shard.checksum}
+        for name, shard in sorted(entries.items())
+    ]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    url = join(folder, MANIFEST)
+    with store_errors(url, storage):
+        filesystem, path = open_store(url, storage)
+        _replace_file(filesystem, path, content)
+
+
+def remove_shards(folder: str, names: Iterable[str], storage: StorageSpec) -> None:
+    """Delete shards; one that is gone already is fine."""
+    for url in (join(folder, name) for name in names):
+        with store_errors(url, storage):
+            filesystem, path = open_store(url, storage)
+            if filesystem.exists(path):
+                filesystem.rm_file(path)
+
+
+def _locate(patterns: Sequence[str], storage: StorageSpec) -> dict[str, int]:
+    """URL → size in bytes, sorted by URL."""
+    urls = [url for pattern in patterns for url in _expand_braces(pattern)]
+    by_folder: dict[str, list[str]] = defaultdict(list)
+    sizes: dict[str, int] = {}
+    for url in urls:
+        if has_magic(url):
+            sizes |= _glob(url, storage)
+        else:
+            by_folder[_folder(url)].append(url)
+    for folder, named in by_folder.items():
+        sizes |= _sizes_in(folder, named, storage)
+    return dict(sorted(sizes.items()))
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(f"{pattern}: its braces do not pair ({error}). Write them as train-{{00..07}}.tar.") from error
+
+
+def _glob(pattern: str, storage: StorageSpec) -> dict[str, int]:
+    with store_errors(pattern, storage):
+        filesystem, path = open_store(pattern, storage, attempts=PLANNING_ATTEMPTS)
+        found: dict[str, Any] = filesystem.glob(path, detail=True)  # pyright: ignore[reportAssignmentType]
+    sizes = {
+        url_like(pattern, filesystem, name): info["size"]
+        for name, info in found.items()
+        if info["type"] == "file" and not _name(name).startswith(MANIFEST)
+    }
+    if not sizes:
+        raise DataError(f"{pattern}: no shard matches. Check the path, or write shards there with `betakd pack`.")
+    return sizes
+
+
+def _sizes_in(folder: str, urls: list[str], storage: StorageSpec) -> dict[str, int]:
+    """Sizes of shards named one by one: a single listing of their folder, whatever their number."""
+    with store_errors(folder, storage):
+        filesystem, folder_path = open_store(folder, storage, attempts=PLANNING_ATTEMPTS)
+        try:
+            listing = {info["name"]: info["size"] for info in filesystem.ls(folder_path, detail=True)}
+        except FileNotFoundError:
+            listing = {}
+        paths = {url: open_store(url, storage)[1] for url in urls}
+    missing = [url for url, path in paths.items() if path not in listing]
+    if missing:
+        raise DataError(
+            f"{missing[0]}: no such shard ({len(missing)} of {len(urls)} named in {folder} are missing, which holds "
+            f"{len(listing)} files). Correct the name or its braces, or write it with `betakd pack`."
+        )
+    return {url_like(url, filesystem, path): listing[path] for url, path in paths.items()}
+
+
+def _indexed(url: str, size: int, storage: StorageSpec) -> Shard:
+    shard = scan_shard(url, storage)
+    if shard.bytes != size:
+        raise ShardDamaged(f"{url}: {shard.bytes} bytes could be read of {size}. Copy it again.")
+    if not shard.samples:
+        raise DataError(f"{url}: holds no sample (members KEY.json, KEY.jpg). Write it with `betakd pack`.")
+    return shard
+
+
+def _checked(url: str, size: int, manifest: dict[str, Shard]) -> Shard:
+    shard = manifest.get(_name(url))
+    remedy = f"Run `betakd index {url}`, which reads it whole and enters it"
+    if shard is None:
+        state = "has no entry in" if manifest else "there is no"
+        raise DataError(f"{url}: {state} {MANIFEST} of its folder, so a cut shard would go unnoticed. {remedy}.")
+    if shard.bytes != size:
+        raise ShardDamaged(
+            f"{url}: {size} bytes in the store, {shard.bytes} in {MANIFEST}: it was cut or written anew. "
+            f"Copy or pack it again. {remedy}, if the file is right."
+        )
+    return Shard(url, shard.samples, shard.bytes, shard.checksum)
+
+
+def _manifest_entry(folder: str, where: str, line: bytes | str) -> Shard:
+    try:
+        row = json.loads(line)
+        return Shard(join(folder, str(row["shard"])), int(row["samples"]), int(row["bytes"]), str(row["crc32"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f'{where}: {line[:80]!r} is not {{"shard", "samples", "bytes", "crc32"}}. '
+            f"Delete the manifest and run `betakd index` on the folder's shards."
+        ) from error
+
+
+def _replace_file(filesystem: AbstractFileSystem, path: str, content: bytes) -> None:
+    """An object store's PUT replaces at once; a local file is written aside and renamed."""
+    if not isinstance(filesystem, LocalFileSystem):
+        filesystem.pipe_file(path, content)
+        return
+    aside = f"{path}.{os.getpid()}.tmp"
+    filesystem.pipe_file(aside, content)
+    os.replace(aside, path)
+
+
+def _folder(url: str) -> str:
+    return url.rpartition("/")[0] if "/" in url else "."
+
+
+def _name(url: str) -> str:
+    return url.rpartition("/")[2]

@@ -1,0 +1,141 @@
+"""What a user can get wrong is one clear error before anything is asked of a cluster. `check()` needs no Ray."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from betakd_ray import errors
+from betakd_ray.cli import app
+from betakd_ray.data.pack import pack
+from betakd_ray.job import BetaKDJob
+from betakd_ray.spec import JobSpec, parse_spec
+from tests.tiny import save_tiny
+
+SAMPLES = 12
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, a student and a dozen packed samples."""
+    folder = tmp_path_factory.mktemp("home")
+    save_tiny(folder / "teacher", seed=1)
+    save_tiny(folder / "student", seed=2)
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 12)).save(buffer, "PNG")
+    turns = [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "This."}]
+    samples = ({"id": str(n), "conversations": turns, "images": [buffer.getvalue()]} for n in range(SAMPLES))
+    pack(samples, str(folder / "shards"), samples_per_shard=5)
+    return folder
+
+
+def spec(home: Path, output: Path, **changes: Any) -> JobSpec:
+    tree: dict[str, Any] = {
+        "name": "job",
+        "data": {"train": str(home / "shards" / "train-*.tar")},
+        "teacher": {"path": str(home / "teacher")},
+        "student": {"init": {"kind": "checkpoint", "path": str(home / "student")}},
+        "objective": {"energies": "fkl"},
+        "training": {"global_batch_size": 4, "micro_batch_size": 4},
+        "output": str(output),
+    }
+    return parse_spec({**tree, **changes})
+
+
+def refused(job: JobSpec, kind: type[errors.UserError], match: str) -> None:
+    """`check()` raises, and leaves nothing behind."""
+    with pytest.raises(kind, match=match):
+        BetaKDJob(job).check()
+    assert not Path(job.output.path).exists()
+
+
+def test_a_job_that_can_work_is_checked_without_ray(home, tmp_path):
+    plan, renderers = BetaKDJob(spec(home, tmp_path / "out")).check()
+    assert plan.samples == SAMPLES
+    assert list(renderers) == ["student"]  # teacher and student see samples alike
+
+
+def test_no_shard_is_an_error(home, tmp_path):
+    refused(spec(home, tmp_path / "out", data={"train": str(home / "none-*.tar")}), errors.DataError, "none-")
+
+
+def test_a_shard_without_a_manifest_is_an_error_that_names_the_remedy(home, tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "a.tar").write_bytes(next((home / "shards").glob("*.tar")).read_bytes())
+    refused(spec(home, tmp_path / "out", data={"train": str(foreign / "a.tar")}), errors.DataError, "betakd index")
+
+
+def test_a_store_that_nobody_answers_at_is_an_error(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("betakd_ray.storage.ATTEMPTS", 1, raising=False)
+    data = {"train": "s3://bucket/a-*.tar", "storage": {"endpoint_url": "http://127.0.0.1:9", "anonymous": True}}
+    refused(spec(home, tmp_path / "out", data=data), errors.DataError, r"127\.0\.0\.1:9|s3://bucket")
+
+
+def test_fewer_samples_than_one_global_batch_are_an_error(home, tmp_path):
+    training = {"global_batch_size": 64, "micro_batch_size": 4}
+    match = rf"{SAMPLES} samples .* fewer than one training\.global_batch_size of 64"
+    refused(spec(home, tmp_path / "out", training=training), errors.DataError, match)
+
+
+def test_different_tokenizers_are_an_error_that_names_a_token(home, tmp_path):
+    save_tiny(tmp_path / "other", seed=3)
+    file = tmp_path / "other" / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    vocabulary = tree["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(tree))
+    student = {"init": {"kind": "checkpoint", "path": str(tmp_path / "other")}}
+    job = spec(home, tmp_path / "out", student=student)
+    refused(job, errors.VocabularyMismatch, r"maps '[ab]' to id")
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_model_that_takes_no_images_is_an_error(home, tmp_path, role):
+    config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    path = {"path": str(tmp_path / "llama")}
+    change = {"teacher": path} if role == "teacher" else {"student": {"init": {"kind": "checkpoint", **path}}}
+    refused(spec(home, tmp_path / "out", **change), errors.ModelError, "llama.*vision.language model")
+
+
+def test_a_model_that_is_not_there_is_an_error(home, tmp_path):
+    teacher = {"path": str(tmp_path / "nowhere")}
+    refused(spec(home, tmp_path / "out", teacher=teacher), errors.ModelError, "nowhere")
+
+
+def test_an_output_that_holds_another_job_is_an_error_and_is_left_alone(home, tmp_path):
+    BetaKDJob(spec(home, tmp_path / "out")).check()
+    before = (tmp_path / "out" / "job" / "spec.json").read_bytes()
+    other = spec(home, tmp_path / "out", objective={"energies": "rkl"})
+    with pytest.raises(errors.OutputError, match=r"holds another job.*objective"):
+        BetaKDJob(other).check()
+    assert (tmp_path / "out" / "job" / "spec.json").read_bytes() == before
+
+
+def test_what_only_places_a_job_may_change_between_its_runs(home, tmp_path):
+    BetaKDJob(spec(home, tmp_path / "out")).check()
+    training = {"global_batch_size": 4, "micro_batch_size": 2, "workers": 2, "log_every": 3}
+    BetaKDJob(spec(home, tmp_path / "out", training=training)).check()
+
+
+def test_a_users_error_is_one_line_and_exit_code_2(home, tmp_path):
+    file = tmp_path / "job.yaml"
+    file.write_text(spec(home, tmp_path / "out", data={"train": str(home / "none.tar")}).model_dump_json())
+    result = CliRunner().invoke(app, ["distill", str(file)])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("betakd: ")
+    assert "Traceback" not in result.output
+    script = Path(__file__).parents[2] / "jobs" / "distill.py"
+    command = [sys.executable, str(script), "--spec", str(tmp_path / "absent.yaml")]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert process.returncode == 2
+    assert process.stderr.startswith("betakd: ")
+    assert "absent.yaml" in process.stderr
