@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from betakd_ray.errors import TrainingError, UserError
-from betakd_ray.spec import DataSpec, EvaluationSpec, JobSpec, ModelSpec, PackSpec, StorageSpec, load_spec
+from betakd_ray.spec import DataSpec, EvaluationSpec, JobSpec, ModelSpec, PackSpec, StorageSpec, SweepSpec, load_spec
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -164,6 +164,21 @@ def run_evaluation(spec: Path, overrides: list[str]) -> None:
     parsed = load_spec(spec, overrides, EvaluationSpec)
     with cluster(parsed):
         print_scores(Evaluation(parsed).run())
+
+
+@app.command()
+def sweep(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Run a grid of jobs on one cluster; cells that are done are not done again."""
+    with explained():
+        run_sweep(spec, overrides)
+
+
+def run_sweep(spec: Path, overrides: list[str]) -> None:
+    """Run the grid and print the table."""
+    from betakd_ray.sweep import Sweep, print_table
+
+    grid = Sweep(load_spec(spec, overrides, SweepSpec))
+    print_table(grid.table(grid.run()))
 
 
 def print_scores(scores: dict[str, dict[str, float]]) -> None:

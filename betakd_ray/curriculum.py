@@ -6,6 +6,7 @@ the progress of the *job*, so that a restart changes nothing.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -86,7 +87,7 @@ class Curriculum(nn.Module):
 
     def values(self) -> dict[str, Scalar]:
         """Each stateful channel's number; a temperature's carries a gradient to θ."""
-        return {name: module.value() for name, module in self.moving.items()}
+        return {name: cast(Temperature | Interpolation, module).value() for name, module in self.moving.items()}
 
     @torch.no_grad()
     def observe(self, energies: Mapping[str, Scalar], progress: float) -> None:

@@ -35,8 +35,9 @@ from betakd_ray.models.compatibility import check_features, check_vocabularies
 from betakd_ray.models.load import load_config, load_processor, processor_source, student_config
 from betakd_ray.spec import JobSpec, load_spec
 from betakd_ray.storage import join, open_store
+from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.pool import start_pool
-from betakd_ray.teacher.signal import Needs
+from betakd_ray.teacher.signal import Needs, TeacherFacts
 from betakd_ray.tracking import to_jsonl
 from betakd_ray.train.checkpoint import QUARANTINE, CheckpointStore
 from betakd_ray.train.loop import WorkerConfig, train_worker
@@ -169,10 +170,14 @@ class BetaKDJob:
         resumed = store.latest()
         quarantined = store.quarantined(resumed) if resumed else []
         monitor = cast(ActorHandle, ray.remote(Monitor).options(num_cpus=0).remote(plan.samples, quarantined))
-        pool = teacher = None
+        pool = teacher = cache = None
         if spec.teacher:
-            pool = start_pool(spec.teacher, Needs.of(spec.objective), spec.cluster.teacher, gpus["teacher"])
-            teacher = ray.put(_unwrapped(pool.wait_until_ready.remote(spec.cluster.start_timeout_s)))
+            needs = Needs.of(spec.objective)
+            pool = start_pool(spec.teacher, needs, spec.cluster.teacher, gpus["teacher"])
+            facts: TeacherFacts = _unwrapped(pool.wait_until_ready.remote(spec.cluster.start_timeout_s))
+            view = renderers.get("teacher", renderers["student"])
+            cache = SignalCache.of(spec.teacher, facts, view.fingerprint, needs)
+            teacher = ray.put(facts)
         steps = plan.samples // spec.training.global_batch_size
         config = WorkerConfig(
             spec=spec,
@@ -184,10 +189,18 @@ class BetaKDJob:
             total_steps=min(steps, spec.training.max_steps or steps),
             pool=pool,
             teacher=teacher,
+            cache=cache,
         )
-        reader = ray.put(Reader(plan, spec.data, renderers, partial(_report, monitor), partial(_give_up, monitor)))
+        reader = Reader(
+            plan,
+            spec.data,
+            renderers,
+            report=partial(_report, monitor),
+            give_up=partial(_give_up, monitor),
+            signals=cache.read if cache else None,
+        )
         with _progress(monitor, config.total_steps, spec):
-            outcome = self._train(config, reader, gpus["student"])
+            outcome = self._train(config, ray.put(reader), gpus["student"])
         return self._conclude(outcome, plan, monitor)
 
     def _train(self, config: WorkerConfig, reader: "ray.ObjectRef", gpus: float) -> dict[str, Any]:
@@ -365,6 +378,8 @@ def _require_same_job(run: str, there: JobSpec, asked: JobSpec) -> None:
     for tree in (before, now):
         for field in ("workers", "micro_batch_size", "checkpoint_every", "keep", "log_every", "max_failures"):
             tree["training"].pop(field)
+        for field in ("cache", "window", "timeout_s"):
+            (tree["teacher"] or {}).pop(field, None)
     differing = [section for section in now if before[section] != now[section]]
     if differing:
         raise OutputError(

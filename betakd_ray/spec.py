@@ -53,6 +53,23 @@ class StorageSpec(Spec):
     anonymous: bool = Field(default=False, description="read public buckets without credentials")
 
 
+class _Place(Spec):
+    """A folder and the store it is in; a path or URL alone will do."""
+
+    path: Location
+    storage: StorageSpec = StorageSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class CacheSpec(_Place):
+    """Where a teacher's answers are kept: every epoch after the first, and every job with the same teacher, template
+    and image size, finds them there."""
+
+
 # ---------------------------------------------------------------------------------------------------- data
 
 
@@ -101,6 +118,7 @@ class TeacherSpec(ModelSpec):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     window: int = Field(default=4, ge=1, description="micro-batches a student worker keeps with the teacher")
     timeout_s: Positive = Field(default=600.0, description="a batch unanswered for so long is an error")
+    cache: CacheSpec | None = Field(default=None, description="keep the teacher's answers here, for other jobs too")
 
 
 class CheckpointInit(ModelSpec):
@@ -451,16 +469,10 @@ class ClusterSpec(Spec):
     start_timeout_s: Positive = Field(default=600.0, description="wait for nodes and models")
 
 
-class OutputSpec(Spec):
+class OutputSpec(_Place):
     """Everything a run writes lies under `path`/`name`."""
 
     path: Location = "runs"
-    storage: StorageSpec = StorageSpec()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _shorthand(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
 
 
 class TrackingSpec(Spec):
@@ -506,17 +518,22 @@ class JobSpec(Spec):
         return self
 
 
-class EvaluationSpec(Spec):
+class QuestionsSpec(Spec):
+    """A packed question set, and how it is answered and scored."""
+
+    data: DataSpec = Field(description="`train` names the shards to evaluate on")
+    benchmark: Literal["exact_match"] = "exact_match"
+    max_new_tokens: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    limit: int | None = Field(default=None, ge=1, description="first samples only")
+
+
+class EvaluationSpec(QuestionsSpec):
     """Answers to a packed question set, by several models, scored alike."""
 
     name: Name
     models: dict[str, ModelSpec] = Field(min_length=1, description="label → model")
-    data: DataSpec = Field(description="`train` names the shards to evaluate on")
-    benchmark: Literal["exact_match"] = "exact_match"
     agreement_with: str | None = Field(default=None, description="label of the model that the others are compared with")
-    max_new_tokens: int = Field(default=16, ge=1)
-    batch_size: int = Field(default=64, ge=1)
-    limit: int | None = Field(default=None, ge=1, description="first samples only")
     cluster: ClusterSpec = ClusterSpec()
     output: OutputSpec = Field(default_factory=OutputSpec)
 
@@ -525,6 +542,22 @@ class EvaluationSpec(Spec):
         if self.agreement_with is not None and self.agreement_with not in self.models:
             raise ValueError(f"agreement_with {self.agreement_with!r} is none of the models {list(self.models)}")
         return self
+
+
+class SweepSpec(Spec):
+    """A grid of jobs: one template, and the values that its fields take."""
+
+    name: Name
+    template: Location = Field(description="YAML of the job that every cell starts from")
+    fixed: dict[str, Any] = Field(default_factory=dict, description="section.field → value, for every cell")
+    axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(
+        min_length=1, description="section.field → values, e.g. objective.weighting: [equal, task, instance]"
+    )
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = Field(
+        default=(0,), description="each cell is run once a seed; the table has mean ± standard deviation"
+    )
+    evaluation: QuestionsSpec | None = Field(default=None, description="what each cell's model is asked")
+    output: OutputSpec = Field(default_factory=OutputSpec)
 
 
 class PackSpec(Spec):
@@ -549,6 +582,14 @@ def load_spec(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kin
 
     Raises SpecError naming each wrong field, what was seen, and what would do.
     """
+    tree = read_tree(path)
+    for override in overrides:
+        _apply(tree, override)
+    return parse_spec(tree, kind, source=str(path))
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises SpecError."""
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -556,10 +597,8 @@ def load_spec(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kin
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: is not YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise SpecError(f"{path}: holds a {type(tree).__name__}, not a mapping of {list(kind.model_fields)}.")
-    for override in overrides:
-        _apply(tree, override)
-    return parse_spec(tree, kind, source=str(path))
+        raise SpecError(f"{path}: holds a {type(tree).__name__}, not the mapping that a spec is.")
+    return tree
 
 
 def parse_spec(tree: dict[str, Any], kind: type[AnySpec] = JobSpec, source: str = "spec") -> AnySpec:
@@ -574,16 +613,21 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator or not path:
         raise SpecError(f"override {override!r}: write it as section.field=value, e.g. training.workers=2")
+    try:
+        set_field(tree, path, yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise SpecError(f"override {override!r}: the value is not YAML: {error}") from error
+
+
+def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Put a value at section.field of a spec's mapping. Raises SpecError where the path leads through a plain value."""
     *sections, field = path.split(".")
     node = tree
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise SpecError(f"override {override!r}: {section} is {node!r}, which has no fields")
-    try:
-        node[field] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SpecError(f"override {override!r}: the value is not YAML: {error}") from error
+            raise SpecError(f"override {path}: {section} is {node!r}, which has no fields")
+    node[field] = value
 
 
 def _explain(kind: type[Spec], issue: Any) -> str:

@@ -30,6 +30,8 @@ class Batch:
     student: ModelInputs
     teacher: ModelInputs
     ids: SampleIds
+    signals: list[bytes] | None = None
+    """What the teacher is known to say of each sample, serialised; None unless it is known of all."""
 
 
 def collate(rows: pa.Table, pad_token_id: int, image_token_id: dict[str, int]) -> Batch:
@@ -39,7 +41,9 @@ def collate(rows: pa.Table, pad_token_id: int, image_token_id: dict[str, int]) -
     """
     views = {view: stack(_renderings(rows, view), pad_token_id, token) for view, token in image_token_id.items()}
     ids = SampleIds(*(rows.column(name).to_numpy().astype(np.int32) for name in ("epoch", "shard", "index")))
-    return Batch(views["student"], views.get("teacher", views["student"]), ids)
+    signals = rows.column("signal")
+    known = signals.to_pylist() if signals.null_count == 0 else None
+    return Batch(views["student"], views.get("teacher", views["student"]), ids, known)
 
 
 def stack(samples: list[Rendering], pad_token_id: int, image_token_id: int) -> ModelInputs:

@@ -4,10 +4,10 @@ One execution covers every epoch; what the ledger says is done is subtracted whe
 any number of workers replays nothing and loses nothing.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -81,6 +81,8 @@ class Reader:
     """Takes bad samples to the job's monitor; returns the quarantined share of the plan so far."""
     give_up: Callable[[UserError], None]
     """Tells the job that no retry will help."""
+    signals: Callable[[Shard], Mapping[int, bytes]] | None = None
+    """Looks up what the teacher is known to say of a shard's samples, by index."""
 
     def blocks(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[pa.Table]:
         """Blocks of some BLOCK_BYTES. Raises DataError for a damaged shard, TooManyBadSamples."""
@@ -91,7 +93,8 @@ class Reader:
             raise
 
     def _blocks(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[pa.Table]:
-        rows: list[tuple[int, dict[str, Rendering]]] = []
+        signals = self.signals(self.plan.shards[shard]) if self.signals else {}
+        rows: list[Row] = []
         bad: list[Quarantined] = []
         size = 0
         for sample in self._shuffled(epoch, shard, done):
@@ -102,8 +105,9 @@ class Reader:
             except Unrenderable as reason:
                 bad.append(Quarantined(epoch, shard, sample.index, sample.key, str(reason)))
                 continue
-            rows.append((sample.index, views))
-            size += sum(_bytes(view) for view in views.values())
+            row = Row(sample.index, views, signals.get(sample.index))
+            rows.append(row)
+            size += row.bytes
             if size >= BLOCK_BYTES:
                 yield _block(epoch, shard, rows)
                 rows, size = [], 0
@@ -143,17 +147,28 @@ def _shuffle(samples: Iterable[Any], buffer: int, rng: np.random.Generator) -> I
     yield from held
 
 
-def _bytes(rendering: Rendering) -> int:
-    return 5 * len(rendering.input_ids) + (0 if rendering.pixels is None else rendering.pixels.nbytes)
+class Row(NamedTuple):
+    """A sample on its way into a block."""
+
+    index: int
+    views: dict[str, Rendering]
+    signal: bytes | None
+
+    @property
+    def bytes(self) -> int:
+        """About what it takes of a block."""
+        pixels = [view.pixels.nbytes for view in self.views.values() if view.pixels is not None]
+        return sum(5 * len(view.input_ids) for view in self.views.values()) + sum(pixels) + len(self.signal or b"")
 
 
-def _block(epoch: int, shard: int, rows: list[tuple[int, dict[str, Rendering]]]) -> pa.Table:
-    views = {view: [renderings[view] for _, renderings in rows] for view in rows[0][1]}
+def _block(epoch: int, shard: int, rows: list[Row]) -> pa.Table:
+    views = {view: [row.views[view] for row in rows] for view in rows[0].views}
     return pa.table(
         {
             "epoch": pa.array(np.full(len(rows), epoch, np.int32)),
             "shard": pa.array(np.full(len(rows), shard, np.int32)),
-            "index": pa.array(np.array([index for index, _ in rows], np.int32)),
+            "index": pa.array(np.array([row.index for row in rows], np.int32)),
+            "signal": pa.array([row.signal for row in rows], pa.large_binary()),
             **to_arrow(views),
         }
     )
@@ -190,7 +205,8 @@ def _read(reader: ray.ObjectRef, epoch: int, shard: int, done: np.ndarray, size:
 
 
 def stream(reader: ray.ObjectRef, plan: Plan, ledger: Ledger, pool: PoolSpec) -> "ray.data.Dataset":
-    """The rows that are still to be done, in plan order. Columns: epoch, shard, index, and those of `to_arrow`."""
+    """The rows that are still to be done, in plan order. Columns: epoch, shard, index, signal, and those of
+    `to_arrow`."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     # A long pause of the consumer (a checkpoint, an evaluation) is not a hang.

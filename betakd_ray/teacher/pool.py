@@ -6,6 +6,7 @@ hop through the object store.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -18,6 +19,7 @@ from betakd_ray.data.collate import Batch
 from betakd_ray.errors import ClusterError, TeacherError
 from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
+from betakd_ray.teacher.cache import CacheWriter, joined
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import Needs, Signal, TeacherFacts
 
@@ -205,13 +207,27 @@ def _call(answer: "ray.ObjectRef") -> Any:
         raise error.cause from error
 
 
-def scored(batches: Iterator[Batch], client: TeacherClient, window: int) -> Iterator[tuple[Batch, Signal]]:
-    """Each batch with the teacher's answer, in order, keeping `window` batches ahead with the teacher."""
-    ahead: list[tuple[Batch, Request]] = []
+def scored(
+    batches: Iterator[Batch], client: TeacherClient, window: int, cache: CacheWriter | None = None
+) -> Iterator[tuple[Batch, Signal]]:
+    """Each batch with the teacher's answer, in order, keeping `window` batches ahead with the teacher.
+
+    A batch that carries its signals is not sent; the answers to others go to the `cache`, if there is one.
+    """
+    ahead: deque[tuple[Batch, Request | None]] = deque()
+
+    def first() -> tuple[Batch, Signal]:
+        batch, request = ahead.popleft()
+        if request is None:
+            return batch, joined(batch.signals or [], batch.teacher)
+        signal = client.result(request)
+        if cache:
+            cache.add(batch.ids, batch.teacher, signal)
+        return batch, signal
+
     for batch in batches:
-        ahead.append((batch, client.submit(batch.teacher)))
+        ahead.append((batch, None if batch.signals else client.submit(batch.teacher)))
         if len(ahead) > window:
-            batch, request = ahead.pop(0)
-            yield batch, client.result(request)
-    for batch, request in ahead:
-        yield batch, client.result(request)
+            yield first()
+    while ahead:
+        yield first()

@@ -1,5 +1,6 @@
 """One teacher: a frozen model that answers micro-batches. A plain class; the pool makes it an actor."""
 
+import hashlib
 import time
 from typing import Any
 
@@ -25,6 +26,7 @@ class TeacherScorer:
 
     def __init__(self, spec: TeacherSpec, needs: Needs) -> None:
         self.needs = needs
+        self.is_cached = spec.cache is not None
         self.device = find_device()
         dtype = spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
         self.model: Any = freeze(load_model(spec, dtype)).to(self.device)
@@ -35,7 +37,8 @@ class TeacherScorer:
         """What students fetch once."""
         width = self.head.shape[1]
         sizes: dict[Feature, int] = {"teacher_vision": width, "teacher_answer": width, "teacher_entropy": 2}
-        return TeacherFacts(head=Wire.of(self.head), visual_size=width, feature_sizes=sizes)
+        fingerprint = _fingerprint(self.model) if self.is_cached else ""
+        return TeacherFacts(Wire.of(self.head), visual_size=width, feature_sizes=sizes, fingerprint=fingerprint)
 
     @torch.inference_mode()
     def score(self, inputs: ModelInputs) -> Signal:
@@ -71,3 +74,12 @@ class TeacherScorer:
         mean = segment_mean(rows[:, None], inputs.row_sample, inputs.rows_per_sample)
         top = rows.new_zeros(len(inputs.input_ids)).scatter_reduce(0, inputs.row_sample, rows, "amax")
         return torch.cat([mean, top[:, None]], dim=1)
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    """A hash of names, dtypes and bytes of all that the model holds."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -55,6 +55,11 @@ class Needs:
             features=weighting.features if isinstance(weighting, InstanceWeighting) else (),
         )
 
+    @property
+    def tag(self) -> str:
+        """Its parts by name, in one word."""
+        return "+".join(["hidden"] * self.hidden + ["visual"] * self.visual + sorted(self.features))
+
 
 @dataclass(frozen=True)
 class TeacherFacts:
@@ -65,6 +70,8 @@ class TeacherFacts:
     visual_size: int
     """Width of the projector's tokens."""
     feature_sizes: FeatureSizes
+    fingerprint: str
+    """A hash of every weight, for the cache; empty if there is none."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.stream import Plan
 from betakd_ray.objective import STATISTICS
 from betakd_ray.spec import JobSpec
+from betakd_ray.teacher.cache import CacheWriter, SignalCache
 from betakd_ray.teacher.pool import TeacherClient, scored
 from betakd_ray.teacher.signal import TeacherFacts
 from betakd_ray.tracking import Metrics, to_jsonl
@@ -46,6 +47,7 @@ class WorkerConfig:
     pool: ActorHandle | None = None
     teacher: "ray.ObjectRef | None" = None
     """TeacherFacts, fetched once a node."""
+    cache: SignalCache | None = None
 
 
 def train_worker(config: dict[str, WorkerConfig]) -> dict[str, Any]:
@@ -74,6 +76,7 @@ class Worker:
         self.client: TeacherClient | None = None
         if config.pool and self.spec.teacher:
             self.client = TeacherClient(config.pool, self.learner.rank, self.spec.teacher.timeout_s)
+        self.cache = CacheWriter(config.cache, config.plan.shards) if config.cache else None
         self.store = checkpoint.CheckpointStore(config.run, self.spec.output.storage)
         self.metrics = Metrics(self.spec, config.run) if self.learner.rank == 0 else None
         self.clock = Clock()
@@ -115,7 +118,7 @@ class Worker:
         """One step's micro-batches at a time, each with its signal; short, then empty, when the stream ends."""
         stream: Iterator[Scored] = ((batch, None) for batch in self.batches())
         if self.client and self.spec.teacher:
-            stream = scored(self.batches(), self.client, self.spec.teacher.window)
+            stream = scored(self.batches(), self.client, self.spec.teacher.window, self.cache)
         while True:
             yield list(itertools.islice(stream, self.learner.accumulation))
 
@@ -183,6 +186,8 @@ class Worker:
 
     def save(self) -> None:
         """Collective: a checkpoint of everything a resume needs."""
+        if self.cache:
+            self.cache.flush()
         self.merge_ledgers()
         checkpoint.save(self.store, self.step, self.attempt, self.training.keep, self.write)
         self.saved_step = self.step

@@ -74,7 +74,7 @@ def test_a_shard_without_a_manifest_is_an_error_that_names_the_remedy(home, tmp_
 
 
 def test_a_store_that_nobody_answers_at_is_an_error(home, tmp_path, monkeypatch):
-    monkeypatch.setattr("betakd_ray.storage.ATTEMPTS", 1, raising=False)
+    monkeypatch.setattr("betakd_ray.data.manifest.PLANNING_ATTEMPTS", 1)
     data = {"train": "s3://bucket/a-*.tar", "storage": {"endpoint_url": "http://127.0.0.1:9", "anonymous": True}}
     refused(spec(home, tmp_path / "out", data=data), errors.DataError, r"127\.0\.0\.1:9|s3://bucket")
 

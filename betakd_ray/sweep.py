@@ -1,0 +1,133 @@
+"""A grid of jobs on one cluster, and its table.
+
+With `teacher.cache` in the template the teacher answers once for the whole grid. A cell that is done is not done again,
+so that a sweep which was stopped goes on where it was.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from betakd_ray.errors import SpecError
+from betakd_ray.evaluation.run import Evaluation
+from betakd_ray.job import BetaKDJob, JobResult, cluster
+from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, parse_spec, read_tree, set_field
+from betakd_ray.storage import join, open_store
+from betakd_ray.tracking import to_jsonl
+
+ROWS, TABLE = "rows.jsonl", "table.md"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One job of the grid."""
+
+    values: dict[str, str]
+    """Axis → the value's short name."""
+    seed: int
+    job: JobSpec
+
+
+class Sweep:
+    """Runs a grid. Every cell's spec is checked before the first is run: a SpecError names the cell."""
+
+    def __init__(self, spec: SweepSpec) -> None:
+        self.spec = spec
+        self.folder = join(spec.output.path, spec.name)
+        self.cells = list(_cells(spec, self.folder))
+        names = [cell.job.name for cell in self.cells]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise SpecError(f"axes: two cells are both called {sorted(twice)[0]}; give values that differ in name")
+
+    def run(self) -> list[dict[str, Any]]:
+        """A row a cell and seed: axes, seed, final metrics and the evaluation's; also saved, with the table."""
+        rows = []
+        with cluster(self.cells[0].job):
+            for cell in self.cells:
+                result = BetaKDJob(cell.job).fit()
+                rows.append({**cell.values, "seed": cell.seed, **self._scores(cell, result)})
+                self._store(ROWS, to_jsonl(rows))
+                self._store(TABLE, _markdown(self.table(rows)))
+        return rows
+
+    def table(self, rows: list[dict[str, Any]]) -> list[list[str]]:
+        """Header and a line a cell: the axes, then mean ± standard deviation over seeds of each metric."""
+        axes = list(self.spec.axes)
+        metrics = [name for name in rows[0] if name not in (*axes, "seed")]
+        lines = [[*axes, *metrics]]
+        for values in dict.fromkeys(tuple(row[axis] for axis in axes) for row in rows):
+            cell = [row for row in rows if tuple(row[axis] for axis in axes) == values]
+            lines.append([*values, *(_spread([row[name] for row in cell]) for name in metrics)])
+        return lines
+
+    def _scores(self, cell: Cell, result: JobResult) -> dict[str, float]:
+        scores = {"loss": result.metrics["loss"]}
+        if self.spec.evaluation is None:
+            return scores
+        filesystem, root = open_store(result.path, cell.job.output.storage)
+        path = join(root, "evaluation", "evaluation.json")
+        if not filesystem.exists(path):
+            Evaluation(
+                EvaluationSpec(
+                    **dict(self.spec.evaluation),
+                    name="evaluation",
+                    models={"student": {"path": result.model}},  # type: ignore[dict-item]
+                    cluster=cell.job.cluster,
+                    output={"path": result.path, "storage": cell.job.output.storage},  # type: ignore[arg-type]
+                )
+            ).run()
+        return json.loads(filesystem.cat_file(path))["student"] | scores
+
+    def _store(self, name: str, content: str) -> None:
+        filesystem, root = open_store(self.folder, self.spec.output.storage)
+        filesystem.makedirs(root, exist_ok=True)
+        filesystem.pipe_file(join(root, name), content.encode())
+
+
+def print_table(lines: list[list[str]]) -> None:
+    """Header and lines on the terminal."""
+    table = Table(*map(escape, lines[0]))
+    for line in lines[1:]:
+        table.add_row(*map(escape, line))
+    Console().print(table)
+
+
+def _cells(spec: SweepSpec, folder: str) -> Iterator[Cell]:
+    template = read_tree(spec.template)
+    for values in product(*spec.axes.values()):
+        names = {axis: short_name(value) for axis, value in zip(spec.axes, values, strict=True)}
+        for seed in spec.seeds:
+            tree = json.loads(json.dumps(template))
+            for path, value in [*spec.fixed.items(), *zip(spec.axes, values, strict=True), ("training.seed", seed)]:
+                set_field(tree, path, value)
+            tree["name"] = re.sub(r"[^A-Za-z0-9._-]", "-", "_".join([*names.values(), f"seed{seed}"]))
+            tree["output"] = {"path": folder, "storage": spec.output.storage.model_dump()}
+            yield Cell(names, seed, parse_spec(tree, source=f"{spec.name}, cell {tree['name']}"))
+
+
+def short_name(value: Any) -> str:
+    """How a value is called in a table and in a folder's name: its kind, if it has one."""
+    if isinstance(value, dict):
+        rest = [f"{key}={short_name(inner)}" for key, inner in value.items() if key != "kind"]
+        return ",".join([*([str(value["kind"])] if "kind" in value else []), *rest])
+    if isinstance(value, list | tuple):
+        return "+".join(short_name(inner) for inner in value) or "none"
+    return str(value)
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.fmean(values):.4g}"
+    return f"{mean} ± {statistics.stdev(values):.2g}" if len(values) > 1 else mean
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    header, *body = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *body]) + "\n"
