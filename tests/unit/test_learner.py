@@ -42,6 +42,8 @@ ALONE = [REFERENCE, Case(micro=4), Case(micro=2), Case(micro=2, zero=0), Case(mi
 TOKENS = [Case(micro=8, reduction="token", weighting="task"), Case(micro=2, reduction="token", weighting="task")]
 BF16 = [Case(micro=4, precision="bf16"), Case(micro=2, precision="bf16", zero=3)]
 PAIR = [Case(micro=4, zero=0), Case(micro=1, zero=1), Case(micro=2), Case(micro=1), Case(micro=1, zero=3), TOKENS[1]]
+RESIZED = [Case(micro=4, zero=1), Case(micro=4, zero=2), Case(micro=4, zero=3)]
+"""On one rank, from the checkpoints that two ranks wrote of PAIR's cases of micro-batch 1."""
 
 
 @dataclass(frozen=True)
@@ -138,14 +140,21 @@ def _recorded(learner: Learner) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def _learn(folder: Path, case: Case) -> list[Step]:
+def _learn(folder: Path, case: Case, resumed: Path | None = None) -> list[Step]:
+    """STEPS steps from the start, the last of them after a checkpoint; or that last one, from its checkpoint."""
     spec = _spec(folder, case, dist.get_world_size())
     teacher = TeacherScorer(spec.teacher, Needs.of(spec.objective))
     learner = Learner(spec, teacher.facts(), total_steps=10)
     gradients = _recorded(learner)
     window = _window(folder, spec, teacher)
+    if resumed:
+        learner.load(resumed, saved_ranks=2)
     steps = []
-    for number in range(STEPS):
+    for number in range(STEPS - 1 if resumed else 0, STEPS):
+        if number == STEPS - 1 and not resumed:
+            save_to = folder / f"{dist.get_world_size()}-{case.micro}-{case.zero}-{case.reduction}"
+            save_to.mkdir(exist_ok=True)
+            learner.save(save_to)
         counts = learner.agree(window)
         assert counts is not None
         totals = learner.step(window, counts, (number + 1) / STEPS, statistics=True)
@@ -159,7 +168,9 @@ def _learn(folder: Path, case: Case) -> list[Step]:
 def _rank(rank: int, ranks: int, folder: Path, cases: list[Case]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks)
-    steps = {case: _learn(folder, case) for case in cases}
+    steps: dict[Any, list[Step]] = {case: _learn(folder, case) for case in cases}
+    if ranks == 1:
+        steps |= {("resumed", case): _learn(folder, case, folder / f"2-1-{case.zero}-sample") for case in RESIZED}
     if rank == 0:
         torch.save(steps, folder / f"steps-{ranks}.pt")
     dist.destroy_process_group()
@@ -174,7 +185,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Case], li
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "0")
-        for ranks, cases in ((1, [*ALONE, *TOKENS, *BF16]), (2, PAIR)):
+        for ranks, cases in ((2, PAIR), (1, [*ALONE, *TOKENS, *BF16])):
             patch.setenv("LOCAL_SIZE", str(ranks))
             mp.spawn(_rank, (ranks, folder, cases), nprocs=ranks)
             for case, result in torch.load(folder / f"steps-{ranks}.pt", weights_only=False).items():
@@ -213,6 +224,11 @@ def test_so_does_the_mean_over_tokens(steps, ranks, case):
 def test_bf16_stays_near_float32(steps, case):
     for step, expected in zip(steps[1, case], steps[1, REFERENCE], strict=True):
         assert step.loss == pytest.approx(expected.loss, rel=0.05)
+
+
+@pytest.mark.parametrize("case", RESIZED, ids=str)
+def test_another_number_of_ranks_goes_on_where_the_checkpoint_was(steps, case):
+    _assert_same(steps[1, ("resumed", case)], steps[1, REFERENCE][-1:])
 
 
 def test_every_part_that_learns_has_a_gradient_and_the_loss_falls(steps):
