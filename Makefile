@@ -12,7 +12,7 @@ BUILT := $(TORCH_EXTENSIONS_DIR)/.built
 BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out %/__init__.py,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-unit slow check bench clean
+.PHONY: help setup distill teacher test test-unit slow check bench figures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ setup: $(INSTALLED) $(BUILT) ## make .venv and compile what DeepSpeed needs, onc
 
 distill: setup ## distil a student on easy-VQA, on this machine
 	@python -m jobs.easy_vqa.run
+
+teacher: setup ## train the teacher that `make distill` uses, from nothing
+	@python -m jobs.easy_vqa.make_teacher
 
 test: setup ## unit tests, and tests on a local Ray cluster with a local S3 server
 	@python -m pytest -m "not slow" tests/unit tests/ray
@@ -40,6 +43,9 @@ check: setup ## format, lint, types, imports, unit tests
 
 bench: setup ## every benchmark in benchmarks/
 	@for module in $(BENCHMARKS); do echo "== $$module"; python -m $$module || exit 1; done
+
+figures: setup ## draw the figures of docs/
+	@python -m betakd_ray.report.simplex docs/energies.svg
 
 clean: ## remove caches and build products (.venv and runs/ stay)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

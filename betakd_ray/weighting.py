@@ -63,6 +63,14 @@ class BetaWeighting(nn.Module):
         elif isinstance(spec, InstanceWeighting) and count:
             sizes = {name: (feature_sizes or {})[name] for name in spec.features}
             self.text_only = nn.Parameter(torch.zeros(sizes.get("teacher_vision", 0)))
+            # Each feature for itself, or a wide one would drown the others. Entropies come in nats and stay: of two
+            # numbers, normalisation leaves only which is larger.
+            self.norms = nn.ModuleDict(
+                {
+                    name: nn.Identity() if name == "teacher_entropy" else nn.LayerNorm(size)
+                    for name, size in sizes.items()
+                }
+            )
             self.net: nn.Sequential | None = _network(sum(sizes.values()), spec.hidden_size, count)
         elif isinstance(spec, InstanceWeighting):
             self.net = None
@@ -157,7 +165,7 @@ class BetaWeighting(nn.Module):
         if "teacher_vision" in self.spec.features:
             at = self.spec.features.index("teacher_vision")
             parts[at] = torch.where(has_image[:, None], parts[at], self.text_only)
-        return torch.cat(parts, dim=1)
+        return torch.cat([self.norms[name](part) for name, part in zip(self.spec.features, parts, strict=True)], dim=1)
 
     def _positive(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """β = 1 at u = 0, and smoothly inside [e^-bound, e^bound].
@@ -180,8 +188,8 @@ def _log_softplus(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def _network(width: int, hidden: int, outputs: int) -> nn.Sequential:
-    """g_φ of Eq. 14. The last layer starts at zero, so every β starts at 1."""
+    """g_φ of Eq. 14, after its normalisation. The last layer starts at zero, so every β starts at 1."""
     last = nn.Linear(hidden, outputs)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.ReLU(), last)
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), last)

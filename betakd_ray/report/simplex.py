@@ -6,8 +6,6 @@ The other reports are made from a run's files; this one draws the energies thems
 """
 
 import argparse
-from collections.abc import Callable
-from typing import Any
 
 import matplotlib
 import torch
@@ -27,12 +25,10 @@ FINE, COARSE = 100, 10
 ARROW, LONGEST = 0.3, 0.09
 """Length of an arrow for a gradient of norm 1, and the length at which arrows are cut."""
 CORNERS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.75**0.5]], dtype=torch.float64)
-
-
 COLORS = matplotlib.colormaps["YlGnBu"](torch.linspace(0, 0.75, 13).tolist())
 LEGEND = """Each triangle: students over three tokens a, b, c.
 Dot: the teacher, {:.2f} a, {:.2f} b, {:.2f} c.
-Colour: the energy, lightest to darkest the range above.
+Colour: the energy; 2% of students lie above its range.
 Arrow: minus the gradient in the student's logits;
 towards a corner, that token's logit grows.
 One scale for all triangles, cut at a norm of {cut:.1g}.
@@ -64,7 +60,7 @@ def _logits(probs: Float[Tensor, "points 3"]) -> Float[Tensor, "points 3"]:
 
 
 def draw(path: str) -> None:
-    """All energies on logits as one figure; the suffix of `path` says its format."""
+    """All energies on logits as one SVG, its coloured layers as images."""
     # No date and no random ids: the same code writes the same file.
     with matplotlib.rc_context({"svg.hashsalt": "energies", "font.size": 9}):
         figure = Figure(figsize=(10.5, 6.8), facecolor="white", layout="constrained")
@@ -76,8 +72,7 @@ def draw(path: str) -> None:
             _panel(panel, name)
         legend = LEGEND.format(*TEACHER, cut=LONGEST / ARROW, T=MOVING["ctkd"]["temperature"], t=MOVING["taid"]["t"])
         panels[len(ENERGIES)].text(0, 0.95, legend, va="top", linespacing=1.5, in_layout=False)
-        date: dict[str, Any] = {"metadata": {"Date": None}} if path.endswith(".svg") else {}
-        figure.savefig(path, dpi=130, **date)
+        figure.savefig(path, format="svg", dpi=130, metadata={"Date": None})
 
 
 def _panel(axes: Axes, name: str) -> None:
@@ -104,8 +99,8 @@ def _xy(points: Tensor) -> tuple[Tensor, Tensor]:
 
 def main() -> None:
     """Write the figure to the path given."""
-    parser = argparse.ArgumentParser(description="Draw every energy on the three-token simplex.")
-    parser.add_argument("path", help="where to write; .svg, .png or .pdf")
+    parser = argparse.ArgumentParser(description="Draw every energy on the three-token simplex, as an SVG.")
+    parser.add_argument("path", help="where to write it")
     draw(parser.parse_args().path)
 
 

@@ -190,7 +190,7 @@ class Learner:
         return distiller.to(self.device).train()
 
     def _engine(self, total_steps: int) -> deepspeed.DeepSpeedEngine:
-        optimizer = student_optimizer(self.distiller, self.spec.optimizer)
+        optimizer = student_optimizer(self.distiller, self.spec)
         engine, *_ = deepspeed.initialize(
             model=self.distiller,
             optimizer=optimizer,

@@ -1,7 +1,7 @@
 """Optimizers, schedule and the DeepSpeed configuration that a spec stands for."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,36 +17,48 @@ from betakd_ray.train.distiller import Distiller
 
 
 class GuardedAdamW(AdamW):
-    """AdamW that leaves parameters and moments alone when a gradient is not finite.
+    """AdamW that clips, and leaves parameters and moments alone when a gradient is not finite.
 
-    DeepSpeed's ZeRO optimizers do so themselves; this gives its plain float32 engine (stage 0) the same behaviour,
-    through the same attribute that it reads after a step.
+    DeepSpeed's ZeRO and bf16 optimizers do both themselves; this gives its plain float32 engine (stage 0) the same
+    behaviour, through the attributes that it reads after a step. There every rank has the whole, reduced gradient, so
+    all decide alike.
     """
 
     overflow = False
+    _global_grad_norm: Tensor | None = None
+
+    def __init__(self, groups: list[dict[str, Any]], *, max_grad_norm: float, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self._max_grad_norm = max_grad_norm
 
     def step(self, closure: Any = None) -> Any:
-        """One update, or none and `overflow` set. Gradients are reduced by then, so every rank decides alike."""
-        gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
-        self.overflow = not _all_finite(gradient for gradient in gradients if gradient is not None)
+        """One update, or none and `overflow` set."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
+        self.overflow = not self._global_grad_norm.isfinite()
         return None if self.overflow else super().step(closure)
 
 
-def _all_finite(tensors: Iterable[Tensor]) -> bool:
-    norms = torch._foreach_norm(list(tensors))  # pyright: ignore[reportPrivateImportUsage]
-    return bool(torch.stack(norms).isfinite().all()) if norms else True
-
-
-def student_optimizer(distiller: Distiller, spec: OptimizerSpec) -> AdamW:
+def student_optimizer(distiller: Distiller, spec: JobSpec) -> AdamW:
     """AdamW over what learns: one group for the projector (and the feature map), one for the rest."""
+    optimizer = spec.optimizer
     projector = [*parts(distiller.student)["projector"], *([distiller.feature_map] if distiller.feature_map else [])]
     own = {id(parameter) for module in projector for parameter in module.parameters()}
     learning = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in learning if id(p) not in own], "lr": spec.lr},
-        {"params": [p for p in learning if id(p) in own], "lr": spec.projector_lr or spec.lr},
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in learning if id(p) not in own], "lr": optimizer.lr},
+        {"params": [p for p in learning if id(p) in own], "lr": optimizer.projector_lr or optimizer.lr},
     ]
-    return GuardedAdamW([g for g in groups if g["params"]], betas=spec.adam_betas, weight_decay=spec.weight_decay)
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {"betas": optimizer.adam_betas, "weight_decay": optimizer.weight_decay}
+    if _is_plain(spec):
+        return GuardedAdamW(groups, max_grad_norm=optimizer.max_grad_norm, **options)
+    return AdamW(groups, **options)
+
+
+def _is_plain(spec: JobSpec) -> bool:
+    """Whether DeepSpeed wraps no optimizer of its own around ours."""
+    return spec.training.zero_stage == 0 and spec.training.precision == "fp32"
 
 
 def schedule(optimizer: torch.optim.Optimizer, spec: OptimizerSpec, total_steps: int) -> LambdaLR:
@@ -125,7 +137,7 @@ def deepspeed_config(spec: JobSpec, world_size: int) -> dict[str, Any]:
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * world_size),
-        "gradient_clipping": spec.optimizer.max_grad_norm,
+        "gradient_clipping": 0.0 if _is_plain(spec) else spec.optimizer.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": training.precision == "bf16"},
         "zero_optimization": {"stage": training.zero_stage, "stage3_gather_16bit_weights_on_model_save": True},

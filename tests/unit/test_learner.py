@@ -1,10 +1,12 @@
 """The real engine, without Ray: one global batch is one step, however it falls on ranks and micro-batches."""
 
+import dataclasses
 import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +19,7 @@ from betakd_ray.data.shards import RawSample
 from betakd_ray.models.load import load_processor
 from betakd_ray.spec import ModelSpec, parse_spec
 from betakd_ray.teacher.scorer import TeacherScorer
-from betakd_ray.teacher.signal import Needs
+from betakd_ray.teacher.signal import Needs, Wire
 from betakd_ray.train.learner import Learner, Window
 from tests.tiny import save_tiny
 
@@ -53,6 +55,8 @@ class Step:
     loss: float
     energies: torch.Tensor
     gradients: dict[str, torch.Tensor]
+    norm: float
+    """Of the student's gradient, before clipping."""
     moving: dict[str, float]
     """ctkd's temperature and taid's t after the step."""
 
@@ -159,10 +163,30 @@ def _learn(folder: Path, case: Case, resumed: Path | None = None) -> list[Step]:
         assert counts is not None
         totals = learner.step(window, counts, (number + 1) / STEPS, statistics=True)
         assert totals.applied
+        norm = float(learner.engine.get_global_grad_norm() or 0.0)
         moving = {name: value.item() for name, value in learner.curriculum.values().items()}
-        steps.append(Step(totals.loss.item(), totals.energies.clone(), dict(gradients), moving))
+        steps.append(Step(totals.loss.item(), totals.energies.clone(), dict(gradients), norm, moving))
+    _skips_alike(learner, window)
     assert learner.agree(window[:-1]) is None  # a rank without a full window ends the job for all
     return steps
+
+
+def _skips_alike(learner: Learner, window: Window) -> None:
+    """A gradient that is not finite on one rank changes nothing on any."""
+    learns = [*learner.distiller.parameters(), *learner.weighting.parameters()]
+    before = [getattr(parameter, "ds_tensor", parameter).clone() for parameter in learns]
+    if learner.rank == 0:
+        batch, signal = window[0]
+        assert signal
+        assert signal.hidden
+        bad = Wire(np.full_like(signal.hidden.array, np.nan), signal.hidden.dtype)
+        window = [(batch, dataclasses.replace(signal, hidden=bad)), *window[1:]]
+    counts = learner.agree(window)
+    assert counts
+    totals = learner.step(window, counts, 1.0, statistics=False)
+    assert not totals.applied
+    for parameter, value in zip(learns, before, strict=True):
+        assert torch.equal(getattr(parameter, "ds_tensor", parameter), value)
 
 
 def _rank(rank: int, ranks: int, folder: Path, cases: list[Case]) -> None:
@@ -197,6 +221,7 @@ def _assert_same(steps: list[Step], reference: list[Step]) -> None:
     for step, expected in zip(steps, reference, strict=True):
         assert step.loss == pytest.approx(expected.loss, rel=1e-5)
         torch.testing.assert_close(step.energies, expected.energies, rtol=1e-4, atol=1e-6)
+        assert step.norm == pytest.approx(expected.norm, rel=1e-3)
         assert step.moving == pytest.approx(expected.moving, rel=1e-5)
         assert step.gradients.keys() == expected.gradients.keys()
         for name, gradient in step.gradients.items():

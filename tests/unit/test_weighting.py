@@ -180,6 +180,15 @@ def test_beta_s_gradient_of_one_sample_sees_only_that_sample_s_energy():
     assert gradient[:, 1].tolist() == pytest.approx([0.1 - 0.5, 4.0 - 0.5])
 
 
+def test_beta_follows_the_entropy_and_not_only_which_of_its_two_numbers_is_larger():
+    spec = InstanceWeighting(features=("teacher_entropy",))
+    weighting = BetaWeighting(spec, ["fkl"], feature_sizes={"teacher_entropy": 2})
+    torch.nn.init.normal_(weighting.net[-1].weight)
+    features = {"teacher_entropy": torch.tensor([[0.1, 0.2], [2.0, 4.0]])}
+    sure, unsure = weighting.beta(features, torch.ones(2, dtype=torch.bool))[:, 1].tolist()
+    assert sure != pytest.approx(unsure, rel=1e-2)
+
+
 def test_a_text_only_sample_takes_the_learned_vector_and_not_its_features():
     weighting = build(kind="instance", features=["teacher_answer", "teacher_vision"])
     torch.nn.init.normal_(weighting.net[-1].weight)

@@ -1,0 +1,49 @@
+"""What the documents show is so: their Python runs, their YAML is valid, and the defaults they print are the spec's."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from betakd_ray.energies import ENERGIES
+from betakd_ray.spec import VISUAL_ENERGIES, ObjectiveSpec
+
+ROOT = Path(__file__).parents[2]
+OBJECTIVE = ROOT / "docs/objective.md"
+
+
+def blocks(path, language, mark=""):
+    """(name, text) of each fenced block; with `mark`, only those right after it."""
+    found = re.finditer(rf"{mark}^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+    return [pytest.param(match[1], id=f"{path.name}-{at}") for at, match in enumerate(found)]
+
+
+EXAMPLES = [block for path in (ROOT / "README.md", OBJECTIVE) for block in blocks(path, "python", "^<!-- test -->\n")]
+SECTIONS = blocks(OBJECTIVE, "yaml")
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_runs(example):
+    exec(compile(example, "example", "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_is_valid_and_one_that_lists_options_lists_all_with_their_defaults(section):
+    shown = yaml.safe_load(section)
+    if "objective" in shown:
+        ObjectiveSpec(**shown["objective"])
+        return
+    objective = ObjectiveSpec(**shown)
+    listed = objective.energies[0] if "energies" in shown else objective.weighting
+    options = shown["energies"][0] if "energies" in shown else shown["weighting"]
+    assert options == type(listed)().model_dump(mode="json")
+
+
+def test_every_energy_and_weighting_has_a_section():
+    headings = re.findall(r"^### (\w+)", OBJECTIVE.read_text(), re.MULTILINE)
+    assert {*ENERGIES, *VISUAL_ENERGIES, "equal", "manual", "task", "instance"} <= set(headings)
+
+
+def test_the_marked_example_is_found():
+    assert EXAMPLES
