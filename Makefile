@@ -54,7 +54,7 @@ clean: ## remove caches and build products (.venv and runs/ stay)
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/python || { echo "== making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "== installing what constraints.txt pins (minutes the first time)"
-	@python -m pip install -qq -c constraints.txt -e '.[dev,tensorboard]'
+	@python -m pip install -qq -c constraints.txt -e '.[dev,cluster,tensorboard]'
 	@python -m pip install -qq -c constraints.txt --no-deps easy-vqa
 	@touch $@
 

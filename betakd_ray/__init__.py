@@ -1,5 +1,6 @@
 """Uncertainty-aware knowledge distillation of vision–language models, as Ray jobs (Beta-KD, arXiv 2603.21426)."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from betakd_ray.weighting import BetaWeighting
 
 __all__ = ["BetaKDJob", "BetaWeighting", "JobResult", "JobSpec", "energy", "errors", "load_spec"]
+
+# These libraries read them when they are imported. What is set already wins.
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
 
 _HEAVY = {"BetaKDJob": "job", "JobResult": "job", "BetaWeighting": "weighting", "energy": "energies"}
 

@@ -181,7 +181,7 @@ def test_beta_s_gradient_of_one_sample_sees_only_that_sample_s_energy():
 
 
 def test_beta_follows_the_entropy_and_not_only_which_of_its_two_numbers_is_larger():
-    spec = InstanceWeighting(features=("teacher_entropy",))
+    spec = TypeAdapter(Weighting).validate_python({"kind": "instance", "features": ["teacher_entropy"]})
     weighting = BetaWeighting(spec, ["fkl"], feature_sizes={"teacher_entropy": 2})
     torch.nn.init.normal_(weighting.net[-1].weight)
     features = {"teacher_entropy": torch.tensor([[0.1, 0.2], [2.0, 4.0]])}
