@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from betakd_ray.models.load import load_processor, processor_source
@@ -17,8 +16,8 @@ FOLDER = "model"
 PREFIX = "student."
 
 
-def export(engine: DeepSpeedEngine, spec: JobSpec, run: str, metrics: dict[str, Any]) -> None:
-    """Collective: write weights (safetensors), config, processor and model card to RUN/model."""
+def export(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any]) -> None:
+    """Collective: of a DeepSpeedEngine, write weights (safetensors), config, processor and model card to RUN/model."""
     state = _student_state(engine, spec)
     if dist.get_rank() == 0 and state is not None:
         distiller = cast(Distiller, engine.module)
@@ -33,7 +32,7 @@ def export(engine: DeepSpeedEngine, spec: JobSpec, run: str, metrics: dict[str, 
     dist.barrier()
 
 
-def _student_state(engine: DeepSpeedEngine, spec: JobSpec) -> dict[str, Tensor] | None:
+def _student_state(engine: Any, spec: JobSpec) -> dict[str, Tensor] | None:
     """The student's own tensors; gathered from all ranks under ZeRO-3, where the others get None."""
     if spec.training.zero_stage == 3:
         state = engine._zero3_consolidated_16bit_state_dict()

@@ -3,9 +3,8 @@
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -23,6 +22,11 @@ from betakd_ray.train.distiller import Distilled, Distiller
 from betakd_ray.train.optim import beta_optimizer, deepspeed_config, schedule, student_optimizer
 from betakd_ray.train.tally import Tally, Totals
 from betakd_ray.weighting import BetaWeighting
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+else:
+    DeepSpeedEngine = Any  # imported only where something trains: it takes seconds, and greets on the terminal
 
 Scored = tuple[Batch, Signal | None]
 Window = list[Scored]
@@ -189,7 +193,9 @@ class Learner:
         distiller = Distiller(student, image_processor, self.spec.objective, head, visual_size)
         return distiller.to(self.device).train()
 
-    def _engine(self, total_steps: int) -> deepspeed.DeepSpeedEngine:
+    def _engine(self, total_steps: int) -> DeepSpeedEngine:
+        import deepspeed
+
         optimizer = student_optimizer(self.distiller, self.spec)
         engine, *_ = deepspeed.initialize(
             model=self.distiller,
