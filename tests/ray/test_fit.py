@@ -12,13 +12,23 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from PIL import Image
 
 from betakd_ray.data.pack import pack
-from betakd_ray.errors import ClusterError, OutputError
+from betakd_ray.errors import ClusterError, OutputError, TooManyBadSamples
 from betakd_ray.job import BetaKDJob, JobResult
-from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
+from betakd_ray.spec import (
+    DataSpec,
+    JobSpec,
+    OutputSpec,
+    QuestionsSpec,
+    StorageSpec,
+    SweepSpec,
+    parse_spec,
+)
 from betakd_ray.storage import join, open_store
+from betakd_ray.sweep import Sweep
 from betakd_ray.train.checkpoint import CheckpointStore
 from tests.s3 import SeaweedServer
 from tests.tiny import save_tiny
@@ -175,6 +185,57 @@ def _wait_for_a_checkpoint(spec: JobSpec, after: int) -> int:
 def _student_workers() -> list[psutil.Process]:
     mine = psutil.Process().children(recursive=True)
     return [process for process in mine if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+@pytest.mark.timeout(300)
+def test_a_grid_asks_the_teacher_once_and_is_resumable(ray_cluster: str, models: Path, tmp_path: Path) -> None:
+    pack(_samples(24), str(tmp_path / "shards"))
+    template = {
+        "name": "template",
+        "data": {"train": str(tmp_path / "shards" / "*.tar"), "shuffle": False},
+        "teacher": {"path": str(models / "teacher"), "cache": str(tmp_path / "signals")},
+        "student": {"init": {"kind": "checkpoint", "path": str(models / "student")}},
+        "training": {
+            "max_steps": 3,
+            "global_batch_size": 8,
+            "micro_batch_size": 8,
+            "precision": "fp32",
+            "zero_stage": 0,
+            "log_every": 1,
+        },
+        "tracking": {"progress": False},
+    }
+    (tmp_path / "template.yaml").write_text(yaml.safe_dump(template))
+    sweep = Sweep(
+        SweepSpec(
+            name="grid",
+            template=str(tmp_path / "template.yaml"),
+            axes={"objective.energies": ("cosine_probs", "rkl")},
+            evaluation=QuestionsSpec(data=DataSpec(train=(str(tmp_path / "shards" / "*.tar"),)), max_new_tokens=2),
+            output=OutputSpec(path=str(tmp_path / "out")),
+        )
+    )
+    rows = sweep.run()
+    assert [row["objective.energies"] for row in rows] == ["cosine_probs", "rkl"]
+    assert all({"loss", "accuracy"} <= row.keys() for row in rows)
+    busy = [_busy(tmp_path / "out" / "grid" / cell.job.name / "metrics.jsonl") for cell in sweep.cells]
+    assert min(busy[0]) > 0
+    assert max(busy[1]) == 0  # the second cell found every answer in the cache
+    assert sweep.run() == rows
+    assert (tmp_path / "out" / "grid" / "table.md").read_text().count("\n") == 4
+
+
+def _busy(metrics: Path) -> list[float]:
+    return [json.loads(line)["teacher_busy"] for line in metrics.read_text().splitlines()]
+
+
+@pytest.mark.timeout(300)
+def test_too_many_bad_samples_stop_the_job_and_name_the_last(ray_cluster: str, s3: SeaweedServer, models: Path) -> None:
+    tree = _spec(s3, models, "bad").model_dump(mode="json")
+    tree["data"]["max_bad_fraction"] = 0.005
+    pack(_samples(16, broken=4), f"s3://{s3.bucket}/bad/shards", storage=parse_spec(tree).data.storage)
+    with pytest.raises(TooManyBadSamples, match=r"max_bad_fraction.*cannot be decoded"):
+        BetaKDJob(parse_spec(tree)).fit()
 
 
 def test_gpus_that_the_cluster_cannot_have_are_an_error_before_any_training(
