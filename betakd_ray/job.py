@@ -33,7 +33,7 @@ from betakd_ray.data.stream import Plan, Quarantined, Reader, ids_of, stream
 from betakd_ray.errors import ClusterError, DataError, OutputError, TrainingError
 from betakd_ray.models.compatibility import check_features, check_vocabularies
 from betakd_ray.models.load import load_config, load_processor, processor_source, student_config
-from betakd_ray.spec import JobSpec, load_spec
+from betakd_ray.spec import JobSpec, TeacherSpec, load_spec
 from betakd_ray.storage import join, open_store
 from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.pool import start_pool
@@ -172,7 +172,7 @@ class BetaKDJob:
         monitor = cast(ActorHandle, ray.remote(Monitor).options(num_cpus=0).remote(plan.samples, quarantined))
         pool = teacher = cache = None
         if spec.teacher:
-            needs = Needs.of(spec.objective)
+            needs = Needs.of(spec.teacher, spec.objective, self._common_vocabulary(spec.teacher))
             pool = start_pool(spec.teacher, needs, spec.cluster.teacher, gpus["teacher"])
             facts: TeacherFacts = _unwrapped(pool.wait_until_ready.remote(spec.cluster.start_timeout_s))
             view = renderers.get("teacher", renderers["student"])
@@ -202,6 +202,11 @@ class BetaKDJob:
         with _progress(monitor, config.total_steps, spec):
             outcome = self._train(config, ray.put(reader), gpus["student"])
         return self._conclude(outcome, plan, monitor)
+
+    def _common_vocabulary(self, teacher: TeacherSpec) -> int:
+        """Ids that both models have a logit for; either may be padded beyond the tokenizer's."""
+        configs = (load_config(teacher), student_config(self.spec.student))
+        return min(config.get_text_config().vocab_size for config in configs)
 
     def _train(self, config: WorkerConfig, reader: "ray.ObjectRef", gpus: float) -> dict[str, Any]:
         spec = self.spec

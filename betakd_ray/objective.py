@@ -5,7 +5,9 @@ made in the forward pass, chunk by chunk: logits of `chunk_rows` rows exist at a
 of a job share one computation of the teacher's and the student's logits.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +32,30 @@ def project(rows: Float[Tensor, "rows width"], weight: Float[Tensor, "vocab widt
         return torch.mm(rows, weight.t(), out_dtype=torch.float32)
     dtype = torch.promote_types(torch.float32, rows.dtype)
     return rows.to(dtype) @ weight.to(dtype).t()
+
+
+def top_k(
+    logits: Float[Tensor, "rows vocab"], k: int
+) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"], Float[Tensor, "rows 1"]]:
+    """The k largest of each row, their ids, and the log-sum-exp of the rest."""
+    top, ids = logits.topk(k, dim=1)
+    return top, ids, rest_of(logits, ids)
+
+
+def rest_of(logits: Float[Tensor, "rows vocab"], ids: Int[Tensor, "rows k"]) -> Float[Tensor, "rows 1"]:
+    """The log-sum-exp over all but `ids`."""
+    return logits.scatter(1, ids, -math.inf).logsumexp(dim=1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """What the teacher says of each answer row; at least one way."""
+
+    hidden: Float[Tensor, "rows teacher_width"] | None = None
+    """Its final hidden states; the objective holds the head."""
+    top_ids: Int[Tensor, "rows k"] | None = None
+    top_log_probs: Float[Tensor, "rows buckets"] | None = None
+    """Of the `top_ids`, and in the last bucket of all other ids."""
 
 
 def energy_function(energy: Energy) -> RowEnergy:
@@ -80,7 +106,7 @@ class RowObjective(nn.Module):
     def forward(
         self,
         student_rows: Float[Tensor, "rows width"],
-        teacher_rows: Float[Tensor, "rows teacher_width"] | None,
+        teacher: TeacherRows | None,
         targets: Int[Tensor, " rows"],
         row_weights: Float[Tensor, "rows channels"],
         *,
@@ -92,29 +118,49 @@ class RowObjective(nn.Module):
         `moving` has the present number of each stateful channel (see `curriculum`). Raises ValueError if there are
         energies and no teacher rows.
         """
-        if self.energies and (teacher_rows is None or self.teacher_head is None):
-            raise ValueError(f"energies {self.channels} compare with a teacher: give teacher_rows and teacher_head")
-        chunks = _Chunks(self, teacher_rows, targets, row_weights, moving or {}, statistics)
+        if self.energies and teacher is None:
+            raise ValueError(f"energies {self.channels} compare with a teacher: give its rows")
+        chunks = _Chunks(self, teacher, targets, row_weights, moving or {}, statistics)
         total, values = _ChunkedRows.apply(student_rows, self.lm_head.weight, self.lm_head.bias, chunks)
         return RowLosses(total, values, chunks.moving_gradients)
 
+    def compared(
+        self, teacher: TeacherRows | None, rows: slice, student_logits: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Teacher's and student's logits of one chunk on the same ids; for a top-k signal, on the same buckets."""
+        if teacher is None:
+            return None
+        if teacher.top_ids is not None and teacher.top_log_probs is not None:
+            ids = teacher.top_ids[rows].long()
+            buckets = torch.cat([student_logits.gather(1, ids), rest_of(student_logits, ids)], dim=1)
+            return teacher.top_log_probs[rows].to(buckets.dtype), buckets
+        if teacher.hidden is None or self.teacher_head is None:
+            return None
+        teacher_logits = project(teacher.hidden[rows], self.teacher_head)
+        vocab = min(teacher_logits.shape[1], student_logits.shape[1])
+        return teacher_logits[:, :vocab], student_logits[:, :vocab]
+
     def values(
-        self, teacher_logits: Tensor | None, student_logits: Tensor, targets: Tensor, moving: Mapping[str, Tensor]
+        self,
+        compared: tuple[Tensor, Tensor] | None,
+        student_logits: Tensor,
+        targets: Tensor,
+        moving: Mapping[str, Tensor],
     ) -> list[Tensor]:
-        """Each channel's value per row, from the logits of one chunk."""
+        """Each channel's value per row of one chunk."""
         values = [cross_entropy(student_logits, targets)] if self.ce else []
-        if teacher_logits is not None:
-            teacher_logits, student_logits = _common(teacher_logits, student_logits)
+        if compared is not None:
+            teacher_logits, student_logits = compared
             values += [function(teacher_logits, student_logits, moving) for function in self.functions]
         return values
 
     @staticmethod
-    def statistics(teacher_logits: Tensor | None, student_logits: Tensor) -> list[Tensor]:
-        """Each of STATISTICS per row; zero where there is no teacher."""
-        if teacher_logits is None:
+    def statistics(compared: tuple[Tensor, Tensor] | None, student_logits: Tensor) -> list[Tensor]:
+        """Each of STATISTICS per row; zero where there is no teacher; of a top-k signal, those of its buckets."""
+        if compared is None:
             nothing = student_logits.new_zeros(student_logits.shape[0])
             return [entropy(student_logits), nothing, nothing, nothing]
-        teacher_logits, student_logits = _common(teacher_logits, student_logits)
+        teacher_logits, student_logits = compared
         agree = teacher_logits.argmax(1) == student_logits.argmax(1)
         return [
             entropy(student_logits),
@@ -124,25 +170,20 @@ class RowObjective(nn.Module):
         ]
 
 
-def _common(teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
-    vocab = min(teacher_logits.shape[1], student_logits.shape[1])
-    return teacher_logits[:, :vocab], student_logits[:, :vocab]
-
-
 class _Chunks:
     """What a chunked pass needs besides the tensors it differentiates; one chunk's logits at a time."""
 
     def __init__(
         self,
         objective: RowObjective,
-        teacher_rows: Tensor | None,
+        teacher: TeacherRows | None,
         targets: Tensor,
         row_weights: Tensor,
         moving: Mapping[str, Tensor],
         statistics: bool,
     ) -> None:
         self.objective = objective
-        self.teacher_rows = teacher_rows
+        self.teacher = teacher
         self.targets = targets
         self.row_weights = row_weights
         self.statistics = statistics
@@ -157,11 +198,8 @@ class _Chunks:
 
     def values(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
         """(weighted sum, values) of one chunk of rows."""
-        objective = self.objective
-        teacher_logits = None
-        if self.teacher_rows is not None and objective.teacher_head is not None:
-            teacher_logits = project(self.teacher_rows[rows], objective.teacher_head)
-        columns = objective.values(teacher_logits, logits, self.targets[rows], self.moving)
+        compared = self.objective.compared(self.teacher, rows, logits)
+        columns = self.objective.values(compared, logits, self.targets[rows], self.moving)
         values = torch.stack(columns, dim=1) if columns else logits.new_zeros((logits.shape[0], 0))
         weights = self.row_weights[rows]
         # 0 · inf would poison a row that takes no part.
@@ -169,7 +207,7 @@ class _Chunks:
         values = values.detach()
         if self.statistics:
             with torch.no_grad():
-                extra = torch.stack(objective.statistics(teacher_logits, logits.detach()), dim=1)
+                extra = torch.stack(self.objective.statistics(compared, logits), dim=1)
             values = torch.cat([values, extra.to(values.dtype)], dim=1)
         return total, values
 

@@ -53,6 +53,11 @@ class StorageSpec(Spec):
     anonymous: bool = Field(default=False, description="read public buckets without credentials")
 
 
+def _named(value: Any) -> Any:
+    """`fkl` is short for `{kind: fkl}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
 class _Place(Spec):
     """A folder and the store it is in; a path or URL alone will do."""
 
@@ -112,10 +117,28 @@ class ModelSpec(Spec):
     )
 
 
+class HiddenSignal(Spec):
+    """The final hidden state of every answer token: with the teacher's head, its exact logits."""
+
+    kind: Literal["hidden"] = "hidden"
+
+
+class TopKSignal(Spec):
+    """The k largest probabilities of every answer token, and the rest of the mass as one bucket: a tenth of the bytes,
+    no copy of the teacher's head with the students, and a bias (docs/objective.md)."""
+
+    kind: Literal["top_k"] = "top_k"
+    k: int = Field(default=64, ge=1)
+
+
+Signal = Annotated[HiddenSignal | TopKSignal, Field(discriminator="kind"), BeforeValidator(_named)]
+
+
 class TeacherSpec(ModelSpec):
     """The frozen teacher, served by actors of its own."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    signal: Signal = Field(default=HiddenSignal(), description="what travels for energies on logits")
     window: int = Field(default=4, ge=1, description="micro-batches a student worker keeps with the teacher")
     timeout_s: Positive = Field(default=600.0, description="a batch unanswered for so long is an error")
     cache: CacheSpec | None = Field(default=None, description="keep the teacher's answers here, for other jobs too")
@@ -157,6 +180,8 @@ class Energy(Spec):
 
 
 class _OnProbabilities(Energy):
+    """Defined on any split of the vocabulary into buckets, so also on `top_k` signals, at temperature 1."""
+
     teacher_temperature: Positive = Field(default=1.0, description="τ_t")
     student_temperature: Positive = Field(default=1.0, description="τ_s")
 
@@ -269,10 +294,6 @@ class Relation(VisualEnergy):
     kind: Literal["relation"] = "relation"
 
 
-def _named_energy(value: Any) -> Any:
-    return {"kind": value} if isinstance(value, str) else value
-
-
 AnyEnergy = Annotated[
     ForwardKL
     | ReverseKL
@@ -290,7 +311,7 @@ AnyEnergy = Annotated[
     | FeatureDistance
     | Relation,
     Field(discriminator="kind"),
-    BeforeValidator(_named_energy),
+    BeforeValidator(_named),
 ]
 VISUAL_ENERGIES = frozenset({"fd", "relation"})
 Energies = Annotated[tuple[AnyEnergy, ...], BeforeValidator(_as_tuple)]
@@ -341,7 +362,7 @@ class InstanceWeighting(_Learned):
 Weighting = Annotated[
     EqualWeighting | ManualWeighting | TaskWeighting | InstanceWeighting,
     Field(discriminator="kind"),
-    BeforeValidator(_named_energy),
+    BeforeValidator(_named),
 ]
 
 
@@ -513,9 +534,23 @@ class JobSpec(Spec):
             raise ValueError(
                 "objective.weighting: instance predicts β from a teacher's features, and there is none: use task"
             )
+        if self.teacher is not None and isinstance(self.teacher.signal, TopKSignal):
+            self._check_top_k()
         if self.teacher is not None and not self.objective.energies:
             raise ValueError("teacher is given and objective.energies is empty: add one, e.g. energies: [cosine_probs]")
         return self
+
+    def _check_top_k(self) -> None:
+        for energy in self.objective.energies:
+            if isinstance(energy, VisualEnergy):
+                continue
+            if not isinstance(energy, _OnProbabilities):
+                raise ValueError(f"teacher.signal: {energy.kind} needs every logit, top_k has some: use signal: hidden")
+            if energy.teacher_temperature != 1 or energy.student_temperature != 1:
+                raise ValueError(
+                    f"teacher.signal: top_k has probabilities at temperature 1, and {energy.kind} asks for another: "
+                    "use signal: hidden"
+                )
 
 
 class QuestionsSpec(Spec):

@@ -33,6 +33,7 @@ from betakd_ray.storage import join, open_store
 from betakd_ray.teacher.signal import Needs, Signal, TeacherFacts, Wire
 
 FORMAT = 1
+WIRES = ("hidden", "top_ids", "top_log_probs", "visual")
 FLUSH_BYTES = 32 << 20
 SCHEMA = pa.schema([("index", pa.int32()), ("signal", pa.large_binary())])
 
@@ -126,12 +127,10 @@ class CacheWriter:
 def split(signal: Signal, inputs: ModelInputs) -> list[bytes | None]:
     """Each sample's part of a micro-batch's signal, serialised; None where it is not valid."""
     columns: dict[str, Sequence[np.ndarray]] = {}
-    if signal.hidden:
-        ends = np.cumsum(inputs.rows_per_sample)[:-1]
-        columns[f"hidden:{signal.hidden.dtype}"] = np.split(signal.hidden.array, ends)
-    if signal.visual:
-        ends = np.cumsum(inputs.visual_per_sample)[:-1]
-        columns[f"visual:{signal.visual.dtype}"] = np.split(signal.visual.array, ends)
+    for name, counts in ((name, _counts(name, inputs)) for name in WIRES):
+        wire: Wire | None = getattr(signal, name)
+        if wire:
+            columns[f"{name}:{wire.dtype}"] = np.split(wire.array, np.cumsum(counts)[:-1])
     columns |= {f"feature:{name}": list(values) for name, values in signal.features.items()}
     return [
         safetensors.numpy.save({name: np.ascontiguousarray(column[at]) for name, column in columns.items()})
@@ -148,25 +147,30 @@ def joined(parts: Sequence[bytes], inputs: ModelInputs) -> Signal:
     """
     samples = [safetensors.numpy.load(part) for part in parts]
     columns = {name: [sample[name] for sample in samples] for name in samples[0]}
-    wires = {
+    wires: dict[str, Any] = {
         name.split(":")[0]: Wire(np.concatenate(column), name.split(":")[1])
         for name, column in columns.items()
         if not name.startswith("feature:")
     }
-    hidden, visual = wires.get("hidden"), wires.get("visual")
-    rows, tokens = len(inputs.targets), len(inputs.visual_sample)
-    if (hidden and len(hidden.array) != rows) or (visual and len(visual.array) != tokens):
-        raise TeacherError("teacher.cache holds signals of other lengths than these samples have; remove it")
+    for name, wire in wires.items():
+        if len(wire.array) != _counts(name, inputs).sum():
+            raise TeacherError("teacher.cache holds signals of other lengths than these samples have; remove it")
+    if not len(inputs.visual_sample):
+        wires.pop("visual", None)
     return Signal(
         valid=np.ones(len(parts), dtype=bool),
-        hidden=hidden,
-        visual=visual if tokens else None,
+        **wires,
         features={
             name.removeprefix("feature:"): np.stack(column)  # type: ignore[misc]
             for name, column in columns.items()
             if name.startswith("feature:")
         },
     )
+
+
+def _counts(name: str, inputs: ModelInputs) -> np.ndarray:
+    """[B] how many rows of a part each sample has."""
+    return inputs.visual_per_sample if name == "visual" else inputs.rows_per_sample
 
 
 def _name(shard: Shard) -> str:

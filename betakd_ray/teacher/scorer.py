@@ -13,12 +13,12 @@ from betakd_ray.models.device import find_device
 from betakd_ray.models.inputs import ModelInputs, TensorInputs
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import Hidden, Normalization, freeze, hidden_rows
-from betakd_ray.objective import project, segment_mean
+from betakd_ray.objective import project, segment_mean, top_k
 from betakd_ray.spec import Feature, TeacherSpec
 from betakd_ray.teacher.signal import Needs, Signal, TeacherFacts, Wire
 
-ENTROPY_ROWS = 1024
-"""Rows whose teacher logits exist at a time when h(x) asks for entropies."""
+CHUNK_ROWS = 1024
+"""Rows whose teacher logits exist at a time, for what is made of logits here."""
 
 
 class TeacherScorer:
@@ -38,7 +38,8 @@ class TeacherScorer:
         width = self.head.shape[1]
         sizes: dict[Feature, int] = {"teacher_vision": width, "teacher_answer": width, "teacher_entropy": 2}
         fingerprint = _fingerprint(self.model) if self.is_cached else ""
-        return TeacherFacts(Wire.of(self.head), visual_size=width, feature_sizes=sizes, fingerprint=fingerprint)
+        head = Wire.of(self.head) if self.needs.hidden else None
+        return TeacherFacts(head, visual_size=width, feature_sizes=sizes, fingerprint=fingerprint)
 
     @torch.inference_mode()
     def score(self, inputs: ModelInputs) -> Signal:
@@ -48,9 +49,12 @@ class TeacherScorer:
         hidden = hidden_rows(self.model, tensors, self.normalize)
         finite = hidden.rows.isfinite().all(dim=1, keepdim=True).float()
         valid = segment_mean(finite, tensors.row_sample, tensors.rows_per_sample)[:, 0] == 1
+        top_ids, top_log_probs = self._top_k(hidden.rows) if self.needs.top_k else (None, None)
         return Signal(
             valid=valid.cpu().numpy(),
             hidden=Wire.of(hidden.rows) if self.needs.hidden else None,
+            top_ids=top_ids,
+            top_log_probs=top_log_probs,
             visual=Wire.of(hidden.visual) if self.needs.visual and hidden.visual is not None else None,
             features={name: self._feature(name, hidden, tensors) for name in self.needs.features},
             busy_s=time.perf_counter() - start,
@@ -68,9 +72,18 @@ class TeacherScorer:
             feature = segment_mean(hidden.visual.float(), inputs.visual_sample, inputs.visual_per_sample)
         return feature.cpu().numpy()
 
+    def _top_k(self, rows: Tensor) -> tuple[Wire, Wire]:
+        """[R, k] ids and [R, k + 1] log-probabilities, the last of all the rest."""
+        ids, log_probs = [], []
+        for chunk in rows.split(CHUNK_ROWS):
+            top, at, rest = top_k(project(chunk, self.head)[:, : self.needs.vocab].log_softmax(1), self.needs.top_k)
+            ids.append(at.int())
+            log_probs.append(torch.cat([top, rest], dim=1))
+        return Wire.of(torch.cat(ids)), Wire.of(torch.cat(log_probs))
+
     def _entropies(self, hidden: Hidden, inputs: TensorInputs) -> Tensor:
         """[B, 2] mean and maximum of H(p), in nats, over each sample's answer rows."""
-        rows = torch.cat([entropy(project(chunk, self.head)) for chunk in hidden.rows.split(ENTROPY_ROWS)])
+        rows = torch.cat([entropy(project(chunk, self.head)) for chunk in hidden.rows.split(CHUNK_ROWS)])
         mean = segment_mean(rows[:, None], inputs.row_sample, inputs.rows_per_sample)
         top = rows.new_zeros(len(inputs.input_ids)).scatter_reduce(0, inputs.row_sample, rows, "amax")
         return torch.cat([mean, top[:, None]], dim=1)

@@ -1,7 +1,8 @@
 """What travels from the teacher to the student: no more than the objective needs.
 
 For energies on logits that is the final hidden state of each answer row, from which the student, holding a copy of the
-teacher's head, rebuilds the exact logits: at 7B some 8 kB a token instead of 64 kB of logits. Half-precision floats
+teacher's head, rebuilds the exact logits: at 7B some 8 kB a token instead of 64 kB of logits. `top_k` is smaller still,
+and biased. Half-precision floats
 that numpy lacks travel as a view of uint16.
 """
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from betakd_ray.models.inputs import to_device
-from betakd_ray.spec import VISUAL_ENERGIES, Feature, InstanceWeighting, ObjectiveSpec
+from betakd_ray.spec import VISUAL_ENERGIES, Feature, InstanceWeighting, ObjectiveSpec, TeacherSpec, TopKSignal
 
 FeatureSizes = dict[Feature, int]
 
@@ -39,18 +40,26 @@ class Wire:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective asks of the teacher."""
+    """What a job asks of its teacher."""
 
-    hidden: bool
-    visual: bool
-    features: tuple[Feature, ...]
+    hidden: bool = False
+    top_k: int = 0
+    """In place of `hidden`, the k largest of `vocab` probabilities."""
+    vocab: int = 0
+    """Ids that teacher and student have in common; for `top_k`."""
+    visual: bool = False
+    features: tuple[Feature, ...] = ()
 
     @classmethod
-    def of(cls, objective: ObjectiveSpec) -> "Needs":
-        """From the spec of an objective."""
+    def of(cls, teacher: TeacherSpec, objective: ObjectiveSpec, vocab: int) -> "Needs":
+        """From a spec, and the number of ids that the models have in common."""
         weighting = objective.weighting
+        on_logits = any(channel not in VISUAL_ENERGIES for channel in objective.channels)
+        top_k = teacher.signal.k if isinstance(teacher.signal, TopKSignal) and on_logits else 0
         return cls(
-            hidden=any(channel not in VISUAL_ENERGIES for channel in objective.channels),
+            hidden=on_logits and not top_k,
+            top_k=min(top_k, vocab - 1),
+            vocab=vocab if top_k else 0,
             visual=any(channel in VISUAL_ENERGIES for channel in objective.channels),
             features=weighting.features if isinstance(weighting, InstanceWeighting) else (),
         )
@@ -58,15 +67,16 @@ class Needs:
     @property
     def tag(self) -> str:
         """Its parts by name, in one word."""
-        return "+".join(["hidden"] * self.hidden + ["visual"] * self.visual + sorted(self.features))
+        top = [f"top{self.top_k}of{self.vocab}"] if self.top_k else []
+        return "+".join(["hidden"] * self.hidden + top + ["visual"] * self.visual + sorted(self.features))
 
 
 @dataclass(frozen=True)
 class TeacherFacts:
     """What a student must know of the teacher before the first batch."""
 
-    head: Wire
-    """[V_t, H_t] the lm_head's weight."""
+    head: Wire | None
+    """[V_t, H_t] the lm_head's weight, where hidden states travel."""
     visual_size: int
     """Width of the projector's tokens."""
     feature_sizes: FeatureSizes
@@ -82,6 +92,10 @@ class Signal:
     """[B] false where a teacher row was not finite; such a sample takes no part."""
     hidden: Wire | None = None
     """[R, H_t]"""
+    top_ids: Wire | None = None
+    """[R, k] the k most probable ids, most probable first."""
+    top_log_probs: Wire | None = None
+    """[R, k + 1] their log-probabilities, and the log of what is left."""
     visual: Wire | None = None
     """[T, H_t]"""
     features: dict[Feature, NDArray[np.float32]] = field(default_factory=dict)

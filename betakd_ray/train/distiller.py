@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from betakd_ray.energies import feature_distance, relation
 from betakd_ray.models.inputs import TensorInputs
 from betakd_ray.models.vlm import Hidden, Normalization, blank_image, hidden_rows, parts
-from betakd_ray.objective import STATISTICS, RowObjective, segment_mean
+from betakd_ray.objective import STATISTICS, RowObjective, TeacherRows, segment_mean
 from betakd_ray.spec import ObjectiveSpec
 from betakd_ray.weighting import CE
 
@@ -60,7 +60,7 @@ class Distiller(nn.Module):
     def forward(
         self,
         inputs: TensorInputs,
-        teacher_rows: Float[Tensor, "rows teacher_width"] | None,
+        teacher: TeacherRows | None,
         teacher_visual: Float[Tensor, "tokens teacher_width"] | None,
         weights: Float[Tensor, "batch channels"],
         moving: Mapping[str, Float[Tensor, ""]],
@@ -75,7 +75,7 @@ class Distiller(nn.Module):
         counts = inputs.rows_per_sample
         on_rows = [self.channels.index(name) for name in self.rows.channels]
         row_weights = (weights[:, on_rows] / counts.clamp_min(1)[:, None])[inputs.row_sample]
-        rows = self.rows(hidden.rows, teacher_rows, inputs.targets, row_weights, moving=moving, statistics=statistics)
+        rows = self.rows(hidden.rows, teacher, inputs.targets, row_weights, moving=moving, statistics=statistics)
         means = segment_mean(rows.values, inputs.row_sample, counts)
         energies = weights.new_zeros(weights.shape)
         energies[:, on_rows] = means[:, : len(on_rows)].to(energies.dtype)

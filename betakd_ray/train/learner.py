@@ -15,8 +15,9 @@ from betakd_ray.data.collate import Batch
 from betakd_ray.models.device import find_device
 from betakd_ray.models.inputs import TensorInputs, to_device
 from betakd_ray.models.load import build_student, load_processor, processor_source
+from betakd_ray.objective import TeacherRows
 from betakd_ray.spec import VISUAL_ENERGIES, JobSpec
-from betakd_ray.teacher.signal import Signal, TeacherFacts
+from betakd_ray.teacher.signal import Signal, TeacherFacts, Wire
 from betakd_ray.train import checkpoint
 from betakd_ray.train.distiller import Distilled, Distiller
 from betakd_ray.train.optim import beta_optimizer, deepspeed_config, schedule, student_optimizer
@@ -110,8 +111,8 @@ class Learner:
         scale = self.accumulation * self.world_size
         output: Distilled = self.engine(
             inputs,
-            signal.hidden.tensor(self.device) if signal and signal.hidden else None,
-            signal.visual.tensor(self.device) if signal and signal.visual else None,
+            self._teacher_rows(signal) if signal else None,
+            _tensor(signal.visual if signal else None, self.device),
             beta.detach() * present * share[:, None] * scale,
             {name: value.detach() for name, value in moving.items()},
             statistics,
@@ -126,6 +127,10 @@ class Learner:
             if value.requires_grad:
                 value.backward(output.moving_gradients[name] / scale * reversal(progress))
         self.tally.add(energies, beta.detach(), present, loss.detach(), output.statistics)
+
+    def _teacher_rows(self, signal: Signal) -> TeacherRows:
+        wires = (signal.hidden, signal.top_ids, signal.top_log_probs)
+        return TeacherRows(*(_tensor(wire, self.device) for wire in wires))
 
     def _present(self, inputs: TensorInputs, valid: Tensor) -> Tensor:
         """[B, channels] which channels a sample has: none if the teacher's answer is invalid, none on image
@@ -188,7 +193,7 @@ class Learner:
         if training.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         image_processor = load_processor(processor_source(self.spec.student)).image_processor
-        head = facts.head.tensor(self.device) if facts else None
+        head = _tensor(facts.head, self.device) if facts else None
         visual_size = facts.visual_size if facts else None
         distiller = Distiller(student, image_processor, self.spec.objective, head, visual_size)
         return distiller.to(self.device).train()
@@ -205,6 +210,10 @@ class Learner:
             dist_init_required=False,
         )
         return engine
+
+
+def _tensor(wire: Wire | None, device: torch.device) -> Tensor | None:
+    return wire.tensor(device) if wire else None
 
 
 def _valid(batch: Batch, signal: Signal | None) -> np.ndarray:

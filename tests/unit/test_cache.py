@@ -86,6 +86,20 @@ def test_a_sample_whose_answer_is_not_valid_is_not_kept():
     assert [part is None for part in split(signal(valid=(True, False, True)), inputs())] == [False, True, False]
 
 
+def test_a_top_k_signal_comes_back_too():
+    top = Signal(
+        valid=np.array([True] * 3),
+        top_ids=Wire.of(torch.randint(9, (sum(ROWS), 4), dtype=torch.int32)),
+        top_log_probs=Wire.of(torch.randn(sum(ROWS), 5)),
+    )
+    back = joined([part for part in split(top, inputs()) if part], inputs())
+    assert back.hidden is None
+    assert back.top_ids
+    assert back.top_log_probs
+    assert np.array_equal(back.top_ids.array, top.top_ids.array)
+    assert np.array_equal(back.top_log_probs.array, top.top_log_probs.array)
+
+
 def test_what_does_not_fit_the_samples_is_an_error():
     parts = [part for part in split(signal(), inputs()) if part]
     with pytest.raises(TeacherError, match=r"teacher\.cache"):
@@ -127,7 +141,7 @@ def test_a_shard_whose_content_changed_is_never_a_hit(tmp_path, change):
 
 def test_a_job_is_served_by_any_that_kept_at_least_what_it_needs(tmp_path):
     more = Needs(hidden=True, visual=True, features=("teacher_vision",))
-    less = Needs(hidden=True, visual=False, features=())
+    less = Needs(hidden=True)
     cache(tmp_path, needs=more).write(SHARDS[0], {1: b"more"})
     cache(tmp_path, needs=less).write(SHARDS[0], {2: b"less"})
     assert cache(tmp_path, needs=less).read(SHARDS[0]) == {1: b"more", 2: b"less"}

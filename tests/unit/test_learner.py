@@ -21,7 +21,7 @@ from betakd_ray.spec import ModelSpec, parse_spec
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import Needs, Wire
 from betakd_ray.train.learner import Learner, Window
-from tests.tiny import save_tiny
+from tests.tiny import VOCAB, save_tiny
 
 BATCH, STEPS = 8, 3
 # One of four samples has an image: some micro-batches have none, on some ranks.
@@ -147,7 +147,7 @@ def _recorded(learner: Learner) -> dict[str, torch.Tensor]:
 def _learn(folder: Path, case: Case, resumed: Path | None = None) -> list[Step]:
     """STEPS steps from the start, the last of them after a checkpoint; or that last one, from its checkpoint."""
     spec = _spec(folder, case, dist.get_world_size())
-    teacher = TeacherScorer(spec.teacher, Needs.of(spec.objective))
+    teacher = TeacherScorer(spec.teacher, Needs.of(spec.teacher, spec.objective, VOCAB))
     learner = Learner(spec, teacher.facts(), total_steps=10)
     gradients = _recorded(learner)
     window = _window(folder, spec, teacher)

@@ -1,13 +1,14 @@
 """The chunked objective against the whole logits and autograd, in float64; and against loops."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
 from betakd_ray.energies import ENERGIES, cross_entropy
-from betakd_ray.objective import STATISTICS, RowObjective, energy_function, segment_mean
+from betakd_ray.objective import STATISTICS, RowObjective, TeacherRows, energy_function, segment_mean, top_k
 from betakd_ray.spec import ObjectiveSpec
 
 ROWS, WIDTH, TEACHER_WIDTH, VOCAB = 7, 5, 6, 11
@@ -35,11 +36,15 @@ class Case:
         self.weights = weights if dtype == torch.float64 else weights.float()
 
     @property
+    def teacher(self):
+        return None if self.teacher_rows is None else TeacherRows(hidden=self.teacher_rows)
+
+    @property
     def learned(self):
         return [self.rows, *self.head.parameters()]
 
     def chunked(self, **options):
-        return self.objective(self.rows, self.teacher_rows, self.targets, self.weights, moving=MOVING, **options)
+        return self.objective(self.rows, self.teacher, self.targets, self.weights, moving=MOVING, **options)
 
     def whole(self):
         """(total, values) from all logits at once, by autograd."""
@@ -141,8 +146,68 @@ def test_the_gradient_of_a_moving_number_is_that_of_the_whole_logits(chunk_rows,
 
 def test_energies_without_a_teacher_s_rows_are_an_error():
     case = Case(["fkl"])
-    with pytest.raises(ValueError, match="teacher_rows"):
+    with pytest.raises(ValueError, match="compare with a teacher"):
         case.objective(case.rows, None, case.targets, case.weights)
+
+
+# ---- top-k signals -----------------------------------------------------------------------------------------------
+
+ON_BUCKETS = ["fkl", "rkl", "sfkl", "srkl", "js", "tvd", "adaptive_kl", "mse_probs", "cosine_probs"]
+
+
+class Buckets(Case):
+    """The teacher as its k largest probabilities and the rest."""
+
+    def __init__(self, energies, k, **options):
+        super().__init__(energies, **options)
+        logits = self.teacher_rows @ self.teacher_head.t()
+        top, self.ids, rest = top_k(logits.log_softmax(1), k)
+        self.log_probs = torch.cat([top, rest], dim=1)
+        self.objective.teacher_head = None
+
+    @property
+    def teacher(self):
+        return TeacherRows(top_ids=self.ids.int(), top_log_probs=self.log_probs)
+
+    def whole(self):
+        """On the same buckets, made by a loop over the rows."""
+        logits = self.head(self.rows)
+        log_probs = logits.log_softmax(1)
+        buckets = []
+        for row, ids in zip(log_probs, self.ids.tolist(), strict=True):
+            rest = [v for v in range(VOCAB) if v not in ids]
+            buckets.append(torch.cat([row[ids], row[rest].exp().sum().log()[None]]))
+        buckets = torch.stack(buckets)
+        values = [cross_entropy(logits, self.targets)]
+        values += [energy_function(energy)(self.log_probs, buckets, MOVING) for energy in self.spec.energies]
+        values = torch.stack(values, dim=1)
+        return (values * self.weights).sum(), values
+
+
+@pytest.mark.parametrize("chunk_rows", [3, 1000])
+@pytest.mark.parametrize("name", ON_BUCKETS)
+def test_a_top_k_signal_is_the_energy_on_k_ids_and_the_rest(name, chunk_rows):
+    assert_same(Buckets([name], k=4, chunk_rows=chunk_rows))
+
+
+@pytest.mark.parametrize("name", ON_BUCKETS)
+def test_buckets_of_one_id_each_lose_nothing(name):
+    torch.manual_seed(1)
+    exact = Case([name])
+    torch.manual_seed(1)
+    bucketed = Buckets([name], k=VOCAB - 1)
+    torch.testing.assert_close(bucketed.chunked().values, exact.chunked().values, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fkl", "rkl", "sfkl", "srkl", "js", "tvd"])
+def test_a_divergence_of_buckets_is_never_negative_and_grows_to_the_exact_one(name):
+    values = []
+    for k in (1, 3, 6, VOCAB - 1):
+        torch.manual_seed(1)
+        values.append(Buckets([name], k=k).chunked().values[:, 1])
+    assert (values[0] >= 0).all()
+    for fewer, more in pairwise(values):
+        assert (fewer <= more + 1e-12).all()
 
 
 # ---- statistics --------------------------------------------------------------------------------------------------
@@ -178,7 +243,11 @@ def test_statistics_without_a_teacher_are_the_student_s_entropy_and_zeros():
 def test_a_batch_without_answer_rows_has_the_same_columns(statistics):
     case = Case(["fkl"])
     total, values, _ = case.objective(
-        case.rows[:0], case.teacher_rows[:0], case.targets[:0], case.weights[:0], statistics=statistics
+        case.rows[:0],
+        TeacherRows(hidden=case.teacher_rows[:0]),
+        case.targets[:0],
+        case.weights[:0],
+        statistics=statistics,
     )
     assert total.item() == 0
     assert values.shape == (0, 2 + len(STATISTICS) * statistics)
@@ -282,7 +351,9 @@ def test_the_same_global_batch_gives_the_same_loss_and_gradient_however_it_is_sp
     total = 0.0
     for part in torch.arange(4).chunk(micro_batches):
         at = torch.isin(sample, part)
-        loss, values, _ = case.objective(case.rows[at], case.teacher_rows[at], case.targets[at], case.weights[at])
+        loss, values, _ = case.objective(
+            case.rows[at], TeacherRows(hidden=case.teacher_rows[at]), case.targets[at], case.weights[at]
+        )
         means = segment_mean(values, sample[at] - part[0], counts[part])
         torch.testing.assert_close(means, per_sample[part])
         loss.backward()

@@ -120,6 +120,16 @@ def test_the_energies_are_those_that_the_spec_names():
     assert {kind for kind in kinds if issubclass(by_kind[kind], VisualEnergy)} == VISUAL_ENERGIES
 
 
+@pytest.mark.parametrize("energy", ["mse_logits", "cosine_logits", "ctkd", "taid"])
+def test_an_energy_that_needs_every_logit_refuses_a_top_k_signal(energy):
+    teacher = {"path": "org/teacher", "signal": "top_k"}
+    with pytest.raises(SpecError, match=rf"{energy} needs every logit.*signal: hidden"):
+        parse_spec(tree(teacher=teacher, objective={"energies": [energy]}))
+    with pytest.raises(SpecError, match="temperature 1"):
+        parse_spec(tree(teacher=teacher, objective={"energies": [{"kind": "fkl", "student_temperature": 2}]}))
+    parse_spec(tree(teacher=teacher, objective={"energies": ["fkl", "fd"]}))
+
+
 def test_every_section_is_closed():
     def sections(kind):
         yield kind
