@@ -1,0 +1,131 @@
+"""The teacher's answer to a micro-batch, against the model's own full forward."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from betakd_ray.data.collate import stack
+from betakd_ray.data.render import Renderer
+from betakd_ray.data.shards import RawSample
+from betakd_ray.models.inputs import ModelInputs
+from betakd_ray.models.load import load_model, load_processor
+from betakd_ray.spec import DataSpec, ModelSpec, TeacherSpec
+from betakd_ray.teacher.scorer import TeacherScorer
+from betakd_ray.teacher.signal import Needs
+from tests.tiny import VOCAB, save_tiny
+
+CPU = torch.device("cpu")
+EVERYTHING = Needs(hidden=True, visual=True, features=("teacher_vision", "teacher_answer", "teacher_entropy"))
+IMAGES = [True, False, True]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("teacher"), seed=4)
+
+
+@pytest.fixture(scope="module")
+def renderings(folder):
+    renderer = Renderer(load_processor(ModelSpec(path=folder)), DataSpec(train=("unused",)))
+    found = []
+    for number, has_image in enumerate(IMAGES):
+        buffer = io.BytesIO()
+        Image.new("RGB", (20, 12), (70 * number, 90, 200)).save(buffer, "PNG")
+        turns = [
+            {"from": "human", "value": "<image>\nWhich?" if has_image else "Which?"},
+            {"from": "gpt", "value": "It is " + "so " * 3 * number + "."},
+        ]
+        images = [buffer.getvalue()] if has_image else []
+        found.append(renderer.render(RawSample(str(number), number, str(number), turns, images)))
+    return renderer, found
+
+
+@pytest.fixture(scope="module")
+def inputs(renderings) -> ModelInputs:
+    renderer, found = renderings
+    return stack(found, renderer.pad_token_id, renderer.image_token_id)
+
+
+@pytest.fixture(scope="module")
+def logits(folder, renderings):
+    """[answer rows, V], each sample through the whole model alone, without padding."""
+    renderer, found = renderings
+    model = load_model(ModelSpec(path=folder), torch.float32)
+    rows = []
+    for one in found:
+        pixels = None
+        if one.pixels is not None:
+            mean, std = (
+                torch.tensor(values)[:, None, None]
+                for values in (renderer.image_processor.image_mean, renderer.image_processor.image_std)
+            )
+            pixels = (torch.from_numpy(one.pixels) / 255 - mean) / std
+        ids = torch.from_numpy(one.input_ids.astype(np.int64))[None]
+        with torch.no_grad():
+            whole = model(input_ids=ids, pixel_values=pixels).logits[0]
+        rows += [whole[n - 1] for n in np.flatnonzero(one.answer_mask)]
+    return torch.stack(rows)
+
+
+def test_hidden_rows_and_head_give_the_model_s_own_logits(folder, inputs, logits):
+    teacher = TeacherScorer(TeacherSpec(path=folder), EVERYTHING)
+    facts, signal = teacher.facts(), teacher.score(inputs)
+    assert signal.hidden
+    assert facts.head
+    torch.testing.assert_close(signal.hidden.tensor(CPU) @ facts.head.tensor(CPU).t(), logits, rtol=1e-4, atol=1e-5)
+    assert signal.valid.all()
+    assert facts.fingerprint == ""
+
+
+def test_features_are_the_plain_loops(folder, inputs, logits):
+    signal = TeacherScorer(TeacherSpec(path=folder), EVERYTHING).score(inputs)
+    hidden, visual = (wire.tensor(CPU) for wire in (signal.hidden, signal.visual) if wire)
+    for sample in range(len(IMAGES)):
+        rows = [n for n, owner in enumerate(inputs.row_sample) if owner == sample]
+        tokens = [n for n, owner in enumerate(inputs.visual_sample) if owner == sample]
+        vision = visual[tokens].mean(0) if tokens else torch.zeros(visual.shape[1])
+        torch.testing.assert_close(torch.from_numpy(signal.features["teacher_vision"][sample]), vision)
+        torch.testing.assert_close(torch.from_numpy(signal.features["teacher_answer"][sample]), hidden[rows].mean(0))
+        entropies = [-math.fsum(p * math.log(p) for p in logits[n].double().softmax(0).tolist()) for n in rows]
+        expected = [math.fsum(entropies) / len(rows), max(entropies)]
+        assert signal.features["teacher_entropy"][sample].tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_top_k_are_the_largest_and_the_rest_of_the_common_ids(folder, inputs, logits):
+    common = VOCAB - 3
+    teacher = TeacherScorer(TeacherSpec(path=folder, signal="top_k"), Needs(top_k=5, vocab=common))  # type: ignore[arg-type]
+    signal = teacher.score(inputs)
+    assert teacher.facts().head is None
+    assert signal.hidden is None
+    assert signal.top_ids
+    assert signal.top_log_probs
+    probs = logits[:, :common].double().softmax(1)
+    sent = signal.top_log_probs.tensor(CPU).double().exp()
+    torch.testing.assert_close(sent.sum(1), torch.ones(len(logits), dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(sent[:, :-1], probs.sort(1, descending=True).values[:, :5], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(probs.gather(1, signal.top_ids.tensor(CPU).long()), sent[:, :-1], rtol=1e-4, atol=1e-7)
+
+
+def test_a_sample_whose_answer_is_not_finite_is_not_valid_and_the_others_are(folder, inputs, monkeypatch):
+    teacher = TeacherScorer(TeacherSpec(path=folder), EVERYTHING)
+    first_row = int(inputs.answer_rows[0])
+
+    def poison(_module, _arguments, output):
+        output.last_hidden_state.flatten(0, 1)[first_row] = math.nan
+        return output
+
+    teacher.model.model.language_model.register_forward_hook(poison)
+    assert teacher.score(inputs).valid.tolist() == [False, True, True]
+
+
+def test_the_fingerprint_is_of_the_weights_and_made_only_for_a_cache(folder, tmp_path):
+    def fingerprint(path):
+        return TeacherScorer(TeacherSpec(path=str(path), cache=str(tmp_path)), EVERYTHING).facts().fingerprint  # type: ignore[arg-type]
+
+    other = save_tiny(tmp_path / "other", seed=5)
+    same = save_tiny(tmp_path / "same", seed=4)
+    assert fingerprint(folder) == fingerprint(same) != fingerprint(other)
