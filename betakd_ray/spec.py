@@ -288,6 +288,19 @@ class FeatureDistance(VisualEnergy):
     kind: Literal["fd"] = "fd"
 
 
+class AlignAttention(VisualEnergy):
+    """Align-KD's attention term: how much each answer row looks at each image token in the first layer."""
+
+    kind: Literal["align_attention"] = "align_attention"
+
+
+class AlignTopK(VisualEnergy):
+    """Align-KD's feature term: `fd` on those image tokens that the teacher's first layer looks at most."""
+
+    kind: Literal["align_topk"] = "align_topk"
+    tokens: int = Field(default=16, ge=1, description="image tokens of a sample")
+
+
 class Relation(VisualEnergy):
     """LLaVA-KD's relation term: how alike a sample's image tokens are to each other, in teacher and student."""
 
@@ -309,11 +322,14 @@ AnyEnergy = Annotated[
     | CosineLogits
     | CosineProbs
     | FeatureDistance
+    | AlignAttention
+    | AlignTopK
     | Relation,
     Field(discriminator="kind"),
     BeforeValidator(_named),
 ]
-VISUAL_ENERGIES = frozenset({"fd", "relation"})
+VISUAL_ENERGIES = frozenset({"fd", "relation", "align_attention", "align_topk"})
+ATTENTION_ENERGIES = frozenset({"align_attention", "align_topk"})
 Energies = Annotated[tuple[AnyEnergy, ...], BeforeValidator(_as_tuple)]
 
 
@@ -380,6 +396,11 @@ class ObjectiveSpec(Spec):
     @property
     def channels(self) -> tuple[str, ...]:
         return tuple(energy.kind for energy in self.energies)
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether an energy needs attention weights, which fused kernels do not give."""
+        return not ATTENTION_ENERGIES.isdisjoint(self.channels)
 
     @model_validator(mode="after")
     def _check(self) -> "ObjectiveSpec":
@@ -536,9 +557,25 @@ class JobSpec(Spec):
             )
         if self.teacher is not None and isinstance(self.teacher.signal, TopKSignal):
             self._check_top_k()
+        if self.objective.reads_attention:
+            self._check_attention()
         if self.teacher is not None and not self.objective.energies:
             raise ValueError("teacher is given and objective.energies is empty: add one, e.g. energies: [cosine_probs]")
         return self
+
+    def _check_attention(self) -> None:
+        if self.training.gradient_checkpointing:
+            raise ValueError(
+                "training.gradient_checkpointing: align_attention and align_topk read the first layer's attention, "
+                "which checkpointing throws away: turn it off, or drop them"
+            )
+        named = {"teacher": self.teacher, "student.init": self.student.init}
+        for field, model in named.items():
+            if isinstance(model, ModelSpec) and model.attn_implementation not in (None, "eager"):
+                raise ValueError(
+                    f"{field}.attn_implementation: {model.attn_implementation} gives no attention weights, which "
+                    "align_attention and align_topk read: leave it out"
+                )
 
     def _check_top_k(self) -> None:
         for energy in self.objective.energies:

@@ -58,6 +58,7 @@ def stack(samples: list[Rendering], pad_token_id: int, image_token_id: int) -> M
         attention_mask[row, :length] = 1
         answer_mask[row, :length] = sample.answer_mask
     row_sample, position = np.nonzero(answer_mask[:, 1:])
+    visual_sample, visual_position = np.nonzero(input_ids == image_token_id)
     images = [sample.pixels for sample in samples if sample.pixels is not None]
     return ModelInputs(
         input_ids=input_ids,
@@ -66,7 +67,8 @@ def stack(samples: list[Rendering], pad_token_id: int, image_token_id: int) -> M
         answer_rows=row_sample * shape[1] + position,
         row_sample=row_sample,
         targets=input_ids[row_sample, position + 1],
-        visual_sample=np.nonzero(input_ids == image_token_id)[0],
+        visual_sample=visual_sample,
+        visual_position=visual_position,
     )
 
 

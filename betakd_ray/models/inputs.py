@@ -28,6 +28,8 @@ class ModelInputs:
     """[R] the answer tokens."""
     visual_sample: NDArray[np.int64]
     """[T] the sample each image token belongs to, ascending."""
+    visual_position: NDArray[np.int64]
+    """[T] where in its sample."""
 
     @property
     def size(self) -> int:
@@ -73,6 +75,7 @@ class TensorInputs:
     row_sample: Tensor
     targets: Tensor
     visual_sample: Tensor
+    visual_position: Tensor
     rows_per_sample: Tensor
     visual_per_sample: Tensor
     visual_slot: Tensor
@@ -88,6 +91,40 @@ class TensorInputs:
             name: to_device(value, device) if isinstance(value, np.ndarray) else value for name, value in fields.items()
         }
         return cls(**moved)
+
+
+def most_salient(salience: NDArray[np.floating], inputs: ModelInputs, k: int) -> NDArray[np.int64]:
+    """The k image tokens of each sample that have most `salience` [T] (all, where a sample has fewer), by sample."""
+    order = np.lexsort((-salience, inputs.visual_sample))
+    counts = inputs.visual_per_sample
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return order[rank < k]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Every (answer row, image token) of the same sample, sample by sample; P in all."""
+
+    row: Tensor
+    """[P] index into the R answer rows."""
+    token: Tensor
+    """[P] index into the T image tokens."""
+    sample: Tensor
+    """[P]"""
+    per_sample: Tensor
+    """[B]"""
+
+    @classmethod
+    def of(cls, inputs: ModelInputs, device: torch.device) -> "Pairs":
+        """Those of a micro-batch, on `device`."""
+        tokens = inputs.visual_per_sample
+        row = np.repeat(np.arange(len(inputs.row_sample)), tokens[inputs.row_sample])
+        sample = inputs.row_sample[row]
+        first_pair = np.cumsum(tokens[inputs.row_sample]) - tokens[inputs.row_sample]
+        first_token = np.cumsum(tokens) - tokens
+        token = first_token[sample] + np.arange(len(row)) - first_pair[row]
+        per_sample = inputs.rows_per_sample * tokens
+        return cls(*(to_device(array, device) for array in (row, token, sample, per_sample)))
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:

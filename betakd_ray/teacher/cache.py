@@ -33,7 +33,7 @@ from betakd_ray.storage import join, open_store
 from betakd_ray.teacher.signal import Needs, Signal, TeacherFacts, Wire
 
 FORMAT = 1
-WIRES = ("hidden", "top_ids", "top_log_probs", "visual")
+WIRES = ("hidden", "top_ids", "top_log_probs", "visual", "attention", "salience")
 FLUSH_BYTES = 32 << 20
 SCHEMA = pa.schema([("index", pa.int32()), ("signal", pa.large_binary())])
 
@@ -170,7 +170,9 @@ def joined(parts: Sequence[bytes], inputs: ModelInputs) -> Signal:
 
 def _counts(name: str, inputs: ModelInputs) -> np.ndarray:
     """[B] how many rows of a part each sample has."""
-    return inputs.visual_per_sample if name == "visual" else inputs.rows_per_sample
+    if name == "attention":
+        return inputs.rows_per_sample * inputs.visual_per_sample
+    return inputs.visual_per_sample if name in ("visual", "salience") else inputs.rows_per_sample
 
 
 def _name(shard: Shard) -> str:

@@ -10,9 +10,16 @@ from torch import Tensor
 
 from betakd_ray.energies import entropy
 from betakd_ray.models.device import find_device
-from betakd_ray.models.inputs import ModelInputs, TensorInputs
+from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs
 from betakd_ray.models.load import load_model, load_processor
-from betakd_ray.models.vlm import Hidden, Normalization, freeze, hidden_rows
+from betakd_ray.models.vlm import (
+    Hidden,
+    Normalization,
+    attention_heads,
+    freeze,
+    hidden_rows,
+    with_attention_weights,
+)
 from betakd_ray.objective import project, segment_mean, top_k
 from betakd_ray.spec import Feature, TeacherSpec
 from betakd_ray.teacher.signal import Needs, Signal, TeacherFacts, Wire
@@ -30,6 +37,9 @@ class TeacherScorer:
         self.device = find_device()
         dtype = spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
         self.model: Any = freeze(load_model(spec, dtype)).to(self.device)
+        self.reads_attention = needs.attention or needs.salience
+        if self.reads_attention:
+            with_attention_weights(self.model)
         self.normalize = Normalization.of(load_processor(spec).image_processor)
         self.head: Tensor = self.model.get_output_embeddings().weight
 
@@ -39,14 +49,17 @@ class TeacherScorer:
         sizes: dict[Feature, int] = {"teacher_vision": width, "teacher_answer": width, "teacher_entropy": 2}
         fingerprint = _fingerprint(self.model) if self.is_cached else ""
         head = Wire.of(self.head) if self.needs.hidden else None
-        return TeacherFacts(head, visual_size=width, feature_sizes=sizes, fingerprint=fingerprint)
+        return TeacherFacts(
+            head, visual_size=width, heads=attention_heads(self.model), feature_sizes=sizes, fingerprint=fingerprint
+        )
 
     @torch.inference_mode()
     def score(self, inputs: ModelInputs) -> Signal:
         """The teacher's forward on one micro-batch, reduced to what the objective needs."""
         start = time.perf_counter()
         tensors = TensorInputs.of(inputs, self.device)
-        hidden = hidden_rows(self.model, tensors, self.normalize)
+        pairs = Pairs.of(inputs, self.device) if self.reads_attention else None
+        hidden = hidden_rows(self.model, tensors, self.normalize, pairs=pairs)
         finite = hidden.rows.isfinite().all(dim=1, keepdim=True).float()
         valid = segment_mean(finite, tensors.row_sample, tensors.rows_per_sample)[:, 0] == 1
         top_ids, top_log_probs = self._top_k(hidden.rows) if self.needs.top_k else (None, None)
@@ -56,6 +69,8 @@ class TeacherScorer:
             top_ids=top_ids,
             top_log_probs=top_log_probs,
             visual=Wire.of(hidden.visual) if self.needs.visual and hidden.visual is not None else None,
+            attention=Wire.of(hidden.attention) if self.needs.attention and hidden.attention is not None else None,
+            salience=Wire.of(_salience(hidden, pairs, tensors)) if self.needs.salience and pairs else None,
             features={name: self._feature(name, hidden, tensors) for name in self.needs.features},
             busy_s=time.perf_counter() - start,
         )
@@ -87,6 +102,14 @@ class TeacherScorer:
         mean = segment_mean(rows[:, None], inputs.row_sample, inputs.rows_per_sample)
         top = rows.new_zeros(len(inputs.input_ids)).scatter_reduce(0, inputs.row_sample, rows, "amax")
         return torch.cat([mean, top[:, None]], dim=1)
+
+
+def _salience(hidden: Hidden, pairs: Pairs, inputs: TensorInputs) -> Tensor:
+    """[T] mean attention to each image token, over heads and the answer rows of its sample."""
+    assert hidden.attention is not None
+    received = torch.zeros(len(inputs.visual_sample), device=inputs.visual_sample.device)
+    received.index_add_(0, pairs.token, hidden.attention.float().mean(dim=1))
+    return received / inputs.rows_per_sample[inputs.visual_sample].clamp_min(1)
 
 
 def _fingerprint(model: torch.nn.Module) -> str:

@@ -48,6 +48,8 @@ class Needs:
     vocab: int = 0
     """Ids that teacher and student have in common; for `top_k`."""
     visual: bool = False
+    attention: bool = False
+    salience: bool = False
     features: tuple[Feature, ...] = ()
 
     @classmethod
@@ -60,7 +62,9 @@ class Needs:
             hidden=on_logits and not top_k,
             top_k=min(top_k, vocab - 1),
             vocab=vocab if top_k else 0,
-            visual=any(channel in VISUAL_ENERGIES for channel in objective.channels),
+            visual=any(channel in VISUAL_ENERGIES - {"align_attention"} for channel in objective.channels),
+            attention="align_attention" in objective.channels,
+            salience="align_topk" in objective.channels,
             features=weighting.features if isinstance(weighting, InstanceWeighting) else (),
         )
 
@@ -68,7 +72,8 @@ class Needs:
     def tag(self) -> str:
         """Its parts by name, in one word."""
         top = [f"top{self.top_k}of{self.vocab}"] if self.top_k else []
-        return "+".join(["hidden"] * self.hidden + top + ["visual"] * self.visual + sorted(self.features))
+        flags = [name for name in ("hidden", "visual", "attention", "salience") if getattr(self, name)]
+        return "+".join([*flags, *top, *sorted(self.features)])
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class TeacherFacts:
     """[V_t, H_t] the lm_head's weight, where hidden states travel."""
     visual_size: int
     """Width of the projector's tokens."""
+    heads: int
+    """Attention heads of a layer."""
     feature_sizes: FeatureSizes
     fingerprint: str
     """A hash of every weight, for the cache; empty if there is none."""
@@ -98,6 +105,10 @@ class Signal:
     """[R, k + 1] their log-probabilities, and the log of what is left."""
     visual: Wire | None = None
     """[T, H_t]"""
+    attention: Wire | None = None
+    """[P, heads] first-layer attention of each answer row to each image token of its sample."""
+    salience: Wire | None = None
+    """[T] its mean over heads and answer rows."""
     features: dict[Feature, NDArray[np.float32]] = field(default_factory=dict)
     """Each [B, size]; float32."""
     busy_s: float = 0.0

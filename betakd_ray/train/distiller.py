@@ -1,38 +1,52 @@
-"""The module that DeepSpeed wraps: student, feature map and objective, from a micro-batch to one scalar."""
+"""The module that DeepSpeed wraps: student, maps from the teacher and objective, from a micro-batch to one scalar."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from betakd_ray.energies import feature_distance, relation
-from betakd_ray.models.inputs import TensorInputs
-from betakd_ray.models.vlm import Hidden, Normalization, blank_image, hidden_rows, parts
+from betakd_ray.models.inputs import Pairs, TensorInputs
+from betakd_ray.models.vlm import Hidden, Normalization, attention_heads, blank_image, hidden_rows, parts
 from betakd_ray.objective import STATISTICS, RowObjective, TeacherRows, segment_mean
 from betakd_ray.spec import ObjectiveSpec
+from betakd_ray.teacher.signal import TeacherFacts
 from betakd_ray.weighting import CE
 
-FD, RELATION = "fd", "relation"
+FD, RELATION, ATTENTION, TOP_K = "fd", "relation", "align_attention", "align_topk"
+
+
+@dataclass(frozen=True)
+class TeacherView:
+    """What the teacher says of a micro-batch, on the student's device: as much as the objective needs."""
+
+    rows: TeacherRows
+    visual: Float[Tensor, "tokens teacher_width"] | None = None
+    attention: Float[Tensor, "pairs teacher_heads"] | None = None
+    salient: "Selection | None" = None
+    """The image tokens that it looks at most."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some image tokens of a micro-batch, sample by sample."""
+
+    token: Int[Tensor, " selected"]
+    sample: Int[Tensor, " selected"]
+    per_sample: Int[Tensor, " batch"]
 
 
 class Distiller(nn.Module):
-    """Student and objective in one forward.
-
-    `teacher_head` and `teacher_visual_size` describe the teacher; both None without one.
-    """
+    """Student and objective in one forward. `facts` describe the teacher; None without one."""
 
     blank: Tensor
 
     def __init__(
-        self,
-        student: PreTrainedModel,
-        image_processor: Any,
-        objective: ObjectiveSpec,
-        teacher_head: Tensor | None,
-        teacher_visual_size: int | None,
+        self, student: PreTrainedModel, image_processor: Any, objective: ObjectiveSpec, facts: TeacherFacts | None
     ) -> None:
         super().__init__()
         self.student = student
@@ -40,12 +54,21 @@ class Distiller(nn.Module):
         self.register_buffer("blank", blank_image(image_processor), persistent=False)
         head = student.get_output_embeddings()
         assert isinstance(head, nn.Linear)
-        self.rows = RowObjective(objective, head, teacher_head)
+        device = head.weight.device
+        self.rows = RowObjective(objective, head, facts.head.tensor(device) if facts and facts.head else None)
         self.channels: tuple[str, ...] = ((CE,) if objective.ce else ()) + objective.channels
-        self.feature_map = None
-        if FD in objective.channels:
-            assert teacher_visual_size is not None
-            self.feature_map = nn.Linear(teacher_visual_size, head.weight.shape[1], dtype=head.weight.dtype)
+        self.maps = nn.ModuleDict()
+        """For each channel that needs one, a trained affine map from the teacher's width or heads to the student's."""
+        if facts:
+            width = (facts.visual_size, head.weight.shape[1])
+            sizes = {FD: width, TOP_K: width, ATTENTION: (facts.heads, attention_heads(student))}
+            self.maps.update(
+                {
+                    name: nn.Linear(*size, device=device, dtype=head.weight.dtype)
+                    for name, size in sizes.items()
+                    if name in objective.channels
+                }
+            )
 
     def train(self, mode: bool = True) -> "Distiller":
         """Training mode for what learns. A frozen part stays in evaluation mode: its dropout is off, and its batch
@@ -60,8 +83,8 @@ class Distiller(nn.Module):
     def forward(
         self,
         inputs: TensorInputs,
-        teacher: TeacherRows | None,
-        teacher_visual: Float[Tensor, "tokens teacher_width"] | None,
+        teacher: TeacherView | None,
+        pairs: Pairs | None,
         weights: Float[Tensor, "batch channels"],
         moving: Mapping[str, Float[Tensor, ""]],
         statistics: bool = False,
@@ -69,42 +92,77 @@ class Distiller(nn.Module):
         """Σ_i Σ_k weights_ik · ℓ_ik, and ℓ itself.
 
         ℓ_ik is the mean of energy k over sample i's answer rows (for energies on image tokens: over those). `moving`
-        has the present number of each stateful channel.
+        has the present number of each stateful channel; `pairs` are asked for by `align_attention`.
         """
-        hidden = hidden_rows(self.student, inputs, self.normalize, self.blank)
+        hidden = hidden_rows(self.student, inputs, self.normalize, self.blank, pairs)
         counts = inputs.rows_per_sample
         on_rows = [self.channels.index(name) for name in self.rows.channels]
         row_weights = (weights[:, on_rows] / counts.clamp_min(1)[:, None])[inputs.row_sample]
-        rows = self.rows(hidden.rows, teacher, inputs.targets, row_weights, moving=moving, statistics=statistics)
+        rows = self.rows(
+            hidden.rows,
+            teacher.rows if teacher else None,
+            inputs.targets,
+            row_weights,
+            moving=moving,
+            statistics=statistics,
+        )
         means = segment_mean(rows.values, inputs.row_sample, counts)
         energies = weights.new_zeros(weights.shape)
         energies[:, on_rows] = means[:, : len(on_rows)].to(energies.dtype)
         loss = rows.total
-        for name, distance in self._on_image_tokens(hidden, teacher_visual, inputs):
+        for name in [*self.maps, *({RELATION} & set(self.channels))]:
+            distance = self._on_image_tokens(name, hidden, teacher, inputs, pairs)
             at = self.channels.index(name)
             loss = loss + (distance * weights[:, at]).sum()
             energies[:, at] = distance.detach()
         return Distilled(loss, energies, rows.moving_gradients, means[:, -len(STATISTICS) :] if statistics else None)
 
     def _on_image_tokens(
-        self, hidden: Hidden, teacher_visual: Tensor | None, inputs: TensorInputs
-    ) -> Iterator[tuple[str, Float[Tensor, " batch"]]]:
-        """Each of the objective's energies on image tokens, per sample; zero without an image."""
-        nothing = torch.zeros(len(inputs.input_ids), device=inputs.input_ids.device)
-        if self.feature_map is not None:
-            # Every rank must use the map in every step, or ranks disagree about which gradients to reduce.
-            blank = self.feature_map.weight.new_zeros(1, self.feature_map.in_features)
-            mapped = self.feature_map(blank if teacher_visual is None else teacher_visual.to(blank.dtype))
-            if hidden.visual is None or teacher_visual is None:
-                yield FD, nothing + 0.0 * mapped.sum()
-            else:
-                per_token = feature_distance(mapped, hidden.visual)[:, None]
-                yield FD, segment_mean(per_token, inputs.visual_sample, inputs.visual_per_sample)[:, 0]
-        if RELATION in self.channels:
-            if hidden.visual is None or teacher_visual is None:
-                yield RELATION, nothing
-            else:
-                yield RELATION, relation(_by_sample(teacher_visual, inputs), _by_sample(hidden.visual, inputs))
+        self, name: str, hidden: Hidden, teacher: TeacherView | None, inputs: TensorInputs, pairs: Pairs | None
+    ) -> Float[Tensor, " batch"]:
+        """One energy on image tokens, per sample; zero without an image."""
+        if hidden.visual is None or teacher is None:
+            return self._unused(name, hidden, len(inputs.input_ids))
+        if name == RELATION and teacher.visual is not None:
+            return relation(_by_sample(teacher.visual, inputs), _by_sample(hidden.visual, inputs))
+        if name == FD and teacher.visual is not None:
+            everything = Selection(
+                torch.arange(len(hidden.visual), device=hidden.visual.device),
+                inputs.visual_sample,
+                inputs.visual_per_sample,
+            )
+            return self._mapped_distance(FD, teacher.visual, hidden.visual, everything)
+        if name == TOP_K and teacher.visual is not None and teacher.salient is not None:
+            at = teacher.salient
+            return self._mapped_distance(TOP_K, teacher.visual[at.token], hidden.visual[at.token], at)
+        assert name == ATTENTION
+        assert teacher.attention is not None
+        assert hidden.attention is not None
+        assert pairs is not None
+        return self._mapped_distance(ATTENTION, teacher.attention, hidden.attention, pairs)
+
+    def _mapped_distance(
+        self,
+        name: str,
+        teacher: Float[Tensor, "places teacher_width"],
+        student: Float[Tensor, "places width"],
+        places: Selection | Pairs,
+    ) -> Float[Tensor, " batch"]:
+        """Mean over a sample's places of the squared distance, after the channel's map."""
+        to_student = cast(nn.Linear, self.maps[name])
+        mapped = to_student(teacher.to(to_student.weight.dtype))
+        return segment_mean(feature_distance(mapped, student)[:, None], places.sample, places.per_sample)[:, 0]
+
+    def _unused(self, name: str, hidden: Hidden, batch: int) -> Float[Tensor, " batch"]:
+        """Zero, through all that the channel uses: ranks must agree about which modules have a gradient."""
+        nothing = torch.zeros(batch, device=self.blank.device)
+        if name not in self.maps:
+            return nothing
+        to_student = cast(nn.Linear, self.maps[name])
+        unused = to_student(to_student.weight.new_zeros(1, to_student.in_features)).sum()
+        if name == ATTENTION and hidden.attention is not None:
+            unused = unused + hidden.attention.sum()
+        return nothing + 0.0 * unused
 
 
 class Distilled(NamedTuple):

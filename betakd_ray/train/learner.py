@@ -3,23 +3,24 @@
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from betakd_ray.curriculum import Curriculum, reversal
 from betakd_ray.data.collate import Batch
 from betakd_ray.models.device import find_device
-from betakd_ray.models.inputs import TensorInputs, to_device
+from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs, most_salient, to_device
 from betakd_ray.models.load import build_student, load_processor, processor_source
+from betakd_ray.models.vlm import with_attention_weights
 from betakd_ray.objective import TeacherRows
-from betakd_ray.spec import VISUAL_ENERGIES, JobSpec
+from betakd_ray.spec import VISUAL_ENERGIES, AlignTopK, JobSpec
 from betakd_ray.teacher.signal import Signal, TeacherFacts, Wire
 from betakd_ray.train import checkpoint
-from betakd_ray.train.distiller import Distilled, Distiller
+from betakd_ray.train.distiller import Distilled, Distiller, Selection, TeacherView
 from betakd_ray.train.optim import beta_optimizer, deepspeed_config, schedule, student_optimizer
 from betakd_ray.train.tally import Tally, Totals
 from betakd_ray.weighting import BetaWeighting
@@ -111,8 +112,8 @@ class Learner:
         scale = self.accumulation * self.world_size
         output: Distilled = self.engine(
             inputs,
-            self._teacher_rows(signal) if signal else None,
-            _tensor(signal.visual if signal else None, self.device),
+            self._view(batch.student, signal) if signal else None,
+            Pairs.of(batch.student, self.device) if self.spec.objective.reads_attention else None,
             beta.detach() * present * share[:, None] * scale,
             {name: value.detach() for name, value in moving.items()},
             statistics,
@@ -128,9 +129,18 @@ class Learner:
                 value.backward(output.moving_gradients[name] / scale * reversal(progress))
         self.tally.add(energies, beta.detach(), present, loss.detach(), output.statistics)
 
-    def _teacher_rows(self, signal: Signal) -> TeacherRows:
-        wires = (signal.hidden, signal.top_ids, signal.top_log_probs)
-        return TeacherRows(*(_tensor(wire, self.device) for wire in wires))
+    def _view(self, inputs: ModelInputs, signal: Signal) -> TeacherView:
+        rows = TeacherRows(
+            *(_tensor(wire, self.device) for wire in (signal.hidden, signal.top_ids, signal.top_log_probs))
+        )
+        salient = None
+        if signal.salience:
+            (energy,) = (energy for energy in self.spec.objective.energies if isinstance(energy, AlignTopK))
+            token = most_salient(signal.salience.array, inputs, energy.tokens)
+            sample = inputs.visual_sample[token]
+            counts = np.bincount(sample, minlength=inputs.size)
+            salient = Selection(*(to_device(array, self.device) for array in (token, sample, counts)))
+        return TeacherView(rows, _tensor(signal.visual, self.device), _tensor(signal.attention, self.device), salient)
 
     def _present(self, inputs: TensorInputs, valid: Tensor) -> Tensor:
         """[B, channels] which channels a sample has: none if the teacher's answer is invalid, none on image
@@ -192,10 +202,11 @@ class Learner:
         student = build_student(self.spec.student, torch.bfloat16 if training.precision == "bf16" else torch.float32)
         if training.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.spec.objective.reads_attention:
+            with_attention_weights(student)
         image_processor = load_processor(processor_source(self.spec.student)).image_processor
-        head = _tensor(facts.head, self.device) if facts else None
-        visual_size = facts.visual_size if facts else None
-        distiller = Distiller(student, image_processor, self.spec.objective, head, visual_size)
+        cast(nn.Module, student).to(self.device)  # transformers' decorator hides the type of its `to`
+        distiller = Distiller(student, image_processor, self.spec.objective, facts)
         return distiller.to(self.device).train()
 
     def _engine(self, total_steps: int) -> DeepSpeedEngine:

@@ -40,9 +40,9 @@ class GuardedAdamW(AdamW):
 
 
 def student_optimizer(distiller: Distiller, spec: JobSpec) -> AdamW:
-    """AdamW over what learns: one group for the projector (and the feature map), one for the rest."""
+    """AdamW over what learns: one group for the projector (and the maps from the teacher), one for the rest."""
     optimizer = spec.optimizer
-    projector = [*parts(distiller.student)["projector"], *([distiller.feature_map] if distiller.feature_map else [])]
+    projector = [*parts(distiller.student)["projector"], distiller.maps]
     own = {id(parameter) for module in projector for parameter in module.parameters()}
     learning = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [

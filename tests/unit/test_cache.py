@@ -32,6 +32,7 @@ def inputs() -> ModelInputs:
         row_sample=row_sample,
         targets=np.zeros(sum(ROWS), np.int64),
         visual_sample=np.repeat(np.arange(3), TOKENS),
+        visual_position=np.concatenate([np.arange(count) for count in TOKENS]),
     )
 
 
@@ -54,7 +55,7 @@ def ids(*indexes, shard=0) -> SampleIds:
 
 
 def facts(fingerprint="weights") -> TeacherFacts:
-    return TeacherFacts(Wire.of(torch.zeros(2, 2)), visual_size=5, feature_sizes={}, fingerprint=fingerprint)
+    return TeacherFacts(Wire.of(torch.zeros(2, 2)), visual_size=5, heads=2, feature_sizes={}, fingerprint=fingerprint)
 
 
 def cache(folder, *, needs=ALL, view="view", fingerprint="weights", **teacher) -> SignalCache:

@@ -7,6 +7,7 @@ import torch
 
 from betakd_ray.data.collate import collate, stack, to_arrow
 from betakd_ray.data.render import Rendering
+from betakd_ray.models.inputs import Pairs, most_salient
 
 PAD, IMAGE = 0, 4
 LENGTHS = [5, 9, 2, 7]
@@ -134,6 +135,27 @@ def test_a_batch_of_text_alone_has_no_pixels():
     assert batch.student.pixels is None
     assert batch.student.visual_sample.tolist() == []
     assert batch.student.has_image.tolist() == [False, False]
+
+
+def test_pairs_are_every_answer_row_and_image_token_of_one_sample(samples):
+    inputs = stack(samples, PAD, IMAGE)
+    pairs = Pairs.of(inputs, torch.device("cpu"))
+    expected = [
+        (row, token)
+        for row, owner in enumerate(inputs.row_sample)
+        for token, other in enumerate(inputs.visual_sample)
+        if owner == other
+    ]
+    assert list(zip(pairs.row.tolist(), pairs.token.tolist(), strict=True)) == expected
+    assert pairs.sample.tolist() == [inputs.row_sample[row] for row, _ in expected]
+    assert pairs.per_sample.tolist() == np.bincount(pairs.sample, minlength=len(samples)).tolist()
+
+
+def test_the_most_salient_image_tokens_are_found_sample_by_sample(samples):
+    inputs = stack(samples, PAD, IMAGE)
+    assert inputs.visual_sample.tolist() == [0, 1, 1]
+    assert most_salient(np.array([0.1, 0.2, 0.7]), inputs, 1).tolist() == [0, 2]
+    assert most_salient(np.array([0.1, 0.7, 0.2]), inputs, 5).tolist() == [0, 1, 2]
 
 
 def test_two_views_are_two_inputs(samples):

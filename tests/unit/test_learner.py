@@ -24,6 +24,7 @@ from betakd_ray.train.learner import Learner, Window
 from tests.tiny import VOCAB, save_tiny
 
 BATCH, STEPS = 8, 3
+VISUAL = ["fd", "relation", "align_attention", {"kind": "align_topk", "tokens": 2}]
 # One of four samples has an image: some micro-batches have none, on some ranks.
 IMAGES = [True, False, False, False, True, False, False, False]
 
@@ -69,7 +70,7 @@ def _spec(folder: Path, case: Case, ranks: int) -> Any:
             "teacher": {"path": str(folder / "teacher")},
             "student": {"init": {"kind": "checkpoint", "path": str(folder / "student")}},
             "objective": {
-                "energies": ["fkl", "cosine_probs", "ctkd", "taid", "fd", "relation"],
+                "energies": ["fkl", "cosine_probs", "ctkd", "taid", *VISUAL],
                 "weighting": case.weighting,
                 "reduction": case.reduction,
             },
@@ -259,7 +260,8 @@ def test_another_number_of_ranks_goes_on_where_the_checkpoint_was(steps, case):
 def test_every_part_that_learns_has_a_gradient_and_the_loss_falls(steps):
     reference = steps[1, REFERENCE]
     names = set(reference[0].gradients)
-    for part in ("language_model", "lm_head", "multi_modal_projector", "feature_map", "beta.net"):
+    maps = ("maps.fd", "maps.align_attention", "maps.align_topk")
+    for part in ("language_model", "lm_head", "multi_modal_projector", "beta.net", *maps):
         assert any(part in name for name in names), part
     assert not any("vision_tower" in name for name in names)
     assert reference[-1].loss < reference[0].loss

@@ -13,6 +13,7 @@ from betakd_ray.data.render import Renderer
 from betakd_ray.data.shards import RawSample
 from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.models.load import load_model, load_processor
+from betakd_ray.models.vlm import Normalization
 from betakd_ray.spec import DataSpec, ModelSpec, TeacherSpec
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import Needs
@@ -79,6 +80,28 @@ def test_hidden_rows_and_head_give_the_model_s_own_logits(folder, inputs, logits
     torch.testing.assert_close(signal.hidden.tensor(CPU) @ facts.head.tensor(CPU).t(), logits, rtol=1e-4, atol=1e-5)
     assert signal.valid.all()
     assert facts.fingerprint == ""
+
+
+def test_attention_is_the_first_layer_s_from_each_answer_row_to_each_image_token(folder, renderings, inputs):
+    renderer, found = renderings
+    signal = TeacherScorer(TeacherSpec(path=folder), Needs(attention=True, salience=True)).score(inputs)
+    assert signal.attention
+    assert signal.salience
+    model = load_model(ModelSpec(path=folder, attn_implementation="eager"), torch.float32)
+    expected, salience = [], []
+    for one in found:
+        if one.pixels is None:
+            continue
+        pixels = Normalization.of(renderer.image_processor)(torch.from_numpy(one.pixels), torch.float32)
+        ids = torch.from_numpy(one.input_ids.astype(np.int64))[None]
+        with torch.no_grad():
+            weights = model(input_ids=ids, pixel_values=pixels, output_attentions=True).attentions[0][0]
+        rows = np.flatnonzero(one.answer_mask) - 1
+        tokens = np.flatnonzero(one.input_ids == renderer.image_token_id)
+        expected += [weights[:, n, m] for n in rows for m in tokens]
+        salience += [weights[:, rows, m].mean() for m in tokens]
+    torch.testing.assert_close(signal.attention.tensor(CPU), torch.stack(expected), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(signal.salience.tensor(CPU), torch.stack(salience), rtol=1e-4, atol=1e-6)
 
 
 def test_features_are_the_plain_loops(folder, inputs, logits):
