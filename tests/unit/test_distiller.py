@@ -1,0 +1,135 @@
+"""The energies on image tokens, per sample, against plain loops over the student's own states."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from betakd_ray.data.collate import stack
+from betakd_ray.data.render import Rendering
+from betakd_ray.models.inputs import Pairs, TensorInputs, most_salient
+from betakd_ray.models.vlm import hidden_rows, with_attention_weights
+from betakd_ray.objective import TeacherRows
+from betakd_ray.spec import ObjectiveSpec
+from betakd_ray.teacher.signal import TeacherFacts
+from betakd_ray.train.distiller import Distiller, Selection, TeacherView
+from tests.tiny import IDS, IMAGE, IMAGE_SIZE, IMAGE_TOKENS, PAD, tiny_model, tiny_processor
+
+CPU = torch.device("cpu")
+WIDTH, TEACHER_WIDTH, HEADS, TEACHER_HEADS = 16, 6, 2, 3
+VISUAL = ["fd", "align_attention", {"kind": "align_topk", "tokens": 2}, "relation"]
+LENGTHS, IMAGES = [12, 7, 15], [1, 0, 2]
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = np.random.default_rng(0)
+    renderings = []
+    for length, images in zip(LENGTHS, IMAGES, strict=True):
+        ids = generator.integers(len(IDS), 300, length).astype(np.int32)
+        ids[1 : 1 + images * IMAGE_TOKENS] = IDS[IMAGE]
+        answer = np.zeros(length, dtype=bool)
+        answer[-3:] = True
+        pixels = generator.integers(0, 256, (images, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.uint8) if images else None
+        renderings.append(Rendering(ids, answer, pixels))
+    return stack(renderings, IDS[PAD], IDS[IMAGE])
+
+
+@pytest.fixture(scope="module")
+def distiller():
+    facts = TeacherFacts(head=None, visual_size=TEACHER_WIDTH, heads=TEACHER_HEADS, feature_sizes={}, fingerprint="")
+    student = with_attention_weights(tiny_model(seed=3))
+    torch.manual_seed(0)
+    return Distiller(student, tiny_processor().image_processor, ObjectiveSpec(energies=VISUAL), facts).eval()
+
+
+@pytest.fixture(scope="module")
+def teacher(inputs):
+    generator = torch.Generator().manual_seed(1)
+    tokens, pairs = len(inputs.visual_sample), len(Pairs.of(inputs, CPU).row)
+    token = most_salient(torch.rand(tokens, generator=generator).numpy(), inputs, 2)
+    sample = inputs.visual_sample[token]
+    return TeacherView(
+        rows=TeacherRows(),
+        visual=torch.randn(tokens, TEACHER_WIDTH, generator=generator),
+        attention=torch.rand(pairs, TEACHER_HEADS, generator=generator),
+        salient=Selection(*(torch.from_numpy(each) for each in (token, sample, np.bincount(sample, minlength=3)))),
+    )
+
+
+@pytest.fixture(scope="module")
+def energies(distiller, inputs, teacher):
+    tensors, pairs = TensorInputs.of(inputs, CPU), Pairs.of(inputs, CPU)
+    output = distiller(tensors, teacher, pairs, torch.ones(3, 5), {})
+    return dict(zip(distiller.channels, output.energies.t(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def hidden(distiller, inputs):
+    with torch.no_grad():
+        return hidden_rows(
+            distiller.student, TensorInputs.of(inputs, CPU), distiller.normalize, pairs=Pairs.of(inputs, CPU)
+        )
+
+
+def distance(mapped, student):
+    count = mapped.numel()
+    pairs = zip(mapped.flatten().tolist(), student.flatten().tolist(), strict=True)
+    return math.fsum((a - b) ** 2 for a, b in pairs) / count
+
+
+def samples_with_images():
+    return [sample for sample, images in enumerate(IMAGES) if images]
+
+
+def test_fd_is_the_mean_over_a_sample_s_image_tokens(distiller, inputs, teacher, hidden, energies):
+    mapped = distiller.maps["fd"](teacher.visual).detach()
+    for sample in samples_with_images():
+        at = inputs.visual_sample == sample
+        assert energies["fd"][sample].item() == pytest.approx(distance(mapped[at], hidden.visual[at]), rel=1e-5)
+
+
+def test_align_topk_is_fd_on_the_selected_tokens(distiller, inputs, teacher, hidden, energies):
+    mapped = distiller.maps["align_topk"](teacher.visual).detach()
+    for sample in samples_with_images():
+        at = [token for token in teacher.salient.token.tolist() if inputs.visual_sample[token] == sample]
+        assert len(at) == 2
+        assert energies["align_topk"][sample].item() == pytest.approx(distance(mapped[at], hidden.visual[at]), rel=1e-5)
+
+
+def test_align_attention_is_the_mean_over_a_sample_s_rows_and_image_tokens(
+    distiller, inputs, teacher, hidden, energies
+):
+    mapped = distiller.maps["align_attention"](teacher.attention).detach()
+    owner = Pairs.of(inputs, CPU).sample
+    for sample in samples_with_images():
+        at = owner == sample
+        assert at.sum() == 3 * IMAGES[sample] * IMAGE_TOKENS
+        expected = distance(mapped[at], hidden.attention[at])
+        assert energies["align_attention"][sample].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_relation_is_the_cosine_distance_of_each_sample_s_gram_matrices(inputs, teacher, hidden, energies):
+    for sample in samples_with_images():
+        at = inputs.visual_sample == sample
+        grams = []
+        for features in (teacher.visual[at], hidden.visual[at]):
+            unit = features.double()
+            grams.append((unit @ unit.t()).flatten())
+        cosine = (grams[0] @ grams[1] / grams[0].norm() / grams[1].norm()).item()
+        assert energies["relation"][sample].item() == pytest.approx(1 - cosine, rel=1e-4)
+
+
+def test_a_text_only_sample_has_none_of_them(energies):
+    for name in ("fd", "align_attention", "align_topk", "relation"):
+        assert energies[name][1] == 0
+
+
+def test_every_map_and_the_first_layer_have_a_gradient_with_and_without_images(distiller, inputs, teacher):
+    pairs = Pairs.of(inputs, CPU)
+    distiller(TensorInputs.of(inputs, CPU), teacher, pairs, torch.ones(3, 5), {}).loss.backward()
+    queries = distiller.student.model.language_model.layers[0].self_attn.q_proj.weight
+    for parameter in (*distiller.maps.parameters(), queries):
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0
