@@ -1,0 +1,62 @@
+"""How far a top-k signal is from the exact one: `python -m benchmarks.top_k_bias`, half a minute on one core.
+
+Rows as a language model makes them: logits that fall with the logarithm of the rank (Zipf), sharper or flatter from row
+to row, and a student that differs from its teacher by noise on every logit.
+"""
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from betakd_ray.energies import energy
+from betakd_ray.objective import rest_of, top_k
+
+VOCAB, ROWS = 32_000, 64
+KS = (8, 64, 512)
+NAMES = ("fkl", "rkl", "sfkl", "srkl", "js", "tvd", "adaptive_kl", "mse_probs", "cosine_probs")
+
+
+def rows(noise: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(teacher, student) logits [ROWS, VOCAB]."""
+    generator = torch.Generator().manual_seed(0)
+    exponent = torch.linspace(1.0, 4.0, ROWS)[:, None]
+    ranks = torch.stack([torch.randperm(VOCAB, generator=generator) for _ in range(ROWS)]) + 1
+    teacher = -exponent * ranks.log()
+    return teacher, teacher + noise * torch.randn(ROWS, VOCAB, generator=generator)
+
+
+def with_gradient(name: str, teacher: Tensor, student: Tensor, k: int | None) -> tuple[float, Tensor]:
+    """Mean energy, and its gradient with respect to the student's logits."""
+    student = student.clone().requires_grad_()
+    if k is None:
+        value = energy(name, teacher, student).mean()
+    else:
+        top, ids, rest = top_k(teacher.log_softmax(1), k)
+        buckets = torch.cat([student.gather(1, ids), rest_of(student, ids)], dim=1)
+        value = energy(name, torch.cat([top, rest], dim=1), buckets).mean()
+    value.backward()
+    assert student.grad is not None
+    return value.item(), student.grad
+
+
+def main() -> None:
+    """One row an energy: relative error of the value, and the angle and length of the gradient, for each k."""
+    teacher, student = rows()
+    mass = teacher.softmax(1).sort(dim=1, descending=True).values.cumsum(1)
+    table = Table("energy", *(f"k = {k}: value · gradient cosine · length" for k in KS))
+    table.add_row("teacher's mass in the k", *(f"{mass[:, k - 1].mean():.3f}" for k in KS))
+    for name in NAMES:
+        exact, gradient = with_gradient(name, teacher, student, None)
+        cells = []
+        for k in KS:
+            value, approximate = with_gradient(name, teacher, student, k)
+            cosine = torch.cosine_similarity(approximate.flatten(), gradient.flatten(), dim=0)
+            length = approximate.norm() / gradient.norm()
+            cells.append(f"{value / exact - 1:+.1%} · {cosine:.4f} · {length:.3f}")
+        table.add_row(name, *cells)
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
