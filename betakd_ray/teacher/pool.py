@@ -111,7 +111,9 @@ class TeacherPool:
 
     def _replace(self, reason: Exception) -> None:
         if self._restarts_left <= 0:
-            raise TeacherError(f"teachers keep dying (cluster.teacher.max_restarts is used up). The last one: {reason}")
+            # Ray's text ends with what the actor itself raised, if it did.
+            last = str(reason).strip().splitlines()[-1]
+            raise TeacherError(f"teachers keep dying (cluster.teacher.max_restarts is used up). The last one: {last}")
         self._restarts_left -= 1
         self.restarts += 1
         self._add()
