@@ -36,7 +36,7 @@ from betakd_ray.models.load import load_config, load_processor, processor_source
 from betakd_ray.spec import JobSpec, TeacherSpec, load_spec
 from betakd_ray.storage import join, open_store
 from betakd_ray.teacher.cache import SignalCache
-from betakd_ray.teacher.pool import start_pool
+from betakd_ray.teacher.pool import here, start_pool
 from betakd_ray.teacher.signal import Needs, TeacherFacts
 from betakd_ray.tracking import to_jsonl
 from betakd_ray.train.checkpoint import QUARANTINE, CheckpointStore
@@ -44,6 +44,17 @@ from betakd_ray.train.loop import WorkerConfig, train_worker
 from betakd_ray.train.monitor import Monitor
 
 RESULT = "result.json"
+FREE_TO_CHANGE = (
+    "workers",
+    "micro_batch_size",
+    "checkpoint_every",
+    "keep",
+    "log_every",
+    "max_failures",
+    "max_skipped_steps",
+    "collective_timeout_s",
+)
+"""Fields of `training` that may differ between two runs of one job."""
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -62,7 +73,7 @@ class JobResult:
     model: str
     """A folder that transformers' `from_pretrained` loads."""
     metrics: dict[str, Any]
-    """Of the last step."""
+    """Of the last step that was logged."""
     steps: int
     planned: int
     """Samples over all epochs."""
@@ -169,8 +180,10 @@ class BetaKDJob:
         store = CheckpointStore(self.run, spec.output.storage)
         resumed = store.latest()
         quarantined = store.quarantined(resumed) if resumed else []
-        monitor = cast(ActorHandle, ray.remote(Monitor).options(num_cpus=0).remote(plan.samples, quarantined))
+        monitors = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here())
+        monitor = cast(ActorHandle, monitors.remote(plan.samples, quarantined))
         pool = teacher = cache = None
+        needs = Needs()
         if spec.teacher:
             needs = Needs.of(spec.teacher, spec.objective, self._common_vocabulary(spec.teacher))
             pool = start_pool(spec.teacher, needs, spec.cluster.teacher, gpus["teacher"])
@@ -189,6 +202,7 @@ class BetaKDJob:
             total_steps=min(steps, spec.training.max_steps or steps),
             pool=pool,
             teacher=teacher,
+            needs=needs,
             cache=cache,
         )
         reader = Reader(
@@ -354,7 +368,9 @@ def _report(monitor: ActorHandle, records: list[Quarantined]) -> float:
 
 
 def _give_up(monitor: ActorHandle, error: errors.UserError) -> None:
-    ray.get(monitor.fail.remote(type(error).__name__, str(error)))
+    # A subclass of its own module travels as the nearest class that `errors` has.
+    kind = next(each.__name__ for each in type(error).__mro__ if hasattr(errors, each.__name__))
+    ray.get(monitor.fail.remote(kind, str(error)))
 
 
 def _raise_noted(monitor: ActorHandle) -> None:
@@ -381,7 +397,7 @@ def _require_same_job(run: str, there: JobSpec, asked: JobSpec) -> None:
     free = {"cluster", "tracking", "output"}
     before, now = (each.model_dump(mode="json", exclude=free) for each in (there, asked))
     for tree in (before, now):
-        for field in ("workers", "micro_batch_size", "checkpoint_every", "keep", "log_every", "max_failures"):
+        for field in FREE_TO_CHANGE:
             tree["training"].pop(field)
         for field in ("cache", "window", "timeout_s"):
             (tree["teacher"] or {}).pop(field, None)

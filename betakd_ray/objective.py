@@ -87,11 +87,15 @@ class RowObjective(nn.Module):
 
     It holds the student's lm_head, so that whatever gathers parameters for a forward (ZeRO-3) gathers that too, and a
     frozen copy of the teacher's, `teacher_head` [V_t, H_t]. Where the two vocabularies differ by padding, energies
-    compare the common ids; the cross-entropy sees all of the student's.
+    compare the common ids (of a top-k signal, the first `top_k_vocab`); the cross-entropy sees all of the student's.
     """
 
     def __init__(
-        self, spec: ObjectiveSpec, lm_head: nn.Linear, teacher_head: Float[Tensor, "vocab width"] | None
+        self,
+        spec: ObjectiveSpec,
+        lm_head: nn.Linear,
+        teacher_head: Float[Tensor, "vocab width"] | None,
+        top_k_vocab: int = 0,
     ) -> None:
         super().__init__()
         self.energies = tuple(energy for energy in spec.energies if energy.kind in ENERGIES)
@@ -100,6 +104,7 @@ class RowObjective(nn.Module):
         self.chunk_rows = spec.chunk_rows
         self.lm_head = lm_head
         self.functions = [energy_function(energy) for energy in self.energies]
+        self.top_k_vocab = top_k_vocab
         # Not a buffer: it is the teacher's, so it is neither saved nor rounded to the student's precision.
         self.teacher_head = teacher_head
 
@@ -132,6 +137,7 @@ class RowObjective(nn.Module):
             return None
         if teacher.top_ids is not None and teacher.top_log_probs is not None:
             ids = teacher.top_ids[rows].long()
+            student_logits = student_logits[:, : self.top_k_vocab or None]
             buckets = torch.cat([student_logits.gather(1, ids), rest_of(student_logits, ids)], dim=1)
             return teacher.top_log_probs[rows].to(buckets.dtype), buckets
         if teacher.hidden is None or self.teacher_head is None:

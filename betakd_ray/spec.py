@@ -461,6 +461,25 @@ class TrainingSpec(Spec):
         return self.global_batch_size // (self.micro_batch_size * self.workers)
 
     @model_validator(mode="after")
+    def _owns(self) -> "TrainingSpec":
+        taken = {
+            "train_batch_size": "global_batch_size",
+            "train_micro_batch_size_per_gpu": "micro_batch_size",
+            "gradient_accumulation_steps": "micro_batch_size and workers",
+            "gradient_clipping": "optimizer.max_grad_norm",
+            "bf16": "precision",
+            "fp16": "precision",
+            "optimizer": "the optimizer section",
+            "scheduler": "the optimizer section",
+        }
+        for key in self.deepspeed:
+            if key in taken:
+                raise ValueError(f"deepspeed.{key}: is set by {taken[key]}; leave it out")
+        if "stage" in self.deepspeed.get("zero_optimization", {}):
+            raise ValueError("deepspeed.zero_optimization.stage: is set by zero_stage; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _divides(self) -> "TrainingSpec":
         share = self.micro_batch_size * self.workers
         if self.global_batch_size % share:
@@ -490,7 +509,7 @@ class TeacherPoolSpec(PoolSpec):
 
     min: int = Field(default=1, ge=1)
     max: int | None = Field(default=None, ge=1, description="default: min")
-    max_restarts: int = Field(default=3, ge=0, description="per actor")
+    max_restarts: int = Field(default=3, ge=0, description="times `max`: the replacements that the pool may make")
 
     @model_validator(mode="after")
     def _ordered(self) -> "TeacherPoolSpec":

@@ -4,6 +4,7 @@ With `teacher.cache` in the template the teacher answers once for the whole grid
 so that a sweep which was stopped goes on where it was.
 """
 
+import hashlib
 import json
 import re
 import statistics
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from betakd_ray.errors import SpecError
+from betakd_ray.errors import SpecError, TrainingError
 from betakd_ray.evaluation.run import Evaluation
 from betakd_ray.job import BetaKDJob, JobResult, cluster
 from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, parse_spec, read_tree, set_field
@@ -48,14 +49,23 @@ class Sweep:
             raise SpecError(f"axes: two cells are both called {sorted(twice)[0]}; give values that differ in name")
 
     def run(self) -> list[dict[str, Any]]:
-        """A row a cell and seed: axes, seed, final metrics and the evaluation's; also saved, with the table."""
-        rows = []
-        with cluster(self.cells[0].job):
+        """A row a cell and seed: axes, seed, final metrics and the evaluation's; also saved, with the table.
+
+        A cell whose training fails has no row; the others are run, and then TrainingError names it.
+        """
+        rows, failed = [], {}
+        with cluster(max((cell.job for cell in self.cells), key=lambda job: job.training.workers)):
             for cell in self.cells:
-                result = BetaKDJob(cell.job).fit()
+                try:
+                    result = BetaKDJob(cell.job).fit()
+                except TrainingError as error:
+                    failed[cell.job.name] = error
+                    continue
                 rows.append({**cell.values, "seed": cell.seed, **self._scores(cell, result)})
                 self._store(ROWS, to_jsonl(rows))
                 self._store(TABLE, _markdown(self.table(rows)))
+        if failed:
+            raise TrainingError("; ".join(f"cell {name}: {error}" for name, error in failed.items()))
         return rows
 
     def table(self, rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -73,12 +83,13 @@ class Sweep:
         if self.spec.evaluation is None:
             return scores
         filesystem, root = open_store(result.path, cell.job.output.storage)
-        path = join(root, "evaluation", "evaluation.json")
+        name = f"evaluation-{hashlib.sha256(self.spec.evaluation.model_dump_json().encode()).hexdigest()[:8]}"
+        path = join(root, name, "evaluation.json")
         if not filesystem.exists(path):
             Evaluation(
                 EvaluationSpec(
                     **dict(self.spec.evaluation),
-                    name="evaluation",
+                    name=name,
                     models={"student": {"path": result.model}},  # type: ignore[dict-item]
                     cluster=cell.job.cluster,
                     output={"path": result.path, "storage": cell.job.output.storage},  # type: ignore[arg-type]

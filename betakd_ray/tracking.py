@@ -1,5 +1,6 @@
 """Metrics out: the run's own metrics.jsonl, and whichever trackers the spec names."""
 
+import hashlib
 import json
 import time
 from collections.abc import Iterable
@@ -55,13 +56,13 @@ class MLflow:
 
 
 class WandB:
-    """One Weights & Biases run, resumed by the job's name; the key comes from the environment."""
+    """One Weights & Biases run, resumed by the run's place; the key comes from the environment."""
 
     def __init__(self, spec: JobSpec, run: str) -> None:
         import wandb  # pyright: ignore[reportMissingImports]  # an extra
 
         self._run = wandb.init(
-            project="betakd", name=spec.name, id=spec.name, resume="allow", config=spec.model_dump(mode="json")
+            project="betakd", name=spec.name, id=_run_id(run), resume="allow", config=spec.model_dump(mode="json")
         )
 
     def log(self, record: Record) -> None:
@@ -106,6 +107,11 @@ class Metrics:
     def restore(self, text: str) -> None:
         """Continue from a checkpoint's history."""
         self.history = [json.loads(line) for line in text.splitlines()]
+
+
+def _run_id(run: str) -> str:
+    """The same for every start of a run, and for no other run of its name."""
+    return hashlib.sha256(run.encode()).hexdigest()[:16]
 
 
 def to_jsonl(records: Iterable[Record]) -> str:

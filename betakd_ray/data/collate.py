@@ -35,7 +35,7 @@ class Batch:
 
 
 def collate(rows: pa.Table, pad_token_id: int, image_token_id: dict[str, int]) -> Batch:
-    """One micro-batch from rows of the stream (`stream.SCHEMA`).
+    """One micro-batch from rows of the stream (see `to_arrow`).
 
     `image_token_id` has an entry for "student", and one for "teacher" where the teacher's view differs.
     """

@@ -140,17 +140,20 @@ def split(signal: Signal, inputs: ModelInputs) -> list[bytes | None]:
     ]
 
 
-def joined(parts: Sequence[bytes], inputs: ModelInputs) -> Signal:
-    """A micro-batch's signal from its samples': the inverse of `split`.
+def joined(parts: Sequence[bytes], inputs: ModelInputs, needs: Needs) -> Signal:
+    """A micro-batch's signal from its samples': the inverse of `split`, for what is needed of it.
 
     Raises TeacherError if the parts do not fit the samples.
     """
     samples = [safetensors.numpy.load(part) for part in parts]
-    columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+    columns: dict[str, list[np.ndarray]] = defaultdict(list)
+    for sample in samples:  # each may have more than is needed, and a text-only one has nothing on image tokens
+        for name, array in sample.items():
+            columns[name].append(array)
     wires: dict[str, Any] = {
         name.split(":")[0]: Wire(np.concatenate(column), name.split(":")[1])
         for name, column in columns.items()
-        if not name.startswith("feature:")
+        if name.split(":")[0] in needs.wires
     }
     for name, wire in wires.items():
         if len(wire.array) != _counts(name, inputs).sum():
@@ -163,7 +166,7 @@ def joined(parts: Sequence[bytes], inputs: ModelInputs) -> Signal:
         features={
             name.removeprefix("feature:"): np.stack(column)  # type: ignore[misc]
             for name, column in columns.items()
-            if name.startswith("feature:")
+            if name.startswith("feature:") and name.removeprefix("feature:") in needs.features
         },
     )
 

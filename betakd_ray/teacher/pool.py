@@ -13,7 +13,8 @@ from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from betakd_ray.data.collate import Batch
 from betakd_ray.errors import ClusterError, TeacherError
@@ -119,9 +120,14 @@ class TeacherPool:
         self._add()
 
 
+def here() -> NodeAffinitySchedulingStrategy:
+    """With the driver, whose loss ends the job anyway: no other node's loss shall."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def start_pool(teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float) -> ActorHandle:
     """The pool as an actor, owned by the caller: it lives as long as the job's driver does."""
-    manager = ray.remote(TeacherPool).options(num_cpus=0, max_concurrency=1)
+    manager = ray.remote(TeacherPool).options(num_cpus=0, max_concurrency=1, scheduling_strategy=here())
     return cast(ActorHandle, manager.remote(teacher, needs, pool, gpus))
 
 
@@ -146,6 +152,7 @@ class TeacherClient:
     pool: ActorHandle
     rank: int
     timeout_s: float
+    start_timeout_s: float
     max_tries: int = 3
     waited_s: float = 0.0
     _members: Members = field(default_factory=dict)
@@ -174,7 +181,7 @@ class TeacherClient:
                 return ray.get(request.answer, timeout=self.timeout_s)
             except RayTaskError as error:
                 raise TeacherError(f"the teacher cannot score a batch: {error.cause}") from error
-            except RayActorError as error:
+            except (RayActorError, ObjectLostError) as error:  # the actor, or the node that held its answer
                 reason = str(error)
             except GetTimeoutError:
                 reason = f"no answer within teacher.timeout_s = {self.timeout_s:g} s"
@@ -186,8 +193,14 @@ class TeacherClient:
             request.tries += 1
 
     def _send(self, inputs: "ray.ObjectRef") -> tuple[int, "ray.ObjectRef"]:
+        deadline = time.monotonic() + self.start_timeout_s
         while not self._members:
             self._members = _call(self.pool.members.remote())
+            if time.monotonic() > deadline:
+                raise TeacherError(
+                    f"no teacher came back within cluster.start_timeout_s = {self.start_timeout_s:g} s; is there still "
+                    "a node for one?"
+                )
             if not self._members:
                 time.sleep(0.2)
         number = min(self._members, key=lambda each: (self._load.get(each, 0), (each - self.rank) % 64))
@@ -210,7 +223,7 @@ def _call(answer: "ray.ObjectRef") -> Any:
 
 
 def scored(
-    batches: Iterator[Batch], client: TeacherClient, window: int, cache: CacheWriter | None = None
+    batches: Iterator[Batch], client: TeacherClient, window: int, needs: Needs, cache: CacheWriter | None = None
 ) -> Iterator[tuple[Batch, Signal]]:
     """Each batch with the teacher's answer, in order, keeping `window` batches ahead with the teacher.
 
@@ -221,7 +234,7 @@ def scored(
     def first() -> tuple[Batch, Signal]:
         batch, request = ahead.popleft()
         if request is None:
-            return batch, joined(batch.signals or [], batch.teacher)
+            return batch, joined(batch.signals or [], batch.teacher, needs)
         signal = client.result(request)
         if cache:
             cache.add(batch.ids, batch.teacher, signal)

@@ -1,6 +1,7 @@
 """One teacher: a frozen model that answers micro-batches. A plain class; the pool makes it an actor."""
 
 import hashlib
+import json
 import time
 from typing import Any
 
@@ -50,7 +51,12 @@ class TeacherScorer:
         fingerprint = _fingerprint(self.model) if self.is_cached else ""
         head = Wire.of(self.head) if self.needs.hidden else None
         return TeacherFacts(
-            head, visual_size=width, heads=attention_heads(self.model), feature_sizes=sizes, fingerprint=fingerprint
+            head,
+            visual_size=width,
+            heads=attention_heads(self.model),
+            feature_sizes=sizes,
+            fingerprint=fingerprint,
+            top_k_vocab=self.needs.vocab,
         )
 
     @torch.inference_mode()
@@ -60,8 +66,10 @@ class TeacherScorer:
         tensors = TensorInputs.of(inputs, self.device)
         pairs = Pairs.of(inputs, self.device) if self.reads_attention else None
         hidden = hidden_rows(self.model, tensors, self.normalize, pairs=pairs)
-        finite = hidden.rows.isfinite().all(dim=1, keepdim=True).float()
-        valid = segment_mean(finite, tensors.row_sample, tensors.rows_per_sample)[:, 0] == 1
+        valid = _finite(hidden.rows, tensors.row_sample, tensors.rows_per_sample)
+        if hidden.visual is not None:
+            valid &= _finite(hidden.visual, tensors.visual_sample, tensors.visual_per_sample) | ~tensors.has_image
+        hidden = _without(hidden, ~valid, tensors, pairs)
         top_ids, top_log_probs = self._top_k(hidden.rows) if self.needs.top_k else (None, None)
         return Signal(
             valid=valid.cpu().numpy(),
@@ -104,6 +112,25 @@ class TeacherScorer:
         return torch.cat([mean, top[:, None]], dim=1)
 
 
+def _finite(values: Tensor, sample: Tensor, counts: Tensor) -> Tensor:
+    """[B] whether every row of a sample is finite; false for a sample without rows."""
+    return segment_mean(values.isfinite().all(dim=1, keepdim=True).float(), sample, counts)[:, 0] == 1
+
+
+def _without(hidden: Hidden, invalid: Tensor, inputs: TensorInputs, pairs: Pairs | None) -> Hidden:
+    """Zero in place of what an invalid sample has: weights of zero cannot silence what is not finite."""
+
+    def cleared(values: Tensor | None, sample: Tensor | None) -> Tensor | None:
+        if values is None or sample is None:
+            return values
+        return values.masked_fill(invalid[sample][:, None], 0.0)
+
+    rows = cleared(hidden.rows, inputs.row_sample)
+    assert rows is not None
+    visual = cleared(hidden.visual, inputs.visual_sample)
+    return Hidden(rows, visual, cleared(hidden.attention, pairs.sample if pairs else None))
+
+
 def _salience(hidden: Hidden, pairs: Pairs, inputs: TensorInputs) -> Tensor:
     """[T] mean attention to each image token, over heads and the answer rows of its sample."""
     assert hidden.attention is not None
@@ -112,9 +139,12 @@ def _salience(hidden: Hidden, pairs: Pairs, inputs: TensorInputs) -> Tensor:
     return received / inputs.rows_per_sample[inputs.visual_sample].clamp_min(1)
 
 
-def _fingerprint(model: torch.nn.Module) -> str:
-    """A hash of names, dtypes and bytes of all that the model holds."""
-    digest = hashlib.sha256()
+def _fingerprint(model: Any) -> str:
+    """A hash of the configuration, and of names, dtypes and bytes of all that the model holds."""
+    config = model.config.to_dict()
+    for of_this_copy in ("_name_or_path", "transformers_version"):
+        config.pop(of_this_copy, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())

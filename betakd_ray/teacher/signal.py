@@ -2,8 +2,7 @@
 
 For energies on logits that is the final hidden state of each answer row, from which the student, holding a copy of the
 teacher's head, rebuilds the exact logits: at 7B some 8 kB a token instead of 64 kB of logits. `top_k` is smaller still,
-and biased. Half-precision floats
-that numpy lacks travel as a view of uint16.
+and biased. Half-precision floats that numpy lacks travel as a view of uint16.
 """
 
 from dataclasses import dataclass, field
@@ -69,6 +68,12 @@ class Needs:
         )
 
     @property
+    def wires(self) -> frozenset[str]:
+        """The parts of a Signal that carry it, features aside."""
+        top = ["top_ids", "top_log_probs"] if self.top_k else []
+        return frozenset([name for name in ("hidden", "visual", "attention", "salience") if getattr(self, name)] + top)
+
+    @property
     def tag(self) -> str:
         """Its parts by name, in one word."""
         top = [f"top{self.top_k}of{self.vocab}"] if self.top_k else []
@@ -88,7 +93,9 @@ class TeacherFacts:
     """Attention heads of a layer."""
     feature_sizes: FeatureSizes
     fingerprint: str
-    """A hash of every weight, for the cache; empty if there is none."""
+    """A hash of configuration and weights, for the cache; empty if there is none."""
+    top_k_vocab: int = 0
+    """Ids that a top-k signal is about."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from betakd_ray.storage import join, open_store
 
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
-ENGINE = "deepspeed"
+ENGINE, UNIVERSAL = "deepspeed", "deepspeed_universal"
 LEDGER = "ledger.json"
 """The samples that took part in a step."""
 QUARANTINE = "quarantine.jsonl"
@@ -105,20 +105,35 @@ class CheckpointStore:
         return [Quarantined(**json.loads(line)) for line in self.read_text(manifest, QUARANTINE).splitlines()]
 
     @contextmanager
-    def on_disk(self, manifest: Manifest) -> Iterator[Path]:
-        """The checkpoint as a local folder: itself if it is on a disk, else a copy for as long as it is needed."""
-        source = join(self.root, manifest.name)
-        if self.filesystem.protocol in ("file", ("file", "local")):
-            yield Path(source)
-            return
-        with tempfile.TemporaryDirectory(prefix="betakd-checkpoint-") as folder:
-            for file in manifest.files:
-                (Path(folder) / file).parent.mkdir(parents=True, exist_ok=True)
-                self.filesystem.get_file(join(source, file), str(Path(folder) / file))
-            yield Path(folder)
+    def on_disk(self, manifest: Manifest, attempt: str) -> Iterator[Path]:
+        """Collective: the checkpoint in a folder of this node, which its ranks share, for as long as it is needed.
+
+        A checkpoint of another number of ranks gets DeepSpeed's universal form beside it; the committed one is only
+        read.
+        """
+        folder = Path(tempfile.gettempdir()) / f"betakd-{manifest.name}-{attempt}"
+        if _first_of_node():
+            self._fetch(manifest, folder)
+            if manifest.world_size != dist.get_world_size() and (folder / ENGINE).exists():
+                _make_universal(folder)
+        dist.barrier()
+        try:
+            yield folder
+            dist.barrier()
+        finally:
+            if _first_of_node():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _fetch(self, manifest: Manifest, folder: Path) -> None:
+        for file in manifest.files:
+            target = folder / file
+            if not target.resolve().is_relative_to(folder.resolve()):
+                raise OutputError(f"{self.root}/{manifest.name}/{MANIFEST}: {file} is outside of the checkpoint")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.filesystem.get_file(join(self.root, manifest.name, file), str(target))
 
 
-def save(store: CheckpointStore, step: int, attempt: str, keep: int, write: Any) -> None:
+def save(store: CheckpointStore, step: int, attempt: str, keep: int, write: Callable[[Path], None]) -> None:
     """Collective. `write(folder)` writes this rank's files; returns on every rank once the checkpoint is committed."""
     name = f"step-{step:08d}-{attempt}"
     local = Path(tempfile.mkdtemp(prefix="betakd-save-"))
@@ -134,26 +149,34 @@ def save(store: CheckpointStore, step: int, attempt: str, keep: int, write: Any)
     dist.barrier()
 
 
-def load_engine(engine: Any, folder: Path, saved_ranks: int) -> None:
-    """Collective: DeepSpeed's state from a checkpoint, through its universal form if the number of ranks changed."""
-    resized = saved_ranks != dist.get_world_size()
-    tag = _universal(folder) if resized else ENGINE
-    engine._config.load_universal_checkpoint = resized
+def load_engine(engine: Any, folder: Path) -> None:
+    """Collective: DeepSpeed's state from a checkpoint, in its universal form where that was made.
+
+    DeepSpeed unpickles: whoever can write to the output can run code on the workers.
+    """
+    is_universal = (folder / UNIVERSAL).exists()
+    tag = UNIVERSAL if is_universal else ENGINE
+    engine._config.load_universal_checkpoint = is_universal
     # Frozen parameters are not in the checkpoint: they are as the spec's models have them.
     path, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
     if path is None:
         raise OutputError(f"{folder}: DeepSpeed cannot read its part of the checkpoint")
 
 
-def _universal(folder: Path) -> str:
-    """The checkpoint in DeepSpeed's form for any number of ranks; converted by one rank of each node."""
-    target = folder / f"{ENGINE}_universal"
-    if int(os.environ["LOCAL_RANK"]) == 0 and not target.exists():
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-        command += ["--input_folder", str(folder / ENGINE), "--output_folder", str(target)]
-        subprocess.run(command, check=True, capture_output=True)
-    dist.barrier()
-    return target.name
+def _first_of_node() -> bool:
+    return int(os.environ["LOCAL_RANK"]) == 0
+
+
+def _make_universal(folder: Path) -> None:
+    """DeepSpeed's form for any number of ranks. Its plain engine (stage 0, float32) is alike on all and needs none."""
+    if not list((folder / ENGINE).glob("*_optim_states.pt")):
+        return
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(folder / ENGINE), "--output_folder", str(folder / UNIVERSAL)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise OutputError(f"{folder.name}: DeepSpeed cannot convert the checkpoint to this number of ranks: {reason}")
 
 
 def _gather(value: Any) -> list[Any]:

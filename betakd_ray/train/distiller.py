@@ -55,7 +55,8 @@ class Distiller(nn.Module):
         head = student.get_output_embeddings()
         assert isinstance(head, nn.Linear)
         device = head.weight.device
-        self.rows = RowObjective(objective, head, facts.head.tensor(device) if facts and facts.head else None)
+        teacher_head = facts.head.tensor(device) if facts and facts.head else None
+        self.rows = RowObjective(objective, head, teacher_head, facts.top_k_vocab if facts else 0)
         self.channels: tuple[str, ...] = ((CE,) if objective.ce else ()) + objective.channels
         self.maps = nn.ModuleDict()
         """For each channel that needs one, a trained affine map from the teacher's width or heads to the student's."""

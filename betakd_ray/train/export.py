@@ -27,8 +27,11 @@ def export(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any]) -> Non
             (Path(folder) / "README.md").write_text(model_card(spec, metrics), encoding="utf-8")
             filesystem, root = open_store(join(run, FOLDER), spec.output.storage)
             filesystem.makedirs(root, exist_ok=True)
-            for file in Path(folder).iterdir():
-                filesystem.put_file(str(file), join(root, file.name))
+            for file in Path(folder).rglob("*"):
+                if file.is_file():
+                    target = join(root, *file.relative_to(folder).parts)
+                    filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+                    filesystem.put_file(str(file), target)
     dist.barrier()
 
 

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from betakd_ray.curriculum import Curriculum, reversal
 from betakd_ray.data.collate import Batch
+from betakd_ray.errors import TeacherError
 from betakd_ray.models.device import find_device
 from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs, most_salient, to_device
 from betakd_ray.models.load import build_student, load_processor, processor_source
@@ -41,6 +43,8 @@ class GlobalCounts:
 
     samples: int
     tokens: int
+    invalid: int
+    """Samples whose teacher's answer is not finite: they take no part."""
 
 
 class Learner:
@@ -52,7 +56,8 @@ class Learner:
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.accumulation = spec.training.global_batch_size // (spec.training.micro_batch_size * self.world_size)
         # What is known on the host is agreed on there, without waiting for the device.
-        self.host_group = dist.new_group(backend="gloo")
+        timeout = timedelta(seconds=spec.training.collective_timeout_s)
+        self.host_group = dist.new_group(backend="gloo", timeout=timeout)
         _seed(spec.training.seed)
         self.distiller = self._distiller(facts)
         self.engine = self._engine(total_steps)
@@ -74,7 +79,7 @@ class Learner:
         """Collective: the global batch's counts; None once any rank lacks a full window.
 
         Every rank learns them before the first backward, so the loss is a mean over the *global* batch, however its
-        samples fall on ranks and micro-batches.
+        samples fall on ranks and micro-batches. Raises TeacherError if no sample takes part.
         """
         samples = tokens = 0
         for batch, signal in window:
@@ -84,7 +89,14 @@ class Learner:
         counts = torch.tensor([samples, tokens, len(window) == self.accumulation], dtype=torch.float64)
         dist.all_reduce(counts, group=self.host_group)
         samples, tokens, full = (int(count) for count in counts.tolist())
-        return GlobalCounts(max(samples, 1), max(tokens, 1)) if full == self.world_size else None
+        if full < self.world_size:
+            return None
+        if samples == 0:
+            raise TeacherError(
+                "the teacher's answers are not finite for any sample of a global batch. In float16 it may overflow: "
+                "set teacher.dtype to bfloat16 or float32"
+            )
+        return GlobalCounts(samples, max(tokens, 1), self.spec.training.global_batch_size - samples)
 
     def step(self, window: Window, counts: GlobalCounts, progress: float, *, statistics: bool) -> Totals:
         """Collective: one optimizer step on a full window.
@@ -114,7 +126,7 @@ class Learner:
             inputs,
             self._view(batch.student, signal) if signal else None,
             Pairs.of(batch.student, self.device) if self.spec.objective.reads_attention else None,
-            beta.detach() * present * share[:, None] * scale,
+            torch.where(present, beta.detach() * share[:, None] * scale, 0.0),
             {name: value.detach() for name, value in moving.items()},
             statistics,
         )
@@ -186,7 +198,7 @@ class Learner:
 
     def load(self, folder: Path, saved_ranks: int) -> None:
         """Collective: the inverse, also of a checkpoint that `saved_ranks`, another number of ranks, wrote."""
-        checkpoint.load_engine(self.engine, folder, saved_ranks)
+        checkpoint.load_engine(self.engine, folder)
         state = torch.load(folder / "beta.pt", weights_only=True, map_location=self.device)
         self.weighting.load_state_dict(state["weighting"])
         self.curriculum.load_state_dict(state["curriculum"])

@@ -2,10 +2,11 @@
 
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ from betakd_ray.objective import STATISTICS
 from betakd_ray.spec import JobSpec
 from betakd_ray.teacher.cache import CacheWriter, SignalCache
 from betakd_ray.teacher.pool import TeacherClient, scored
-from betakd_ray.teacher.signal import TeacherFacts
+from betakd_ray.teacher.signal import Needs, TeacherFacts
 from betakd_ray.tracking import Metrics, to_jsonl
 from betakd_ray.train import checkpoint
 from betakd_ray.train.export import export
-from betakd_ray.train.learner import Learner, Scored, Window
+from betakd_ray.train.learner import GlobalCounts, Learner, Scored, Window
 from betakd_ray.train.tally import QUANTILES, Totals
+
+PROGRESS = ("samples", "invalid", "skipped", "skipped_in_a_row")
+"""A worker's counts that a checkpoint carries."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class WorkerConfig:
     pool: ActorHandle | None = None
     teacher: "ray.ObjectRef | None" = None
     """TeacherFacts, fetched once a node."""
+    needs: Needs = field(default_factory=Needs)
     cache: SignalCache | None = None
 
 
@@ -75,20 +80,22 @@ class Worker:
         self.learner = Learner(self.spec, facts, self.total_steps)
         self.client: TeacherClient | None = None
         if config.pool and self.spec.teacher:
-            self.client = TeacherClient(config.pool, self.learner.rank, self.spec.teacher.timeout_s)
+            self.client = TeacherClient(
+                config.pool, self.learner.rank, self.spec.teacher.timeout_s, self.spec.cluster.start_timeout_s
+            )
         self.cache = CacheWriter(config.cache, config.plan.shards) if config.cache else None
         self.store = checkpoint.CheckpointStore(config.run, self.spec.output.storage)
         self.metrics = Metrics(self.spec, config.run) if self.learner.rank == 0 else None
         self.clock = Clock()
         self.ledger = config.plan.empty_ledger()
-        self.step = self.saved_step = self.samples = self.skipped = self.skipped_in_a_row = 0
+        self.step = self.saved_step = self.samples = self.invalid = self.skipped = self.skipped_in_a_row = 0
         # New at every start of the workers, so that a save never meets the remains of another.
         self.attempt = ray.train.collective.broadcast_from_rank_zero(os.urandom(4).hex())
 
     def run(self) -> dict[str, Any]:
         """The loop: one screen is one step of training."""
         self.resume()
-        for window in self.windows():
+        for window in self.windows() if self.step < self.total_steps else ():
             counts = self.learner.agree(window)
             if counts is None:
                 break
@@ -96,7 +103,7 @@ class Worker:
             progress = (self.step + 1) / self.total_steps
             totals = self.learner.step(window, counts, progress, statistics=is_logged)
             self.step += 1
-            self.account(window)
+            self.account(window, counts)
             self.guard(totals)
             if is_logged:
                 self.log(totals)
@@ -118,7 +125,7 @@ class Worker:
         """One step's micro-batches at a time, each with its signal; short, then empty, when the stream ends."""
         stream: Iterator[Scored] = ((batch, None) for batch in self.batches())
         if self.client and self.spec.teacher:
-            stream = scored(self.batches(), self.client, self.spec.teacher.window, self.cache)
+            stream = scored(self.batches(), self.client, self.spec.teacher.window, self.config.needs, self.cache)
         while True:
             yield list(itertools.islice(stream, self.learner.accumulation))
 
@@ -138,12 +145,13 @@ class Worker:
 
     # ------------------------------------------------------------------------------------- after a step
 
-    def account(self, window: Window) -> None:
+    def account(self, window: Window, counts: GlobalCounts) -> None:
         """What the step used up."""
         for batch, signal in window:
             self.ledger.add(batch.ids)
             self.clock.teacher_busy_s += signal.busy_s if signal else 0.0
         self.samples += self.training.global_batch_size
+        self.invalid += counts.invalid
 
     def guard(self, totals: Totals) -> None:
         """Count steps whose gradient was not finite. Raises NonFiniteLoss after `max_skipped_steps` in a row."""
@@ -151,10 +159,12 @@ class Worker:
         self.skipped_in_a_row = 0 if totals.applied else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= self.training.max_skipped_steps:
             last = self.store.latest()
+            energies = zip(self.learner.channels, totals.energies.tolist(), strict=True)
+            broken = ", ".join(name for name, value in energies if not math.isfinite(value))
             raise errors.NonFiniteLoss(
                 f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, had a loss or gradient that is not "
-                f"finite. Last good checkpoint: {last.name if last else 'none'}. Lower optimizer.lr or use precision "
-                "fp32."
+                f"finite. Last good checkpoint: {last.name if last else 'none'}. Not finite: {broken or 'a gradient'}. "
+                "Start anew, under another name, with a lower optimizer.lr or precision fp32."
             )
 
     def log(self, totals: Totals) -> None:
@@ -177,7 +187,11 @@ class Worker:
         record |= dict(zip(STATISTICS, totals.statistics.tolist(), strict=True))
         engine = self.learner.engine
         record |= {"lr": engine.get_lr()[0], "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
-        record |= {"skipped_steps": self.skipped, **self.clock.record(self.samples, self.client)}
+        record |= {
+            "invalid_samples": self.invalid,
+            "skipped_steps": self.skipped,
+            **self.clock.record(self.samples, self.client),
+        }
         record["peak_memory_gb"] = _peak_memory(self.learner.device) / 1e9
         self.metrics.log(record)
         self.config.monitor.log.remote(record | {"total_steps": self.total_steps})
@@ -204,7 +218,7 @@ class Worker:
         self.learner.save(folder)
         if self.metrics is None:
             return
-        progress = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row, "samples": self.samples}
+        progress = {name: getattr(self, name) for name in PROGRESS}
         quarantined = ray.get(self.config.monitor.quarantined.remote())
         (folder / "progress.json").write_text(json.dumps(progress))
         (folder / checkpoint.LEDGER).write_text(self.ledger.to_json())
@@ -219,14 +233,14 @@ class Worker:
         if manifest is None:
             return
         self.ledger = self.store.ledger(manifest)
-        with self.store.on_disk(manifest) as folder:
+        with self.store.on_disk(manifest, self.attempt) as folder:
             self.learner.load(folder, manifest.world_size)
             progress = json.loads((folder / "progress.json").read_text())
             if self.metrics:
                 self.metrics.restore((folder / "metrics.jsonl").read_text())
         self.step = self.saved_step = manifest.step
-        self.skipped, self.skipped_in_a_row = progress["skipped"], progress["skipped_in_a_row"]
-        self.samples = progress["samples"]
+        for name in PROGRESS:
+            setattr(self, name, progress[name])
 
     def finish(self) -> dict[str, Any]:
         """Collective: export the student; rank 0 returns the outcome."""

@@ -49,7 +49,7 @@ def _pid(actor) -> int:
 def test_a_killed_teacher_is_replaced_and_no_batch_is_lost(ray_cluster: str, teacher: TeacherSpec) -> None:
     pool = start_pool(teacher, NEEDS, TeacherPoolSpec(min=1), 0.0)
     ray.get(pool.wait_until_ready.remote(60.0))
-    client = TeacherClient(pool, rank=0, timeout_s=60.0)
+    client = TeacherClient(pool, rank=0, timeout_s=60.0, start_timeout_s=60.0)
     before = client.result(client.submit(_inputs(40)))
     requests = [client.submit(_inputs(token)) for token in (40, 41, 42)]
     (actor,) = ray.get(pool.members.remote()).values()
@@ -69,7 +69,7 @@ def test_a_batch_that_the_teacher_cannot_score_is_an_error_and_kills_no_teacher(
 ) -> None:
     pool = start_pool(teacher, NEEDS, TeacherPoolSpec(min=1), 0.0)
     ray.get(pool.wait_until_ready.remote(60.0))
-    client = TeacherClient(pool, rank=0, timeout_s=60.0)
+    client = TeacherClient(pool, rank=0, timeout_s=60.0, start_timeout_s=60.0)
     with pytest.raises(TeacherError, match="cannot score a batch"):
         client.result(client.submit(_inputs(10**6)))  # no such token
     assert client.result(client.submit(_inputs(40))).valid.all()

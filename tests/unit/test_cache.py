@@ -80,7 +80,7 @@ def assert_same(actual: Signal, expected: Signal) -> None:
 
 def test_a_signal_comes_back_as_it_was_sample_by_sample_and_bf16_too():
     parts = split(signal(), inputs())
-    assert_same(joined([part for part in parts if part], inputs()), signal())
+    assert_same(joined([part for part in parts if part], inputs(), ALL), signal())
 
 
 def test_a_sample_whose_answer_is_not_valid_is_not_kept():
@@ -93,7 +93,7 @@ def test_a_top_k_signal_comes_back_too():
         top_ids=Wire.of(torch.randint(9, (sum(ROWS), 4), dtype=torch.int32)),
         top_log_probs=Wire.of(torch.randn(sum(ROWS), 5)),
     )
-    back = joined([part for part in split(top, inputs()) if part], inputs())
+    back = joined([part for part in split(top, inputs()) if part], inputs(), Needs(top_k=4, vocab=9))
     assert back.hidden is None
     assert back.top_ids
     assert back.top_log_probs
@@ -101,10 +101,35 @@ def test_a_top_k_signal_comes_back_too():
     assert np.array_equal(back.top_log_probs.array, top.top_log_probs.array)
 
 
+def test_samples_that_were_kept_apart_and_with_more_than_is_needed_make_one_batch():
+    """The text-only one was answered in a batch of its own, which has nothing on image tokens."""
+    whole = [part for part in split(signal(), inputs()) if part]
+    hidden = signal().hidden
+    assert hidden
+    text_only = Signal(
+        valid=np.array([True]),
+        hidden=Wire(hidden.array[2:3], hidden.dtype),
+        features={name: values[1:2] for name, values in signal().features.items()},
+    )
+    alone = dataclasses.replace(
+        inputs(),
+        input_ids=np.zeros((1, 8), np.int64),
+        row_sample=np.zeros(1, np.int64),
+        targets=np.zeros(1, np.int64),
+        visual_sample=np.zeros(0, np.int64),
+    )
+    (apart,) = split(text_only, alone)
+    assert apart
+    assert_same(joined([whole[0], apart, whole[2]], inputs(), ALL), signal())
+    less = joined([whole[0], apart, whole[2]], inputs(), Needs(hidden=True, features=("teacher_entropy",)))
+    assert less.visual is None
+    assert list(less.features) == ["teacher_entropy"]
+
+
 def test_what_does_not_fit_the_samples_is_an_error():
     parts = [part for part in split(signal(), inputs()) if part]
     with pytest.raises(TeacherError, match=r"teacher\.cache"):
-        joined(parts[::-1][:2], inputs())
+        joined(parts[::-1][:2], inputs(), ALL)
 
 
 def test_what_is_written_is_read_by_shard_and_index(tmp_path):
@@ -116,7 +141,7 @@ def test_what_is_written_is_read_by_shard_and_index(tmp_path):
     writer.flush()
     known = cache(tmp_path).read(SHARDS[0])
     assert sorted(known) == [1, 4, 5, 6, 7]
-    assert_same(joined([known[4], known[7], known[1]], inputs()), signal())
+    assert_same(joined([known[4], known[7], known[1]], inputs(), ALL), signal())
     assert sorted(cache(tmp_path).read(SHARDS[1])) == [0, 2]
 
 
@@ -188,7 +213,7 @@ def test_only_what_is_not_known_is_asked_and_that_is_kept(tmp_path):
         Batch(inputs(), inputs(), ids(6, 7, 8), known),
     ]
     client = Client()
-    answered = list(scored(iter(batches), client, window=1, cache=writer))
+    answered = list(scored(iter(batches), client, window=1, needs=ALL, cache=writer))
     assert [batch.ids.index.tolist() for batch, _ in answered] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     for _, one in answered:
         assert_same(one, signal())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from betakd_ray.data.collate import Batch, SampleIds, stack
 from betakd_ray.data.render import Renderer, Rendering
 from betakd_ray.data.shards import RawSample
 from betakd_ray.models.load import load_processor
-from betakd_ray.spec import ModelSpec, parse_spec
+from betakd_ray.spec import ModelSpec, StorageSpec, parse_spec
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import Needs, Wire
+from betakd_ray.train.checkpoint import CheckpointStore, save
 from betakd_ray.train.learner import Learner, Window
 from tests.tiny import VOCAB, save_tiny
 
@@ -45,8 +47,11 @@ ALONE = [REFERENCE, Case(micro=4), Case(micro=2), Case(micro=2, zero=0), Case(mi
 TOKENS = [Case(micro=8, reduction="token", weighting="task"), Case(micro=2, reduction="token", weighting="task")]
 BF16 = [Case(micro=4, precision="bf16"), Case(micro=2, precision="bf16", zero=3)]
 PAIR = [Case(micro=4, zero=0), Case(micro=1, zero=1), Case(micro=2), Case(micro=1), Case(micro=1, zero=3), TOKENS[1]]
-RESIZED = [Case(micro=4, zero=1), Case(micro=4, zero=2), Case(micro=4, zero=3)]
-"""On one rank, from the checkpoints that two ranks wrote of PAIR's cases of micro-batch 1."""
+RESIZED = {
+    1: {Case(micro=4, zero=zero): Case(micro=1, zero=zero) for zero in (1, 2, 3)} | {Case(micro=4, zero=0): PAIR[0]},
+    2: {Case(micro=1): Case(micro=2), Case(micro=1, zero=3): Case(micro=4, zero=3)},
+}
+"""Ranks → a case that goes on, and that of the other number of ranks whose checkpoint it goes on from."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,10 @@ def _spec(folder: Path, case: Case, ranks: int) -> Any:
             },
         }
     )
+
+
+def _name(ranks: int, case: Case) -> str:
+    return f"{ranks}-{case.micro}-{case.zero}-{case.reduction}-{case.precision}"
 
 
 def _renderings(folder: Path, spec: Any) -> tuple[Renderer, list[Rendering]]:
@@ -153,13 +162,16 @@ def _learn(folder: Path, case: Case, resumed: Path | None = None) -> list[Step]:
     gradients = _recorded(learner)
     window = _window(folder, spec, teacher)
     if resumed:
-        learner.load(resumed, saved_ranks=2)
+        store = CheckpointStore(str(resumed), StorageSpec())
+        manifest = store.latest()
+        assert manifest
+        with store.on_disk(manifest, attempt="resumed") as found:
+            learner.load(found, manifest.world_size)
     steps = []
     for number in range(STEPS - 1 if resumed else 0, STEPS):
         if number == STEPS - 1 and not resumed:
-            save_to = folder / f"{dist.get_world_size()}-{case.micro}-{case.zero}-{case.reduction}"
-            save_to.mkdir(exist_ok=True)
-            learner.save(save_to)
+            store = CheckpointStore(str(folder / _name(dist.get_world_size(), case)), StorageSpec())
+            save(store, number, "first", keep=1, write=learner.save)
         counts = learner.agree(window)
         assert counts is not None
         totals = learner.step(window, counts, (number + 1) / STEPS, statistics=True)
@@ -192,12 +204,16 @@ def _skips_alike(learner: Learner, window: Window) -> None:
 
 def _rank(rank: int, ranks: int, folder: Path, cases: list[Case]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks)
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store-{ranks}-{len(cases)}", rank=rank, world_size=ranks
+    )
     steps: dict[Any, list[Step]] = {case: _learn(folder, case) for case in cases}
-    if ranks == 1:
-        steps |= {("resumed", case): _learn(folder, case, folder / f"2-1-{case.zero}-sample") for case in RESIZED}
+    for case, before in RESIZED[ranks].items():
+        if (folder / _name(3 - ranks, before)).exists():
+            steps["resumed", case] = _learn(folder, case, folder / _name(3 - ranks, before))
     if rank == 0:
-        torch.save(steps, folder / f"steps-{ranks}.pt")
+        torch.save(steps, folder / f"steps-{ranks}-{len(cases)}.pt")
     dist.destroy_process_group()
 
 
@@ -209,11 +225,10 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Case], li
     save_tiny(folder / "student", hidden=16, seed=2)
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", "0")
-        for ranks, cases in ((2, PAIR), (1, [*ALONE, *TOKENS, *BF16])):
+        for ranks, cases in ((2, PAIR), (1, [*ALONE, *TOKENS, *BF16]), (2, [])):
             patch.setenv("LOCAL_SIZE", str(ranks))
             mp.spawn(_rank, (ranks, folder, cases), nprocs=ranks)
-            for case, result in torch.load(folder / f"steps-{ranks}.pt", weights_only=False).items():
+            for case, result in torch.load(folder / f"steps-{ranks}-{len(cases)}.pt", weights_only=False).items():
                 found[ranks, case] = result
     return found
 
@@ -252,9 +267,9 @@ def test_bf16_stays_near_float32(steps, case):
         assert step.loss == pytest.approx(expected.loss, rel=0.05)
 
 
-@pytest.mark.parametrize("case", RESIZED, ids=str)
-def test_another_number_of_ranks_goes_on_where_the_checkpoint_was(steps, case):
-    _assert_same(steps[1, ("resumed", case)], steps[1, REFERENCE][-1:])
+@pytest.mark.parametrize(("ranks", "case"), [(ranks, case) for ranks in RESIZED for case in RESIZED[ranks]], ids=str)
+def test_another_number_of_ranks_goes_on_where_the_checkpoint_was(steps, ranks, case):
+    _assert_same(steps[ranks, ("resumed", case)], steps[1, REFERENCE][-1:])
 
 
 def test_every_part_that_learns_has_a_gradient_and_the_loss_falls(steps):

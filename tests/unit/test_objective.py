@@ -199,6 +199,18 @@ def test_buckets_of_one_id_each_lose_nothing(name):
     torch.testing.assert_close(bucketed.chunked().values, exact.chunked().values, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ON_BUCKETS)
+def test_ids_that_only_the_student_has_are_in_no_bucket(name):
+    torch.manual_seed(1)
+    padded = Buckets([name], k=4, teacher_vocab=VOCAB - 3)
+    padded.objective.top_k_vocab = VOCAB - 3
+    torch.manual_seed(1)
+    cut = Buckets([name], k=4, teacher_vocab=VOCAB - 3)
+    with torch.no_grad():
+        cut.head.bias[-3:] = -math.inf
+    torch.testing.assert_close(padded.chunked().values[:, 1], cut.chunked().values[:, 1])
+
+
 @pytest.mark.parametrize("name", ["fkl", "rkl", "sfkl", "srkl", "js", "tvd"])
 def test_a_divergence_of_buckets_is_never_negative_and_grows_to_the_exact_one(name):
     values = []

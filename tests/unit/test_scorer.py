@@ -142,7 +142,11 @@ def test_a_sample_whose_answer_is_not_finite_is_not_valid_and_the_others_are(fol
         return output
 
     teacher.model.model.language_model.register_forward_hook(poison)
-    assert teacher.score(inputs).valid.tolist() == [False, True, True]
+    signal = teacher.score(inputs)
+    assert signal.valid.tolist() == [False, True, True]
+    assert signal.hidden
+    assert signal.hidden.tensor(CPU).isfinite().all()  # or a weight of zero would not silence it
+    assert all(np.isfinite(values).all() for values in signal.features.values())
 
 
 def test_the_fingerprint_is_of_the_weights_and_made_only_for_a_cache(folder, tmp_path):

@@ -130,6 +130,16 @@ def test_an_energy_that_needs_every_logit_refuses_a_top_k_signal(energy):
     parse_spec(tree(teacher=teacher, objective={"energies": ["fkl", "fd"]}))
 
 
+@pytest.mark.parametrize(
+    ("deepspeed", "owner"),
+    [({"fp16": {"enabled": True}}, "precision"), ({"zero_optimization": {"stage": 3}}, "zero_stage")],
+)
+def test_the_deepspeed_mapping_is_for_what_the_spec_does_not_name(deepspeed, owner):
+    with pytest.raises(SpecError, match=owner):
+        parse_spec(tree(training={"deepspeed": deepspeed}))
+    parse_spec(tree(training={"deepspeed": {"zero_optimization": {"overlap_comm": True}}}))
+
+
 def test_every_section_is_closed():
     def sections(kind):
         yield kind
