@@ -1,0 +1,51 @@
+"""easy-VQA for the commands of this folder: question sets, packed once, and how models are compared on them."""
+
+import random
+from functools import partial
+from typing import Any
+
+from betakd_ray.data.manifest import read_manifest
+from betakd_ray.data.pack import easy_vqa_samples, pack
+from betakd_ray.spec import EvaluationSpec, StorageSpec, parse_spec
+
+SHARDS = "runs/easy-vqa/shards"
+
+
+def clean() -> list[dict[str, Any]]:
+    """Every training question with its own answer, mixed: neighbours ask of one image, and a batch is of one shard."""
+    samples = list(easy_vqa_samples("train"))
+    random.Random(0).shuffle(samples)
+    return samples
+
+
+SETS = {
+    "train": partial(easy_vqa_samples, "train", limit=6000, wrong_answers=0.5),
+    "clean": clean,
+    "test": partial(easy_vqa_samples, "test", limit=3000),
+}
+"""A shard's prefix → what it holds."""
+
+
+def pack_once(*prefixes: str) -> None:
+    """Write the sets that are not there yet."""
+    packed = {name.rpartition("-")[0] for name in read_manifest(SHARDS, StorageSpec())}
+    for prefix in prefixes:
+        if prefix not in packed:
+            samples = list(SETS[prefix]())
+            pack(samples, SHARDS, prefix=prefix, total=len(samples))
+
+
+def evaluation(models: dict[str, str], output: str) -> EvaluationSpec:
+    """The package's own test questions, whose answers are right; agreement is with the first model."""
+    return parse_spec(
+        {
+            "name": "evaluation",
+            "models": {label: {"path": path} for label, path in models.items()},
+            "data": {"train": f"{SHARDS}/test-*.tar", "system_prompt": ""},
+            "agreement_with": next(iter(models)),
+            "max_new_tokens": 3,
+            "batch_size": 250,
+            "output": output,
+        },
+        EvaluationSpec,
+    )

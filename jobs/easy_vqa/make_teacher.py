@@ -1,0 +1,54 @@
+"""`make teacher`: train easy-VQA's teacher from nothing, evaluate it beside the shipped one, print one table.
+
+Stage 1 is the vision tower (vision.py); stage 2 is a job without a teacher (teacher.yaml), which freezes the tower.
+"""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+import typer
+from transformers import AutoModelForImageTextToText
+
+from betakd_ray.cli import Overrides, explained, print_scores
+from betakd_ray.data.pack import easy_vqa_samples
+from betakd_ray.evaluation.run import Evaluation
+from betakd_ray.job import BetaKDJob, cluster
+from betakd_ray.models.load import student_config
+from betakd_ray.spec import ConfigInit, JobSpec, load_spec
+from jobs.easy_vqa.data import evaluation, pack_once
+from jobs.easy_vqa.vision import labels, make_processor, train_tower
+
+HERE = Path(__file__).parent
+
+
+def main(overrides: Overrides = []) -> None:  # noqa: B006 (typer's way)
+    """From nothing to the table; what an earlier run finished is not done again."""
+    with explained():
+        spec = load_spec(HERE / "teacher.yaml", overrides)
+        pack_once("clean", "test")
+        make_vision(spec)
+        with cluster(spec):
+            result = BetaKDJob(spec).fit()
+            models = {"shipped": str(HERE / "teacher"), "new": result.model}
+            scores = Evaluation(evaluation(models, output=result.path)).run()
+        print_scores(scores)
+        print(f"The new teacher: {result.model}")
+
+
+def make_vision(spec: JobSpec) -> None:
+    """Write the folder that the spec starts from: processor, trained vision tower, and the rest still random."""
+    folder = Path(cast(ConfigInit, spec.student.init).processor)
+    if (folder / "model.safetensors").exists():
+        return
+    torch.manual_seed(spec.training.seed)
+    samples = list(easy_vqa_samples("train"))
+    processor = make_processor(samples)
+    model = AutoModelForImageTextToText.from_config(student_config(spec.student))
+    train_tower(model.model.vision_tower, processor, labels(samples))
+    processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    typer.run(main)
