@@ -25,6 +25,7 @@ from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import Needs, Signal, TeacherFacts
 
 HEARTBEAT_S = 5.0
+FORGET_AFTER_S = 12 * HEARTBEAT_S
 GROW_ABOVE = 0.10
 """Share of their time that students may wait for teachers before the pool grows."""
 SHRINK_BELOW = 0.02
@@ -46,7 +47,7 @@ class TeacherPool:
         self._pending: dict[int, tuple[ActorHandle, Any]] = {}
         self._members: Members = {}
         self._calm_since = time.monotonic()
-        self._waiting: dict[int, float] = {}
+        self._reports: dict[int, tuple[float, float]] = {}
         self._next = 0
         self.restarts = 0
         for _ in range(self._min):
@@ -92,9 +93,10 @@ class TeacherPool:
 
     def heartbeat(self, client: int, waiting: float) -> Members:
         """A student reports the share of its time spent waiting for teachers; the pool resizes and says who is in."""
-        self._waiting[client] = waiting
-        most = max(self._waiting.values())
         now = time.monotonic()
+        self._reports[client] = (now, waiting)
+        # A student that is silent may be gone, with the workers it was one of.
+        most = max(share for since, share in self._reports.values() if now - since < FORGET_AFTER_S)
         if most > SHRINK_BELOW:
             self._calm_since = now
         if most > GROW_ABOVE and not self._pending and len(self._members) < self._max:

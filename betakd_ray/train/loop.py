@@ -229,7 +229,8 @@ class Worker:
 
     def resume(self) -> None:
         """Collective: continue from the newest committed checkpoint, if there is one."""
-        manifest = self.store.latest()
+        # One rank looks, or a commit that arrives just now could part them.
+        manifest = ray.train.collective.broadcast_from_rank_zero(self.store.latest() if self.metrics else None)
         if manifest is None:
             return
         self.ledger = self.store.ledger(manifest)
