@@ -182,8 +182,10 @@ def run_sweep(spec: Path, overrides: list[str]) -> None:
 
 
 def print_scores(scores: dict[str, dict[str, float]]) -> None:
-    """A row a model, a column a metric."""
+    """A row a model, a column a metric; `unanswerable` only where there is such a sample."""
     names = list(dict.fromkeys(name for metrics in scores.values() for name in metrics))
+    if not any(metrics.get("unanswerable") for metrics in scores.values()):
+        names.remove("unanswerable")
     table = Table("model", *(escape(name) for name in names))
     for label, metrics in scores.items():
         table.add_row(label, *(f"{metrics[name]:.4g}" if name in metrics else "" for name in names))
