@@ -5,6 +5,7 @@ directory without a manifest does not exist as far as a resume is concerned, so 
 checkpoint current. The manifest is the only truth: the stream and the workers both resume from what it names.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -111,7 +112,8 @@ class CheckpointStore:
         A checkpoint of another number of ranks gets DeepSpeed's universal form beside it; the committed one is only
         read.
         """
-        folder = Path(tempfile.gettempdir()) / f"betakd-{manifest.name}-{attempt}"
+        run = hashlib.sha256(self.root.encode()).hexdigest()[:12]
+        folder = Path(tempfile.gettempdir()) / f"betakd-{run}-{manifest.name}-{attempt}"
         if _first_of_node():
             self._fetch(manifest, folder)
             if manifest.world_size != dist.get_world_size() and (folder / ENGINE).exists():

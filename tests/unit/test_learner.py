@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 from betakd_ray.data.collate import Batch, SampleIds, stack
 from betakd_ray.data.render import Renderer, Rendering
@@ -22,6 +23,7 @@ from betakd_ray.spec import ModelSpec, StorageSpec, parse_spec
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import Needs, Wire
 from betakd_ray.train.checkpoint import CheckpointStore, save
+from betakd_ray.train.export import export
 from betakd_ray.train.learner import Learner, Window
 from tests.tiny import VOCAB, save_tiny
 
@@ -179,6 +181,8 @@ def _learn(folder: Path, case: Case, resumed: Path | None = None) -> list[Step]:
         norm = float(learner.engine.get_global_grad_norm() or 0.0)
         moving = {name: value.item() for name, value in learner.curriculum.values().items()}
         steps.append(Step(totals.loss.item(), totals.energies.clone(), dict(gradients), norm, moving))
+    if not resumed:
+        export(learner.engine, spec, str(folder / _name(dist.get_world_size(), case)), {})
     _skips_alike(learner, window)
     assert learner.agree(window[:-1]) is None  # a rank without a full window ends the job for all
     return steps
@@ -221,9 +225,9 @@ def _rank(rank: int, ranks: int, folder: Path, cases: list[Case]) -> None:
 def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Case], list[Step]]:
     """Every case's steps, by (ranks, case)."""
     folder = tmp_path_factory.mktemp("learner")
+    found: dict[Any, Any] = {"folder": folder}
     save_tiny(folder / "teacher", hidden=32, seed=1)
     save_tiny(folder / "student", hidden=16, seed=2)
-    found = {}
     with pytest.MonkeyPatch.context() as patch:
         for ranks, cases in ((2, PAIR), (1, [*ALONE, *TOKENS, *BF16]), (2, [])):
             patch.setenv("LOCAL_SIZE", str(ranks))
@@ -259,6 +263,22 @@ def test_a_global_batch_gives_one_loss_and_one_gradient_on_any_ranks_micro_batch
 @pytest.mark.parametrize(("ranks", "case"), [(1, TOKENS[1]), (2, TOKENS[1])], ids=str)
 def test_so_does_the_mean_over_tokens(steps, ranks, case):
     _assert_same(steps[ranks, case], steps[1, TOKENS[0]])
+
+
+def test_every_engine_exports_the_same_student(steps):
+    def exported(ranks: int, case: Case) -> dict[str, torch.Tensor]:
+        folder = steps["folder"] / _name(ranks, case) / "model"
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, dtype="auto")
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        return model.state_dict()
+
+    reference = exported(1, REFERENCE)
+    for ranks, case in ((2, PAIR[0]), (2, Case(micro=1)), (1, Case(micro=4, zero=3)), (2, Case(micro=1, zero=3))):
+        for name, tensor in exported(ranks, case).items():
+            torch.testing.assert_close(tensor, reference[name], rtol=1e-2, atol=2e-3, msg=f"{case} {name}")
+    for case in BF16:
+        assert {tensor.dtype for tensor in exported(1, case).values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("case", BF16, ids=str)
