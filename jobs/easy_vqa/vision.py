@@ -1,7 +1,8 @@
 """The teacher's first stage: a processor, and a vision tower that tells colours and shapes apart.
 
-Through a language model that is still random, answers alone had not taught a tower the shapes after 500 steps; a linear
-head on two labels an image does in as many. The head is thrown away.
+Through a language model that is still random, answers had not taught a tower the shapes in 469 steps (one run). A linear
+head on two labels an image does, and is then thrown away: of 300 training images held out, it knew the shapes of 0.81 to
+0.99 after 800 steps, by seed, and of all after 1,600 (three seeds).
 """
 
 import re
