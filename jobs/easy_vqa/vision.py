@@ -1,7 +1,7 @@
 """The teacher's first stage: a processor, and a vision tower that tells colours and shapes apart.
 
-A linear head on two labels an image teaches it that in 1,600 steps, and is then thrown away; answers, through a language
-model that is still random, had not in some 500.
+A linear head on two labels an image teaches it that in 1,600 steps, and is then thrown away; answers, through a
+language model that is still random, had not in some 500.
 """
 
 import re
