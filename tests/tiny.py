@@ -3,10 +3,12 @@
 Nothing is downloaded; the vocabulary is trained on a few lines, and is the same in every process.
 """
 
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessorPil,
@@ -17,6 +19,8 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+from betakd_ray.data.shards import RawSample
 
 IMAGE_SIZE, PATCH = 16, 8
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH) ** 2
@@ -113,6 +117,15 @@ def tiny_config(*, hidden: int = 16, layers: int = 2, vocab: int = VOCAB, image_
         image_seq_length=IMAGE_TOKENS,
         tie_word_embeddings=False,
     )
+
+
+def raw_sample(number: int, answer: str, *, has_image: bool) -> RawSample:
+    """One question, with or without an image, and its answer."""
+    question = f"{IMAGE}\nWhich?" if has_image else "Which?"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 12), (30 * number, 90, 200)).save(buffer, "PNG")
+    return RawSample(str(number), number, str(number), turns, [buffer.getvalue()] if has_image else [])
 
 
 def tiny_model(*, seed: int = 0, **config: Any) -> LlavaForConditionalGeneration:

@@ -1,7 +1,6 @@
 """The real engine, without Ray: one global batch is one step, however it falls on ranks and micro-batches."""
 
 import dataclasses
-import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from betakd_ray.data.collate import Batch, SampleIds, stack
 from betakd_ray.data.render import Renderer, Rendering
-from betakd_ray.data.shards import RawSample
 from betakd_ray.models.load import load_processor
 from betakd_ray.spec import ModelSpec, StorageSpec, parse_spec
 from betakd_ray.teacher.scorer import TeacherScorer
@@ -25,7 +22,7 @@ from betakd_ray.teacher.signal import Needs, Wire
 from betakd_ray.train.checkpoint import CheckpointStore, save
 from betakd_ray.train.export import export
 from betakd_ray.train.learner import Learner, Window
-from tests.tiny import VOCAB, save_tiny
+from tests.tiny import VOCAB, raw_sample, save_tiny
 
 BATCH, STEPS = 8, 3
 VISUAL = ["fd", "relation", "align_attention", {"kind": "align_topk", "tokens": 2}]
@@ -99,17 +96,12 @@ def _name(ranks: int, case: Case) -> str:
 
 def _renderings(folder: Path, spec: Any) -> tuple[Renderer, list[Rendering]]:
     renderer = Renderer(load_processor(ModelSpec(path=str(folder / "student"))), spec.data)
-    renderings = []
-    for number, has_image in enumerate(IMAGES):
-        buffer = io.BytesIO()
-        Image.new("RGB", (20, 12), (30 * number, 90, 200)).save(buffer, "PNG")
-        turns = [
-            {"from": "human", "value": "<image>\nWhich?" if has_image else "Which?"},
-            {"from": "gpt", "value": f"It is {'a long ' * (number % 3)}{number}."},
-        ]
-        sample = RawSample(str(number), number, str(number), turns, [buffer.getvalue()] if has_image else [])
-        renderings.append(renderer.render(sample))
-    return renderer, renderings
+    answers = [f"It is {'a long ' * (number % 3)}{number}." for number in range(BATCH)]
+    samples = (
+        raw_sample(number, answer, has_image=has_image)
+        for number, (answer, has_image) in enumerate(zip(answers, IMAGES, strict=True))
+    )
+    return renderer, [renderer.render(sample) for sample in samples]
 
 
 def _window(folder: Path, spec: Any, teacher: TeacherScorer) -> Window:

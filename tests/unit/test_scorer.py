@@ -1,23 +1,20 @@
 """The teacher's answer to a micro-batch, against the model's own full forward."""
 
-import io
 import math
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from betakd_ray.data.collate import stack
 from betakd_ray.data.render import Renderer
-from betakd_ray.data.shards import RawSample
 from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import Normalization
 from betakd_ray.spec import DataSpec, ModelSpec, TeacherSpec
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import Needs
-from tests.tiny import VOCAB, save_tiny
+from tests.tiny import VOCAB, raw_sample, save_tiny
 
 CPU = torch.device("cpu")
 EVERYTHING = Needs(hidden=True, visual=True, features=("teacher_vision", "teacher_answer", "teacher_entropy"))
@@ -32,17 +29,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def renderings(folder):
     renderer = Renderer(load_processor(ModelSpec(path=folder)), DataSpec(train=("unused",)))
-    found = []
-    for number, has_image in enumerate(IMAGES):
-        buffer = io.BytesIO()
-        Image.new("RGB", (20, 12), (70 * number, 90, 200)).save(buffer, "PNG")
-        turns = [
-            {"from": "human", "value": "<image>\nWhich?" if has_image else "Which?"},
-            {"from": "gpt", "value": "It is " + "so " * 3 * number + "."},
-        ]
-        images = [buffer.getvalue()] if has_image else []
-        found.append(renderer.render(RawSample(str(number), number, str(number), turns, images)))
-    return renderer, found
+    answers = ["It is " + "so " * 3 * number + "." for number in range(len(IMAGES))]
+    samples = (
+        raw_sample(number, answer, has_image=has_image)
+        for number, (answer, has_image) in enumerate(zip(answers, IMAGES, strict=True))
+    )
+    return renderer, [renderer.render(sample) for sample in samples]
 
 
 @pytest.fixture(scope="module")
