@@ -175,7 +175,7 @@ def sweep(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
 
 def run_sweep(spec: Path, overrides: list[str]) -> None:
     """Run the grid and print the table."""
-    from betakd_ray.sweep import Sweep, print_table
+    from betakd_ray.sweep import Sweep
 
     grid = Sweep(load_spec(spec, overrides, SweepSpec))
     print_table(grid.table(grid.run()))
@@ -186,9 +186,15 @@ def print_scores(scores: dict[str, dict[str, float]]) -> None:
     names = list(dict.fromkeys(name for metrics in scores.values() for name in metrics))
     if not any(metrics.get("unanswerable") for metrics in scores.values()):
         names.remove("unanswerable")
-    table = Table("model", *(escape(name) for name in names))
-    for label, metrics in scores.items():
-        table.add_row(label, *(f"{metrics[name]:.4g}" if name in metrics else "" for name in names))
+    rows = [[f"{metrics[name]:.4g}" if name in metrics else "" for name in names] for metrics in scores.values()]
+    print_table([["model", *names], *([label, *row] for label, row in zip(scores, rows, strict=True))])
+
+
+def print_table(lines: list[list[str]]) -> None:
+    """A header and lines."""
+    table = Table(*map(escape, lines[0]))
+    for line in lines[1:]:
+        table.add_row(*map(escape, line))
     Console().print(table)
 
 

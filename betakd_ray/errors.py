@@ -17,6 +17,11 @@ Every message names the field or file, says what was seen, and what to do about 
 """
 
 
+def kind(error: BaseException) -> str:
+    """The name that an error travels by: of its nearest class in this module."""
+    return next(each.__name__ for each in type(error).__mro__ if each.__module__ == __name__)
+
+
 class BetaKDError(Exception):
     """The root of every error this package raises on purpose."""
 

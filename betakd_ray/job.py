@@ -21,7 +21,6 @@ from typing import Any, cast
 import ray
 import ray.train
 from ray.actor import ActorHandle
-from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -36,7 +35,7 @@ from betakd_ray.models.load import load_config, load_processor, processor_source
 from betakd_ray.spec import JobSpec, TeacherSpec, load_spec
 from betakd_ray.storage import join, open_store
 from betakd_ray.teacher.cache import SignalCache
-from betakd_ray.teacher.pool import here, start_pool
+from betakd_ray.teacher.pool import here, start_pool, unwrapped
 from betakd_ray.teacher.signal import Needs, TeacherFacts
 from betakd_ray.tracking import to_jsonl
 from betakd_ray.train.checkpoint import QUARANTINE, CheckpointStore
@@ -44,17 +43,20 @@ from betakd_ray.train.loop import WorkerConfig, train_worker
 from betakd_ray.train.monitor import Monitor
 
 RESULT = "result.json"
-FREE_TO_CHANGE = (
-    "workers",
-    "micro_batch_size",
-    "checkpoint_every",
-    "keep",
-    "log_every",
-    "max_failures",
-    "max_skipped_steps",
-    "collective_timeout_s",
-)
-"""Fields of `training` that may differ between two runs of one job."""
+FREE_TO_CHANGE = {
+    "training": (
+        "workers",
+        "micro_batch_size",
+        "checkpoint_every",
+        "keep",
+        "log_every",
+        "max_failures",
+        "max_skipped_steps",
+        "collective_timeout_s",
+    ),
+    "teacher": ("cache", "window", "timeout_s"),
+}
+"""Fields that may differ between two runs of one job."""
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -187,7 +189,7 @@ class BetaKDJob:
         if spec.teacher:
             needs = Needs.of(spec.teacher, spec.objective, self._common_vocabulary(spec.teacher))
             pool = start_pool(spec.teacher, needs, spec.cluster.teacher, gpus["teacher"])
-            facts: TeacherFacts = _unwrapped(pool.wait_until_ready.remote(spec.cluster.start_timeout_s))
+            facts: TeacherFacts = unwrapped(pool.wait_until_ready.remote(spec.cluster.start_timeout_s))
             view = renderers.get("teacher", renderers["student"])
             cache = SignalCache.of(spec.teacher, facts, view.fingerprint, needs)
             teacher = ray.put(facts)
@@ -368,9 +370,7 @@ def _report(monitor: ActorHandle, records: list[Quarantined]) -> float:
 
 
 def _give_up(monitor: ActorHandle, error: errors.UserError) -> None:
-    # A subclass of its own module travels as the nearest class that `errors` has.
-    kind = next(each.__name__ for each in type(error).__mro__ if hasattr(errors, each.__name__))
-    ray.get(monitor.fail.remote(kind, str(error)))
+    ray.get(monitor.fail.remote(errors.kind(error), str(error)))
 
 
 def _raise_noted(monitor: ActorHandle) -> None:
@@ -378,13 +378,6 @@ def _raise_noted(monitor: ActorHandle) -> None:
     if failure := ray.get(monitor.failure.remote()):
         kind, message = failure
         raise getattr(errors, kind, TrainingError)(message)
-
-
-def _unwrapped(answer: "ray.ObjectRef") -> Any:
-    try:
-        return ray.get(answer)
-    except RayTaskError as error:
-        raise error.cause from None
 
 
 def _root_cause(error: BaseException) -> str:
@@ -397,10 +390,9 @@ def _require_same_job(run: str, there: JobSpec, asked: JobSpec) -> None:
     free = {"cluster", "tracking", "output"}
     before, now = (each.model_dump(mode="json", exclude=free) for each in (there, asked))
     for tree in (before, now):
-        for field in FREE_TO_CHANGE:
-            tree["training"].pop(field)
-        for field in ("cache", "window", "timeout_s"):
-            (tree["teacher"] or {}).pop(field, None)
+        for section, fields in FREE_TO_CHANGE.items():
+            for field in fields if tree[section] else ():
+                tree[section].pop(field)
     differing = [section for section in now if before[section] != now[section]]
     if differing:
         raise OutputError(

@@ -4,6 +4,7 @@
 chain (for S3: AWS_ACCESS_KEY_ID …, a profile, or the instance's role); a spec never holds them.
 """
 
+import os
 import socket
 from typing import Any
 
@@ -13,6 +14,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.handlers import add_expect_header
 from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync_wrapper
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 from s3fs import S3FileSystem
 from s3fs.errors import translate_boto_error
@@ -46,6 +48,16 @@ def open_store(
 def join(url: str, *parts: str) -> str:
     """URL or path, one level deeper for each part."""
     return "/".join([url.rstrip("/"), *parts])
+
+
+def replace_file(filesystem: AbstractFileSystem, path: str, content: bytes) -> None:
+    """Write a file that is whole or as it was: a PUT replaces at once, a local file is written aside and renamed."""
+    if not isinstance(filesystem, LocalFileSystem):
+        filesystem.pipe_file(path, content)
+        return
+    aside = f"{path}.{os.getpid()}.tmp"
+    filesystem.pipe_file(aside, content)
+    os.replace(aside, path)
 
 
 class S3(S3FileSystem):

@@ -9,16 +9,13 @@ import json
 import re
 import statistics
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from betakd_ray.errors import SpecError, TrainingError
-from betakd_ray.evaluation.run import Evaluation
+from betakd_ray.evaluation.run import RESULT, Evaluation
 from betakd_ray.job import BetaKDJob, JobResult, cluster
 from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, parse_spec, read_tree, set_field
 from betakd_ray.storage import join, open_store
@@ -84,17 +81,16 @@ class Sweep:
             return scores
         filesystem, root = open_store(result.path, cell.job.output.storage)
         name = f"evaluation-{hashlib.sha256(self.spec.evaluation.model_dump_json().encode()).hexdigest()[:8]}"
-        path = join(root, name, "evaluation.json")
+        path = join(root, name, RESULT)
         if not filesystem.exists(path):
-            Evaluation(
-                EvaluationSpec(
-                    **dict(self.spec.evaluation),
-                    name=name,
-                    models={"student": {"path": result.model}},  # type: ignore[dict-item]
-                    cluster=cell.job.cluster,
-                    output={"path": result.path, "storage": cell.job.output.storage},  # type: ignore[arg-type]
-                )
-            ).run()
+            tree = {
+                **self.spec.evaluation.model_dump(),
+                "name": name,
+                "models": {"student": {"path": result.model, "storage": cell.job.output.storage}},
+                "cluster": cell.job.cluster,
+                "output": {"path": result.path, "storage": cell.job.output.storage},
+            }
+            Evaluation(parse_spec(tree, EvaluationSpec)).run()
         return json.loads(filesystem.cat_file(path))["student"] | scores
 
     def _store(self, name: str, content: str) -> None:
@@ -103,20 +99,12 @@ class Sweep:
         filesystem.pipe_file(join(root, name), content.encode())
 
 
-def print_table(lines: list[list[str]]) -> None:
-    """Header and lines on the terminal."""
-    table = Table(*map(escape, lines[0]))
-    for line in lines[1:]:
-        table.add_row(*map(escape, line))
-    Console().print(table)
-
-
 def _cells(spec: SweepSpec, folder: str) -> Iterator[Cell]:
     template = read_tree(spec.template)
     for values in product(*spec.axes.values()):
         names = {axis: short_name(value) for axis, value in zip(spec.axes, values, strict=True)}
         for seed in spec.seeds:
-            tree = json.loads(json.dumps(template))
+            tree = deepcopy(template)
             for path, value in [*spec.fixed.items(), *zip(spec.axes, values, strict=True), ("training.seed", seed)]:
                 set_field(tree, path, value)
             tree["name"] = re.sub(r"[^A-Za-z0-9._-]", "-", "_".join([*names.values(), f"seed{seed}"]))

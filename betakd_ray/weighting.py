@@ -129,10 +129,7 @@ class BetaWeighting(nn.Module):
         if has_image is None:
             has_image = torch.ones(matrix.shape[0], dtype=torch.bool, device=matrix.device)
         beta = self.beta(features or {}, has_image)
-        present = torch.ones_like(matrix, dtype=torch.bool)
-        for at, name in enumerate(self.channels):
-            if name in VISUAL_ENERGIES:
-                present[:, at] = has_image
+        present = present_channels(self.channels, torch.ones_like(has_image), has_image)
         counts = present.sum(dim=0).clamp_min(1)
         log = {}
         for kind, values in (("energy", matrix), ("beta", beta)):
@@ -180,6 +177,13 @@ class BetaWeighting(nn.Module):
         self, beta: Float[Tensor, "batch channels"], values: Float[Tensor, "batch learned"]
     ) -> Float[Tensor, "batch channels"]:
         return beta.clone().masked_scatter(self.learned.expand_as(beta), values)
+
+
+def present_channels(
+    channels: Sequence[str], valid: Bool[Tensor, " batch"], has_image: Bool[Tensor, " batch"]
+) -> Bool[Tensor, "batch channels"]:
+    """Which channels a sample has: none if it is not `valid`, none on image tokens without an image."""
+    return torch.stack([valid & has_image if name in VISUAL_ENERGIES else valid for name in channels], dim=1)
 
 
 def _log_softplus(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -4,21 +4,18 @@ A folder of shards holds `manifest.jsonl`, one line a shard: {"shard": name, "sa
 """
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Container, Iterable, Sequence
 from glob import has_magic
 from typing import Any
 
 from braceexpand import braceexpand
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.spec import AbstractFileSystem
 
 from betakd_ray.data.files import store_errors, url_like
 from betakd_ray.data.shards import Shard, ShardDamaged, scan_shard
 from betakd_ray.errors import DataError
 from betakd_ray.spec import StorageSpec
-from betakd_ray.storage import join, open_store
+from betakd_ray.storage import join, open_store, replace_file
 
 MANIFEST = "manifest.jsonl"
 PLANNING_ATTEMPTS = 3  # a person waits to hear whether the store answers, before the job starts
@@ -76,7 +73,7 @@ def merge_manifest(folder: str, shards: Iterable[Shard], storage: StorageSpec, d
     url = join(folder, MANIFEST)
     with store_errors(url, storage):
         filesystem, path = open_store(url, storage)
-        _replace_file(filesystem, path, content)
+        replace_file(filesystem, path, content)
 
 
 def remove_shards(folder: str, names: Iterable[str], storage: StorageSpec) -> None:
@@ -174,16 +171,6 @@ def _manifest_entry(folder: str, where: str, line: bytes | str) -> Shard:
             f'{where}: {line[:80]!r} is not {{"shard", "samples", "bytes", "crc32"}}. '
             f"Delete the manifest and run `betakd index` on the folder's shards."
         ) from error
-
-
-def _replace_file(filesystem: AbstractFileSystem, path: str, content: bytes) -> None:
-    """An object store's PUT replaces at once; a local file is written aside and renamed."""
-    if not isinstance(filesystem, LocalFileSystem):
-        filesystem.pipe_file(path, content)
-        return
-    aside = f"{path}.{os.getpid()}.tmp"
-    filesystem.pipe_file(aside, content)
-    os.replace(aside, path)
 
 
 def _folder(url: str) -> str:

@@ -48,10 +48,7 @@ class ModelInputs:
     @property
     def visual_slot(self) -> NDArray[np.int64]:
         """[T] places in a [B, most image tokens of a sample] table, flattened."""
-        counts = self.visual_per_sample
-        starts = np.cumsum(counts) - counts
-        within = np.arange(len(self.visual_sample)) - starts[self.visual_sample]
-        return self.visual_sample * self.most_visual + within
+        return self.visual_sample * self.most_visual + _within(self.visual_per_sample)
 
     @property
     def most_visual(self) -> int:
@@ -96,9 +93,12 @@ class TensorInputs:
 def most_salient(salience: NDArray[np.floating], inputs: ModelInputs, k: int) -> NDArray[np.int64]:
     """The k image tokens of each sample that have most `salience` [T] (all, where a sample has fewer), by sample."""
     order = np.lexsort((-salience, inputs.visual_sample))
-    counts = inputs.visual_per_sample
-    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return order[rank < k]
+    return order[_within(inputs.visual_per_sample) < k]
+
+
+def _within(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0, 1, 2 … within each of several runs, of `counts` elements."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,10 @@ class Pairs:
     def of(cls, inputs: ModelInputs, device: torch.device) -> "Pairs":
         """Those of a micro-batch, on `device`."""
         tokens = inputs.visual_per_sample
-        row = np.repeat(np.arange(len(inputs.row_sample)), tokens[inputs.row_sample])
+        of_each_row = tokens[inputs.row_sample]
+        row = np.repeat(np.arange(len(of_each_row)), of_each_row)
         sample = inputs.row_sample[row]
-        first_pair = np.cumsum(tokens[inputs.row_sample]) - tokens[inputs.row_sample]
-        first_token = np.cumsum(tokens) - tokens
-        token = first_token[sample] + np.arange(len(row)) - first_pair[row]
+        token = (np.cumsum(tokens) - tokens)[sample] + _within(of_each_row)
         per_sample = inputs.rows_per_sample * tokens
         return cls(*(to_device(array, device) for array in (row, token, sample, per_sample)))
 

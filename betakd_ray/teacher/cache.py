@@ -29,7 +29,7 @@ from betakd_ray.data.shards import Shard
 from betakd_ray.errors import TeacherError
 from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.spec import CacheSpec, TeacherSpec
-from betakd_ray.storage import join, open_store
+from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.signal import Needs, Signal, TeacherFacts, Wire
 
 FORMAT = 1
@@ -75,9 +75,7 @@ class SignalCache:
         filesystem, root = open_store(self.location.path, self.location.storage)
         folder = join(root, self.key, self.needs.tag, _name(shard))
         filesystem.makedirs(folder, exist_ok=True)
-        path = join(folder, f"{uuid4().hex}.arrow")
-        filesystem.pipe_file(path + ".partial", sink.getvalue().to_pybytes())
-        filesystem.mv(path + ".partial", path)
+        replace_file(filesystem, join(folder, f"{uuid4().hex}.arrow"), sink.getvalue().to_pybytes())
 
     def _sufficient(self, filesystem: Any, folder: str) -> list[str]:
         """PARTS folders that have at least what is needed."""
@@ -127,10 +125,10 @@ class CacheWriter:
 def split(signal: Signal, inputs: ModelInputs) -> list[bytes | None]:
     """Each sample's part of a micro-batch's signal, serialised; None where it is not valid."""
     columns: dict[str, Sequence[np.ndarray]] = {}
-    for name, counts in ((name, _counts(name, inputs)) for name in WIRES):
+    for name in WIRES:
         wire: Wire | None = getattr(signal, name)
         if wire:
-            columns[f"{name}:{wire.dtype}"] = np.split(wire.array, np.cumsum(counts)[:-1])
+            columns[f"{name}:{wire.dtype}"] = np.split(wire.array, np.cumsum(_counts(name, inputs))[:-1])
     columns |= {f"feature:{name}": list(values) for name, values in signal.features.items()}
     return [
         safetensors.numpy.save({name: np.ascontiguousarray(column[at]) for name, column in columns.items()})

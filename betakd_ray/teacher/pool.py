@@ -190,14 +190,14 @@ class TeacherClient:
             if request.tries >= self.max_tries:
                 raise TeacherError(f"a batch was sent to {request.tries} teachers and none answered: {reason}")
             self._load[request.teacher] -= 1
-            self._members = _call(self.pool.lost.remote(request.teacher, reason)) or {}
+            self._members = unwrapped(self.pool.lost.remote(request.teacher, reason)) or {}
             request.teacher, request.answer = self._send(request.inputs)
             request.tries += 1
 
     def _send(self, inputs: "ray.ObjectRef") -> tuple[int, "ray.ObjectRef"]:
         deadline = time.monotonic() + self.start_timeout_s
         while not self._members:
-            self._members = _call(self.pool.members.remote())
+            self._members = unwrapped(self.pool.members.remote())
             if time.monotonic() > deadline:
                 raise TeacherError(
                     f"no teacher came back within cluster.start_timeout_s = {self.start_timeout_s:g} s; is there still "
@@ -213,11 +213,14 @@ class TeacherClient:
         elapsed = time.monotonic() - self._beat
         if elapsed < HEARTBEAT_S:
             return
-        self._members = _call(self.pool.heartbeat.remote(self.rank, (self.waited_s - self._waited_at_beat) / elapsed))
+        self._members = unwrapped(
+            self.pool.heartbeat.remote(self.rank, (self.waited_s - self._waited_at_beat) / elapsed)
+        )
         self._beat, self._waited_at_beat = time.monotonic(), self.waited_s
 
 
-def _call(answer: "ray.ObjectRef") -> Any:
+def unwrapped(answer: "ray.ObjectRef") -> Any:
+    """What a call returned, or the error that it raised, as itself."""
     try:
         return ray.get(answer)
     except RayTaskError as error:

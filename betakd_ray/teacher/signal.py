@@ -70,15 +70,17 @@ class Needs:
     @property
     def wires(self) -> frozenset[str]:
         """The parts of a Signal that carry it, features aside."""
-        top = ["top_ids", "top_log_probs"] if self.top_k else []
-        return frozenset([name for name in ("hidden", "visual", "attention", "salience") if getattr(self, name)] + top)
+        return frozenset([*self._flags, *(["top_ids", "top_log_probs"] if self.top_k else [])])
 
     @property
     def tag(self) -> str:
         """Its parts by name, in one word."""
         top = [f"top{self.top_k}of{self.vocab}"] if self.top_k else []
-        flags = [name for name in ("hidden", "visual", "attention", "salience") if getattr(self, name)]
-        return "+".join([*flags, *top, *sorted(self.features)])
+        return "+".join([*self._flags, *top, *sorted(self.features)])
+
+    @property
+    def _flags(self) -> list[str]:
+        return [name for name in ("hidden", "visual", "attention", "salience") if getattr(self, name)]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.stream import Quarantined
 from betakd_ray.errors import OutputError
 from betakd_ray.spec import StorageSpec
-from betakd_ray.storage import join, open_store
+from betakd_ray.storage import join, open_store, replace_file
 
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
@@ -81,9 +81,7 @@ class CheckpointStore:
             if seen != size:
                 raise OutputError(f"{self.root}/{manifest.name}/{file}: {seen} of {size} bytes were stored")
         path = join(self.root, manifest.name, MANIFEST)
-        # A rename makes it atomic on a disk; an object store's put already is.
-        self.filesystem.pipe_file(path + ".partial", json.dumps(asdict(manifest)).encode())
-        self.filesystem.mv(path + ".partial", path)
+        replace_file(self.filesystem, path, json.dumps(asdict(manifest)).encode())
 
     def prune(self, keep: int) -> None:
         """Remove what `keep` newer checkpoints supersede, and what never got a manifest."""
@@ -116,7 +114,7 @@ class CheckpointStore:
         folder = Path(tempfile.gettempdir()) / f"betakd-{run}-{manifest.name}-{attempt}"
         if _first_of_node():
             self._fetch(manifest, folder)
-            if manifest.world_size != dist.get_world_size() and (folder / ENGINE).exists():
+            if manifest.world_size != dist.get_world_size():
                 _make_universal(folder)
         dist.barrier()
         try:
@@ -141,7 +139,7 @@ def save(store: CheckpointStore, step: int, attempt: str, keep: int, write: Call
     local = Path(tempfile.mkdtemp(prefix="betakd-save-"))
     try:
         write(local)
-        files = _gather(store.upload(local, name))
+        files = gather(store.upload(local, name))
     finally:
         shutil.rmtree(local)
     if dist.get_rank() == 0:
@@ -181,7 +179,8 @@ def _make_universal(folder: Path) -> None:
         raise OutputError(f"{folder.name}: DeepSpeed cannot convert the checkpoint to this number of ranks: {reason}")
 
 
-def _gather(value: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
+    """Collective: every rank's value, by rank."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone

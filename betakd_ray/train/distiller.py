@@ -127,32 +127,32 @@ class Distiller(nn.Module):
         if name == RELATION and teacher.visual is not None:
             return relation(_by_sample(teacher.visual, inputs), _by_sample(hidden.visual, inputs))
         if name == FD and teacher.visual is not None:
-            everything = Selection(
-                torch.arange(len(hidden.visual), device=hidden.visual.device),
-                inputs.visual_sample,
-                inputs.visual_per_sample,
+            return self._mapped_distance(
+                FD, teacher.visual, hidden.visual, inputs.visual_sample, inputs.visual_per_sample
             )
-            return self._mapped_distance(FD, teacher.visual, hidden.visual, everything)
         if name == TOP_K and teacher.visual is not None and teacher.salient is not None:
             at = teacher.salient
-            return self._mapped_distance(TOP_K, teacher.visual[at.token], hidden.visual[at.token], at)
+            return self._mapped_distance(
+                TOP_K, teacher.visual[at.token], hidden.visual[at.token], at.sample, at.per_sample
+            )
         assert name == ATTENTION
         assert teacher.attention is not None
         assert hidden.attention is not None
         assert pairs is not None
-        return self._mapped_distance(ATTENTION, teacher.attention, hidden.attention, pairs)
+        return self._mapped_distance(ATTENTION, teacher.attention, hidden.attention, pairs.sample, pairs.per_sample)
 
     def _mapped_distance(
         self,
         name: str,
         teacher: Float[Tensor, "places teacher_width"],
         student: Float[Tensor, "places width"],
-        places: Selection | Pairs,
+        sample: Int[Tensor, " places"],
+        per_sample: Int[Tensor, " batch"],
     ) -> Float[Tensor, " batch"]:
         """Mean over a sample's places of the squared distance, after the channel's map."""
         to_student = cast(nn.Linear, self.maps[name])
         mapped = to_student(teacher.to(to_student.weight.dtype))
-        return segment_mean(feature_distance(mapped, student)[:, None], places.sample, places.per_sample)[:, 0]
+        return segment_mean(feature_distance(mapped, student)[:, None], sample, per_sample)[:, 0]
 
     def _unused(self, name: str, hidden: Hidden, batch: int) -> Float[Tensor, " batch"]:
         """Zero, through all that the channel uses: ranks must agree about which modules have a gradient."""

@@ -19,13 +19,13 @@ from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs, most_sali
 from betakd_ray.models.load import build_student, load_processor, processor_source
 from betakd_ray.models.vlm import with_attention_weights
 from betakd_ray.objective import TeacherRows
-from betakd_ray.spec import VISUAL_ENERGIES, AlignTopK, JobSpec
+from betakd_ray.spec import AlignTopK, JobSpec
 from betakd_ray.teacher.signal import Signal, TeacherFacts, Wire
 from betakd_ray.train import checkpoint
-from betakd_ray.train.distiller import Distilled, Distiller, Selection, TeacherView
+from betakd_ray.train.distiller import ATTENTION, Distilled, Distiller, Selection, TeacherView
 from betakd_ray.train.optim import beta_optimizer, deepspeed_config, schedule, student_optimizer
 from betakd_ray.train.tally import Tally, Totals
-from betakd_ray.weighting import BetaWeighting
+from betakd_ray.weighting import BetaWeighting, present_channels
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -54,7 +54,7 @@ class Learner:
         self.spec = spec
         self.device = find_device()
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
-        self.accumulation = spec.training.global_batch_size // (spec.training.micro_batch_size * self.world_size)
+        self.accumulation = spec.training.accumulation
         # What is known on the host is agreed on there, without waiting for the device.
         timeout = timedelta(seconds=spec.training.collective_timeout_s)
         self.host_group = dist.new_group(backend="gloo", timeout=timeout)
@@ -101,8 +101,7 @@ class Learner:
     def step(self, window: Window, counts: GlobalCounts, progress: float, *, statistics: bool) -> Totals:
         """Collective: one optimizer step on a full window.
 
-        `progress` is the job's with this step done, up to 1. With `statistics`, those of the
-        objective come along.
+        `progress` is the job's with this step done, up to 1. With `statistics`, those of the objective come along.
         """
         self.tally.clear()
         for batch, signal in window:
@@ -117,7 +116,7 @@ class Learner:
         valid = to_device(_valid(batch, signal), self.device)
         features = {name: to_device(value, self.device) for name, value in (signal.features if signal else {}).items()}
         beta = self.weighting.beta(features, inputs.has_image)
-        present = self._present(inputs, valid)
+        present = present_channels(self.channels, valid, inputs.has_image)
         share = self._share(inputs, counts)
         moving = self.curriculum.values()
         # DeepSpeed divides by accumulation steps and ranks, and `share` already by the global batch.
@@ -125,7 +124,7 @@ class Learner:
         output: Distilled = self.engine(
             inputs,
             self._view(batch.student, signal) if signal else None,
-            Pairs.of(batch.student, self.device) if self.spec.objective.reads_attention else None,
+            Pairs.of(batch.student, self.device) if ATTENTION in self.channels else None,
             torch.where(present, beta.detach() * share[:, None] * scale, 0.0),
             {name: value.detach() for name, value in moving.items()},
             statistics,
@@ -153,15 +152,6 @@ class Learner:
             counts = np.bincount(sample, minlength=inputs.size)
             salient = Selection(*(to_device(array, self.device) for array in (token, sample, counts)))
         return TeacherView(rows, _tensor(signal.visual, self.device), _tensor(signal.attention, self.device), salient)
-
-    def _present(self, inputs: TensorInputs, valid: Tensor) -> Tensor:
-        """[B, channels] which channels a sample has: none if the teacher's answer is invalid, none on image
-        tokens without an image."""
-        present = valid[:, None].expand(-1, len(self.channels)).clone()
-        for at, name in enumerate(self.channels):
-            if name in VISUAL_ENERGIES:
-                present[:, at] &= inputs.has_image
-        return present
 
     def _share(self, inputs: TensorInputs, counts: GlobalCounts) -> Tensor:
         """[B] each sample's part of the global mean, by `objective.reduction`."""
@@ -214,7 +204,7 @@ class Learner:
         student = build_student(self.spec.student, torch.bfloat16 if training.precision == "bf16" else torch.float32)
         if training.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
-        if self.spec.objective.reads_attention:
+        if ATTENTION in self.spec.objective.channels:
             with_attention_weights(student)
         image_processor = load_processor(processor_source(self.spec.student)).image_processor
         cast(nn.Module, student).to(self.device)  # transformers' decorator hides the type of its `to`
@@ -229,7 +219,7 @@ class Learner:
             model=self.distiller,
             optimizer=optimizer,
             lr_scheduler=schedule(optimizer, self.spec.optimizer, total_steps),  # pyright: ignore[reportArgumentType]
-            config=deepspeed_config(self.spec, self.world_size),
+            config=deepspeed_config(self.spec),
             dist_init_required=False,
         )
         return engine

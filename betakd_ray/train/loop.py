@@ -15,7 +15,6 @@ import ray
 import ray.train
 import ray.train.collective
 import torch
-import torch.distributed as dist
 from ray.actor import ActorHandle
 
 from betakd_ray import errors
@@ -64,7 +63,7 @@ def train_worker(config: dict[str, WorkerConfig]) -> dict[str, Any]:
         return Worker(worker).run()
     except (errors.UserError, errors.TrainingError) as error:
         # Noted first: the restart that Ray Train now makes finds it and ends at once.
-        ray.get(worker.monitor.fail.remote(type(error).__name__, str(error)))
+        ray.get(worker.monitor.fail.remote(errors.kind(error), str(error)))
         raise
 
 
@@ -194,7 +193,7 @@ class Worker:
         }
         record["peak_memory_gb"] = _peak_memory(self.learner.device) / 1e9
         self.metrics.log(record)
-        self.config.monitor.log.remote(record | {"total_steps": self.total_steps})
+        self.config.monitor.log.remote(record)
 
     # ---------------------------------------------------------------------------- checkpoint and result
 
@@ -208,9 +207,7 @@ class Worker:
 
     def merge_ledgers(self) -> None:
         """Collective: every rank's ledger becomes everyone's."""
-        parts: list[Any] = [None] * self.learner.world_size
-        dist.all_gather_object(parts, self.ledger.to_json())
-        for part in parts:
+        for part in checkpoint.gather(self.ledger.to_json()):
             self.ledger.merge(Ledger.from_json(part))
 
     def write(self, folder: Path) -> None:
@@ -233,9 +230,9 @@ class Worker:
         manifest = ray.train.collective.broadcast_from_rank_zero(self.store.latest() if self.metrics else None)
         if manifest is None:
             return
-        self.ledger = self.store.ledger(manifest)
         with self.store.on_disk(manifest, self.attempt) as folder:
             self.learner.load(folder, manifest.world_size)
+            self.ledger = Ledger.from_json((folder / checkpoint.LEDGER).read_text())
             progress = json.loads((folder / "progress.json").read_text())
             if self.metrics:
                 self.metrics.restore((folder / "metrics.jsonl").read_text())
