@@ -419,17 +419,21 @@ def _progress(monitor: ActorHandle, total_steps: int, spec: JobSpec) -> Iterator
     with Progress(*columns, disable=not spec.tracking.progress) as progress:
         task = progress.add_task(spec.name, total=total_steps, numbers="starting")
 
+        def show() -> None:
+            latest = cast(dict[str, Any], ray.get(monitor.latest.remote()))
+            if latest:
+                numbers = f"loss {latest['loss']:.4f} · {latest['samples_per_second']:.0f} samples/s"
+                progress.update(task, completed=latest["step"], numbers=numbers)
+
         def follow() -> None:
             while not stop.wait(1.0):
-                latest = cast(dict[str, Any], ray.get(monitor.latest.remote()))
-                if latest:
-                    numbers = f"loss {latest['loss']:.4f} · {latest['samples_per_second']:.0f} samples/s"
-                    progress.update(task, completed=latest["step"], numbers=numbers)
+                show()
 
         follower = threading.Thread(target=follow, daemon=True)
         follower.start()
         try:
             yield
+            show()  # the last step may have come since the last look
         finally:
             stop.set()
             follower.join(timeout=5)
