@@ -1,6 +1,7 @@
 """betakd …: parse, call, print."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from betakd_ray.errors import TrainingError, UserError
+from betakd_ray.errors import Interrupted, TrainingError, UserError
 from betakd_ray.spec import DataSpec, EvaluationSpec, JobSpec, ModelSpec, PackSpec, StorageSpec, SweepSpec, load_spec
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -24,7 +25,7 @@ Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint, for stores othe
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """A user's error is one message and exit code 2; a failed run is one message and exit code 1."""
+    """One message, and an exit code: 2 for a user's error, 1 for a failed run, 75 for one that waits to be resumed."""
     try:
         yield
     except UserError as error:
@@ -33,6 +34,9 @@ def explained() -> Iterator[None]:
     except TrainingError as error:
         print(f"betakd: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except Interrupted as error:
+        print(f"betakd: {error}", file=sys.stderr)
+        raise SystemExit(os.EX_TEMPFAIL) from None
 
 
 def job(call: Callable[..., Any]) -> None:
@@ -158,11 +162,11 @@ def evaluate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
 
 def run_evaluation(spec: Path, overrides: list[str]) -> None:
     """Evaluate and print the table."""
+    from betakd_ray.cluster import connected
     from betakd_ray.evaluation.run import Evaluation
-    from betakd_ray.job import cluster
 
     parsed = load_spec(spec, overrides, EvaluationSpec)
-    with cluster(parsed):
+    with connected(parsed):
         print_scores(Evaluation(parsed).run())
 
 
@@ -179,6 +183,25 @@ def run_sweep(spec: Path, overrides: list[str]) -> None:
 
     grid = Sweep(load_spec(spec, overrides, SweepSpec))
     print_table(grid.table(grid.run()))
+
+
+@app.command()
+def audit(
+    run: Annotated[str, typer.Argument(help="folder of the run: output.path/name")],
+    by_shard: Annotated[bool, typer.Option("--by-shard", help="a line a shard, not only an epoch")] = False,
+    endpoint_url: Endpoint = None,
+) -> None:
+    """Say where every planned sample went, from a run's files; exit code 1 if they do not add up."""
+    from betakd_ray import audit as accounts
+
+    with explained():
+        found = accounts.audit(run, StorageSpec(endpoint_url=endpoint_url))
+    print_table(found.table(by_shard))
+    print(f"{run}: {found.state}")
+    for problem in found.problems:
+        print(f"betakd: {problem}", file=sys.stderr)
+    if found.problems:
+        raise SystemExit(1)
 
 
 def print_scores(scores: dict[str, dict[str, float]]) -> None:

@@ -1,6 +1,7 @@
 """What can go wrong, as a tree.
 
     BetaKDError
+    ├── Interrupted                  asked to stop: a checkpoint is committed, run it again to go on; exit code 75
     ├── UserError                    the user can mend it: exit code 2, caught before training starts
     │   ├── SpecError                a field of the job spec
     │   ├── DataError                shards, manifests, samples
@@ -24,6 +25,10 @@ def kind(error: BaseException) -> str:
 
 class BetaKDError(Exception):
     """The root of every error this package raises on purpose."""
+
+
+class Interrupted(BetaKDError):
+    """The job was asked to stop, saved, and waits to be run again."""
 
 
 class UserError(BetaKDError):

@@ -7,9 +7,8 @@ JobSpec ──► BetaKDJob.fit()
 """
 
 import json
-import logging
-import math
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +25,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from betakd_ray import errors
+from betakd_ray.audit import open_samples, write_plan, write_tail
+from betakd_ray.cluster import check_feasible, connected, gpus_each
 from betakd_ray.data.manifest import find_shards
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.stream import Plan, Quarantined, Reader, ids_of, stream
-from betakd_ray.errors import ClusterError, DataError, OutputError, TrainingError
+from betakd_ray.errors import DataError, Interrupted, OutputError, TrainingError
 from betakd_ray.models.compatibility import check_features, check_vocabularies
 from betakd_ray.models.load import load_config, load_processor, processor_source, student_config
 from betakd_ray.spec import JobSpec, TeacherSpec, load_spec
@@ -39,7 +40,7 @@ from betakd_ray.teacher.pool import here, start_pool, unwrapped
 from betakd_ray.teacher.signal import Needs, TeacherFacts
 from betakd_ray.tracking import to_jsonl
 from betakd_ray.train.checkpoint import QUARANTINE, CheckpointStore
-from betakd_ray.train.loop import WorkerConfig, train_worker
+from betakd_ray.train.loop import STOPPED, WorkerConfig, train_worker
 from betakd_ray.train.monitor import Monitor
 
 RESULT = "result.json"
@@ -111,7 +112,7 @@ class BetaKDJob:
         views = self.check()
         if (finished := self._finished()) is not None:
             return finished
-        with cluster(self.spec):
+        with connected(self.spec):
             return self._run(*views)
 
     def check(self) -> tuple[Plan, dict[str, Renderer]]:
@@ -119,6 +120,7 @@ class BetaKDJob:
         renderers = self._renderers()
         plan = self._plan()
         self._claim_output()
+        write_plan(self.run, self.spec.output.storage, plan)
         return plan, renderers
 
     # --------------------------------------------------------------------------------------------- checks
@@ -177,8 +179,8 @@ class BetaKDJob:
 
     def _run(self, plan: Plan, renderers: dict[str, Renderer]) -> JobResult:
         spec = self.spec
-        gpus = {name: _gpus(getattr(spec.cluster, name).gpus) for name in ("teacher", "student")}
-        _check_feasible(spec, gpus)
+        gpus = {name: gpus_each(getattr(spec.cluster, name).gpus) for name in ("teacher", "student")}
+        check_feasible(spec, gpus)
         store = CheckpointStore(self.run, spec.output.storage)
         resumed = store.latest()
         quarantined = store.quarantined(resumed) if resumed else []
@@ -215,9 +217,14 @@ class BetaKDJob:
             give_up=partial(_give_up, monitor),
             signals=cache.read if cache else None,
         )
-        with _progress(monitor, config.total_steps, spec):
+        with _progress(monitor, config.total_steps, spec), _saved_on_sigterm(monitor):
             outcome = self._train(config, ray.put(reader), gpus["student"])
-        return self._conclude(outcome, plan, monitor)
+        if STOPPED in outcome:
+            raise Interrupted(
+                f"{spec.name}: was asked to stop, and has saved its state at step {outcome[STOPPED]} of "
+                f"{config.total_steps}. Run it again to go on from there."
+            )
+        return self._conclude(outcome, plan)
 
     def _common_vocabulary(self, teacher: TeacherSpec) -> int:
         """Ids that both models have a logit for; either may be padded beyond the tokenizer's."""
@@ -226,7 +233,7 @@ class BetaKDJob:
 
     def _train(self, config: WorkerConfig, reader: "ray.ObjectRef", gpus: float) -> dict[str, Any]:
         spec = self.spec
-        student = spec.cluster.student
+        student, workers = spec.cluster.student, spec.training.workers
         resources = {"CPU": student.cpus, **student.resources} | ({"GPU": gpus} if gpus else {})
         trainer = TorchTrainer(
             train_worker,
@@ -234,7 +241,7 @@ class BetaKDJob:
             datasets={"train": partial(_rows, reader, config)},
             torch_config=TorchConfig(timeout_s=int(spec.training.collective_timeout_s)),
             scaling_config=ScalingConfig(
-                num_workers=spec.training.workers,
+                num_workers=(workers.min, workers.max) if workers.is_elastic else workers.min,
                 use_gpu=gpus > 0,
                 resources_per_worker=resources,
                 label_selector=student.labels or None,
@@ -255,8 +262,12 @@ class BetaKDJob:
         _raise_noted(config.monitor)
         return outcome
 
-    def _conclude(self, outcome: dict[str, Any], plan: Plan, monitor: ActorHandle) -> JobResult:
-        quarantined = ray.get(monitor.quarantined.remote())
+    def _conclude(self, outcome: dict[str, Any], plan: Plan) -> JobResult:
+        store = CheckpointStore(self.run, self.spec.output.storage)
+        last = store.latest()
+        assert last is not None  # the workers saved it before they returned
+        quarantined = store.quarantined(last)
+        write_tail(self.run, self.spec.output.storage, open_samples(plan, store.ledger(last), quarantined))
         result = JobResult(
             name=self.spec.name,
             path=self.run,
@@ -270,7 +281,7 @@ class BetaKDJob:
             skipped_steps=outcome["skipped_steps"],
         )
         filesystem, root = open_store(self.run, self.spec.output.storage)
-        filesystem.pipe_file(join(root, QUARANTINE), to_jsonl(quarantined).encode())
+        filesystem.pipe_file(join(root, QUARANTINE), to_jsonl(map(asdict, quarantined)).encode())
         filesystem.pipe_file(join(root, RESULT), json.dumps(asdict(result), indent=2).encode())
         return result
 
@@ -286,70 +297,7 @@ def _rows(reader: "ray.ObjectRef", config: WorkerConfig) -> "ray.data.Dataset":
     return stream(reader, config.plan, done, config.spec.cluster.readers)
 
 
-# ----------------------------------------------------------------------------------------------- the cluster
-
-
-@contextmanager
-def cluster(spec: Any) -> Iterator[None]:
-    """A connection to Ray: the one that is there, the one the spec names, or a local one while the job runs."""
-    _quiet()
-    if ray.is_initialized():
-        yield
-        return
-    address = spec.cluster.address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"address": address}
-    if not address:
-        options = {"address": "local", "include_dashboard": False, "num_cpus": _logical_cpus(spec)}
-    try:
-        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError) as error:
-        raise ClusterError(f"cluster.address: no Ray cluster answers at {address}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _logical_cpus(spec: Any) -> int:
-    """For a local cluster: what the machine has, and at least a place for every reader, teacher and worker."""
-    pools = spec.cluster
-    workers = spec.training.workers if isinstance(spec, JobSpec) else 1
-    asked = pools.teacher.min * pools.teacher.cpus + workers * pools.student.cpus + pools.readers.cpus
-    return max(os.cpu_count() or 1, math.ceil(asked))
-
-
-def _quiet() -> None:
-    """Ray's and its libraries' chatter goes to their log files, not to the user's terminal."""
-    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-
-
-def _gpus(asked: float | str) -> float:
-    if asked == "auto":
-        return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
-    return float(asked)
-
-
-def _check_feasible(spec: JobSpec, gpus: dict[str, float]) -> None:
-    """Raises ClusterError when the pools ask for more GPUs than the cluster has."""
-    teachers = spec.cluster.teacher.min if spec.teacher else 0
-    asked = teachers * gpus["teacher"] + spec.training.workers * gpus["student"]
-    available = ray.cluster_resources().get("GPU", 0.0)
-    if asked > available:
-        raise ClusterError(
-            f"cluster: {teachers} teachers × {gpus['teacher']:g} GPUs and {spec.training.workers} students × "
-            f"{gpus['student']:g} GPUs ask for {asked:g}; the cluster has {available:g}. Lower cluster.teacher.min, "
-            "training.workers or the pools' gpus, or add nodes."
-        )
-    pools = spec.cluster
-    cpus = teachers * pools.teacher.cpus + spec.training.workers * pools.student.cpus + pools.readers.cpus
-    if cpus > (there := ray.cluster_resources().get("CPU", 0.0)):
-        # Ray would wait for a place in silence.
-        raise ClusterError(
-            f"cluster: teachers, students and one reader ask for {cpus:g} CPUs; the cluster has {there:g}. Lower "
-            "cluster.teacher.cpus, cluster.student.cpus or training.workers, or add nodes."
-        )
+# ----------------------------------------------------------------------------------------------- what Ray runs
 
 
 def _accelerator(gpus: float) -> dict[str, str]:
@@ -360,6 +308,24 @@ def _scratch() -> str:
     folder = Path(os.environ.get("BETAKD_CACHE", Path.home() / ".cache" / "betakd")) / "ray-train"
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
+
+
+@contextmanager
+def _saved_on_sigterm(monitor: ActorHandle) -> Iterator[None]:
+    """A SIGTERM (of `ray job stop`, of a node that is drained) has the workers save and return; a second one kills."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+
+    def stop(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, before)
+        monitor.stop.remote()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ------------------------------------------------------------------------------------------ what went wrong

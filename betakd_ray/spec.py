@@ -435,6 +435,29 @@ class OptimizerSpec(Spec):
     max_grad_norm: Positive = 1.0
 
 
+class WorkersSpec(Spec):
+    """Student processes: a number, or {min, max} for as many as the cluster has room for; the job then resumes on
+    another number by itself."""
+
+    min: int = Field(default=1, ge=1)
+    max: int = Field(ge=1)
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.min < self.max
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        return {"min": value, "max": value} if isinstance(value, int | str) else value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "WorkersSpec":
+        if self.max < self.min:
+            raise ValueError(f"max {self.max} is below min {self.min}")
+        return self
+
+
 class TrainingSpec(Spec):
     """Steps, batches, precision and how often to checkpoint."""
 
@@ -442,7 +465,7 @@ class TrainingSpec(Spec):
     max_steps: int | None = Field(default=None, ge=1, description="stop early; default: all epochs")
     global_batch_size: int = Field(default=128, ge=1, description="samples a step, whatever the number of workers")
     micro_batch_size: int = Field(default=8, ge=1, description="samples a worker holds at a time")
-    workers: int = Field(default=1, ge=1)
+    workers: WorkersSpec = WorkersSpec(max=1)
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["bf16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
@@ -455,10 +478,9 @@ class TrainingSpec(Spec):
     max_failures: int = Field(default=3, ge=0, description="restarts of the student workers")
     collective_timeout_s: Positive = Field(default=600.0, description="a rank silent for so long is taken for dead")
 
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches a worker adds up for one step."""
-        return self.global_batch_size // (self.micro_batch_size * self.workers)
+    def accumulation(self, workers: int) -> int:
+        """Micro-batches that each of so many workers adds up for one step."""
+        return self.global_batch_size // (self.micro_batch_size * workers)
 
     @model_validator(mode="after")
     def _owns(self) -> "TrainingSpec":
@@ -481,12 +503,13 @@ class TrainingSpec(Spec):
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainingSpec":
-        share = self.micro_batch_size * self.workers
-        if self.global_batch_size % share:
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size × workers = "
-                f"{self.micro_batch_size} × {self.workers} = {share}: change one of the three"
-            )
+        for workers in range(self.workers.min, self.workers.max + 1):
+            share = self.micro_batch_size * workers
+            if self.global_batch_size % share:
+                raise ValueError(
+                    f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size × workers = "
+                    f"{self.micro_batch_size} × {workers} = {share}: change one of the three"
+                )
         return self
 
 
@@ -509,7 +532,9 @@ class TeacherPoolSpec(PoolSpec):
 
     min: int = Field(default=1, ge=1)
     max: int | None = Field(default=None, ge=1, description="default: min")
-    max_restarts: int = Field(default=3, ge=0, description="times `max`: the replacements that the pool may make")
+    max_restarts: int = Field(
+        default=3, ge=0, description="times `max`: teachers that may die in a row, with no answer from any in between"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> "TeacherPoolSpec":
@@ -578,9 +603,19 @@ class JobSpec(Spec):
             self._check_top_k()
         if self.objective.reads_attention:
             self._check_attention()
+        if self.teacher is not None and self.training.workers.is_elastic:
+            self._check_elastic()
         if self.teacher is not None and not self.objective.energies:
             raise ValueError("teacher is given and objective.energies is empty: add one, e.g. energies: [cosine_probs]")
         return self
+
+    def _check_elastic(self) -> None:
+        # Ray Train counts the room for workers by resources; labels it does not see, nor that teachers stand there.
+        if not self.cluster.student.resources:
+            raise ValueError(
+                "cluster.student.resources: with training.workers of {min, max}, name a resource that only the "
+                "students' nodes have, e.g. {student_slot: 1}; else Ray counts the teachers' room as the students'"
+            )
 
     def _check_attention(self) -> None:
         if self.training.gradient_checkpointing:

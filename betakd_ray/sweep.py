@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from betakd_ray.cluster import connected
 from betakd_ray.errors import SpecError, TrainingError
 from betakd_ray.evaluation.run import RESULT, Evaluation
-from betakd_ray.job import BetaKDJob, JobResult, cluster
+from betakd_ray.job import BetaKDJob, JobResult
 from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, parse_spec, read_tree, set_field
 from betakd_ray.storage import join, open_store
 from betakd_ray.tracking import to_jsonl
@@ -51,7 +52,7 @@ class Sweep:
         A cell whose training fails has no row; the others are run, and then TrainingError names it.
         """
         rows, failed = [], {}
-        with cluster(max((cell.job for cell in self.cells), key=lambda job: job.training.workers)):
+        with connected(max((cell.job for cell in self.cells), key=lambda job: job.training.workers.max)):
             for cell in self.cells:
                 try:
                     result = BetaKDJob(cell.job).fit()

@@ -80,8 +80,7 @@ class Metrics:
 
     def __init__(self, spec: JobSpec, run: str) -> None:
         self.history: list[Record] = []
-        self._filesystem, root = open_store(run, spec.output.storage)
-        self._path = join(root, "metrics.jsonl")
+        self._filesystem, self._root = open_store(run, spec.output.storage)
         self._trackers: list[Tracker] = [TRACKERS[name](spec, run) for name in spec.tracking.trackers]
         self._flushed = time.monotonic()
 
@@ -95,8 +94,12 @@ class Metrics:
 
     def flush(self) -> None:
         """Write metrics.jsonl."""
-        self._filesystem.pipe_file(self._path, to_jsonl(self.history).encode())
+        self.write("metrics.jsonl", to_jsonl(self.history))
         self._flushed = time.monotonic()
+
+    def write(self, name: str, content: str) -> None:
+        """A file of the run's folder, whole."""
+        self._filesystem.pipe_file(join(self._root, name), content.encode())
 
     def close(self) -> None:
         """Flush and end the trackers."""
@@ -106,7 +109,7 @@ class Metrics:
 
     def restore(self, text: str) -> None:
         """Continue from a checkpoint's history."""
-        self.history = [json.loads(line) for line in text.splitlines()]
+        self.history = from_jsonl(text)
 
 
 def _run_id(run: str) -> str:
@@ -117,6 +120,11 @@ def _run_id(run: str) -> str:
 def to_jsonl(records: Iterable[Record]) -> str:
     """One JSON object a line."""
     return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def from_jsonl(text: str) -> list[Record]:
+    """The inverse."""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def _numbers(record: Record) -> dict[str, float]:

@@ -140,3 +140,22 @@ def save_tiny(folder: str | Path, *, seed: int = 0, **config: Any) -> str:
     tiny_model(seed=seed, **config).save_pretrained(folder)
     tiny_processor(image_size=config.get("image_size", IMAGE_SIZE)).save_pretrained(folder)
     return str(folder)
+
+
+def numbered_samples(count: int, broken: int | None = None) -> list[dict[str, Any]]:
+    """As `pack` takes them; some are text only, and the image of number `broken` is cut off."""
+    samples = []
+    for number in range(count):
+        buffer = io.BytesIO()
+        Image.new("RGB", (20, 12), (number % 256, 90, 200)).save(buffer, "PNG")
+        image = buffer.getvalue() if number != broken else buffer.getvalue()[:40]
+        turns = [{"from": "human", "value": "<image>\nWhich number?"}, {"from": "gpt", "value": f"It is {number}."}]
+        text_only = number % 7 == 3
+        samples.append(
+            {
+                "id": str(number),
+                "conversations": [{**turns[0], "value": "Which number?"}, turns[1]] if text_only else turns,
+                "images": [] if text_only else [image],
+            }
+        )
+    return samples

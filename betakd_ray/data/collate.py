@@ -22,6 +22,10 @@ class SampleIds:
     shard: NDArray[np.int32]
     index: NDArray[np.int32]
 
+    def where(self, wanted: NDArray[np.bool_]) -> "SampleIds":
+        """Those of them."""
+        return SampleIds(self.epoch[wanted], self.shard[wanted], self.index[wanted])
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -30,6 +34,8 @@ class Batch:
     student: ModelInputs
     teacher: ModelInputs
     ids: SampleIds
+    keys: list[str]
+    """What the samples are called in their shards."""
     signals: list[bytes] | None = None
     """What the teacher is known to say of each sample, serialised; None unless it is known of all."""
 
@@ -43,7 +49,8 @@ def collate(rows: pa.Table, pad_token_id: int, image_token_id: dict[str, int]) -
     ids = SampleIds(*(rows.column(name).to_numpy().astype(np.int32) for name in ("epoch", "shard", "index")))
     signals = rows.column("signal")
     known = signals.to_pylist() if signals.null_count == 0 else None
-    return Batch(views["student"], views.get("teacher", views["student"]), ids, known)
+    keys = rows.column("key").to_pylist()
+    return Batch(views["student"], views.get("teacher", views["student"]), ids, keys, known)
 
 
 def stack(samples: list[Rendering], pad_token_id: int, image_token_id: int) -> ModelInputs:

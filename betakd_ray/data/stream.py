@@ -64,6 +64,16 @@ class Quarantined:
     reason: str
 
 
+def require_few(fraction: float, data: DataSpec, plan: Plan, last: Quarantined) -> None:
+    """Raises TooManyBadSamples if the quarantined share of the plan is above the limit."""
+    if fraction > data.max_bad_fraction:
+        raise TooManyBadSamples(
+            f"{fraction:.2%} of the planned samples are quarantined, above data.max_bad_fraction "
+            f"{data.max_bad_fraction:.2%}; the last: {last.key} of {plan.shards[last.shard].url}: {last.reason}. Mend "
+            "the data, or raise the limit."
+        )
+
+
 def ids_of(quarantined: Sequence[Quarantined]) -> SampleIds:
     """Their places, as the ledger takes them."""
     places = np.array([(bad.epoch, bad.shard, bad.index) for bad in quarantined], np.int32).reshape(-1, 3)
@@ -105,7 +115,7 @@ class Reader:
             except Unrenderable as reason:
                 bad.append(Quarantined(epoch, shard, sample.index, sample.key, str(reason)))
                 continue
-            row = Row(sample.index, views, signals.get(sample.index))
+            row = Row(sample.index, sample.key, views, signals.get(sample.index))
             rows.append(row)
             size += row.bytes
             if size >= BLOCK_BYTES:
@@ -113,12 +123,8 @@ class Reader:
                 rows, size = [], 0
         if rows:
             yield _block(epoch, shard, rows)
-        if bad and (fraction := self.report(bad)) > self.data.max_bad_fraction:
-            raise TooManyBadSamples(
-                f"{fraction:.2%} of the planned samples are quarantined, above data.max_bad_fraction "
-                f"{self.data.max_bad_fraction:.2%}; the last: {bad[-1].key} of {self.plan.shards[shard].url}: "
-                f"{bad[-1].reason}. Mend the data, or raise the limit."
-            )
+        if bad:
+            require_few(self.report(bad), self.data, self.plan, bad[-1])
 
     def _render(self, sample: RawSample) -> dict[str, Rendering]:
         views = {view: renderer.render(sample) for view, renderer in self.renderers.items()}
@@ -151,6 +157,7 @@ class Row(NamedTuple):
     """A sample on its way into a block."""
 
     index: int
+    key: str
     views: dict[str, Rendering]
     signal: bytes | None
 
@@ -168,6 +175,7 @@ def _block(epoch: int, shard: int, rows: list[Row]) -> pa.Table:
             "epoch": pa.array(np.full(len(rows), epoch, np.int32)),
             "shard": pa.array(np.full(len(rows), shard, np.int32)),
             "index": pa.array(np.array([row.index for row in rows], np.int32)),
+            "key": pa.array([row.key for row in rows], pa.string()),
             "signal": pa.array([row.signal for row in rows], pa.large_binary()),
             **to_arrow(views),
         }
@@ -205,7 +213,7 @@ def _read(reader: ray.ObjectRef, epoch: int, shard: int, done: np.ndarray, size:
 
 
 def stream(reader: ray.ObjectRef, plan: Plan, ledger: Ledger, pool: PoolSpec) -> "ray.data.Dataset":
-    """The rows that are still to be done, in plan order. Columns: epoch, shard, index, signal, and those of
+    """The rows that are still to be done, in plan order. Columns: epoch, shard, index, key, signal, and those of
     `to_arrow`."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True

@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from betakd_ray.cluster import gpus_each
 from betakd_ray.data.manifest import find_shards
 from betakd_ray.data.render import IMAGE, Renderer
 from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard_with_retry
@@ -150,7 +151,7 @@ def _answered(sample: RawSample | BadSample, text: str | None) -> Answered:
 def _gpus(asked: float | str) -> float:
     """GPUs a model. Raises ClusterError when the cluster has fewer, since its task would wait for ever."""
     available = ray.cluster_resources().get("GPU", 0.0)
-    gpus = float(available >= 1) if asked == "auto" else float(asked)
+    gpus = gpus_each(asked)
     if gpus > available:
         raise ClusterError(
             f"cluster.student.gpus: a model asks for {gpus:g} GPUs; the cluster has {available:g}. Lower it "

@@ -1,7 +1,7 @@
 """A micro-batch as one model sees it: as numpy arrays, which travel without a copy, and as tensors on a device."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,40 @@ class ModelInputs:
     def has_image(self) -> NDArray[np.bool_]:
         """[B]"""
         return self.visual_per_sample > 0
+
+    @property
+    def images_per_sample(self) -> NDArray[np.int64]:
+        """[B]; an image is as many tokens as any other."""
+        if self.pixels is None:
+            return np.zeros(self.size, dtype=np.int64)
+        return self.visual_per_sample // (len(self.visual_sample) // len(self.pixels))
+
+    def part(self, start: int, stop: int) -> "ModelInputs":
+        """Samples `start` to `stop`, as a micro-batch of their own, padded as they were."""
+        rows = (self.row_sample >= start) & (self.row_sample < stop)
+        visual = (self.visual_sample >= start) & (self.visual_sample < stop)
+        before, after = (int(self.images_per_sample[:end].sum()) for end in (start, stop))
+        return ModelInputs(
+            input_ids=self.input_ids[start:stop],
+            attention_mask=self.attention_mask[start:stop],
+            pixels=None if self.pixels is None or before == after else self.pixels[before:after],
+            answer_rows=self.answer_rows[rows] - start * self.input_ids.shape[1],
+            row_sample=self.row_sample[rows] - start,
+            targets=self.targets[rows],
+            visual_sample=self.visual_sample[visual] - start,
+            visual_position=self.visual_position[visual],
+        )
+
+    def blank(self) -> "ModelInputs":
+        """The same shapes with nothing in them: one token throughout, image tokens aside, and black images."""
+        is_image = np.zeros_like(self.input_ids, dtype=bool)
+        is_image[self.visual_sample, self.visual_position] = True
+        return replace(
+            self,
+            input_ids=np.where(is_image, self.input_ids, 0),
+            pixels=None if self.pixels is None else np.zeros_like(self.pixels),
+            targets=np.zeros_like(self.targets),
+        )
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,9 @@ from betakd_ray.errors import TeacherError
 from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.spec import CacheSpec, TeacherSpec
 from betakd_ray.storage import join, open_store, replace_file
-from betakd_ray.teacher.signal import Needs, Signal, TeacherFacts, Wire
+from betakd_ray.teacher.signal import WIRES, Needs, Signal, TeacherFacts, Wire
 
 FORMAT = 1
-WIRES = ("hidden", "top_ids", "top_log_probs", "visual", "attention", "salience")
 FLUSH_BYTES = 32 << 20
 SCHEMA = pa.schema([("index", pa.int32()), ("signal", pa.large_binary())])
 

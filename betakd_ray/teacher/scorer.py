@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from typing import Any
 
@@ -59,9 +60,20 @@ class TeacherScorer:
             top_k_vocab=self.needs.vocab,
         )
 
-    @torch.inference_mode()
     def score(self, inputs: ModelInputs) -> Signal:
         """The teacher's forward on one micro-batch, reduced to what the objective needs."""
+        try:
+            return self._score(inputs)
+        except RuntimeError:
+            # After some errors a GPU answers no more. A process that raises is taken for well: this one ends, then.
+            try:
+                torch.ones(1, device=self.device).sum().item()
+            except RuntimeError:
+                os._exit(1)
+            raise
+
+    @torch.inference_mode()
+    def _score(self, inputs: ModelInputs) -> Signal:
         start = time.perf_counter()
         tensors = TensorInputs.of(inputs, self.device)
         pairs = Pairs.of(inputs, self.device) if self.reads_attention else None

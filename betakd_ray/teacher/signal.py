@@ -5,6 +5,7 @@ teacher's head, rebuilds the exact logits: at 7B some 8 kB a token instead of 64
 and biased. Half-precision floats that numpy lacks travel as a view of uint16.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -122,3 +123,30 @@ class Signal:
     """Each [B, size]; float32."""
     busy_s: float = 0.0
     """Seconds the teacher computed."""
+    reasons: dict[int, str] = field(default_factory=dict)
+    """Why a sample is not valid, where it is known."""
+
+    @classmethod
+    def joined(cls, parts: Sequence["Signal"]) -> "Signal":
+        """The signal of consecutive micro-batches as one."""
+        starts = np.cumsum([0, *(len(part.valid) for part in parts)])
+        return cls(
+            valid=np.concatenate([part.valid for part in parts]),
+            **{name: _joined([getattr(part, name) for part in parts]) for name in WIRES},
+            features={name: np.concatenate([part.features[name] for part in parts]) for name in parts[0].features},
+            busy_s=sum(part.busy_s for part in parts),
+            reasons={
+                int(start) + at: reason
+                for start, part in zip(starts, parts, strict=False)
+                for at, reason in part.reasons.items()
+            },
+        )
+
+
+WIRES = ("hidden", "top_ids", "top_log_probs", "visual", "attention", "salience")
+"""The fields of a Signal that are of one row a token, or pair of tokens."""
+
+
+def _joined(wires: Sequence[Wire | None]) -> Wire | None:
+    there = [wire for wire in wires if wire]  # text-only parts have nothing on image tokens
+    return Wire(np.concatenate([wire.array for wire in there]), there[0].dtype) if there else None

@@ -25,6 +25,7 @@ from betakd_ray.data.stream import Quarantined
 from betakd_ray.errors import OutputError
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import join, open_store, replace_file
+from betakd_ray.train import unpickling
 
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
@@ -33,6 +34,8 @@ LEDGER = "ledger.json"
 """The samples that took part in a step."""
 QUARANTINE = "quarantine.jsonl"
 """The samples that never will, and why."""
+SKIPPED = "skipped.jsonl"
+"""The steps whose gradient was not finite, and their samples."""
 
 
 @dataclass(frozen=True)
@@ -152,13 +155,14 @@ def save(store: CheckpointStore, step: int, attempt: str, keep: int, write: Call
 def load_engine(engine: Any, folder: Path) -> None:
     """Collective: DeepSpeed's state from a checkpoint, in its universal form where that was made.
 
-    DeepSpeed unpickles: whoever can write to the output can run code on the workers.
+    Raises OutputError for a checkpoint that is incomplete, or would run code when loaded.
     """
     is_universal = (folder / UNIVERSAL).exists()
     tag = UNIVERSAL if is_universal else ENGINE
     engine._config.load_universal_checkpoint = is_universal
     # Frozen parameters are not in the checkpoint: they are as the spec's models have them.
-    path, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+    with unpickling.tensors_only(folder.name):
+        path, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
     if path is None:
         raise OutputError(f"{folder}: DeepSpeed cannot read its part of the checkpoint")
 
@@ -171,9 +175,10 @@ def _make_universal(folder: Path) -> None:
     """DeepSpeed's form for any number of ranks. Its plain engine (stage 0, float32) is alike on all and needs none."""
     if not list((folder / ENGINE).glob("*_optim_states.pt")):
         return
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-m", unpickling.__name__, "--inject_missing_state"]
     command += ["--input_folder", str(folder / ENGINE), "--output_folder", str(folder / UNIVERSAL)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    here = {"PYTHONPATH": os.pathsep.join(sys.path)}  # Ray adds to the path of a worker, not to its environment
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | here)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise OutputError(f"{folder.name}: DeepSpeed cannot convert the checkpoint to this number of ranks: {reason}")

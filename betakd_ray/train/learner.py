@@ -25,6 +25,7 @@ from betakd_ray.train import checkpoint
 from betakd_ray.train.distiller import ATTENTION, Distilled, Distiller, Selection, TeacherView
 from betakd_ray.train.optim import beta_optimizer, deepspeed_config, schedule, student_optimizer
 from betakd_ray.train.tally import Tally, Totals
+from betakd_ray.train.unpickling import tensors_only
 from betakd_ray.weighting import BetaWeighting, present_channels
 
 if TYPE_CHECKING:
@@ -43,8 +44,10 @@ class GlobalCounts:
 
     samples: int
     tokens: int
-    invalid: int
-    """Samples whose teacher's answer is not finite: they take no part."""
+    dropped: int
+    """Samples that their teacher cannot answer, or not with finite numbers: they take no part."""
+    is_due: bool
+    """Whether any rank finds it time to look up from training."""
 
 
 class Learner:
@@ -54,7 +57,7 @@ class Learner:
         self.spec = spec
         self.device = find_device()
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
-        self.accumulation = spec.training.accumulation
+        self.accumulation = spec.training.accumulation(self.world_size)
         # What is known on the host is agreed on there, without waiting for the device.
         timeout = timedelta(seconds=spec.training.collective_timeout_s)
         self.host_group = dist.new_group(backend="gloo", timeout=timeout)
@@ -75,7 +78,7 @@ class Learner:
     def channels(self) -> tuple[str, ...]:
         return self.distiller.channels
 
-    def agree(self, window: Window) -> GlobalCounts | None:
+    def agree(self, window: Window, *, is_due: bool = False) -> GlobalCounts | None:
         """Collective: the global batch's counts; None once any rank lacks a full window.
 
         Every rank learns them before the first backward, so the loss is a mean over the *global* batch, however its
@@ -83,12 +86,12 @@ class Learner:
         """
         samples = tokens = 0
         for batch, signal in window:
-            valid = _valid(batch, signal)
+            valid = valid_samples(batch, signal)
             samples += int(valid.sum())
             tokens += int(batch.student.rows_per_sample[valid].sum())
-        counts = torch.tensor([samples, tokens, len(window) == self.accumulation], dtype=torch.float64)
+        counts = torch.tensor([samples, tokens, len(window) == self.accumulation, is_due], dtype=torch.float64)
         dist.all_reduce(counts, group=self.host_group)
-        samples, tokens, full = (int(count) for count in counts.tolist())
+        samples, tokens, full, due = (int(count) for count in counts.tolist())
         if full < self.world_size:
             return None
         if samples == 0:
@@ -96,7 +99,7 @@ class Learner:
                 "the teacher's answers are not finite for any sample of a global batch. In float16 it may overflow: "
                 "set teacher.dtype to bfloat16 or float32"
             )
-        return GlobalCounts(samples, max(tokens, 1), self.spec.training.global_batch_size - samples)
+        return GlobalCounts(samples, max(tokens, 1), self.spec.training.global_batch_size - samples, due > 0)
 
     def step(self, window: Window, counts: GlobalCounts, progress: float, *, statistics: bool) -> Totals:
         """Collective: one optimizer step on a full window.
@@ -113,7 +116,7 @@ class Learner:
     ) -> None:
         """Forward and backward of one micro-batch; DeepSpeed steps with the last of the window."""
         inputs = TensorInputs.of(batch.student, self.device)
-        valid = to_device(_valid(batch, signal), self.device)
+        valid = to_device(valid_samples(batch, signal), self.device)
         features = {name: to_device(value, self.device) for name, value in (signal.features if signal else {}).items()}
         beta = self.weighting.beta(features, inputs.has_image)
         present = present_channels(self.channels, valid, inputs.has_image)
@@ -189,13 +192,16 @@ class Learner:
     def load(self, folder: Path, saved_ranks: int) -> None:
         """Collective: the inverse, also of a checkpoint that `saved_ranks`, another number of ranks, wrote."""
         checkpoint.load_engine(self.engine, folder)
-        state = torch.load(folder / "beta.pt", weights_only=True, map_location=self.device)
+        with tensors_only(folder.name):
+            state = torch.load(folder / "beta.pt", weights_only=True, map_location=self.device)
+            is_same = saved_ranks == self.world_size
+            rng = torch.load(folder / f"rng-{self.rank}.pt", weights_only=True) if is_same else None
         self.weighting.load_state_dict(state["weighting"])
         self.curriculum.load_state_dict(state["curriculum"])
         if self.beta_optimizer:
             self.beta_optimizer.load_state_dict(state["beta_optimizer"])
-        if saved_ranks == self.world_size:
-            _set_rng_state(torch.load(folder / f"rng-{self.rank}.pt", weights_only=True))
+        if rng:
+            _set_rng_state(rng)
 
     # --------------------------------------------------------------------------------------------------- build
 
@@ -219,7 +225,7 @@ class Learner:
             model=self.distiller,
             optimizer=optimizer,
             lr_scheduler=schedule(optimizer, self.spec.optimizer, total_steps),  # pyright: ignore[reportArgumentType]
-            config=deepspeed_config(self.spec),
+            config=deepspeed_config(self.spec, self.world_size),
             dist_init_required=False,
         )
         return engine
@@ -229,7 +235,8 @@ def _tensor(wire: Wire | None, device: torch.device) -> Tensor | None:
     return wire.tensor(device) if wire else None
 
 
-def _valid(batch: Batch, signal: Signal | None) -> np.ndarray:
+def valid_samples(batch: Batch, signal: Signal | None) -> np.ndarray:
+    """[B] which samples of a micro-batch take part."""
     return np.ones(batch.student.size, dtype=bool) if signal is None else signal.valid
 
 

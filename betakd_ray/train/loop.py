@@ -8,8 +8,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import psutil
 import ray
 import ray.train
@@ -20,20 +21,23 @@ from ray.actor import ActorHandle
 from betakd_ray import errors
 from betakd_ray.data.collate import Batch, collate
 from betakd_ray.data.ledger import Ledger
-from betakd_ray.data.stream import Plan
+from betakd_ray.data.stream import Plan, Quarantined, require_few
 from betakd_ray.objective import STATISTICS
 from betakd_ray.spec import JobSpec
 from betakd_ray.teacher.cache import CacheWriter, SignalCache
-from betakd_ray.teacher.pool import TeacherClient, scored
-from betakd_ray.teacher.signal import Needs, TeacherFacts
-from betakd_ray.tracking import Metrics, to_jsonl
+from betakd_ray.teacher.client import TeacherClient, scored
+from betakd_ray.teacher.signal import Needs, Signal, TeacherFacts
+from betakd_ray.tracking import Metrics, from_jsonl, to_jsonl
 from betakd_ray.train import checkpoint
 from betakd_ray.train.export import export
-from betakd_ray.train.learner import GlobalCounts, Learner, Scored, Window
+from betakd_ray.train.learner import GlobalCounts, Learner, Scored, Window, valid_samples
 from betakd_ray.train.tally import QUANTILES, Totals
 
-PROGRESS = ("samples", "invalid", "skipped", "skipped_in_a_row")
+PROGRESS = ("samples", "dropped", "skipped", "skipped_in_a_row")
 """A worker's counts that a checkpoint carries."""
+LOOK_EVERY_S = 2.0
+"""How often the workers look up from training: is a node of theirs to go, is the job to end?"""
+STOPPED = "stopped_at"
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,10 @@ class Worker:
         self.metrics = Metrics(self.spec, config.run) if self.learner.rank == 0 else None
         self.clock = Clock()
         self.ledger = config.plan.empty_ledger()
-        self.step = self.saved_step = self.samples = self.invalid = self.skipped = self.skipped_in_a_row = 0
+        self.step = self.saved_step = self.samples = self.dropped = self.skipped = self.skipped_in_a_row = 0
+        self.looked = time.monotonic()
+        self.leaving: list[str] = []
+        self.skips: list[dict[str, Any]] = []
         # New at every start of the workers, so that a save never meets the remains of another.
         self.attempt = ray.train.collective.broadcast_from_rank_zero(os.urandom(4).hex())
 
@@ -95,7 +102,7 @@ class Worker:
         """The loop: one screen is one step of training."""
         self.resume()
         for window in self.windows() if self.step < self.total_steps else ():
-            counts = self.learner.agree(window)
+            counts = self.learner.agree(window, is_due=time.monotonic() - self.looked > LOOK_EVERY_S)
             if counts is None:
                 break
             is_logged = self.is_logged(self.step + 1)
@@ -103,13 +110,16 @@ class Worker:
             totals = self.learner.step(window, counts, progress, statistics=is_logged)
             self.step += 1
             self.account(window, counts)
-            self.guard(totals)
+            self.guard(totals, window)
             if is_logged:
                 self.log(totals)
             if self.step == self.total_steps:
                 break
-            if self.step % self.training.checkpoint_every == 0:
+            wish = self.look() if counts.is_due else Wish()
+            if wish.save or self.step % self.training.checkpoint_every == 0:
                 self.save()
+            if wish.stop:
+                return {STOPPED: self.step}
         if self.step != self.saved_step:
             self.save()
         return self.finish()
@@ -147,15 +157,37 @@ class Worker:
     def account(self, window: Window, counts: GlobalCounts) -> None:
         """What the step used up."""
         for batch, signal in window:
-            self.ledger.add(batch.ids)
+            valid = valid_samples(batch, signal)
+            self.ledger.add(batch.ids.where(valid))
+            if signal and not valid.all():
+                self.quarantine(batch, signal)
             self.clock.teacher_busy_s += signal.busy_s if signal else 0.0
         self.samples += self.training.global_batch_size
-        self.invalid += counts.invalid
+        self.dropped += counts.dropped
 
-    def guard(self, totals: Totals) -> None:
-        """Count steps whose gradient was not finite. Raises NonFiniteLoss after `max_skipped_steps` in a row."""
-        self.skipped += not totals.applied
-        self.skipped_in_a_row = 0 if totals.applied else self.skipped_in_a_row + 1
+    def quarantine(self, batch: Batch, signal: Signal) -> None:
+        """Samples that the teacher has no answer to. Raises TooManyBadSamples."""
+        bad = [
+            Quarantined(
+                int(batch.ids.epoch[at]),
+                int(batch.ids.shard[at]),
+                int(batch.ids.index[at]),
+                batch.keys[at],
+                signal.reasons.get(int(at), "the teacher's output is not finite"),
+            )
+            for at in np.flatnonzero(~signal.valid)
+        ]
+        fraction = cast(float, ray.get(self.config.monitor.quarantine.remote(bad)))
+        require_few(fraction, self.spec.data, self.config.plan, bad[-1])
+
+    def guard(self, totals: Totals, window: Window) -> None:
+        """Note steps whose gradient was not finite. Raises NonFiniteLoss after `max_skipped_steps` in a row."""
+        if totals.applied:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.note_skip(window)
         if self.skipped_in_a_row >= self.training.max_skipped_steps:
             last = self.store.latest()
             energies = zip(self.learner.channels, totals.energies.tolist(), strict=True)
@@ -165,6 +197,31 @@ class Worker:
                 f"finite. Last good checkpoint: {last.name if last else 'none'}. Not finite: {broken or 'a gradient'}. "
                 "Start anew, under another name, with a lower optimizer.lr or precision fp32."
             )
+
+    def note_skip(self, window: Window) -> None:
+        """Collective: which samples were in the step that was skipped, in skipped.jsonl."""
+        plan = self.config.plan
+        mine = [
+            {"epoch": int(epoch), "shard": plan.shards[shard].url, "index": int(index), "key": key}
+            for batch, _ in window
+            for epoch, shard, index, key in zip(
+                batch.ids.epoch, batch.ids.shard, batch.ids.index, batch.keys, strict=True
+            )
+        ]
+        everyone = checkpoint.gather(mine)
+        if self.metrics:
+            self.skips.append({"step": self.step, "samples": [sample for part in everyone for sample in part]})
+            self.metrics.write(checkpoint.SKIPPED, to_jsonl(self.skips))
+
+    def look(self) -> "Wish":
+        """Collective: what the cluster and the driver want of the job."""
+        self.looked = time.monotonic()
+        preemption = ray.train.get_preemption_info()
+        leaving = preemption.preempted_node_ids if preemption else []
+        is_new, self.leaving = leaving != self.leaving, leaving
+        stopping = ray.get(self.config.monitor.is_stopping.remote()) if self.metrics else None
+        stop = cast(bool, ray.train.collective.broadcast_from_rank_zero(stopping))
+        return Wish(save=stop or (is_new and bool(leaving)), stop=stop)
 
     def log(self, totals: Totals) -> None:
         """Collective: numbers of this step (paper Figures 4–6, Table 6) and of the time since the last log."""
@@ -187,7 +244,7 @@ class Worker:
         engine = self.learner.engine
         record |= {"lr": engine.get_lr()[0], "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
         record |= {
-            "invalid_samples": self.invalid,
+            "dropped_samples": self.dropped,
             "skipped_steps": self.skipped,
             **self.clock.record(self.samples, self.client),
         }
@@ -217,9 +274,12 @@ class Worker:
             return
         progress = {name: getattr(self, name) for name in PROGRESS}
         quarantined = ray.get(self.config.monitor.quarantined.remote())
+        # What a former attempt set aside may have gone well since.
+        quarantined = [bad for bad in quarantined if not self.ledger.done(bad["epoch"], bad["shard"])[bad["index"]]]
         (folder / "progress.json").write_text(json.dumps(progress))
         (folder / checkpoint.LEDGER).write_text(self.ledger.to_json())
         (folder / checkpoint.QUARANTINE).write_text(to_jsonl(quarantined))
+        (folder / checkpoint.SKIPPED).write_text(to_jsonl(self.skips))
         (folder / "metrics.jsonl").write_text(to_jsonl(self.metrics.history))
         (folder / "spec.json").write_text(self.spec.model_dump_json(indent=2))
         self.metrics.flush()
@@ -236,6 +296,7 @@ class Worker:
             progress = json.loads((folder / "progress.json").read_text())
             if self.metrics:
                 self.metrics.restore((folder / "metrics.jsonl").read_text())
+                self.skips = from_jsonl((folder / checkpoint.SKIPPED).read_text())
         self.step = self.saved_step = manifest.step
         for name in PROGRESS:
             setattr(self, name, progress[name])
@@ -248,6 +309,14 @@ class Worker:
             return {}
         self.metrics.close()
         return {"steps": self.step, "metrics": last, "consumed": self.ledger.count, "skipped_steps": self.skipped}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is wanted of the workers before the next step."""
+
+    save: bool = False
+    stop: bool = False
 
 
 class Clock:

@@ -15,6 +15,7 @@ class Monitor:
         self.quarantine(quarantined)
         self._latest: dict[str, Any] = {}
         self._failure: tuple[str, str] | None = None
+        self._is_stopping = False
 
     def quarantine(self, records: list[Quarantined]) -> float:
         """Note bad samples (a shard read twice counts once); returns their share of the plan."""
@@ -36,6 +37,14 @@ class Monitor:
     def failure(self) -> tuple[str, str] | None:
         """(class name in `errors`, message) of such an error."""
         return self._failure
+
+    def stop(self) -> None:
+        """The driver was asked to end: the workers shall save and return."""
+        self._is_stopping = True
+
+    def is_stopping(self) -> bool:
+        """Whether it was."""
+        return self._is_stopping
 
     def latest(self) -> dict[str, Any]:
         """The newest metrics, or {}."""

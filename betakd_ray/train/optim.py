@@ -130,13 +130,13 @@ def beta_optimizer(
     return BetaOptimizer(weighting, curriculum, spec, total_steps) if learns else None
 
 
-def deepspeed_config(spec: JobSpec) -> dict[str, Any]:
+def deepspeed_config(spec: JobSpec, workers: int) -> dict[str, Any]:
     """The DeepSpeed configuration; `training.deepspeed` is merged last, for what the spec does not name."""
     training = spec.training
     config = {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": training.accumulation,
+        "gradient_accumulation_steps": training.accumulation(workers),
         "gradient_clipping": 0.0 if _is_plain(spec) else spec.optimizer.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": training.precision == "bf16"},

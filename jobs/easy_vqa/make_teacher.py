@@ -11,9 +11,10 @@ import typer
 from transformers import AutoModelForImageTextToText
 
 from betakd_ray.cli import Overrides, explained, print_scores
+from betakd_ray.cluster import connected
 from betakd_ray.data.pack import easy_vqa_samples
 from betakd_ray.evaluation.run import Evaluation
-from betakd_ray.job import BetaKDJob, cluster
+from betakd_ray.job import BetaKDJob
 from betakd_ray.models.load import student_config
 from betakd_ray.spec import ConfigInit, JobSpec, load_spec
 from jobs.easy_vqa.data import evaluation, pack_once
@@ -28,7 +29,7 @@ def main(overrides: Overrides = []) -> None:  # noqa: B006 (typer's way)
         spec = load_spec(HERE / "teacher.yaml", overrides)
         pack_once("clean", "test")
         make_vision(spec)
-        with cluster(spec):
+        with connected(spec):
             result = BetaKDJob(spec).fit()
             models = {"shipped": str(HERE / "teacher"), "new": result.model}
             scores = Evaluation(evaluation(models, output=result.path)).run()

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from betakd_ray.cli import explained, print_scores
+from betakd_ray.cluster import connected
 from betakd_ray.evaluation.run import Evaluation
-from betakd_ray.job import BetaKDJob, cluster
+from betakd_ray.job import BetaKDJob
 from betakd_ray.spec import JobSpec, load_spec, parse_spec
 from jobs.easy_vqa.data import evaluation, pack_once
 
@@ -15,7 +16,7 @@ def main() -> None:
     """From nothing to the table; what an earlier run finished is not done again."""
     pack_once("train", "test")
     distilled = load_spec(HERE / "distill.yaml")
-    with cluster(distilled):
+    with connected(distilled):
         results = {"CE only": BetaKDJob(without_teacher(distilled)).fit(), "distilled": BetaKDJob(distilled).fit()}
         models = {"teacher": str(HERE / "teacher")} | {label: result.model for label, result in results.items()}
         scores = Evaluation(evaluation(models, output="runs/easy-vqa")).run()

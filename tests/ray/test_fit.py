@@ -1,6 +1,5 @@
 """A whole job on a local cluster: shards and output in a real S3 server, one teacher, two student workers."""
 
-import io
 import json
 import os
 import signal
@@ -13,7 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from PIL import Image
 
 from betakd_ray.data.pack import pack
 from betakd_ray.errors import ClusterError, OutputError, TooManyBadSamples
@@ -31,29 +29,11 @@ from betakd_ray.storage import join, open_store
 from betakd_ray.sweep import Sweep
 from betakd_ray.train.checkpoint import CheckpointStore
 from tests.s3 import SeaweedServer
-from tests.tiny import save_tiny
+from tests.tiny import numbered_samples, save_tiny
 
 REPOSITORY = Path(__file__).parents[2]
 SAMPLES = 96
 BATCH = 8
-
-
-def _samples(count: int, broken: int | None = None) -> list[dict]:
-    samples = []
-    for number in range(count):
-        buffer = io.BytesIO()
-        Image.new("RGB", (20, 12), (number % 256, 90, 200)).save(buffer, "PNG")
-        image = buffer.getvalue() if number != broken else buffer.getvalue()[:40]
-        turns = [{"from": "human", "value": "<image>\nWhich number?"}, {"from": "gpt", "value": f"It is {number}."}]
-        text_only = number % 7 == 3
-        samples.append(
-            {
-                "id": str(number),
-                "conversations": [{**turns[0], "value": "Which number?"}, turns[1]] if text_only else turns,
-                "images": [] if text_only else [image],
-            }
-        )
-    return samples
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +81,7 @@ def test_every_planned_sample_is_used_once_or_quarantined_or_in_the_tail(
 ) -> None:
     spec = _spec(s3, models, "whole")
     pack(
-        _samples(SAMPLES, broken=40),
+        numbered_samples(SAMPLES, broken=40),
         f"s3://{s3.bucket}/whole/shards",
         samples_per_shard=17,
         storage=spec.data.storage,
@@ -146,7 +126,10 @@ def test_a_killed_driver_and_a_killed_worker_lose_and_double_nothing(
 ) -> None:
     spec = _spec(s3, models, "killed")
     pack(
-        _samples(SAMPLES, broken=4), f"s3://{s3.bucket}/killed/shards", samples_per_shard=17, storage=spec.data.storage
+        numbered_samples(SAMPLES, broken=4),
+        f"s3://{s3.bucket}/killed/shards",
+        samples_per_shard=17,
+        storage=spec.data.storage,
     )
     file = tmp_path / "killed.yaml"
     file.write_text(spec.model_dump_json())  # JSON is YAML
@@ -189,7 +172,7 @@ def _student_workers() -> list[psutil.Process]:
 
 @pytest.mark.timeout(300)
 def test_a_grid_asks_the_teacher_once_and_is_resumable(ray_cluster: str, models: Path, tmp_path: Path) -> None:
-    pack(_samples(24), str(tmp_path / "shards"))
+    pack(numbered_samples(24), str(tmp_path / "shards"))
     template = {
         "name": "template",
         "data": {"train": str(tmp_path / "shards" / "*.tar"), "shuffle": False},
@@ -233,7 +216,7 @@ def _busy(metrics: Path) -> list[float]:
 def test_too_many_bad_samples_stop_the_job_and_name_the_last(ray_cluster: str, s3: SeaweedServer, models: Path) -> None:
     tree = _spec(s3, models, "bad").model_dump(mode="json")
     tree["data"]["max_bad_fraction"] = 0.005
-    pack(_samples(16, broken=4), f"s3://{s3.bucket}/bad/shards", storage=parse_spec(tree).data.storage)
+    pack(numbered_samples(16, broken=4), f"s3://{s3.bucket}/bad/shards", storage=parse_spec(tree).data.storage)
     with pytest.raises(TooManyBadSamples, match=r"max_bad_fraction.*cannot be decoded"):
         BetaKDJob(parse_spec(tree)).fit()
 
@@ -242,7 +225,7 @@ def test_gpus_that_the_cluster_cannot_have_are_an_error_before_any_training(
     s3: SeaweedServer, ray_cluster: str, models: Path
 ) -> None:
     spec = _spec(s3, models, "greedy")
-    pack(_samples(16), f"s3://{s3.bucket}/greedy/shards", storage=spec.data.storage)
+    pack(numbered_samples(16), f"s3://{s3.bucket}/greedy/shards", storage=spec.data.storage)
     tree = spec.model_dump(mode="json")
     tree["cluster"]["teacher"]["gpus"] = 4
     with pytest.raises(ClusterError, match=r"teacher.*4 GPUs"):

@@ -12,7 +12,7 @@ from betakd_ray.errors import TeacherError
 from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.spec import CacheSpec, TeacherSpec
 from betakd_ray.teacher.cache import CacheWriter, SignalCache, joined, split
-from betakd_ray.teacher.pool import TeacherClient, scored
+from betakd_ray.teacher.client import TeacherClient, scored
 from betakd_ray.teacher.signal import Needs, Signal, TeacherFacts, Wire
 
 SHARDS = [Shard("/data/a-0.tar", 10, 999, "aa"), Shard("/data/a-1.tar", 10, 999, "bb")]
@@ -208,9 +208,9 @@ def test_only_what_is_not_known_is_asked_and_that_is_kept(tmp_path):
     writer = CacheWriter(cache(tmp_path), SHARDS)
     known = [part for part in split(signal(), inputs()) if part]
     batches = [
-        Batch(inputs(), inputs(), ids(0, 1, 2), known),
-        Batch(inputs(), inputs(), ids(3, 4, 5), None),
-        Batch(inputs(), inputs(), ids(6, 7, 8), known),
+        Batch(inputs(), inputs(), ids(0, 1, 2), [], known),
+        Batch(inputs(), inputs(), ids(3, 4, 5), [], None),
+        Batch(inputs(), inputs(), ids(6, 7, 8), [], known),
     ]
     client = Client()
     answered = list(scored(iter(batches), client, window=1, needs=ALL, cache=writer))

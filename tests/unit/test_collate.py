@@ -36,6 +36,7 @@ def table(samples, views=("student",)):
         "shard": pa.array(range(count), pa.int32()),
         "index": pa.array(range(10, 10 + count), pa.int32()),
     }
+    ids["key"] = pa.array([f"{index:09}" for index in range(10, 10 + count)])
     ids["signal"] = pa.nulls(count, pa.large_binary())
     return pa.table({**ids, **to_arrow({view: samples for view in views})})
 

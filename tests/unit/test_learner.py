@@ -113,7 +113,7 @@ def _window(folder: Path, spec: Any, teacher: TeacherScorer) -> Window:
     for piece in pieces:
         inputs = stack(piece, renderer.pad_token_id, renderer.image_token_id)
         nowhere = torch.zeros(len(piece), dtype=torch.int32).numpy()
-        window.append((Batch(inputs, inputs, SampleIds(nowhere, nowhere, nowhere)), teacher.score(inputs)))
+        window.append((Batch(inputs, inputs, SampleIds(nowhere, nowhere, nowhere), []), teacher.score(inputs)))
     return window
 
 

@@ -67,7 +67,7 @@ def test_defaults_are_the_paper_s():
     assert job.optimizer.beta_lr == 1e-3
     assert job.optimizer.lr == 4e-5
     assert job.training.global_batch_size == 128
-    assert job.training.accumulation == 16
+    assert job.training.accumulation(workers=1) == 16
     assert job.data.template == "vicuna_v1"
     assert job.student.train == ("language_model", "projector")
 
@@ -80,6 +80,19 @@ def test_shorthands_are_the_long_form():
     assert job.output == OutputSpec(path="/runs")
     assert job.objective.weighting.kind == "task"
     assert ObjectiveSpec(energies="fkl").channels == ("fkl",)
+
+
+def test_elastic_workers_are_a_range_that_the_batch_can_always_be_split_over():
+    elastic = {"training__workers": {"min": 1, "max": 4}, "training__global_batch_size": 24}
+    slots = {"cluster__student": {"resources": {"student_slot": 1}}}
+    job = parse_spec(tree(**elastic, **slots, training__micro_batch_size=2))
+    assert [job.training.accumulation(workers) for workers in (1, 2, 3, 4)] == [12, 6, 4, 3]
+    with pytest.raises(SpecError, match=r"4 × 4 = 16"):
+        parse_spec(tree(**elastic, **slots, training__micro_batch_size=4))
+    with pytest.raises(SpecError, match=r"cluster\.student\.resources.*student_slot"):
+        parse_spec(tree(**elastic, training__micro_batch_size=2))
+    with pytest.raises(SpecError, match="max 1 is below min 2"):
+        parse_spec(tree(training__workers={"min": 2, "max": 1}))
 
 
 def test_a_spec_is_frozen():
@@ -179,7 +192,7 @@ def file(tmp_path):
 
 def test_overrides_are_yaml_and_make_missing_sections(file):
     job = load_spec(file, ["training.workers=2", "training.precision=fp32", "objective.energies=[fkl, rkl]"])
-    assert job.training.workers == 2
+    assert job.training.workers.max == 2
     assert job.training.precision == "fp32"
     assert job.objective.channels == ("fkl", "rkl")
     assert load_spec(file, ["teacher=null", "objective.energies=[]"]).teacher is None
@@ -231,7 +244,7 @@ def test_a_missing_file_is_named(tmp_path):
         ),
         ({"objective__energies": [{"kind": "js", "mixtures": 1}]}, "no such field; did you mean 'mixture'?"),
         ({"output__zzz": 1}, "output.zzz: no such field; the fields here are path, storage"),
-        ({"training__workers": "two"}, "training.workers: "),
+        ({"training__workers": "two"}, "training.workers.min: "),
         ({"training__workers": "two"}, "got 'two'"),
         ({"training__workers": 0}, "greater than or equal to 1, got 0"),
         ({"training__precision": "fp8"}, "got 'fp8'"),

@@ -1,0 +1,180 @@
+"""A job on a cluster of several logical nodes, and a seeded schedule of what befalls it.
+
+The driver is a process of its own, as under `ray job submit`; whoever is to die is found among the cluster's processes.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ray.cluster_utils import Cluster
+
+from betakd_ray.spec import JobSpec
+from betakd_ray.storage import join
+from betakd_ray.train.checkpoint import CheckpointStore
+
+REPOSITORY = Path(__file__).parents[2]
+TEACHER, STUDENT = "TeacherScorer", "RayTrainWorker"
+RESUME_ME = os.EX_TEMPFAIL
+PATIENCE_S = 300.0
+"""For the next checkpoint; a job that makes none for so long hangs."""
+
+
+class Nodes:
+    """A head, a node for a teacher and two for students; each can be taken away and comes back."""
+
+    POOLS = ("teacher", "student-0", "student-1")
+
+    def __init__(self, folder: str) -> None:
+        head = {"num_cpus": 2, "include_dashboard": False, "temp_dir": folder, "object_store_memory": 256 << 20}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._nodes = {pool: self._add(pool) for pool in self.POOLS}
+
+    @property
+    def address(self) -> str:
+        return self._cluster.address
+
+    def lose(self, pool: str) -> None:
+        """The node dies at once, and another takes its place."""
+        self._cluster.remove_node(self._nodes[pool], allow_graceful=False)
+        self._nodes[pool] = self._add(pool)
+
+    def shutdown(self) -> None:
+        self._cluster.shutdown()
+
+    def _add(self, pool: str) -> Any:
+        slot = f"{pool.split('-')[0]}_slot"
+        return self._cluster.add_node(num_cpus=1, resources={slot: 1}, object_store_memory=128 << 20)
+
+
+@contextmanager
+def nodes() -> Iterator[Nodes]:
+    """Such a cluster, in a folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        cluster = Nodes(folder)
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+class Storm:
+    """Runs a job to its end, come what may; `befell` counts what did."""
+
+    def __init__(self, spec: JobSpec, nodes: Nodes, seed: int) -> None:
+        self.spec, self.nodes = spec, nodes
+        self.befell: Counter[str] = Counter()
+        self._random = random.Random(seed)
+        self._store = CheckpointStore(join(spec.output.path, spec.name), spec.output.storage)
+        self._folder = Path(tempfile.mkdtemp(prefix="storm-"))
+        self._file = self._folder / "spec.yaml"
+        self._file.write_text(spec.model_dump_json())  # JSON is YAML
+        self._driver = self._start()
+
+    def run(self, events: list[str]) -> None:
+        """Each event after some progress since the last, then on to the end."""
+        for event in events:
+            if not self._wait_for_progress():
+                break  # the job was quicker
+            time.sleep(self._random.uniform(0, 2))
+            getattr(self, event)()
+            self.befell[event] += 1
+        while (code := self._driver.wait(timeout=PATIENCE_S)) == RESUME_ME:
+            self._driver = self._start()
+        assert code == 0, f"the driver ended with {code}: {self.log}"
+
+    @property
+    def log(self) -> str:
+        """What the drivers said."""
+        return (self._folder / "log").read_text()[-2000:]
+
+    # --------------------------------------------------------------------------------------------- events
+
+    def kill_teacher(self) -> None:
+        self._signal(TEACHER, signal.SIGKILL)
+
+    def kill_worker(self) -> None:
+        self._signal(STUDENT, signal.SIGKILL)
+
+    def stop_worker(self) -> None:
+        """It hangs, as in a driver's call that never returns; the others notice in their next collective."""
+        self._signal(STUDENT, signal.SIGSTOP)
+
+    def lose_teacher_node(self) -> None:
+        self.nodes.lose("teacher")
+
+    def lose_student_node(self) -> None:
+        self.nodes.lose(self._random.choice(["student-0", "student-1"]))
+
+    def kill_driver(self) -> None:
+        self._driver.kill()
+        self._driver.wait()
+        self._driver = self._start()
+
+    def end_driver(self) -> None:
+        """As `ray job stop` does, and a node that is drained: it saves, and says that it wants to be resumed."""
+        self._driver.terminate()
+        code = self._driver.wait(timeout=PATIENCE_S)
+        assert code in (RESUME_ME, 0), f"the driver ended with {code}: {self.log}"
+        if code:
+            self._driver = self._start()
+
+    # ---------------------------------------------------------------------------------------------- means
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, str(REPOSITORY / "jobs" / "distill.py"), "--spec", str(self._file)]
+        environment = {**os.environ, "RAY_ADDRESS": self.nodes.address, "PYTHONPATH": str(REPOSITORY)}
+        with open(self._folder / "log", "ab") as log:
+            return subprocess.Popen(command, cwd=self._folder, env=environment, stdout=log, stderr=log)
+
+    def _wait_for_progress(self) -> bool:
+        """Until another checkpoint is there; false if the job ends before."""
+        before = self._step()
+        return self._wait(lambda: self._step() > before)
+
+    def _step(self) -> int:
+        newest = self._store.latest()
+        return newest.step if newest else 0
+
+    def _wait(self, come: Callable[[], bool]) -> bool:
+        deadline = time.monotonic() + PATIENCE_S
+        while self._driver.poll() is None:
+            if come():
+                return True
+            assert time.monotonic() < deadline, f"no progress within {PATIENCE_S:g} s: {self.log}"
+            time.sleep(0.1)
+        return False
+
+    def _signal(self, role: str, number: signal.Signals) -> None:
+        """To one of those who have the role, if the job has any at this moment."""
+        victims = sorted((process.pid, process) for process in _children() if role in _title(process))
+        if victims:
+            _send(self._random.choice(victims)[1], number)
+
+
+def _children() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has gone meanwhile
+        return ""
+
+
+def _send(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:  # likewise
+        return

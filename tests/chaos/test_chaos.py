@@ -1,0 +1,138 @@
+"""Whole jobs under a schedule of kills and a failing store: nothing is lost, nothing is doubled, nothing is changed."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from betakd_ray.audit import audit
+from betakd_ray.data.pack import pack
+from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
+from betakd_ray.storage import join, open_store
+from tests.chaos.storm import Nodes, Storm, nodes
+from tests.s3 import SeaweedServer
+from tests.s3_proxy import FaultyS3
+from tests.tiny import numbered_samples, save_tiny
+
+SAMPLES, EPOCHS, BATCH = 150, 2, 6
+EVENTS = (
+    "kill_teacher",
+    "kill_worker",
+    "lose_teacher_node",
+    "lose_student_node",
+    "kill_driver",
+    "end_driver",
+    "stop_worker",
+)
+FAULT_RATE = 0.02
+"""Of the requests to the store."""
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[SeaweedServer]:
+    with SeaweedServer() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def data(s3: SeaweedServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards in the store; the folder has the models."""
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny(folder / "teacher", hidden=32, seed=1)
+    save_tiny(folder / "student", hidden=16, seed=2)
+    storage = StorageSpec(endpoint_url=s3.endpoint_url)
+    pack(numbered_samples(SAMPLES, broken=40), f"s3://{s3.bucket}/shards", samples_per_shard=17, storage=storage)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cluster(s3: SeaweedServer) -> Iterator[Nodes]:
+    with nodes() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def undisturbed(s3: SeaweedServer, data: Path, cluster: Nodes) -> list[float]:
+    """The losses of the job that nothing befell, on one worker."""
+    spec = _spec(s3, s3.endpoint_url, data, "undisturbed", workers=1)
+    Storm(spec, cluster, seed=0).run([])
+    return _losses(spec)
+
+
+@pytest.mark.timeout(900)
+def test_a_storm_changes_nothing(
+    seed: int, s3: SeaweedServer, data: Path, cluster: Nodes, undisturbed: list[float]
+) -> None:
+    """Even seeds: one worker, where the order of samples is fixed, and the losses with it. Odd: as many as there is
+    room for, at most two, where it is not."""
+    draw = random.Random(seed)
+    is_elastic = bool(seed % 2)
+    events = draw.sample(
+        EVENTS if is_elastic else EVENTS[:-1], 3
+    )  # one worker alone has nobody to notice that it hangs
+    workers = {"min": 1, "max": 2} if is_elastic else 1
+    with FaultyS3(s3, seed=seed, rate=FAULT_RATE) as proxy:
+        spec = _spec(s3, proxy.endpoint_url, data, f"storm-{seed}", workers=workers)
+        storm = Storm(spec, cluster, seed)
+        storm.run(events)
+        print(f"seed {seed}: {dict(storm.befell)}; of the store: {dict(proxy.faults_injected)}")
+    spec = _spec(s3, s3.endpoint_url, data, f"storm-{seed}", workers=workers)
+    found = audit(join(spec.output.path, spec.name), spec.output.storage)
+    assert found.problems == []
+    losses = _losses(spec)
+    if is_elastic:
+        assert _end(losses) == pytest.approx(_end(undisturbed), rel=0.1)
+    else:
+        assert losses == pytest.approx(undisturbed, rel=1e-5)
+
+
+def _end(losses: list[float]) -> float:
+    """Mean loss of the last quarter."""
+    last = losses[-len(losses) // 4 :]
+    return sum(last) / len(last)
+
+
+def _losses(spec: JobSpec) -> list[float]:
+    filesystem, root = open_store(join(spec.output.path, spec.name), spec.output.storage)
+    lines = filesystem.cat_file(join(root, "metrics.jsonl")).splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def _spec(s3: SeaweedServer, endpoint_url: str, data: Path, name: str, workers: object) -> JobSpec:
+    storage = {"endpoint_url": endpoint_url, "region": "us-east-1"}
+    return parse_spec(
+        {
+            "name": name,
+            "data": {
+                "train": f"s3://{s3.bucket}/shards/train-*.tar",
+                "storage": storage,
+                "shuffle": False,
+                "max_bad_fraction": 0.5,
+            },
+            "teacher": {"path": str(data / "teacher"), "timeout_s": 60},
+            "student": {"init": {"kind": "checkpoint", "path": str(data / "student")}},
+            "objective": {"energies": ["fkl", "fd"], "weighting": "instance"},
+            "optimizer": {"lr": 1e-3},
+            "training": {
+                "epochs": EPOCHS,
+                "global_batch_size": BATCH,
+                "micro_batch_size": 3,
+                "workers": workers,
+                "precision": "fp32",
+                "log_every": 1,
+                "checkpoint_every": 5,
+                "max_failures": 20,
+                "collective_timeout_s": 40,
+            },
+            "cluster": {
+                "teacher": {"resources": {"teacher_slot": 1}, "max_restarts": 10},
+                "student": {"resources": {"student_slot": 1}},
+            },
+            "output": {"path": f"s3://{s3.bucket}/runs", "storage": storage},
+            "tracking": {"progress": False},
+        }
+    )
