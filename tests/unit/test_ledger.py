@@ -46,6 +46,7 @@ def test_repeated_samples_are_counted_in_a_batch_and_between_batches():
     ledger = Ledger(SIZES)
     assert ledger.add(ids((0, 1, 4), (0, 1, 4), (0, 1, 3))) == 1
     assert ledger.add(ids((0, 1, 4), (0, 1, 2))) == 1
+    assert ledger.add(ids((0, 1, 2), (0, 1, 2))) == 2
     assert ledger.count == 3
 
 
@@ -65,6 +66,71 @@ def test_a_shard_is_complete_with_its_last_sample_and_repeats_are_still_seen():
 def test_a_sample_outside_the_plan_is_refused(place):
     with pytest.raises(IndexError):
         Ledger(SIZES).add(ids(place))
+
+
+def test_only_the_samples_that_are_done_are_held():
+    ledger = Ledger(SIZES)
+    ledger.add(ids((1, 1, 4), (0, 2, 0)))
+    assert ledger.holds(ids((0, 2, 0), (1, 1, 3), (1, 1, 4), (0, 1, 4), (1, 2, 0))).tolist() == [1, 0, 1, 0, 0]
+    assert ledger.holds(ids()).tolist() == []
+
+
+def test_ledgers_of_different_plans_are_not_merged():
+    with pytest.raises(ValueError, match="different plans"):
+        Ledger(SIZES).merge(Ledger([3, 5, 2]))
+
+
+def shuffled(shards, size, finished, in_flight, seed):
+    """A ledger amid a shuffled epoch: `finished` shards in the plan's order, and half of each of the next ones."""
+    rng = np.random.default_rng(seed)
+    ledger = Ledger([size] * shards)
+    order = rng.permutation(shards)
+    for shard in order[:finished]:
+        ledger.add(ids_of_shard(shard, np.arange(size)))
+    for shard in order[finished : finished + in_flight]:
+        ledger.add(ids_of_shard(shard, rng.permutation(size)[: size // 2]))
+    return ledger
+
+
+def ids_of_shard(shard, indexes):
+    index = indexes.astype(np.int32)
+    return SampleIds(np.zeros_like(index), np.full_like(index, shard), index)
+
+
+def test_a_large_ledger_is_no_longer_than_its_bits_in_base64():
+    shards, size, in_flight = 4000, 10_000, 300
+    ledger = shuffled(shards, size, 2000, in_flight, seed=1)
+    text = ledger.to_json()
+    bound = 4 / 3 * (shards / 8 + in_flight * (size / 8 + 8)) + 500  # 8: where it is; 500: sizes, names, headers
+    assert bound == pytest.approx(504_000, abs=1000)
+    assert 500_000 < len(text) < bound  # and it is near: random bits do not deflate
+    again = Ledger.from_json(text)
+    assert again.count == ledger.count == 2000 * size + in_flight * size // 2
+    assert again.to_json() == text
+
+
+def test_a_finished_shard_costs_less_than_a_quarter_of_a_byte_and_a_finished_epoch_a_few_bytes():
+    empty, half, full = (len(shuffled(4000, 10, finished, 0, seed=1).to_json()) for finished in (0, 2000, 4000))
+    assert empty < 400
+    assert half - empty < 4000 / 4
+    assert full - empty < 50
+
+
+def test_a_shard_that_lacks_a_few_samples_costs_bytes_for_these_only():
+    ledger = Ledger([10_000] * 100)
+    for shard in range(100):
+        ledger.add(ids_of_shard(shard, np.random.default_rng(shard).permutation(10_000)[10:]))
+    assert len(ledger.to_json()) < 100 * 80
+
+
+def test_large_ledgers_merge_into_their_union():
+    ledger, other = (shuffled(4000, 1000, 2000, 300, seed) for seed in (1, 2))
+    both = {shard: ledger.done(0, shard) | other.done(0, shard) for shard in range(4000)}
+    ledger.merge(other)
+    assert all(np.array_equal(ledger.done(0, shard), done) for shard, done in both.items())
+    assert [ledger.is_complete(0, shard) for shard in range(4000)] == [bool(done.all()) for done in both.values()]
+    assert ledger.counts(1).tolist() == [[int(done.sum()) for done in both.values()]]
+    assert ledger.count == ledger.counts(1).sum()
 
 
 places = st.tuples(st.integers(0, 1), st.integers(0, 2), st.integers(0, 4)).filter(lambda p: p[2] < SIZES[p[1]])
