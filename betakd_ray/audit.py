@@ -1,0 +1,381 @@
+"""A run's accounts, closed from its files alone: where every planned sample went.
+
+A planned sample is consumed (it took part in one committed step, so the ledger has it), quarantined (it never will, and
+quarantine.jsonl says why) or open (still to do; of a finished job, its tail).
+"""
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from os.path import commonprefix
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from betakd_ray.data.files import store_errors
+from betakd_ray.data.ledger import Ledger
+from betakd_ray.data.shards import Shard
+from betakd_ray.data.stream import Plan, Quarantined, ids_of
+from betakd_ray.errors import OutputError
+from betakd_ray.spec import JobSpec, StorageSpec
+from betakd_ray.storage import join, open_store, replace_file
+from betakd_ray.tracking import to_jsonl
+from betakd_ray.train.checkpoint import FOLDER, QUARANTINE, CheckpointStore
+
+PLAN, TAIL = "plan.json", "tail.jsonl"
+SPEC, METRICS, PROGRESS, RESULT = "spec.json", "metrics.jsonl", "progress.json", "result.json"
+COLUMNS: tuple[str, ...] = ("planned", "consumed", "quarantined", "open")
+REPORTED = ("steps", "planned", "consumed", "quarantined", "tail")
+"""What result.json says of the accounts."""
+NAMED = 3
+"""Samples that a problem names."""
+
+T = TypeVar("T")
+
+
+# ------------------------------------------------------------------------------------------ what a job notes
+
+
+def write_plan(run: str, storage: StorageSpec, plan: Plan) -> None:
+    """Note the plan when a run is first started. Raises OutputError when it is started again with another."""
+    url = join(run, PLAN)
+    content = _read(url, storage)
+    if content is None:
+        _write(url, storage, json.dumps(asdict(plan)))
+    elif (before := _parsed_plan(url, content)) != plan:
+        raise OutputError(
+            f"{url}: the data changed under the run: {_first_difference(before, plan)}. What is done can no longer be "
+            "told from what is not: put the shards back as they were, or start anew under another `name`."
+        )
+
+
+def open_samples(plan: Plan, ledger: Ledger, quarantined: Sequence[Quarantined]) -> list[dict[str, Any]]:
+    """{"epoch", "shard": its URL, "index"} of the planned samples that are neither consumed nor quarantined, in order.
+
+    A dict each: for what is left over, not for a job that has hardly begun.
+    """
+    settled = _settled(plan, ledger, quarantined)
+    return [
+        {"epoch": epoch, "shard": shard.url, "index": index}
+        for epoch in range(plan.epochs)
+        for number, shard in enumerate(plan.shards)
+        if not settled.is_complete(epoch, number)
+        for index in np.flatnonzero(~settled.done(epoch, number)).tolist()
+    ]
+
+
+def write_tail(run: str, storage: StorageSpec, samples: Iterable[dict[str, Any]]) -> None:
+    """Note the open samples of a job that is done, one a line."""
+    _write(join(run, TAIL), storage, to_jsonl(samples))
+
+
+def _settled(plan: Plan, ledger: Ledger, quarantined: Sequence[Quarantined]) -> Ledger:
+    settled = plan.empty_ledger()
+    settled.merge(ledger)
+    settled.add(ids_of(quarantined))
+    return settled
+
+
+def _first_difference(before: Plan, now: Plan) -> str:
+    for number, (was, is_now) in enumerate(zip(before.shards, now.shards, strict=False)):
+        if was != is_now:
+            return f"shard {number} was {_described(was)} and is {_described(is_now)}"
+    if len(before.shards) != len(now.shards):
+        number = min(len(before.shards), len(now.shards))
+        change = "is gone" if number == len(now.shards) else "is new"
+        shard = max(before.shards, now.shards, key=len)[number]
+        return f"shard {number}, {shard.url}, {change} ({len(before.shards)} shards before, {len(now.shards)} now)"
+    fields = [name for name in ("epochs", "seed", "shuffle") if getattr(before, name) != getattr(now, name)]
+    return ", ".join(f"{name} was {getattr(before, name)} and is {getattr(now, name)}" for name in fields)
+
+
+def _described(shard: Shard) -> str:
+    return f"{shard.url} ({shard.samples} samples, {shard.bytes} bytes, crc32 {shard.checksum})"
+
+
+# -------------------------------------------------------------------------------------------------- the audit
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """Where the planned samples of a run are, as of its newest committed checkpoint."""
+
+    step: int
+    """Of that checkpoint; 0 without one."""
+    is_finished: bool
+    shards: tuple[str, ...]
+    samples: dict[str, NDArray[np.int64]]
+    """planned, consumed, quarantined, open: [epochs, shards] each, and the last three add up to the first. No epochs
+    where the ledger is of another plan, and so tells nothing."""
+    problems: list[str]
+    """What does not add up."""
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """planned, consumed, quarantined, open: over all epochs and shards."""
+        return {name: int(counts.sum()) for name, counts in self.samples.items()}
+
+    @property
+    def state(self) -> str:
+        """How far the job is, and so what its open samples are."""
+        if self.is_finished:
+            return f"finished at step {self.step}: open samples are its tail"
+        return f"not finished, step {self.step} is committed: open samples are still to do"
+
+    def table(self, by_shard: bool) -> list[list[str]]:
+        """A header, a line an epoch (or an epoch and shard), and the totals."""
+        counts = np.stack([self.samples[name] for name in COLUMNS], axis=-1)
+        if by_shard:
+            shards = _without_common_folder(self.shards)
+            names = [[str(epoch), shard] for epoch in range(len(counts)) for shard in shards]
+            header, total, counts = ["epoch", "shard"], ["total", ""], counts.reshape(-1, len(COLUMNS))
+        else:
+            names = [[str(epoch)] for epoch in range(len(counts))]
+            header, total, counts = ["epoch"], ["total"], counts.sum(axis=1)
+        lines = [[*name, *_figures(row)] for name, row in zip(names, counts.tolist(), strict=True)]
+        return [[*header, *COLUMNS], *lines, [*total, *_figures(self.totals.values())]]
+
+
+def audit(run: str, storage: StorageSpec) -> Audit:
+    """Close a run's accounts, also while the job goes on.
+
+    Raises OutputError where the folder is no run's or a file in it is damaged, DataError where the store fails.
+    """
+    spec, plan = _spec(run, storage), _plan(run, storage)
+    outcome = _outcome(run, storage)  # looked for first: where there is one, no newer checkpoint comes
+    last = _committed(run, storage, plan)
+    problems = list(_disordered(_records(join(run, METRICS), storage, lambda step, **_: step)))
+    counts: dict[str, NDArray[np.int64]] = dict.fromkeys(COLUMNS, np.zeros((0, len(plan.shards)), np.int64))
+    if wrong := list(_of_another_plan(last, plan)):
+        problems += wrong
+    else:
+        inside = [bad for bad in last.quarantined if _is_planned(bad, plan)]
+        counts = _counts(plan, last.ledger, inside)
+        problems += [*_miscounted(last, plan, spec), *_misplaced(last, plan, inside)]
+        if outcome:
+            problems += _misreported(outcome, last, plan, spec, open_samples(plan, last.ledger, inside))
+    return Audit(last.step, outcome is not None, tuple(shard.url for shard in plan.shards), counts, problems)
+
+
+def _counts(plan: Plan, ledger: Ledger, quarantined: list[Quarantined]) -> dict[str, NDArray[np.int64]]:
+    consumed = ledger.counts(plan.epochs)
+    settled = _settled(plan, ledger, quarantined).counts(plan.epochs)
+    planned = np.broadcast_to(ledger.sizes, settled.shape)
+    return dict(zip(COLUMNS, (planned, consumed, settled - consumed, planned - settled), strict=True))
+
+
+def _figures(counts: Iterable[int]) -> list[str]:
+    return [f"{count:,}" for count in counts]
+
+
+def _without_common_folder(urls: Sequence[str]) -> list[str]:
+    start = commonprefix(urls).rfind("/") + 1  # noqa: RUF071 (commonpath would take a slash out of "s3://")
+    return [url[start:] for url in urls]
+
+
+# ------------------------------------------------------------------------------------------ what must hold
+
+
+def _disordered(logged: list[int]) -> Iterator[str]:
+    """A step is logged at most once, after those before it."""
+    if back := [f"step {after} after step {before}" for before, after in pairwise(logged) if after <= before]:
+        yield f"{METRICS}: {len(back)} steps are logged twice or out of order: {_few(back)}"
+
+
+def _of_another_plan(last: "_Committed", plan: Plan) -> Iterator[str]:
+    """The ledger's shards are the plan's."""
+    sizes, planned = last.ledger.sizes, plan.empty_ledger().sizes
+    if len(sizes) != len(planned):
+        yield f"{last.name}: its ledger has {len(sizes)} shards, {PLAN} {len(planned)}"
+    elif (differing := np.flatnonzero(sizes != planned)).size:
+        shards = [f"{plan.shards[at].url} with {sizes[at]} samples, not {planned[at]}" for at in differing]
+        yield f"{last.name}: its ledger has {len(shards)} shards of other sizes than {PLAN}: {_few(shards)}"
+
+
+def _miscounted(last: "_Committed", plan: Plan, spec: JobSpec) -> Iterator[str]:
+    """Each committed step used up one global batch of samples that no other step had."""
+    size, consumed = spec.training.global_batch_size, last.ledger.count
+    taken = last.step * size
+    surplus = consumed + last.dropped - taken
+    sums = f"{last.step} steps of {size} took {taken}; {consumed} are consumed and {last.dropped} dropped"
+    if surplus > 0:
+        yield f"{last.name}: {surplus} samples count as done and were in no step: {sums}"
+    if surplus < 0:
+        yield f"{last.name}: {-surplus} samples were in two steps: {sums}"
+    if last.dropped > len(last.quarantined):
+        yield f"{last.name}: {last.dropped} samples were dropped from steps, only {len(last.quarantined)} quarantined"
+    if beyond := consumed - int(last.ledger.counts(plan.epochs).sum()):
+        yield f"{last.name}: {beyond} samples are consumed in epochs after the last of {plan.epochs}"
+
+
+def _misplaced(last: "_Committed", plan: Plan, inside: list[Quarantined]) -> Iterator[str]:
+    """A quarantined sample is one of the plan, is listed once, and is not consumed."""
+    where = f"{last.name}/{QUARANTINE}"
+    named = Counter(_named(bad, plan) for bad in last.quarantined)
+    if twice := [name for name, times in named.items() if times > 1]:
+        yield f"{where}: {len(twice)} samples are listed twice: {_few(twice)}"
+    if outside := [_named(bad, plan) for bad in last.quarantined if not _is_planned(bad, plan)]:
+        yield f"{where}: {len(outside)} samples are not in the plan: {_few(outside)}"
+    if both := [_named(inside[at], plan) for at in np.flatnonzero(last.ledger.holds(ids_of(inside)))]:
+        yield f"{where}: {len(both)} samples are consumed, too: {_few(both)}"
+
+
+def _misreported(
+    outcome: "_Outcome", last: "_Committed", plan: Plan, spec: JobSpec, tail: list[dict[str, Any]]
+) -> Iterator[str]:
+    """What a finished job says is what its last checkpoint says, and less than a global batch is left over."""
+    numbers = (last.step, plan.samples, last.ledger.count, len(last.quarantined), len(tail))
+    for name, number in zip(REPORTED, numbers, strict=True):
+        if outcome.result[name] != number:
+            yield f"{RESULT}: {name} is {outcome.result[name]}, by {last.name} it is {number}"
+    noted, known = (
+        Counter(f"{_named(bad, plan)} ({bad.reason})" for bad in listed)
+        for listed in (outcome.quarantined, last.quarantined)
+    )
+    yield from _unequal(QUARANTINE, noted, known)
+    yield from _unequal(TAIL, Counter(outcome.tail), Counter(_name(**sample) for sample in tail))
+    size = spec.training.global_batch_size
+    if len(tail) >= size and last.step != spec.training.max_steps:
+        yield (
+            f"{RESULT}: {len(tail)} samples are left over, enough for another step of {size}, and no "
+            "training.max_steps ended the job"
+        )
+
+
+def _unequal(file: str, listed: Counter[str], expected: Counter[str]) -> Iterator[str]:
+    if missing := expected - listed:
+        yield f"{file}: {missing.total()} samples are missing: {_few(list(missing))}"
+    if surplus := listed - expected:
+        yield f"{file}: {surplus.total()} samples should not be there: {_few(list(surplus))}"
+
+
+def _is_planned(bad: Quarantined, plan: Plan) -> bool:
+    return (
+        0 <= bad.epoch < plan.epochs
+        and 0 <= bad.shard < len(plan.shards)
+        and 0 <= bad.index < plan.shards[bad.shard].samples
+    )
+
+
+def _named(bad: Quarantined, plan: Plan) -> str:
+    is_known = 0 <= bad.shard < len(plan.shards)
+    return _name(bad.epoch, plan.shards[bad.shard].url if is_known else f"shard {bad.shard}", bad.index)
+
+
+def _name(epoch: int, shard: str, index: int) -> str:
+    return f"sample {index} of {shard} in epoch {epoch}"
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f"; and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return "; ".join(names[:NAMED]) + more
+
+
+# ------------------------------------------------------------------------------------------ a run's files
+
+
+@dataclass(frozen=True)
+class _Committed:
+    """What the newest committed checkpoint says."""
+
+    name: str
+    step: int
+    ledger: Ledger
+    quarantined: list[Quarantined]
+    dropped: int
+    """Samples of its steps that took no part in them; they are quarantined."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a finished job says."""
+
+    result: dict[str, int]
+    quarantined: list[Quarantined]
+    tail: list[str]
+
+
+def _spec(run: str, storage: StorageSpec) -> JobSpec:
+    url = join(run, SPEC)
+    with _as_written(url):
+        return JobSpec.model_validate_json(_required(url, storage))
+
+
+def _plan(run: str, storage: StorageSpec) -> Plan:
+    url = join(run, PLAN)
+    return _parsed_plan(url, _required(url, storage))
+
+
+def _parsed_plan(url: str, text: str) -> Plan:
+    with _as_written(url):
+        tree = json.loads(text)
+        return Plan(**{**tree, "shards": tuple(Shard(**shard) for shard in tree["shards"])})
+
+
+def _committed(run: str, storage: StorageSpec, plan: Plan) -> _Committed:
+    with _as_written(join(run, FOLDER)):
+        store = CheckpointStore(run, storage)
+        last = store.latest()
+        if last is None:
+            return _Committed(f"{FOLDER} (none is committed)", 0, plan.empty_ledger(), [], 0)
+        dropped = json.loads(store.read_text(last, PROGRESS))["dropped"]
+        return _Committed(last.name, last.step, store.ledger(last), store.quarantined(last), dropped)
+
+
+def _outcome(run: str, storage: StorageSpec) -> _Outcome | None:
+    """None until the job is finished."""
+    url = join(run, RESULT)
+    text = _read(url, storage)
+    if text is None:
+        return None
+    with _as_written(url):
+        tree = json.loads(text)
+        result = {name: int(tree[name]) for name in REPORTED}
+    quarantined = _records(join(run, QUARANTINE), storage, Quarantined)
+    return _Outcome(result, quarantined, _records(join(run, TAIL), storage, _name))
+
+
+def _records(url: str, storage: StorageSpec, of: Callable[..., T]) -> list[T]:
+    """`of` each line's fields; nothing where there is no such file."""
+    with _as_written(url):
+        return [of(**json.loads(line)) for line in (_read(url, storage) or "").splitlines()]
+
+
+@contextmanager
+def _as_written(url: str) -> Iterator[None]:
+    """Raises OutputError for a file that is not as a job writes it."""
+    try:
+        yield
+    except (OSError, LookupError, TypeError, ValueError, zlib.error) as error:
+        raise OutputError(
+            f"{url}: not as a job of this version writes it ({type(error).__name__}: {error}). Look again in a moment "
+            "if the job is running; else restore it."
+        ) from error
+
+
+def _required(url: str, storage: StorageSpec) -> str:
+    text = _read(url, storage)
+    if text is None:
+        raise OutputError(f"{url}: no such file. Is this the folder of a run, output.path/name of its spec?")
+    return text
+
+
+def _read(url: str, storage: StorageSpec) -> str | None:
+    """None where there is no such file. Raises DataError when the store fails."""
+    with store_errors(url, storage):
+        filesystem, path = open_store(url, storage)
+        try:
+            return cast(bytes, filesystem.cat_file(path)).decode()
+        except FileNotFoundError:
+            return None
+
+
+def _write(url: str, storage: StorageSpec, text: str) -> None:
+    with store_errors(url, storage):
+        filesystem, path = open_store(url, storage)
+        replace_file(filesystem, path, text.encode())
