@@ -1,0 +1,57 @@
+"""Checkpoints, read without running what they say.
+
+They are pickles, and DeepSpeed has torch obey them (`weights_only=False`). Inside `tensors_only` torch does not. Run as
+a program, this module is DeepSpeed's conversion of a checkpoint to its universal form, under the same rule.
+"""
+
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.serialization import safe_globals
+
+from betakd_ray.errors import OutputError
+
+FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+@contextmanager
+def tensors_only(checkpoint: str) -> Iterator[None]:
+    """torch.load, whoever calls it and how, makes tensors, plain values and three small classes of DeepSpeed's.
+
+    Raises OutputError, with the checkpoint's name, at a file that asks for anything else; nothing of it has run then.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(FORCE)
+    os.environ[FORCE] = "1"  # overrules the argument
+    try:
+        with safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"asks for {asked[1]}, which could run code" if asked else "is damaged"
+        raise OutputError(
+            f"{checkpoint}: is not loaded, as one of its files {found}. Find out who wrote it, and remove the "
+            "checkpoint: the job then resumes from the one before."
+        ) from error
+    finally:
+        if before is None:
+            del os.environ[FORCE]
+        else:
+            os.environ[FORCE] = before
+
+
+if __name__ == "__main__":
+    from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
+
+    arguments = parse_arguments()
+    try:
+        with tensors_only(arguments.input_folder):
+            main(arguments)
+    except OutputError as error:
+        raise SystemExit(str(error)) from None
