@@ -54,12 +54,16 @@ def write_plan(run: str, storage: StorageSpec, plan: Plan) -> None:
         )
 
 
-def open_samples(plan: Plan, ledger: Ledger, quarantined: Sequence[Quarantined]) -> list[dict[str, Any]]:
-    """{"epoch", "shard": its URL, "index"} of the planned samples that are neither consumed nor quarantined, in order.
+def tail_of(
+    plan: Plan, ledger: Ledger, quarantined: Sequence[Quarantined], global_batch_size: int
+) -> list[dict[str, Any]]:
+    """What a finished job leaves over, where it is less than a step needs: {"epoch", "shard": its URL, "index"}.
 
-    A dict each: for what is left over, not for a job that has hardly begun.
+    Where `training.max_steps` ended the job, most of the plan may be open, and is not listed.
     """
     settled = _settled(plan, ledger, quarantined)
+    if plan.samples - settled.count >= global_batch_size:
+        return []
     return [
         {"epoch": epoch, "shard": shard.url, "index": index}
         for epoch in range(plan.epochs)
@@ -158,7 +162,9 @@ def audit(run: str, storage: StorageSpec) -> Audit:
         counts = _counts(plan, last.ledger, inside)
         problems += [*_miscounted(last, plan, spec), *_misplaced(last, plan, inside)]
         if outcome:
-            problems += _misreported(outcome, last, plan, spec, open_samples(plan, last.ledger, inside))
+            left = int(counts["open"].sum())
+            tail = tail_of(plan, last.ledger, inside, spec.training.global_batch_size)
+            problems += _misreported(outcome, last, plan, spec, left, tail)
     return Audit(last.step, outcome is not None, tuple(shard.url for shard in plan.shards), counts, problems)
 
 
@@ -226,10 +232,10 @@ def _misplaced(last: "_Committed", plan: Plan, inside: list[Quarantined]) -> Ite
 
 
 def _misreported(
-    outcome: "_Outcome", last: "_Committed", plan: Plan, spec: JobSpec, tail: list[dict[str, Any]]
+    outcome: "_Outcome", last: "_Committed", plan: Plan, spec: JobSpec, left: int, tail: list[dict[str, Any]]
 ) -> Iterator[str]:
     """What a finished job says is what its last checkpoint says, and less than a global batch is left over."""
-    numbers = (last.step, plan.samples, last.ledger.count, len(last.quarantined), len(tail))
+    numbers = (last.step, plan.samples, last.ledger.count, len(last.quarantined), left)
     for name, number in zip(REPORTED, numbers, strict=True):
         if outcome.result[name] != number:
             yield f"{RESULT}: {name} is {outcome.result[name]}, by {last.name} it is {number}"
@@ -240,9 +246,9 @@ def _misreported(
     yield from _unequal(QUARANTINE, noted, known)
     yield from _unequal(TAIL, Counter(outcome.tail), Counter(_name(**sample) for sample in tail))
     size = spec.training.global_batch_size
-    if len(tail) >= size and last.step != spec.training.max_steps:
+    if left >= size and last.step != spec.training.max_steps:
         yield (
-            f"{RESULT}: {len(tail)} samples are left over, enough for another step of {size}, and no "
+            f"{RESULT}: {left} samples are left over, enough for another step of {size}, and no "
             "training.max_steps ended the job"
         )
 

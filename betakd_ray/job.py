@@ -25,7 +25,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from betakd_ray import errors
-from betakd_ray.audit import open_samples, write_plan, write_tail
+from betakd_ray.audit import RESULT, tail_of, write_plan, write_tail
 from betakd_ray.cluster import check_feasible, connected, gpus_each
 from betakd_ray.data.manifest import find_shards
 from betakd_ray.data.render import Renderer
@@ -43,7 +43,6 @@ from betakd_ray.train.checkpoint import QUARANTINE, CheckpointStore
 from betakd_ray.train.loop import STOPPED, WorkerConfig, train_worker
 from betakd_ray.train.monitor import Monitor
 
-RESULT = "result.json"
 FREE_TO_CHANGE = {
     "training": (
         "workers",
@@ -267,7 +266,8 @@ class BetaKDJob:
         last = store.latest()
         assert last is not None  # the workers saved it before they returned
         quarantined = store.quarantined(last)
-        write_tail(self.run, self.spec.output.storage, open_samples(plan, store.ledger(last), quarantined))
+        tail = tail_of(plan, store.ledger(last), quarantined, self.spec.training.global_batch_size)
+        write_tail(self.run, self.spec.output.storage, tail)
         result = JobResult(
             name=self.spec.name,
             path=self.run,

@@ -137,6 +137,12 @@ class BetaWeighting(nn.Module):
             log |= {f"{kind}/{name}": mean for name, mean in zip(self.channels, means, strict=True)}
         return self.loss(beta, matrix, present).mean(), log
 
+    def saturated(self, beta: Float[Tensor, "samples channels"]) -> Float[Tensor, " channels"]:
+        """Share of samples whose β is at its bounds: |log β| above 95% of `log_bound`. There it learns no more."""
+        if not isinstance(self.spec, TaskWeighting | InstanceWeighting):
+            return beta.new_zeros(beta.shape[1])
+        return (beta.log().abs() > 0.95 * self.spec.log_bound).float().mean(dim=0)
+
     @torch.no_grad()
     def observe(self, energies: Float[Tensor, " channels"]) -> None:
         """Tell `manual: auto` the global batch's mean energies, once a step and alike on every rank.

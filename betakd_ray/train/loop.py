@@ -31,10 +31,12 @@ from betakd_ray.tracking import Metrics, from_jsonl, to_jsonl
 from betakd_ray.train import checkpoint
 from betakd_ray.train.export import export
 from betakd_ray.train.learner import GlobalCounts, Learner, Scored, Window, valid_samples
-from betakd_ray.train.tally import QUANTILES, Totals
+from betakd_ray.train.tally import Totals
 
 PROGRESS = ("samples", "dropped", "skipped", "skipped_in_a_row")
 """A worker's counts that a checkpoint carries."""
+QUANTILES = (0.1, 0.5, 0.9)
+"""Of β over a global batch."""
 LOOK_EVERY_S = 2.0
 """How often the workers look up from training: is a node of theirs to go, is the job to end?"""
 STOPPED = "stopped_at"
@@ -225,20 +227,22 @@ class Worker:
 
     def log(self, totals: Totals) -> None:
         """Collective: numbers of this step (paper Figures 4–6, Table 6) and of the time since the last log."""
-        quantiles = self.learner.tally.beta_quantiles().tolist()
+        betas = self.learner.tally.betas()
         if self.metrics is None:
             return
-        record: dict[str, Any] = {"step": self.step, "loss": totals.loss.item(), "samples": self.samples}
-        columns = zip(
-            self.learner.channels,
-            totals.energies.tolist(),
-            totals.weighted.tolist(),
-            totals.beta.tolist(),
-            strict=True,
-        )
-        for at, (name, energy, weighted, beta) in enumerate(columns):
-            record |= {f"energy/{name}": energy, f"weighted/{name}": weighted, f"beta/{name}": beta}
-            record |= {f"beta_p{round(100 * q)}/{name}": row[at] for q, row in zip(QUANTILES, quantiles, strict=True)}
+        record: dict[str, Any] = {"step": self.step, "time": time.time()}
+        record |= {"loss": totals.loss.item(), "samples": self.samples}
+        quantiles = betas.quantile(torch.tensor(QUANTILES, device=betas.device), dim=0)
+        by_channel = {
+            "energy": totals.energies,
+            "weighted": totals.weighted,
+            "beta": totals.beta,
+            **{f"beta_p{round(100 * q)}": row for q, row in zip(QUANTILES, quantiles, strict=True)},
+            "beta_saturated": self.learner.weighting.saturated(betas),
+        }
+        for kind, values in by_channel.items():
+            columns = zip(self.learner.channels, values.tolist(), strict=True)
+            record |= {f"{kind}/{name}": value for name, value in columns}
         record |= {f"moving/{name}": value.item() for name, value in self.learner.curriculum.values().items()}
         record |= dict(zip(STATISTICS, totals.statistics.tolist(), strict=True))
         engine = self.learner.engine

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from betakd_ray.objective import STATISTICS
 
-QUANTILES = (0.1, 0.5, 0.9)
-
 
 @dataclass(frozen=True)
 class Totals:
@@ -72,9 +70,9 @@ class Tally:
         loss = flat[self._sums.numel()]
         return Totals(loss, energies, weighted, beta, statistics[:-1] / statistics[-1].clamp_min(1), applied)
 
-    def beta_quantiles(self) -> Float[Tensor, "quantiles channels"]:
-        """Collective: β over the samples of the global batch. Only on steps that gathered statistics."""
+    def betas(self) -> Float[Tensor, "samples channels"]:
+        """Collective: β of every sample of the global batch. Only on steps that gathered statistics."""
         mine = torch.cat(self._betas)
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
-        return torch.cat(everyone).quantile(torch.tensor(QUANTILES, device=mine.device), dim=0)
+        return torch.cat(everyone)

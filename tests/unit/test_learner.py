@@ -24,10 +24,10 @@ from betakd_ray.train.export import export
 from betakd_ray.train.learner import Learner, Window
 from tests.tiny import VOCAB, raw_sample, save_tiny
 
-BATCH, STEPS = 8, 3
+BATCH, STEPS = 12, 3
 VISUAL = ["fd", "relation", "align_attention", {"kind": "align_topk", "tokens": 2}]
 # One of four samples has an image: some micro-batches have none, on some ranks.
-IMAGES = [True, False, False, False, True, False, False, False]
+IMAGES = [True, False, False, False] * 3
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,18 @@ class Case:
     reduction: str = "sample"
 
 
-REFERENCE = Case(micro=8, zero=0)
+REFERENCE = Case(micro=12, zero=0)
 ALONE = [REFERENCE, Case(micro=4), Case(micro=2), Case(micro=2, zero=0), Case(micro=4, zero=3)]
-TOKENS = [Case(micro=8, reduction="token", weighting="task"), Case(micro=2, reduction="token", weighting="task")]
+TOKENS = [Case(micro=12, reduction="token", weighting="task"), Case(micro=2, reduction="token", weighting="task")]
 BF16 = [Case(micro=4, precision="bf16"), Case(micro=2, precision="bf16", zero=3)]
-PAIR = [Case(micro=4, zero=0), Case(micro=1, zero=1), Case(micro=2), Case(micro=1), Case(micro=1, zero=3), TOKENS[1]]
+PAIR = [Case(micro=3, zero=0), Case(micro=1, zero=1), Case(micro=2), Case(micro=1), Case(micro=1, zero=3), TOKENS[1]]
 RESIZED = {
     1: {Case(micro=4, zero=zero): Case(micro=1, zero=zero) for zero in (1, 2, 3)} | {Case(micro=4, zero=0): PAIR[0]},
     2: {Case(micro=1): Case(micro=2), Case(micro=1, zero=3): Case(micro=4, zero=3)},
+    3: {Case(micro=2, zero=zero): Case(micro=1, zero=zero) for zero in (2, 3)} | {Case(micro=4, zero=0): PAIR[0]},
 }
-"""Ranks → a case that goes on, and that of the other number of ranks whose checkpoint it goes on from."""
+"""Ranks → a case that goes on, and that of another number of ranks whose checkpoint it goes on from."""
+RANKS_BEFORE = {1: 2, 2: 1, 3: 2}
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,9 @@ def _rank(rank: int, ranks: int, folder: Path, cases: list[Case]) -> None:
     )
     steps: dict[Any, list[Step]] = {case: _learn(folder, case) for case in cases}
     for case, before in RESIZED[ranks].items():
-        if (folder / _name(3 - ranks, before)).exists():
-            steps["resumed", case] = _learn(folder, case, folder / _name(3 - ranks, before))
+        there = folder / _name(RANKS_BEFORE[ranks], before)
+        if there.exists():
+            steps["resumed", case] = _learn(folder, case, there)
     if rank == 0:
         torch.save(steps, folder / f"steps-{ranks}-{len(cases)}.pt")
     dist.destroy_process_group()
@@ -221,7 +224,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Case], li
     save_tiny(folder / "teacher", hidden=32, seed=1)
     save_tiny(folder / "student", hidden=16, seed=2)
     with pytest.MonkeyPatch.context() as patch:
-        for ranks, cases in ((2, PAIR), (1, [*ALONE, *TOKENS, *BF16]), (2, [])):
+        for ranks, cases in ((2, PAIR), (1, [*ALONE, *TOKENS, *BF16]), (2, []), (3, [])):
             patch.setenv("LOCAL_SIZE", str(ranks))
             mp.spawn(_rank, (ranks, folder, cases), nprocs=ranks)
             for case, result in torch.load(folder / f"steps-{ranks}-{len(cases)}.pt", weights_only=False).items():

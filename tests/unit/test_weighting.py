@@ -74,6 +74,13 @@ def test_beta_stays_inside_its_bounds_and_its_gradient_is_finite(positivity, u):
     assert weighting.u.grad.isfinite().all()
 
 
+def test_saturation_is_the_share_of_samples_at_the_bounds():
+    weighting = build(kind="task", log_bound=5.0)
+    betas = torch.tensor([[1.0, 1.0], [1.0, 147.0], [1.0, 0.0068], [1.0, 100.0]])
+    assert weighting.saturated(betas).tolist() == [0.0, 0.5]
+    assert build(kind="equal").saturated(betas).tolist() == [0.0, 0.0]
+
+
 @each_positivity
 @pytest.mark.parametrize("u", [-25.0, 25.0])
 def test_a_parameter_far_outside_the_bounds_comes_back(positivity, u):
