@@ -189,7 +189,7 @@ class BetaKDJob:
         needs = Needs()
         if spec.teacher:
             needs = Needs.of(spec.teacher, spec.objective, self._common_vocabulary(spec.teacher))
-            pool = start_pool(spec.teacher, needs, spec.cluster.teacher, gpus["teacher"])
+            pool = start_pool(spec.teacher, needs, spec.cluster.teacher, gpus["teacher"], spec.name)
             facts: TeacherFacts = unwrapped(pool.wait_until_ready.remote(spec.cluster.start_timeout_s))
             view = renderers.get("teacher", renderers["student"])
             cache = SignalCache.of(spec.teacher, facts, view.fingerprint, needs)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from betakd_ray.metrics import NAMES, Gauges
 from betakd_ray.spec import JobSpec
 from betakd_ray.storage import join, open_store
 
@@ -72,6 +73,30 @@ class WandB:
         self._run.finish()
 
 
+class Prometheus:
+    """Gauges on the node's metrics agent, always: nothing but a scrape makes them cost anything."""
+
+    def __init__(self, spec: JobSpec) -> None:
+        self._gauges = Gauges(spec.name)
+
+    def log(self, record: Record) -> None:
+        numbers = _numbers(record) | {"step": record["step"], "loss/total": record["loss"]}
+        numbers |= {f"loss/{name[7:]}": value for name, value in record.items() if name.startswith("energy/")}
+        named = {f"betakd_{SHOWN_AS.get(name, name)}": value for name, value in numbers.items()}
+        self._gauges.set({name: value for name, value in named.items() if name.partition("/")[0] in NAMES})
+
+    def close(self) -> None:
+        """Gauges go with their process."""
+
+
+SHOWN_AS = {
+    "data_wait": "data_wait_ratio",
+    "teacher_wait": "teacher_wait_ratio",
+    "teacher_busy": "teacher_busy_ratio",
+    "checkpoint_age_s": "checkpoint_age_seconds",
+    "checkpoint_s": "checkpoint_duration_seconds",
+}
+"""Numbers whose name in Prometheus has its unit written out."""
 TRACKERS = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
 
 
@@ -81,7 +106,8 @@ class Metrics:
     def __init__(self, spec: JobSpec, run: str) -> None:
         self.history: list[Record] = []
         self._filesystem, self._root = open_store(run, spec.output.storage)
-        self._trackers: list[Tracker] = [TRACKERS[name](spec, run) for name in spec.tracking.trackers]
+        self._trackers: list[Tracker] = [Prometheus(spec)]
+        self._trackers += [TRACKERS[name](spec, run) for name in spec.tracking.trackers]
         self._flushed = time.monotonic()
 
     def log(self, record: Record) -> None:

@@ -56,6 +56,11 @@ class TeacherClient:
     _waited_at_beat: float = 0.0
     _answers: int = 0
 
+    @property
+    def queue_depth(self) -> int:
+        """Micro-batches that are with the teachers."""
+        return sum(self._load.values())
+
     def submit(self, inputs: ModelInputs) -> Request:
         """Send a micro-batch; returns at once."""
         reference = ray.put(inputs)

@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from betakd_ray.errors import ClusterError, TeacherError
+from betakd_ray.metrics import Gauges
 from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import Needs, TeacherFacts
@@ -52,7 +53,10 @@ class TeacherPool:
 
     _scorer: type[TeacherScorer] = TeacherScorer
 
-    def __init__(self, teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float) -> None:
+    def __init__(
+        self, teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float, job: str = "teachers"
+    ) -> None:
+        self._gauges = Gauges(job)
         self._min, self._max = pool.min, max(pool.min, pool.max or pool.min)
         self._max_deaths = pool.max_restarts * self._max
         self._deaths = 0  # since a teacher last answered: on preemptible nodes they may die every hour, for days
@@ -165,6 +169,7 @@ class TeacherPool:
         resizes and says who is in."""
         if answers:
             self._deaths = 0
+        self._show()
         now = time.monotonic()
         self._reports[client] = (now, waiting)
         # A student that is silent may be gone, with the workers it was one of.
@@ -178,6 +183,16 @@ class TeacherPool:
             # Queued behind the requests it still holds, so none is lost.
             self._members.popitem()[1].__ray_terminate__.remote()
         return self.members()
+
+    def _show(self) -> None:
+        alive = len(self._members)
+        self._gauges.set(
+            {
+                "betakd_teachers_wanted": alive + len(self._pending) + (self._lease is not None),
+                "betakd_teachers_alive": alive,
+                "betakd_teachers_restarted": self.restarts,
+            }
+        )
 
     def _add(self) -> None:
         actor = cast(ActorHandle, self._start.remote(*self._arguments))  # typed as a handle or the class
@@ -199,10 +214,10 @@ def here() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def start_pool(teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float) -> ActorHandle:
+def start_pool(teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float, job: str) -> ActorHandle:
     """The pool as an actor, owned by the caller: it lives as long as the job's driver does."""
     manager = ray.remote(TeacherPool).options(num_cpus=0, max_concurrency=1, scheduling_strategy=here())
-    return cast(ActorHandle, manager.remote(teacher, needs, pool, gpus))
+    return cast(ActorHandle, manager.remote(teacher, needs, pool, gpus, job))
 
 
 def unwrapped(answer: "ray.ObjectRef") -> Any:

@@ -165,6 +165,7 @@ class Worker:
                 self.quarantine(batch, signal)
             self.clock.teacher_busy_s += signal.busy_s if signal else 0.0
         self.samples += self.training.global_batch_size
+        self.clock.tokens += counts.tokens
         self.dropped += counts.dropped
 
     def quarantine(self, batch: Batch, signal: Signal) -> None:
@@ -250,6 +251,7 @@ class Worker:
         record |= {
             "dropped_samples": self.dropped,
             "skipped_steps": self.skipped,
+            "quarantined_samples": ray.get(self.config.monitor.count_quarantined.remote()),
             **self.clock.record(self.samples, self.client),
         }
         record["peak_memory_gb"] = _peak_memory(self.learner.device) / 1e9
@@ -263,8 +265,10 @@ class Worker:
         if self.cache:
             self.cache.flush()
         self.merge_ledgers()
+        start = time.monotonic()
         checkpoint.save(self.store, self.step, self.attempt, self.training.keep, self.write)
         self.saved_step = self.step
+        self.clock.saved(time.monotonic() - start)
 
     def merge_ledgers(self) -> None:
         """Collective: every rank's ledger becomes everyone's."""
@@ -304,6 +308,7 @@ class Worker:
         self.step = self.saved_step = manifest.step
         for name in PROGRESS:
             setattr(self, name, progress[name])
+        self.clock = Clock(self.samples)
 
     def finish(self) -> dict[str, Any]:
         """Collective: export the student; rank 0 returns the outcome."""
@@ -324,13 +329,20 @@ class Wish:
 
 
 class Clock:
-    """Where the time between two logs went."""
+    """Where the time between two logs went, and the last checkpoint's."""
 
-    def __init__(self) -> None:
+    def __init__(self, samples: int = 0) -> None:
         self.data_s = self.teacher_busy_s = 0.0
+        self.tokens = 0
         self._since = time.perf_counter()
-        self._samples = 0
+        self._samples = samples
         self._waited_s = 0.0
+        self._saved = time.monotonic()
+        self._save_s = 0.0
+
+    def saved(self, duration_s: float) -> None:
+        """A checkpoint is committed."""
+        self._saved, self._save_s = time.monotonic(), duration_s
 
     def record(self, samples: int, client: TeacherClient | None) -> dict[str, float]:
         """Rates and shares since the last call, which this resets."""
@@ -339,12 +351,17 @@ class Clock:
         teacher_s = waited - self._waited_s
         record = {
             "samples_per_second": (samples - self._samples) / elapsed,
+            "tokens_per_second": self.tokens / elapsed,
             "data_wait": self.data_s / elapsed,
             "teacher_wait": teacher_s / elapsed,
             "teacher_busy": self.teacher_busy_s / elapsed,
             "compute": 1 - (self.data_s + teacher_s) / elapsed,
+            "queue_depth": client.queue_depth if client else 0,
+            "checkpoint_age_s": time.monotonic() - self._saved,
+            "checkpoint_s": self._save_s,
         }
         self.data_s = self.teacher_busy_s = 0.0
+        self.tokens = 0
         self._since, self._samples, self._waited_s = time.perf_counter(), samples, waited
         return record
 

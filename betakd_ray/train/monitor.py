@@ -30,6 +30,10 @@ class Monitor:
         """The newest metrics."""
         self._latest = record
 
+    def count_quarantined(self) -> int:
+        """How many samples are bad so far."""
+        return len(self._quarantined)
+
     def fail(self, kind: str, message: str) -> None:
         """An error that no restart will mend; the first one stands."""
         self._failure = self._failure or (kind, message)

@@ -49,7 +49,7 @@ def _pid(actor) -> int:
 
 @pytest.mark.timeout(200)
 def test_a_killed_teacher_is_replaced_and_no_batch_is_lost(ray_cluster: str, teacher: TeacherSpec) -> None:
-    pool = start_pool(teacher, NEEDS, TeacherPoolSpec(min=1), 0.0)
+    pool = start_pool(teacher, NEEDS, TeacherPoolSpec(min=1), 0.0, "tests")
     ray.get(pool.wait_until_ready.remote(150.0))
     client = TeacherClient(pool, rank=0, timeout_s=60.0, start_timeout_s=60.0)
     before = client.result(client.submit(_inputs(40)))
@@ -69,7 +69,7 @@ def test_a_killed_teacher_is_replaced_and_no_batch_is_lost(ray_cluster: str, tea
 def test_a_sample_that_the_teacher_cannot_score_takes_no_part_and_the_rest_of_its_batch_does(
     ray_cluster: str, teacher: TeacherSpec
 ) -> None:
-    pool = start_pool(teacher, NEEDS, TeacherPoolSpec(min=1, max_restarts=2), 0.0)
+    pool = start_pool(teacher, NEEDS, TeacherPoolSpec(min=1, max_restarts=2), 0.0, "tests")
     ray.get(pool.wait_until_ready.remote(150.0))
     client = TeacherClient(pool, rank=0, timeout_s=60.0, start_timeout_s=60.0)
     requests = [client.submit(_inputs(*tokens)) for tokens in [(40, 10**6), (41,)]]  # there is no such token
@@ -121,7 +121,7 @@ def test_a_sample_that_kills_its_teachers_is_found_and_every_other_answered(
 
 @pytest.mark.timeout(200)
 def test_a_teacher_that_cannot_score_anything_is_an_error(ray_cluster: str, teacher: TeacherSpec) -> None:
-    pool = start_pool(teacher, NEEDS, TeacherPoolSpec(min=1, max_restarts=2), 0.0)
+    pool = start_pool(teacher, NEEDS, TeacherPoolSpec(min=1, max_restarts=2), 0.0, "tests")
     ray.get(pool.wait_until_ready.remote(150.0))
     client = TeacherClient(pool, rank=0, timeout_s=60.0, start_timeout_s=60.0)
     with pytest.raises(TeacherError, match="cannot score a batch"):
@@ -130,7 +130,7 @@ def test_a_teacher_that_cannot_score_anything_is_an_error(ray_cluster: str, teac
 
 @pytest.mark.timeout(200)
 def test_a_teacher_that_hangs_is_replaced_and_its_batches_go_elsewhere(ray_cluster: str, teacher: TeacherSpec) -> None:
-    pool = start_pool(teacher, NEEDS, TeacherPoolSpec(min=1), 0.0)
+    pool = start_pool(teacher, NEEDS, TeacherPoolSpec(min=1), 0.0, "tests")
     ray.get(pool.wait_until_ready.remote(150.0))
     client = TeacherClient(pool, rank=0, timeout_s=3.0, start_timeout_s=60.0)
     (actor,) = ray.get(pool.members.remote()).values()

@@ -16,6 +16,7 @@ import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _generate_available_node_types_from_ray_cr_spec
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from betakd_ray.metrics import NAMES as METRICS
 from betakd_ray.spec import ClusterSpec
 
 ROOT = Path(__file__).parents[2]
@@ -23,27 +24,6 @@ CLUSTER = ROOT / "cluster"
 KUBERAY = {"rayjob": "RayJob", "raycluster": "RayCluster"}
 CLOUDS = ["aws", "gcp"]
 FILES = [*KUBERAY, *CLOUDS]
-
-METRICS = frozenset(
-    {
-        "betakd_samples_per_second",
-        "betakd_tokens_per_second",
-        "betakd_data_wait_ratio",
-        "betakd_teacher_wait_ratio",
-        "betakd_teacher_busy_ratio",
-        "betakd_queue_depth",
-        "betakd_teachers_wanted",
-        "betakd_teachers_alive",
-        "betakd_teachers_restarted",
-        "betakd_beta",
-        "betakd_loss",
-        "betakd_quarantined_samples",
-        "betakd_skipped_steps",
-        "betakd_checkpoint_age_seconds",
-        "betakd_checkpoint_duration_seconds",
-        "betakd_step",
-    }
-)
 
 
 def read(path):

@@ -24,6 +24,7 @@ from betakd_ray.train.export import export
 from betakd_ray.train.learner import Learner, Window
 from tests.tiny import VOCAB, raw_sample, save_tiny
 
+pytestmark = pytest.mark.timeout(900)  # one fixture runs every engine
 BATCH, STEPS = 12, 3
 VISUAL = ["fd", "relation", "align_attention", {"kind": "align_topk", "tokens": 2}]
 # One of four samples has an image: some micro-batches have none, on some ranks.
