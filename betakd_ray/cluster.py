@@ -3,14 +3,17 @@
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from betakd_ray.errors import ClusterError
-from betakd_ray.spec import JobSpec
+from betakd_ray.spec import JobSpec, PoolSpec
+
+PLURALS = {"GPU": "GPUs", "CPU": "CPUs"}
 
 
 @contextmanager
@@ -56,23 +59,102 @@ def gpus_each(asked: float | str) -> float:
     return float(asked)
 
 
+@dataclass(frozen=True)
+class Demand:
+    """Processes of one pool, and what each needs of its node."""
+
+    pool: str
+    count: int
+    resources: dict[str, float]
+    labels: dict[str, str]
+    remedy: str
+
+    @classmethod
+    def of(cls, pool: str, count: int, spec: PoolSpec, gpus: float, remedy: str) -> "Demand":
+        needs = {"GPU": gpus, "CPU": spec.cpus, **spec.resources}
+        return cls(pool, count, {name: amount for name, amount in needs.items() if amount}, spec.labels, remedy)
+
+    def __str__(self) -> str:
+        needs = ", ".join(f"{amount:g} {PLURALS.get(name, name)}" for name, amount in self.resources.items())
+        labels = ", ".join(f"{key}={value}" for key, value in self.labels.items())
+        return f"{self.count} × ({needs})" + (f" with label {labels}" if labels else "")
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node has."""
+
+    resources: dict[str, float]
+    labels: dict[str, str]
+
+
 def check_feasible(spec: JobSpec, gpus: dict[str, float]) -> None:
-    """Raises ClusterError when the pools ask for more GPUs than the cluster has."""
-    teachers = spec.cluster.teacher.min if spec.teacher else 0
-    students = spec.training.workers.min
-    asked = teachers * gpus["teacher"] + students * gpus["student"]
-    available = ray.cluster_resources().get("GPU", 0.0)
-    if asked > available:
-        raise ClusterError(
-            f"cluster: {teachers} teachers × {gpus['teacher']:g} GPUs and {students} students × "
-            f"{gpus['student']:g} GPUs ask for {asked:g}; the cluster has {available:g}. Lower cluster.teacher.min, "
-            "training.workers or the pools' gpus, or add nodes."
-        )
+    """Raises ClusterError when the pools ask for what the cluster's nodes do not have, and it cannot grow."""
+    if _has_autoscaler():
+        return  # what is missing may come: the pools wait for it, up to cluster.start_timeout_s
+    nodes = [Node(dict(node["Resources"]), dict(node["Labels"])) for node in ray.nodes() if node["Alive"]]
+    check_room(demands(spec, gpus), nodes)
+
+
+def demands(spec: JobSpec, gpus: dict[str, float]) -> list[Demand]:
+    """The least that a job runs on."""
     pools = spec.cluster
-    cpus = teachers * pools.teacher.cpus + students * pools.student.cpus + pools.readers.cpus
-    if cpus > (there := ray.cluster_resources().get("CPU", 0.0)):
-        # Ray would wait for a place in silence.
-        raise ClusterError(
-            f"cluster: teachers, students and one reader ask for {cpus:g} CPUs; the cluster has {there:g}. Lower "
-            "cluster.teacher.cpus, cluster.student.cpus or training.workers, or add nodes."
-        )
+    readers = Demand.of("readers", 1, pools.readers, 0.0, "Lower cluster.readers.cpus")
+    students = Demand.of(
+        "student", spec.training.workers.min, pools.student, gpus["student"],
+        "Lower training.workers or what cluster.student asks for",
+    )  # fmt: skip
+    if spec.teacher is None:
+        return [students, readers]
+    teachers = Demand.of(
+        "teacher", pools.teacher.min, pools.teacher, gpus["teacher"],
+        "Lower cluster.teacher.min or what cluster.teacher asks for",
+    )  # fmt: skip
+    return [teachers, students, readers]
+
+
+def check_room(demands: Sequence[Demand], nodes: Sequence[Node]) -> None:
+    """Raises ClusterError for the first demand that finds no place beside those before it.
+
+    Ray would wait for a place in silence. Demands with labels choose first, as they have the fewest nodes to go to.
+    """
+    left = [dict(node.resources) for node in nodes]
+    for demand in sorted(demands, key=lambda demand: not demand.labels):
+        placed = 0
+        for node, free in zip(nodes, left, strict=True):
+            while placed < demand.count and _matches(demand.labels, node.labels) and _take(demand.resources, free):
+                placed += 1
+        if placed < demand.count:
+            raise ClusterError(
+                f"cluster.{demand.pool}: asks for {demand}; the cluster's {len(nodes)} nodes have room for {placed} of "
+                f"them beside the job's other pools. {demand.remedy}, or add nodes."
+            )
+
+
+def _take(needs: dict[str, float], free: dict[str, float]) -> bool:
+    if any(free.get(name, 0.0) < amount for name, amount in needs.items()):
+        return False
+    for name, amount in needs.items():
+        free[name] -= amount
+    return True
+
+
+def _matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
+    """Ray's label selectors: `a`, `!a`, `in(a,b)`, `!in(a,b)`."""
+    for key, wanted in selector.items():
+        choices = wanted.removeprefix("!").removeprefix("in(").removesuffix(")").split(",")
+        if (labels.get(key) in [choice.strip() for choice in choices]) == wanted.startswith("!"):
+            return False
+    return True
+
+
+def _has_autoscaler() -> bool:
+    """Whether one reports to this cluster."""
+    from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled
+    from ray.core.generated.autoscaler_pb2 import (
+        GetClusterStatusReply,  # pyright: ignore[reportAttributeAccessIssue]  # generated
+    )
+
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=10))
+    return reply.autoscaling_state.autoscaler_state_version > 0
