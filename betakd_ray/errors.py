@@ -14,8 +14,42 @@
         ├── NonFiniteLoss            too many skipped steps in a row
         └── TeacherError             the teacher pool cannot answer
 
-Every message names the field or file, says what was seen, and what to do about it.
+Every message names the field or file, says what was seen, and what to do about it. None repeats a credential.
 """
+
+import os
+import re
+
+SECRET_VARIABLES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "HF_TOKEN",
+    "WANDB_API_KEY",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "RAY_AUTH_TOKEN",
+)
+"""Variables of the environment whose values are blanked."""
+# user:password@ with a slash in the password, too, but not host:9000/…@; over HTTP a user alone may be a token.
+_USER = re.compile(r"(https?://)[^/\s@]+@|(://)[^/\s:@]*:(?!\d+/)[^\s@]+@")
+_SIGNED = re.compile(
+    r"([?&](?:[\w.-]*(?:signature|credential|token|secret|password)[\w.-]*|[\w.-]*key(?:id)?|sig)=)[^&\s'\"]+",
+    re.IGNORECASE,
+)
+
+
+def without_url_secrets(text: str) -> str:
+    """Text whose URLs have neither user and password nor a signature."""
+    return _SIGNED.sub(r"\1***", _USER.sub(r"\1\2***@", text))
+
+
+def without_secrets(text: str) -> str:
+    """The same, and without what the environment holds as a credential."""
+    for value in (os.environ.get(name, "") for name in SECRET_VARIABLES):
+        if len(value) > 4:  # a shorter one hides nothing, and would be blanked out of common words
+            text = text.replace(value, "***")
+    return without_url_secrets(text)
 
 
 def kind(error: BaseException) -> str:
@@ -24,7 +58,10 @@ def kind(error: BaseException) -> str:
 
 
 class BetaKDError(Exception):
-    """The root of every error this package raises on purpose."""
+    """The root of every error this package raises on purpose. Its message has credentials blanked."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(without_secrets(message))
 
 
 class Interrupted(BetaKDError):

@@ -14,13 +14,23 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from betakd_ray.errors import SpecError
+from betakd_ray.errors import SpecError, without_secrets, without_url_secrets
 
 
 class Spec(BaseModel):
     """Base of every section: immutable, and no key that is not declared."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True)
+
+
+def _public(url: str) -> str:
+    """A spec is kept with its run and printed in the model card."""
+    if without_url_secrets(url) != url:
+        raise ValueError(
+            "holds a password, a token or a signature, and a spec is stored and published: leave it out, and set "
+            "credentials in the environment of the cluster (AWS_ACCESS_KEY_ID … or a role; docs/security.md)"
+        )
+    return url
 
 
 def _absolute(location: str) -> str:
@@ -39,8 +49,9 @@ def _absolute_if_present(location: str) -> str:
     )
 
 
-Location = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
-ModelLocation = Annotated[str, Field(min_length=1), AfterValidator(_absolute_if_present)]
+Url = Annotated[str, AfterValidator(_public)]
+Location = Annotated[Url, Field(min_length=1), AfterValidator(_absolute)]
+ModelLocation = Annotated[Url, Field(min_length=1), AfterValidator(_absolute_if_present)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -48,7 +59,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class StorageSpec(Spec):
     """How to reach an object store. Credentials come from the environment, never from here."""
 
-    endpoint_url: str | None = Field(default=None, description="S3 endpoint, for stores other than AWS")
+    endpoint_url: Url | None = Field(default=None, description="S3 endpoint, for stores other than AWS")
     region: str | None = None
     anonymous: bool = Field(default=False, description="read public buckets without credentials")
 
@@ -115,6 +126,15 @@ class ModelSpec(Spec):
     trust_remote_code: bool = Field(
         default=False, description="runs code found beside the weights: only if you read it"
     )
+
+    @model_validator(mode="after")
+    def _trusted(self) -> "ModelSpec":
+        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
+            raise ValueError(
+                f"attn_implementation: {self.attn_implementation} is a repository, whose code would run: read it and "
+                "set trust_remote_code: true, or name one of transformers' own, e.g. sdpa"
+            )
+        return self
 
 
 class HiddenSignal(Spec):
@@ -546,7 +566,7 @@ class TeacherPoolSpec(PoolSpec):
 class ClusterSpec(Spec):
     """Where each part runs."""
 
-    address: str | None = Field(
+    address: Url | None = Field(
         default=None, description="a running cluster; default: the one around, else a local one"
     )
     teacher: TeacherPoolSpec = TeacherPoolSpec()
@@ -721,7 +741,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise SpecError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML spec.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: is not YAML: {error}") from error
+        raise SpecError(f"{path}: is not YAML: {_fault(error)}") from None
     if not isinstance(tree, dict):
         raise SpecError(f"{path}: holds a {type(tree).__name__}, not the mapping that a spec is.")
     return tree
@@ -742,7 +762,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     try:
         set_field(tree, path, yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise SpecError(f"override {override!r}: the value is not YAML: {error}") from error
+        raise SpecError(f"override {override!r}: the value is not YAML: {_fault(error)}") from None
 
 
 def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
@@ -754,6 +774,13 @@ def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
         if not isinstance(node, dict):
             raise SpecError(f"override {path}: {section} is {node!r}, which has no fields")
     node[field] = value
+
+
+def _fault(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """What and where, without the text around it: half a URL is one whose password nobody recognises."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    return f"{error.problem} at line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
 
 
 def _explain(kind: type[Spec], issue: Any) -> str:
@@ -773,7 +800,7 @@ def _explain(kind: type[Spec], issue: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = without_secrets(repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
 
 

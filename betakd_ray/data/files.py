@@ -99,11 +99,8 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _explain(url: str, storage: StorageSpec, error: Exception) -> str:
-    """What the store said and what to do; values of credentials are blanked."""
+    """What the store said and what to do."""
     said = f"{type(error).__name__}: {error}"
-    for value in (os.environ.get(name, "") for name in CREDENTIALS):
-        if len(value) > 4:  # a shorter one hides nothing, and would be blanked out of common words
-            said = said.replace(value, "***")
     if not url.startswith(("s3://", "s3a://")):
         return f"{url}: cannot be opened ({said}). Check the path and its permissions."
     if _is_refusal(error):

@@ -5,7 +5,10 @@ Weights are read from safetensors and nothing else, and code beside a checkpoint
 """
 
 import hashlib
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +22,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import cached_file, has_file
 
+import betakd_ray.models.mobilevlm  # noqa: F401 (makes the family known to transformers)
 from betakd_ray.errors import ModelError
 from betakd_ray.models.vlm import parts
 from betakd_ray.spec import CheckpointInit, ConfigInit, ModelSpec, StorageSpec, StudentSpec
@@ -53,13 +59,19 @@ def local_folder(location: str, storage: StorageSpec) -> str:
 
 
 def load_config(spec: ModelSpec) -> PretrainedConfig:
-    """The configuration alone. Raises ModelError if it cannot be read or is not a vision–language model."""
+    """The configuration alone.
+
+    Raises ModelError if it cannot be read, is not a vision–language model, or has its weights in a pickle.
+    """
     config = _from_pretrained(AutoConfig, spec)
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    own_code = getattr(config, "auto_map", None) if spec.trust_remote_code else None
+    is_own = AutoModelForImageTextToText.__name__ in (own_code or {})
+    if not is_own and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ModelError(
             f"{spec.path}: a {config.model_type!r} is not a vision–language model transformers can load "
             "(AutoModelForImageTextToText). Name one such as LLaVA."
         )
+    _require_safetensors(spec, config)
     return config
 
 
@@ -88,6 +100,8 @@ def student_config(student: StudentSpec) -> PretrainedConfig:
     """The student's configuration, without weights. Raises ModelError."""
     if isinstance(student.init, CheckpointInit):
         return load_config(student.init)
+    if student.init.vision_tower:
+        load_config(_tower_source(student.init))
     tree = dict(student.init.config)
     try:
         config = AutoConfig.for_model(tree.pop("model_type"), **tree)
@@ -118,8 +132,7 @@ def build_student(student: StudentSpec, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _copy_vision_tower(model: PreTrainedModel, init: ConfigInit) -> None:
-    assert init.vision_tower is not None
-    source = load_model(ModelSpec(path=init.vision_tower, storage=init.storage), dtype="auto")
+    source = load_model(_tower_source(init), dtype="auto")
     towers = [_only(parts(each)["vision_tower"]) for each in (model, source)]
     try:
         towers[0].load_state_dict(towers[1].state_dict())
@@ -129,17 +142,60 @@ def _copy_vision_tower(model: PreTrainedModel, init: ConfigInit) -> None:
         ) from error
 
 
+def _tower_source(init: ConfigInit) -> ModelSpec:
+    assert init.vision_tower is not None
+    return ModelSpec(path=init.vision_tower, storage=init.storage)
+
+
 def _only(modules: list[nn.Module]) -> nn.Module:
     (module,) = modules
     return module
 
 
 def _from_pretrained(auto_class: Any, spec: ModelSpec, **options: Any) -> Any:
-    folder = local_folder(spec.path, spec.storage)
-    try:
+    with _explained(spec, f"{auto_class.__name__} cannot load it"):
         return auto_class.from_pretrained(
-            folder, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code, **options
+            local_folder(spec.path, spec.storage),
+            revision=spec.revision or "main",
+            trust_remote_code=spec.trust_remote_code,
+            **options,
         )
+
+
+def _require_safetensors(spec: ModelSpec, config: PretrainedConfig) -> None:
+    """Raises ModelError where transformers would come to a pickle. It is not opened, nor fetched from a hub."""
+    with _explained(spec, "its weights cannot be found"):
+        files = _weight_files(local_folder(spec.path, spec.storage), spec.revision or "main", config)
+    if pickles := [file for file in files if not file.endswith(".safetensors")]:
+        raise ModelError(
+            f"{spec.path}: its weights are in {pickles[0]}, a pickle, which can run code when it is loaded. Name a "
+            "model in safetensors, or, if you trust this one, convert it: transformers' from_pretrained and then "
+            "save_pretrained into another folder, whose path to give here."
+        )
+
+
+def _weight_files(folder: str, revision: str, config: PretrainedConfig) -> set[str]:
+    """Where transformers would find weights, of a folder or hub id; nothing if they are not there, or not yet."""
+    named = getattr(config, "transformers_weights", None)
+    names = [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
+    first = next((name for name in names if has_file(folder, name, revision=revision)), None)
+    if first is None or not first.endswith(".index.json"):
+        return {first} if first else set()
+    index = cached_file(folder, first, revision=revision)
+    assert index is not None
+    return set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+
+
+@contextmanager
+def _explained(spec: ModelSpec, problem: str) -> Iterator[None]:
+    """What transformers raises, as ModelError."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{spec.path}: {auto_class.__name__} cannot load it: {reason}") from error
+        said = str(error).strip() or type(error).__name__
+        if "trust_remote_code" in said and not spec.trust_remote_code:
+            raise ModelError(
+                f"{spec.path}: comes with code of its own, which was not run. Read it; if you trust it, set "
+                "trust_remote_code: true beside this path, and revision to the commit that you read."
+            ) from error
+        raise ModelError(f"{spec.path}: {problem}: {said.splitlines()[0]}") from error

@@ -143,9 +143,9 @@ def test_refused_credentials_name_the_endpoint_and_the_variables_but_no_value(mo
     from botocore.exceptions import NoCredentialsError
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
-    storage = StorageSpec(endpoint_url="http://user:pass@store.example:9000")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:pass@store.example:9000")
     for error in (PermissionError("Forbidden for hunter2"), NoCredentialsError()):
-        message = refused(monkeypatch, error, storage)
+        message = refused(monkeypatch, error, STORAGE)
         for word in ("s3://bucket/train-*.tar", "http://store.example:9000", "AWS_ACCESS_KEY_ID", "anonymous"):
             assert word in message
         assert "hunter2" not in message
