@@ -184,7 +184,7 @@ class BetaKDJob:
         resumed = store.latest()
         quarantined = store.quarantined(resumed) if resumed else []
         monitors = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here())
-        monitor = cast(ActorHandle, monitors.remote(plan.samples, quarantined))
+        monitor = cast(ActorHandle, monitors.remote(plan.samples, quarantined, spec.training.max_failures))
         pool = teacher = cache = None
         needs = Needs()
         if spec.teacher:
@@ -238,6 +238,8 @@ class BetaKDJob:
             train_worker,
             train_loop_config={"worker": config},
             datasets={"train": partial(_rows, reader, config)},
+            # Ray Train takes no notice of the options in the context that the dataset is made in.
+            dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
             torch_config=TorchConfig(timeout_s=int(spec.training.collective_timeout_s)),
             scaling_config=ScalingConfig(
                 num_workers=(workers.min, workers.max) if workers.is_elastic else workers.min,
@@ -249,7 +251,9 @@ class BetaKDJob:
                 # Ray Train's own folder holds only its bookkeeping; ours is the run's.
                 name=f"{spec.name}-{os.urandom(4).hex()}",
                 storage_path=_scratch(),
-                failure_config=FailureConfig(max_failures=spec.training.max_failures, controller_failure_limit=3),
+                # Ray's own count knows of no progress; the monitor's does.
+                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),
+                callbacks=[Deaths(config.monitor)],
                 worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | _accelerator(gpus)},
             ),
         )
@@ -284,6 +288,17 @@ class BetaKDJob:
         filesystem.pipe_file(join(root, QUARANTINE), to_jsonl(map(asdict, quarantined)).encode())
         filesystem.pipe_file(join(root, RESULT), json.dumps(asdict(result), indent=2).encode())
         return result
+
+
+class Deaths(ray.train.UserCallback):
+    """Tells the monitor when the workers die, and of what."""
+
+    def __init__(self, monitor: ActorHandle) -> None:
+        self._monitor = monitor
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train before it restarts the workers."""
+        ray.get(self._monitor.workers_died.remote(_causes(worker_exceptions)))
 
 
 def _rows(reader: "ray.ObjectRef", config: WorkerConfig) -> "ray.data.Dataset":
@@ -348,7 +363,11 @@ def _raise_noted(monitor: ActorHandle) -> None:
 
 def _root_cause(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", None)
-    return "; ".join(f"rank {rank}: {failure}" for rank, failure in failures.items()) if failures else str(error)
+    return _causes(failures) if failures else str(error)
+
+
+def _causes(failures: dict[int, Exception]) -> str:
+    return "; ".join(f"rank {rank}: {failure}" for rank, failure in failures.items())
 
 
 def _require_same_job(run: str, there: JobSpec, asked: JobSpec) -> None:

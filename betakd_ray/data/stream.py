@@ -216,7 +216,6 @@ def stream(reader: ray.ObjectRef, plan: Plan, ledger: Ledger, pool: PoolSpec) ->
     """The rows that are still to be done, in plan order. Columns: epoch, shard, index, key, signal, and those of
     `to_arrow`."""
     context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
     # A long pause of the consumer (a checkpoint, an evaluation) is not a hang.
     context.execution_no_progress_timeout_s = -1
     context.enable_progress_bars = False

@@ -269,6 +269,8 @@ class Worker:
         checkpoint.save(self.store, self.step, self.attempt, self.training.keep, self.write)
         self.saved_step = self.step
         self.clock.saved(time.monotonic() - start)
+        if self.metrics:
+            self.config.monitor.committed.remote()
 
     def merge_ledgers(self) -> None:
         """Collective: every rank's ledger becomes everyone's."""

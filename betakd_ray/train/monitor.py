@@ -4,13 +4,16 @@ from dataclasses import asdict
 from typing import Any
 
 from betakd_ray.data.stream import Quarantined
+from betakd_ray.errors import TrainingError
 
 
 class Monitor:
     """Readers report bad samples here, rank 0 its metrics; the driver looks on. Holds no data."""
 
-    def __init__(self, planned_samples: int, quarantined: list[Quarantined]) -> None:
+    def __init__(self, planned_samples: int, quarantined: list[Quarantined], max_failures: int) -> None:
         self._planned = planned_samples
+        self._max_failures = max_failures
+        self._failures = 0
         self._quarantined: dict[tuple[int, int, int], Quarantined] = {}
         self.quarantine(quarantined)
         self._latest: dict[str, Any] = {}
@@ -41,6 +44,20 @@ class Monitor:
     def failure(self) -> tuple[str, str] | None:
         """(class name in `errors`, message) of such an error."""
         return self._failure
+
+    def committed(self) -> None:
+        """A new checkpoint is there: whatever dies now, something was gained."""
+        self._failures = 0
+
+    def workers_died(self, reason: str) -> None:
+        """Once for each restart. On preemptible nodes that may be every hour, for days; it is to lead somewhere."""
+        self._failures += 1
+        if self._failures > self._max_failures:
+            self.fail(
+                TrainingError.__name__,
+                f"the student workers died {self._failures} times with no new checkpoint in between (the limit is "
+                f"training.max_failures; training.checkpoint_every may be too rare). The last time: {reason}",
+            )
 
     def stop(self) -> None:
         """The driver was asked to end: the workers shall save and return."""

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from betakd_ray.train.checkpoint import CheckpointStore
 REPOSITORY = Path(__file__).parents[2]
 TEACHER, STUDENT = "TeacherScorer", "RayTrainWorker"
 RESUME_ME = os.EX_TEMPFAIL
+NOTICE_S = 15
+"""That a spot node has; clouds give 30 to 120."""
 PATIENCE_S = 300.0
 """For the next checkpoint; a job that makes none for so long hangs."""
 
@@ -48,6 +50,13 @@ class Nodes:
         """The node dies at once, and another takes its place."""
         self._cluster.remove_node(self._nodes[pool], allow_graceful=False)
         self._nodes[pool] = self._add(pool)
+
+    def announce(self, pool: str) -> None:
+        """As a cloud does before it takes a spot node back."""
+        command = ["ray", "drain-node", "--address", self.address, "--node-id", self._nodes[pool].node_id]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        command += ["--deadline-remaining-seconds", str(NOTICE_S)]
+        subprocess.run(command, check=True, capture_output=True)
 
     def shutdown(self) -> None:
         self._cluster.shutdown()
@@ -81,7 +90,7 @@ class Storm:
         self._file.write_text(spec.model_dump_json())  # JSON is YAML
         self._driver = self._start()
 
-    def run(self, events: list[str]) -> None:
+    def run(self, events: Sequence[str]) -> None:
         """Each event after some progress since the last, then on to the end."""
         for event in events:
             if not self._wait_for_progress():
@@ -115,6 +124,13 @@ class Storm:
 
     def lose_student_node(self) -> None:
         self.nodes.lose(self._random.choice(["student-0", "student-1"]))
+
+    def reclaim_student_node(self) -> None:
+        """A spot node's end: announced, and some seconds later it is gone."""
+        pool = self._random.choice(["student-0", "student-1"])
+        self.nodes.announce(pool)
+        time.sleep(NOTICE_S)
+        self.nodes.lose(pool)
 
     def kill_driver(self) -> None:
         self._driver.kill()

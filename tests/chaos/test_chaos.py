@@ -22,6 +22,7 @@ EVENTS = (
     "kill_worker",
     "lose_teacher_node",
     "lose_student_node",
+    "reclaim_student_node",
     "kill_driver",
     "end_driver",
     "stop_worker",
