@@ -1,18 +1,29 @@
 """S3 at its worst, on loopback: silent, busy, gone, or breaking off. Who repeats what, and for how long."""
 
+import errno
 import io
+import itertools
+import os
+import random
+import re
 import socket
 import threading
+import zlib
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from tenacity import wait_none
 
 from betakd_ray import storage as module
+from betakd_ray.data import files
 from betakd_ray.data.shards import Shard, read_shard_with_retry
 from betakd_ray.errors import DataError
 from betakd_ray.spec import StorageSpec
-from betakd_ray.storage import ATTEMPTS, S3, TIMEOUT_S, StoreSilent, open_store
+from betakd_ray.storage import ANSWERS, ATTEMPTS, S3, TIMEOUT_S, StoreSilent, open_store, replace_file
+from tests.s3 import SeaweedServer
+from tests.s3_proxy import FAULTS, SHORT, FaultyS3, client_without_pauses
+from tests.tars import good, tar_bytes
 
 URL = "s3://bucket/folder/object"
 CONTENT = bytes(range(256)) * 100
@@ -26,7 +37,7 @@ def at(port):
 @pytest.fixture
 def no_pauses(monkeypatch):
     """Attempts follow each other at once."""
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0.0)
+    client_without_pauses(monkeypatch)
 
 
 # ---- silence -----------------------------------------------------------------------------------------------------
@@ -170,18 +181,19 @@ def test_a_file_is_read_through_trouble(no_pauses):
         assert server.troubles == []
 
 
-def test_a_download_goes_on_where_it_broke_off(no_pauses, tmp_path):
+def test_a_download_that_breaks_off_is_begun_again(no_pauses, tmp_path):
     with troubled("cut", 503, "cut") as (server, filesystem, path):
         filesystem.get_file(path, str(tmp_path / "copy"))
         assert (tmp_path / "copy").read_bytes() == CONTENT
         assert server.troubles == []
 
 
-def test_an_answer_that_always_breaks_off_is_given_up(no_pauses):
+@pytest.mark.parametrize("limits", [{"start": 0, "end": len(CONTENT)}, {}])
+def test_an_answer_that_always_breaks_off_is_given_up(no_pauses, limits):
     with troubled(*["cut"] * 99) as (server, filesystem, path):
-        with pytest.raises(Exception, match="payload"):
-            filesystem.cat_file(path, start=0, end=len(CONTENT))
-        assert server.asked == S3.retries
+        with pytest.raises(ConnectionError, match=f"{ANSWERS} answers broke off.*payload"):
+            filesystem.cat_file(path, **limits)
+        assert server.asked == ANSWERS + (not limits)  # a HEAD for the size
 
 
 def test_a_store_that_stays_busy_is_given_up(no_pauses):
@@ -214,6 +226,149 @@ def test_missing_credentials_are_a_refusal(monkeypatch):
     filesystem, path = open_store(URL, at(1).model_copy(update={"anonymous": False}))
     with pytest.raises(PermissionError, match="credentials"):
         filesystem.info(path)
+
+
+# ---- a real server, behind a bad network ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with SeaweedServer() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def proxy(s3, monkeypatch, no_pauses):
+    monkeypatch.setattr(module, "TIMEOUT_S", 1.0)
+    with FaultyS3(s3, rate=0.0, pause_s=0.05, silence_s=3.0) as faulty:
+        yield faulty
+
+
+def beyond(proxy):
+    return StorageSpec(endpoint_url=proxy.endpoint_url, region="us-east-1")
+
+
+def every_call(filesystem, folder, path):
+    """Each kind of request once, and what came of it."""
+    filesystem.pipe_file(path, CONTENT)
+    (folder / "file").write_bytes(CONTENT)
+    filesystem.put_file(str(folder / "file"), f"{path}.2")
+    filesystem.get_file(f"{path}.2", str(folder / "copy"))
+    yield (folder / "copy").read_bytes() == CONTENT
+    yield filesystem.cat_file(path) == CONTENT
+    yield filesystem.cat_file(path, start=100, end=200) == CONTENT[100:200]
+    yield filesystem.info(path)["size"] == len(CONTENT)
+    yield len(filesystem.find(os.path.dirname(path))) == 2
+    filesystem.rm(os.path.dirname(path), recursive=True)
+    yield not filesystem.exists(path)
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_every_call_gets_through_every_fault(proxy, tmp_path, kind):
+    filesystem, path = open_store("s3://betakd/calls/object", beyond(proxy))
+    assert all(every_call(filesystem, tmp_path, path))
+    asked = set(proxy.requests)
+    assert {request.split(" ")[0] for request in asked} == {"GET", "HEAD", "PUT", "POST"}
+    for request, at in zip(sorted(asked), itertools.cycle([None, 0, 1, 50])):
+        proxy.inject(kind, at=at, only=f"^{re.escape(request)}$")
+    assert all(every_call(filesystem, tmp_path, path))
+    assert not proxy.planned
+
+
+def test_a_bucket_that_is_missing_is_not_made(proxy, s3):
+    filesystem, path = open_store("s3://missing/folder", beyond(proxy))
+    filesystem.makedirs(path, exist_ok=True)
+    assert s3.filesystem().ls("") == [s3.bucket]
+
+
+def test_a_random_half_of_the_requests_may_fail(proxy, tmp_path):
+    filesystem, path = open_store("s3://betakd/half/object", beyond(proxy))
+    proxy.rate, proxy.faults = 0.5, ("error", "reset", "cut", "truncated")
+    for _ in range(5):
+        assert all(every_call(filesystem, tmp_path, path))
+    assert set(proxy.faults_injected) == set(proxy.faults)
+
+
+@pytest.mark.parametrize("kind", ["error", "reset", "cut", "truncated"])
+def test_each_part_of_a_large_file_gets_through(proxy, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(S3, "default_block_size", 1 << 20)
+    monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda size, chunksize=None: 5 << 20)  # the least S3 takes
+    filesystem, path = open_store("s3://betakd/large/object", beyond(proxy))
+    content = random.Random(0).randbytes(11 << 20)
+    (tmp_path / "file").write_bytes(content)
+    for only in ("POST .*uploads", "partNumber=1", "partNumber=3", "POST .*uploadId"):
+        proxy.inject(kind, at=1000, only=only)
+    filesystem.put_file(str(tmp_path / "file"), path)
+    proxy.inject(kind, at=1000, only="GET", times=6)
+    filesystem.get_file(path, str(tmp_path / "copy"))
+    assert (tmp_path / "copy").read_bytes() == content
+    proxy.inject(kind, at=1000, only="GET", times=6)
+    assert filesystem.cat_file(path) == content
+    assert proxy.faults_injected[kind] == 16
+
+
+@pytest.fixture
+def shard(s3):
+    """30 samples, some 60 kB, in the store."""
+    content = tar_bytes([member for number in range(30) for member in good(f"{number:03d}")])
+    s3.filesystem().pipe_file("betakd/shards/train-0.tar", content)
+    return Shard("s3://betakd/shards/train-0.tar", 30, len(content), f"{zlib.crc32(content):08x}")
+
+
+def read(shard, proxy):
+    return read_shard_with_retry(shard, beyond(proxy), wait=wait_none())
+
+
+@pytest.mark.parametrize("times", [1, ANSWERS], ids=["once", "until the client gives up"])
+@pytest.mark.parametrize("kind", ["cut", "truncated", SHORT])
+def test_a_shard_whose_answer_ends_at_any_byte_gives_each_sample_once(proxy, shard, kind, times):
+    for at in [0, 1, 511, 512, 513, *range(1000, shard.bytes, 7001), shard.bytes - 1]:
+        proxy.inject(kind, at=at, only="GET", times=1 if kind == SHORT else times)
+        assert [sample.index for sample in read(shard, proxy)] == list(range(30))
+    assert not proxy.planned
+
+
+@pytest.mark.parametrize("kind", ["error", "reset", "cut"])
+def test_a_store_that_fails_after_any_sample_gives_each_sample_once(proxy, shard, kind, monkeypatch):
+    monkeypatch.setattr(files, "BLOCK_BYTES", 4096)  # a request for every two samples
+    for before in range(0, 29, 4):
+        samples = read(shard, proxy)
+        indexes = [next(samples).index for _ in range(before)]
+        proxy.inject(kind, at=before, only="GET", times=ANSWERS)
+        indexes += [sample.index for sample in samples]
+        assert indexes == list(range(30))
+    assert not proxy.planned
+
+
+def test_a_shard_is_given_up_when_the_store_stays_away(proxy, shard):
+    samples = read(shard, proxy)
+    first = next(samples).index
+    proxy.rate, proxy.faults = 1.0, ("reset",)
+    assert first == 0
+    with pytest.raises(DataError, match=r"train-0\.tar.*Check storage\.endpoint_url"):
+        list(read(shard, proxy))
+
+
+# ---- whole files -------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    filesystem, path = open_store(str(tmp_path / "file"))
+    replace_file(filesystem, path, b"before")
+
+    def half(self, path, content, **options):
+        (tmp_path / os.path.basename(path)).write_bytes(content[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(filesystem), "pipe_file", half)
+        with pytest.raises(OSError, match="space"):
+            replace_file(filesystem, path, b"afterwards")
+    assert (tmp_path / "file").read_bytes() == b"before"
+    replace_file(filesystem, path, b"afterwards")
+    assert (tmp_path / "file").read_bytes() == b"afterwards"
 
 
 # ---- other stores ------------------------------------------------------------------------------------------------

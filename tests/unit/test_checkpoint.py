@@ -1,0 +1,482 @@
+"""Whatever befalls a checkpoint on its way to the store or back, the one before stays current and somebody says why."""
+
+import errno
+import itertools
+import json
+import os
+import re
+import shutil
+import tempfile
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from fsspec.implementations.local import LocalFileSystem
+
+from betakd_ray import storage
+from betakd_ray.errors import OutputError
+from betakd_ray.spec import StorageSpec
+from betakd_ray.storage import ANSWERS
+from betakd_ray.train.checkpoint import FOLDER, MANIFEST, CheckpointStore, Manifest, save
+from tests.s3 import SeaweedServer
+from tests.s3_proxy import FAULTS, NO_BUCKET, SHORT, FaultyS3, client_without_pauses
+
+CONTENT = {"ledger.json": b"{}", "deepspeed/model.pt": bytes(range(256)) * 40, "deepspeed/optimizer.pt": b"adam" * 5000}
+
+
+class Died(BaseException):
+    """A process ended here."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _alone(tmp_path_factory):
+    """One rank on one node."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    """The folder of temporary files, which is to be empty at the end."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert list(folder.iterdir()) == []
+
+
+@pytest.fixture
+def local(tmp_path):
+    return CheckpointStore(str(tmp_path / "run"), StorageSpec())
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with SeaweedServer() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def proxy(s3, monkeypatch):
+    client_without_pauses(monkeypatch)
+    monkeypatch.setattr(storage, "TIMEOUT_S", 1.0)
+    with FaultyS3(s3, rate=0.0, pause_s=0.05, silence_s=3.0) as faulty:
+        yield faulty
+
+
+@pytest.fixture
+def remote(proxy, request):
+    """A run of the test's own, in a bucket."""
+    run = re.sub(r"\W", "-", request.node.name)
+    return CheckpointStore(f"s3://betakd/{run}", StorageSpec(endpoint_url=proxy.endpoint_url, region="us-east-1"))
+
+
+@pytest.fixture(params=["local", "remote"])
+def store(request, s3):  # the server starts before `temporary` does
+    return request.getfixturevalue(request.param)
+
+
+def write(folder):
+    for file, content in CONTENT.items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(content)
+
+
+def saved(store, step, attempt="a", keep=2):
+    save(store, step, attempt, keep, write)
+    return f"step-{step:08d}-{attempt}"
+
+
+def put(store, name, content=CONTENT):
+    """Files of a folder, which nobody committed."""
+    for file, each in content.items():
+        path = f"{store.root}/{name}/{file}"
+        store.filesystem.makedirs(os.path.dirname(path), exist_ok=True)
+        store.filesystem.pipe_file(path, each)
+
+
+def uncommitted(store, name):
+    """A checkpoint whose files are there."""
+    put(store, name)
+    return Manifest(name, int(name.split("-")[1]), 1, {file: len(content) for file, content in CONTENT.items()})
+
+
+def names(store):
+    return [manifest.name for manifest in store.committed()]
+
+
+def folders(store):
+    return sorted({path.split("/")[0] for path in store._stored()})
+
+
+def is_whole(store, manifest):
+    """What comes back is what was saved."""
+    with store.on_disk(manifest, "test") as folder:
+        return all((folder / file).read_bytes() == content for file, content in CONTENT.items())
+
+
+# ------------------------------------------------------------------------------------------ to the store and back
+
+
+def test_a_checkpoint_is_current_once_saved_and_comes_back_as_it_was(store):
+    assert store.latest() is None
+    name = saved(store, 7)
+    manifest = store.latest()
+    assert manifest == Manifest(name, 7, 1, {file: len(content) for file, content in CONTENT.items()})
+    assert is_whole(store, manifest)
+
+
+def test_a_root_with_a_pattern_in_its_name_is_taken_literally(tmp_path):
+    store = CheckpointStore(str(tmp_path / "run[1]*"), StorageSpec())
+    name = saved(store, 1)
+    assert names(store) == [name]
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_checkpoint_gets_through_every_fault(remote, proxy, kind):
+    proxy.rate, proxy.faults = 0.25, (kind,)
+    for step in (1, 2, 3):
+        name = saved(remote, step, keep=1)
+        assert names(remote) == [name]
+        assert is_whole(remote, remote.latest())
+    assert proxy.faults_injected[kind]
+    proxy.rate = 0.0
+    assert folders(remote) == [name]
+
+
+# ------------------------------------------------------------------------------------------- on the way to the store
+
+
+CHANGES = ("makedirs", "put_file", "pipe_file", "rm_file", "rm")
+
+
+@contextmanager
+def dying(at):
+    """The `at`th change to the local store is half done, and the process dies. Counts the changes."""
+    done = SimpleNamespace(changes=0)
+
+    def half(change, real):
+        def call(self, path, *arguments, **options):
+            done.changes += 1
+            if done.changes <= at:
+                return real(self, path, *arguments, **options)
+            if change == "put_file":
+                real(self, path, *arguments, **options)
+                os.truncate(arguments[0], os.path.getsize(path) // 2)
+            if change == "pipe_file":
+                real(self, path, arguments[0][: len(arguments[0]) // 2])
+            if change == "rm":
+                os.remove(next(os.path.join(folder, files[0]) for folder, _, files in os.walk(path) if files))
+            raise Died
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for change in CHANGES:
+            patch.setattr(LocalFileSystem, change, half(change, getattr(LocalFileSystem, change)))
+        yield done
+
+
+def dies(store, at):
+    """Whether the save of step 2 dies at that change."""
+    with dying(at):
+        try:
+            saved(store, 2, keep=1)
+        except Died:
+            return True
+    return False
+
+
+def test_a_death_at_any_point_of_a_save_leaves_a_whole_checkpoint_current(tmp_path):
+    current = []
+    for at in itertools.count():
+        store = CheckpointStore(str(tmp_path / f"run-{at}"), StorageSpec())
+        saved(store, 1)
+        died = dies(store, at)
+        current.append(store.latest().step)
+        assert all(is_whole(store, manifest) for manifest in store.committed())
+        third = saved(store, 3, keep=1)
+        assert folders(store) == [third]
+        if not died:
+            break
+    assert current == sorted(current)
+    assert current.count(1) > len(CONTENT)
+    assert current.count(2) > 2  # while the first was removed
+
+
+DAMAGE = {
+    "cut": (lambda store, path: store.filesystem.pipe_file(path, b"ad"), "2 of 20000 bytes"),
+    "gone": (lambda store, path: store.filesystem.rm_file(path), "0 of 20000 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_partial_upload_is_not_committed(store, case):
+    damage, found = DAMAGE[case]
+    before = saved(store, 1)
+    manifest = uncommitted(store, "step-2-b")
+    damage(store, f"{store.root}/step-2-b/deepspeed/optimizer.pt")
+    with pytest.raises(OutputError, match=rf"step-2-b/deepspeed/optimizer\.pt: {found} were stored"):
+        store.commit(manifest)
+    assert names(store) == [before]
+
+
+@pytest.mark.parametrize("file", [*CONTENT, MANIFEST])
+def test_a_full_store_leaves_the_checkpoint_before(local, monkeypatch, file):
+    before = saved(local, 1)
+
+    def full(real):
+        def call(self, source, target, *arguments, **options):
+            if file not in source + str(target):
+                return real(self, source, target, *arguments, **options)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "put_file", full(LocalFileSystem.put_file))
+        patch.setattr(LocalFileSystem, "pipe_file", full(LocalFileSystem.pipe_file))
+        with pytest.raises(OutputError, match=rf"{file}: OSError.*disk is full: free some of it, or keep fewer"):
+            saved(local, 2, "b")
+    assert names(local) == [before]
+    assert is_whole(local, local.latest())
+    after = saved(local, 2, "c")
+    assert names(local) == [before, after]
+
+
+def disk_with(monkeypatch, free):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is full")
+def test_a_full_disk_of_the_node_is_named_whatever_torch_calls_it(local, monkeypatch, temporary):
+    before = saved(local, 1)
+    tensors = {"weight": torch.zeros(100_000)}
+    for free, error, message in ((0, OutputError, rf"{temporary}.*the disk is full"), (1 << 30, RuntimeError, "pos")):
+        disk_with(monkeypatch, free)
+        with pytest.raises(error, match=message):
+            save(local, 2, "b", 2, lambda folder: torch.save(tensors, "/dev/full"))
+    assert names(local) == [before]
+
+
+def test_a_bucket_that_vanishes_is_an_error_and_not_an_empty_run(proxy, s3):
+    root = s3.filesystem()
+    root.mkdir("vanishing")
+    store = CheckpointStore("s3://vanishing/run", StorageSpec(endpoint_url=proxy.endpoint_url, region="us-east-1"))
+    assert store.latest() is None
+    saved(store, 1)
+    manifest = uncommitted(store, "step-2-b")
+    root.rm("vanishing", recursive=True)
+    for call in (store.latest, lambda: store.commit(manifest)):
+        with pytest.raises(OutputError, match=r"s3://vanishing/run/checkpoints.*bucket does not exist.*output\.path"):
+            call()
+
+
+def test_a_bucket_that_vanishes_during_a_save_is_an_error(remote, proxy):
+    before = saved(remote, 1)
+    proxy.inject(NO_BUCKET, only=r"PUT .*optimizer\.pt")  # SeaweedFS would make it anew
+    with pytest.raises(OutputError, match=r"optimizer\.pt: FileNotFoundError: injected.*output\.path"):
+        saved(remote, 2)
+    assert names(remote) == [before]
+
+
+def test_a_store_that_goes_away_before_the_manifest_leaves_the_checkpoint_before(remote, proxy):
+    before = saved(remote, 1)
+    manifest = uncommitted(remote, "step-2-b")
+    proxy.inject("reset", only=f"PUT .*{MANIFEST}", times=99)
+    with pytest.raises(OutputError, match=rf"{MANIFEST}: ConnectionError.*run the job again"):
+        remote.commit(manifest)
+    proxy.planned.clear()
+    assert names(remote) == [before]
+    remote.commit(manifest)
+    assert names(remote) == [before, "step-2-b"]
+
+
+def test_a_manifest_whose_acknowledgement_is_lost_is_committed_once(remote, proxy):
+    proxy.inject("cut", only=f"PUT .*{MANIFEST}")
+    name = saved(remote, 1)
+    assert names(remote) == [name]
+    assert proxy.faults_injected["cut"] == 1
+
+
+# ------------------------------------------------------------------------------------------------------- pruning
+
+
+def test_pruning_removes_what_is_superseded_and_nothing_else(store):
+    for step in range(1, 5):
+        store.commit(uncommitted(store, f"step-{step}-a"))
+    put(store, "step-3-died")
+    put(store, "step-5-writing")
+    put(store, "notes", {"mine.txt": b"keep"})
+    store.prune(keep=2)
+    assert names(store) == ["step-3-a", "step-4-a"]
+    assert folders(store) == ["notes", "step-3-a", "step-4-a", "step-5-writing"]
+    store.prune(keep=9)
+    assert names(store) == ["step-3-a", "step-4-a"]
+
+
+def test_without_a_committed_checkpoint_nothing_is_pruned(store):
+    put(store, "step-1-a")
+    store.prune(keep=1)
+    assert folders(store) == ["step-1-a"]
+
+
+def test_a_prune_that_fails_is_a_warning_and_made_up_for_later(remote, proxy, caplog):
+    saved(remote, 1, keep=1)
+    proxy.inject("error", only="DELETE|POST .*delete", times=99)
+    second = saved(remote, 2, keep=1)
+    assert re.search(r"superseded checkpoints.*step-00000001-a.*InternalError|injected", caplog.text)
+    assert remote.latest().name == second
+    proxy.planned.clear()
+    third = saved(remote, 3, keep=1)
+    assert folders(remote) == [third]
+
+
+def test_a_commit_that_fails_is_no_warning(remote, proxy):
+    proxy.inject("error", only=f"PUT .*{MANIFEST}", times=99)
+    with pytest.raises(OutputError, match=MANIFEST):
+        saved(remote, 1)
+    assert names(remote) == []
+
+
+def test_a_reader_never_misses_the_newest_while_older_ones_are_pruned(local, monkeypatch):
+    """Between its listing and its reading, a newer one is committed and those listed go."""
+    saved(local, 1, keep=1)
+    listed = LocalFileSystem.find
+
+    def meanwhile(self, *arguments, **options):
+        found = listed(self, *arguments, **options)
+        monkeypatch.setattr(LocalFileSystem, "find", listed)
+        saved(local, 2, keep=1)
+        return found
+
+    monkeypatch.setattr(LocalFileSystem, "find", meanwhile)
+    assert local.latest().step == 2
+
+
+# ----------------------------------------------------------------------------------------------- another writer
+
+
+def test_of_two_attempts_at_a_step_both_are_whole_and_every_reader_takes_the_same(store):
+    for attempt in ("b", "a"):
+        store.commit(uncommitted(store, f"step-2-{attempt}"))
+    assert names(store) == ["step-2-a", "step-2-b"]
+    assert all(is_whole(store, manifest) for manifest in store.committed())
+
+
+def test_an_attempt_that_is_behind_cannot_commit_what_another_has_pruned(store):
+    slow = uncommitted(store, "step-2-slow")
+    current = saved(store, 3)
+    with pytest.raises(OutputError, match=r"0 of .*find out what else writes or removes files there"):
+        store.commit(slow)
+    assert names(store) == [current]
+
+
+def test_an_attempt_that_is_ahead_is_not_pruned(store):
+    fast = uncommitted(store, "step-4-fast")
+    current = saved(store, 3)
+    store.commit(fast)
+    assert names(store) == [current, "step-4-fast"]
+
+
+# ------------------------------------------------------------------------------------------------------ damage
+
+WHOLE = asdict(Manifest("step-2-b", 2, 1, {"ledger.json": 2}))
+MANIFESTS = {
+    "nothing": (b"", "damaged: Invalid JSON"),
+    "cut": (json.dumps(WHOLE).encode()[:-5], "damaged: Invalid JSON"),
+    "a web page": (b"<html>503</html>", "damaged: Invalid JSON"),
+    "a list": (b"[]", "damaged"),
+    "no files": (json.dumps({**WHOLE, "files": None}).encode(), "damaged"),
+    "no step": (json.dumps({key: value for key, value in WHOLE.items() if key != "step"}).encode(), "damaged"),
+    "a path upwards": (json.dumps({**WHOLE, "files": {"../../x": 1}}).encode(), r"\.\./\.\./x is outside"),
+    "an absolute path": (json.dumps({**WHOLE, "files": {"/etc/x": 1}}).encode(), "/etc/x is outside"),
+    "that of another": (json.dumps({**WHOLE, "name": "step-1-a"}).encode(), "that of step-1-a"),
+}
+
+
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_a_damaged_manifest_is_an_error_and_not_an_older_checkpoint(local, case):
+    content, reason = MANIFESTS[case]
+    before = saved(local, 1)
+    put(local, "step-2-b", {**CONTENT, MANIFEST: content})
+    with pytest.raises(OutputError, match=rf"step-2-b: {MANIFEST} is .*{reason}.*Remove this folder"):
+        local.latest()
+    local.filesystem.rm(f"{local.root}/step-2-b", recursive=True)
+    assert names(local) == [before]
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_checkpoint_that_lost_a_part_is_not_loaded(store, case):
+    damage, found = DAMAGE[case]
+    name = saved(store, 1)
+    damage(store, f"{store.root}/{name}/deepspeed/optimizer.pt")
+    with pytest.raises(OutputError, match=rf"{name}: deepspeed/optimizer\.pt: {found} are there\. Remove this folder"):
+        is_whole(store, store.latest())
+
+
+def test_a_download_that_is_short_is_begun_again_and_at_last_given_up(remote, proxy):
+    saved(remote, 1)
+    for times in (1, ANSWERS - 1):
+        proxy.inject(SHORT, at=100, only=r"GET .*optimizer\.pt", times=times)
+        assert is_whole(remote, remote.latest())
+        assert not proxy.planned
+    proxy.inject(SHORT, at=100, only=r"GET .*optimizer\.pt", times=ANSWERS)
+    with pytest.raises(OutputError, match=r"optimizer\.pt: .*checksum"):
+        is_whole(remote, remote.latest())
+
+
+def test_a_copy_that_is_short_is_not_loaded(local, monkeypatch):
+    saved(local, 1)
+    copy = LocalFileSystem.get_file
+
+    def cut(self, source, target, **options):
+        copy(self, source, target, **options)
+        os.truncate(target, 2)
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", cut)
+    with pytest.raises(OutputError, match=r"deepspeed/model\.pt: 2 of 10240 bytes"):
+        is_whole(local, local.latest())
+
+
+def test_a_disk_that_fills_up_during_a_download_is_named(local, monkeypatch, temporary):
+    saved(local, 1)
+
+    def full(self, source, target, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", full)
+    with pytest.raises(OutputError, match=rf"{temporary}.*the disk is full.*TMPDIR"):
+        is_whole(local, local.latest())
+
+
+@pytest.mark.parametrize("call", ["latest", "ledger", "on_disk"])
+def test_a_store_that_is_away_is_named_with_a_remedy(remote, proxy, call):
+    saved(remote, 1)
+    manifest = remote.latest()
+    proxy.rate, proxy.faults = 1.0, ("reset",)
+    calls = {
+        "latest": remote.latest,
+        "ledger": lambda: remote.ledger(manifest),
+        "on_disk": lambda: is_whole(remote, manifest),
+    }
+    with pytest.raises(OutputError, match=rf"^s3://betakd/.*/{FOLDER}.*ConnectionError.*output\.storage"):
+        calls[call]()
+
+
+def test_credentials_that_are_refused_are_named(remote, monkeypatch):
+    def refused(*arguments, **options):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(remote.filesystem, "put_file", refused)
+    with pytest.raises(OutputError, match=r"PermissionError: Access Denied.*credentials"):
+        saved(remote, 1)
