@@ -8,6 +8,7 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -136,7 +137,8 @@ class _Listener(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         for connection in list(self.connections):
-            _try(connection.shutdown, socket.SHUT_RDWR)
+            with suppress(OSError):  # gone already
+                connection.shutdown(socket.SHUT_RDWR)
         super().server_close()
 
 
@@ -177,9 +179,11 @@ class _Connection(BaseHTTPRequestHandler):
             return self._write(*self._error(*_ERRORS[fault.kind]))
         try:
             head, content = self._ask(body, fault)
-        except OSError:  # no server there
+        except (OSError, http.client.HTTPException):  # no server there, or not for long
             return self._reset()
-        self._write(head, content) if fault is None or fault.kind == SHORT else self._break(head, content, fault)
+        if fault is None or fault.kind == SHORT:
+            return self._write(head, content)
+        self._break(head, content, fault)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on  # noqa: N815
 
@@ -236,13 +240,6 @@ class _Connection(BaseHTTPRequestHandler):
 def _head(status: int, reason: str, headers: dict[str, str]) -> bytes:
     lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]
     return "\r\n".join(lines).encode("latin-1")
-
-
-def _try(call: Any, *arguments: Any) -> None:
-    try:
-        call(*arguments)
-    except OSError:  # gone already
-        return
 
 
 def client_without_pauses(patch: pytest.MonkeyPatch) -> None:

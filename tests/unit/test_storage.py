@@ -283,6 +283,14 @@ def test_a_bucket_that_is_missing_is_not_made(proxy, s3):
     assert s3.filesystem().ls("") == [s3.bucket]
 
 
+def test_a_seed_fixes_which_requests_go_wrong_and_how(s3):
+    proxies = [FaultyS3(s3, seed, rate=0.1) for seed in (1, 1, 2)]
+    schedules = [[proxy.draw("GET /") for _ in range(1000)] for proxy in proxies]
+    assert schedules[0] == schedules[1] != schedules[2]
+    assert {fault.kind for fault in schedules[0] if fault} == set(FAULTS)
+    assert 50 < sum(fault is not None for fault in schedules[0]) < 150
+
+
 def test_a_random_half_of_the_requests_may_fail(proxy, tmp_path):
     filesystem, path = open_store("s3://betakd/half/object", beyond(proxy))
     proxy.rate, proxy.faults = 0.5, ("error", "reset", "cut", "truncated")
