@@ -12,7 +12,7 @@ BUILT := $(TORCH_EXTENSIONS_DIR)/.built
 BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out %/__init__.py,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill teacher test test-unit slow check bench figures clean
+.PHONY: help setup distill teacher test test-unit chaos slow check bench figures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test: setup ## unit tests, and tests on a local Ray cluster with a local S3 serv
 
 test-unit: setup ## unit tests only
 	@python -m pytest -m "not slow" tests/unit
+
+chaos: setup ## whole jobs under 20 schedules of kills and a failing store (an hour)
+	@python -m pytest -s tests/chaos --seeds 20
 
 slow: setup ## the tests that take minutes
 	@python -m pytest -m slow
