@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -202,6 +202,38 @@ def audit(
         print(f"betakd: {problem}", file=sys.stderr)
     if found.problems:
         raise SystemExit(1)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="checkpoint of LLaVA, MobileVLM V2 or TinyLLaVA: folder, hub id or URL")
+    ],
+    target: Annotated[Path, typer.Argument(help="new folder")],
+    vision_tower: Annotated[str | None, typer.Option(help="in place of the one that its config.json names")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="read tensors from pytorch_model.bin")] = False,
+) -> None:
+    """Write a checkpoint in its authors' layout as a folder that `path:` in a spec can name."""
+    from betakd_ray.models.convert import convert as write
+
+    with explained():
+        model = write(source, target, vision_tower=vision_tower, allow_pickle=allow_pickle)
+    print(f"{target}: {type(model).__name__}, {model.num_parameters():,} parameters")
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="trained model: folder, hub id or URL")],
+    target: Annotated[Path, typer.Argument(help="new folder")],
+    tokenizer: Annotated[str, typer.Option(help="original checkpoint whose tokenizer files are copied")],
+    format: Annotated[Literal["mobilevlm"], typer.Option(help="whose layout")] = "mobilevlm",
+) -> None:
+    """Write a MobileVLM as the original tool chain loads it."""
+    from betakd_ray.models.export import export_mobilevlm
+
+    with explained():
+        export_mobilevlm(source, target, tokenizer)
+    print(f"{target}: in the layout of {format}")
 
 
 def print_scores(scores: dict[str, dict[str, float]]) -> None:

@@ -64,6 +64,10 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     Raises ModelError if it cannot be read, is not a vision–language model, or has its weights in a pickle.
     """
     config = _from_pretrained(AutoConfig, spec)
+    if hasattr(config, "mm_projector_type"):  # transformers would take it for a LLaVA, with random weights
+        raise ModelError(
+            f"{spec.path}: is in its authors' layout. Run: betakd convert {spec.path} FOLDER, and name that folder."
+        )
     own_code = getattr(config, "auto_map", None) if spec.trust_remote_code else None
     is_own = AutoModelForImageTextToText.__name__ in (own_code or {})
     if not is_own and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:

@@ -1,0 +1,389 @@
+"""Checkpoints as their authors' code wrote them → folders that transformers loads.
+
+Two layouts are read: the flat one of LLaVA, MobileVLM V2 and TinyLLaVA's first models (a language model's configuration
+with `mm_…` fields beside its own), and the nested one of TinyLLaVA Factory. A weight that has no place in the model, or
+a place that gets no weight, is an error: nothing is left at random.
+"""
+
+import json
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AddedToken,
+    AutoConfig,
+    AutoImageProcessor,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+from transformers.utils.import_utils import is_sentencepiece_available
+
+from betakd_ray.errors import ModelError, OutputError
+from betakd_ray.models.load import local_folder
+from betakd_ray.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration, mobilevlm_processor
+from betakd_ray.spec import StorageSpec
+
+IMAGE = "<image>"
+PAD_ROWS_TO = 64
+"""A vocabulary that grows does so to a multiple of this, for the speed of the product with the head."""
+
+Names = Mapping[str, str]
+"""How a weight's name begins → how it does in transformers. The first that fits is taken."""
+
+VISION, PROJECTOR, LANGUAGE = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
+EMBEDDING, HEAD = f"{LANGUAGE}embed_tokens.weight", "lm_head.weight"
+FLAT: Names = {
+    "model.vision_tower.vision_tower.vision_model.": VISION,
+    "model.mm_projector.": PROJECTOR,
+    "model.": LANGUAGE,
+    "lm_head.": "lm_head.",
+}
+NESTED: Names = {
+    "vision_tower._vision_tower.vision_model.": VISION,
+    "connector._connector.": PROJECTOR,
+    "language_model.model.": LANGUAGE,
+    "language_model.lm_head.": "lm_head.",
+}
+TOWER: Names = {"vision_model.": VISION}
+"""Of CLIP and SigLIP, which have a text tower too."""
+PROJECTORS: Mapping[str, Names] = {
+    "mlp2x_gelu": {"0.": "linear_1.", "2.": "linear_2."},
+    "ldpnetv2": {"mlp.mlp.0.": "linear_1.", "mlp.mlp.2.": "linear_2.", "peg.peg.0.": "peg."},
+}
+COMPUTED = ("inv_freq", "position_ids")
+"""Buffers that older versions of transformers wrote among the weights."""
+LANGUAGE_MODELS = {"Llama": "llama", "Mistral": "mistral", "Qwen": "qwen2"}
+"""A part of the architecture's name, in the flat layout → transformers' model type."""
+VISION_TOWERS = ("clip_vision_model", "siglip_vision_model")
+SELECTS = {"patch": "default", "cls_patch": "full"}
+
+
+@dataclass(frozen=True)
+class Original:
+    """What an original configuration says, in the same words for both layouts."""
+
+    names: Names
+    projector: str
+    tower: str
+    """Folder or hub id of the vision tower."""
+    text: PretrainedConfig
+    layer: int
+    select: str
+    """`patch`, without the first token, or `cls_patch`."""
+    needs_class_token: bool
+    """Whether `patch` keeps all tokens of a tower that has no class token."""
+
+
+def convert(
+    source: str, target: str | Path, *, vision_tower: str | None = None, allow_pickle: bool = False
+) -> PreTrainedModel:
+    """Write the original-format checkpoint `source` (folder, hub id or URL) into the folder `target`.
+
+    `vision_tower` replaces the place that the configuration names; its configuration and image processor are read, and
+    its weights where the checkpoint has none. Pickled weights need `allow_pickle`, and may hold tensors only. All
+    weights become of the language model's type. The model is held in memory. Raises ModelError and OutputError.
+    """
+    target = new_folder(target)
+    folder = fetch(source, allow_pickle)
+    original = _read(folder / "config.json")
+    tower = fetch(vision_tower or original.tower, allow_pickle)
+    weights = _renamed(folder, original.names, allow_pickle)
+    projector = {PROJECTOR + old: PROJECTOR + new for old, new in PROJECTORS[original.projector].items()}
+    weights = {renaming(name, projector): weight for name, weight in weights.items()}
+    if EMBEDDING not in weights:
+        raise ModelError(f"{folder}: no weights of a language model are there (an adapter alone is not enough)")
+    if not any(name.startswith(VISION) for name in weights):
+        weights |= _renamed(tower, TOWER, allow_pickle, only_these=True)
+    tokenizer = _tokenizer(folder)
+    for name in {EMBEDDING, HEAD} & weights.keys():
+        weights[name] = with_row(weights[name], tokenizer.get_vocab()[IMAGE])
+    config, processor = _configured(original, tower, tokenizer, len(weights[EMBEDDING]))
+    model = _filled(config, weights)
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
+    return model
+
+
+def with_row(weight: Float[Tensor, "vocab width"], index: int) -> Float[Tensor, "rows width"]:
+    """An embedding or head that has a row `index`: as it was, or longer by copies of its mean row.
+
+    The mean row's logit is the mean logit. So it is never the largest, and by Jensen's inequality no new id gets more
+    than 1/vocab of the probability.
+    """
+    if index < len(weight):
+        return weight
+    rows = -(-(index + 1) // PAD_ROWS_TO) * PAD_ROWS_TO
+    mean = weight.float().mean(0).to(weight.dtype)
+    return torch.cat([weight, mean.expand(rows - len(weight), -1)])
+
+
+def renaming(name: str, names: Names) -> str:
+    """The name with its beginning exchanged; as it is, if none fits."""
+    old = next((old for old in names if name.startswith(old)), "")
+    return names.get(old, "") + name.removeprefix(old)
+
+
+# ------------------------------------------------------------------------------------------ folders
+
+
+def new_folder(target: str | Path) -> Path:
+    """The folder, made if it is not there. Raises OutputError if something is in it."""
+    folder = Path(target)
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder}: is there, and not empty. Name a new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def fetch(location: str, allow_pickle: bool = False) -> Path:
+    """A folder as it is; this machine's copy of a URL or hub id. Raises ModelError."""
+    if "://" in location:
+        return Path(local_folder(location, StorageSpec()))
+    if Path(location).is_dir():
+        return Path(location)
+    patterns = ["*.json", "*.model", "*.safetensors", *(["*.bin"] if allow_pickle else [])]
+    try:
+        return Path(snapshot_download(location, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{location}: is no folder, and cannot be fetched from a hub: {error}. If a configuration names it as its "
+            "vision tower, give --vision-tower."
+        ) from error
+
+
+def _weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    if files := _files(folder, SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        return {name: weight for file in files for name, weight in load_file(file).items()}
+    files = _files(folder, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    if not files:
+        raise ModelError(f"{folder}: no {SAFE_WEIGHTS_NAME} and no {WEIGHTS_NAME} is there, nor an index of several")
+    if not allow_pickle:
+        raise ModelError(
+            f"{files[0]}: weights in a pickle. Give --allow-pickle to read it: only tensors are taken from it, and "
+            "nothing that it asks for is run."
+        )
+    return {name: weight for file in files for name, weight in _unpickled(file).items()}
+
+
+def _files(folder: Path, name: str, index: str) -> list[Path]:
+    if (folder / index).exists():
+        return sorted({folder / file for file in _json(folder / index)["weight_map"].values()})
+    return [folder / name] if (folder / name).exists() else []
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(f"{file}: holds more than tensors, and was not read: {error}") from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{file}: is not there") from error
+    except ValueError as error:
+        raise ModelError(f"{file}: is no JSON: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------ configurations
+
+
+def _read(file: Path) -> Original:
+    config = _json(file)
+    if config.get("model_type") == "tinyllava":
+        original = _nested(file, config)
+    elif "mm_projector_type" in config and "text_config" not in config:
+        original = _flat(file, config)
+    else:
+        raise ModelError(
+            f"{file}: a {config.get('model_type')!r} without mm_projector_type is in no original layout known here. If "
+            "transformers loads it, there is nothing to convert."
+        )
+    if original.projector not in PROJECTORS:
+        raise ModelError(f"{file}: the projector is {original.projector!r}; known are {', '.join(PROJECTORS)}")
+    if original.select not in SELECTS:
+        raise ModelError(f"{file}: the selected feature is {original.select!r}; known are {', '.join(SELECTS)}")
+    return original
+
+
+def _flat(file: Path, config: Mapping[str, Any]) -> Original:
+    if config.get("mm_use_im_start_end"):
+        raise ModelError(f"{file}: mm_use_im_start_end is true; tokens around an image are not supported")
+    if "anyres" in str(config.get("image_aspect_ratio")):
+        raise ModelError(f"{file}: image_aspect_ratio is anyres, of LLaVA-NeXT; only images of one size are supported")
+    return Original(
+        names=FLAT,
+        projector=config["mm_projector_type"],
+        tower=_given(file, config, "mm_vision_tower"),
+        text=_flat_text(file, config),
+        layer=_given(file, config, "mm_vision_select_layer"),
+        select=config.get("mm_vision_select_feature", "patch"),
+        needs_class_token=True,
+    )
+
+
+def _flat_text(file: Path, config: Mapping[str, Any]) -> PretrainedConfig:
+    """The language model's own fields."""
+    architecture = _given(file, config, "architectures")[0]
+    kind = next((kind for name, kind in LANGUAGE_MODELS.items() if name in architecture), None)
+    if kind is None:
+        raise ModelError(f"{file}: architecture {architecture!r}; language models are {', '.join(LANGUAGE_MODELS)}")
+    config_class = CONFIG_MAPPING[kind]
+    own = own_fields(config_class) | {"rope_theta", "rope_scaling"}
+    return config_class.from_dict({name: value for name, value in config.items() if name in own})
+
+
+def own_fields(config: Any) -> set[str]:
+    """The fields of a configuration, or its class, that not every configuration has."""
+    return {field.name for field in fields(config)} - {field.name for field in fields(PretrainedConfig)}
+
+
+def _nested(file: Path, config: Mapping[str, Any]) -> Original:
+    text = dict(_given(file, config, "text_config"))
+    kind = text.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        raise ModelError(f"{file}: text_config.model_type {kind!r} is unknown to transformers")
+    return Original(
+        names=NESTED,
+        projector=_given(file, config, "connector_type"),
+        tower=_given(file, config, "vision_model_name_or_path"),
+        text=CONFIG_MAPPING[kind].from_dict(text),
+        layer=config.get("vision_feature_layer", -2),
+        select=config.get("vision_feature_select_strategy", "patch"),
+        needs_class_token=False,
+    )
+
+
+def _given(file: Path, config: Mapping[str, Any], field: str) -> Any:
+    if config.get(field) is None:
+        raise ModelError(f"{file}: {field} is missing")
+    return config[field]
+
+
+def _configured(
+    original: Original, tower: Path, tokenizer: PreTrainedTokenizerFast, vocabulary: int
+) -> tuple[LlavaConfig, LlavaProcessor]:
+    """The model's configuration in transformers, and its processor."""
+    vision, image_processor = _vision(tower)
+    class_tokens = int(vision.model_type == "clip_vision_model")
+    select = "full" if original.needs_class_token and not class_tokens else SELECTS[original.select]
+    original.text.vocab_size = vocabulary
+    common: dict[str, Any] = {
+        "vision_config": vision,
+        "text_config": original.text,
+        "image_token_index": tokenizer.get_vocab()[IMAGE],
+        "vision_feature_layer": original.layer,
+        "vision_feature_select_strategy": select,
+    }
+    if original.projector == "ldpnetv2":
+        config = MobileVLMConfig(**common, mm_vision_tower=original.tower)
+        return config, mobilevlm_processor(config, image_processor, tokenizer)
+    processor = LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=select,
+        num_additional_image_tokens=class_tokens,
+    )
+    tokens = (vision.image_size // vision.patch_size) ** 2 + class_tokens - (select == "default")
+    return LlavaConfig(**common, image_seq_length=tokens), processor
+
+
+def _vision(tower: Path) -> tuple[PretrainedConfig, Any]:
+    """Configuration and image processor of a vision tower, or of the CLIP or SigLIP that it is a part of."""
+    try:
+        config = AutoConfig.from_pretrained(tower, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(tower, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{tower}: cannot be read as a vision tower: {error}") from error
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in VISION_TOWERS:
+        raise ModelError(f"{tower}: a {config.model_type!r}; vision towers are {', '.join(VISION_TOWERS)}")
+    return config, image_processor
+
+
+# ------------------------------------------------------------------------------------------ tokenizer and weights
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A fast tokenizer that knows `<image>`, by the first id that was free."""
+    if (folder / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    elif (folder / "tokenizer.model").exists():
+        tokenizer = _from_sentencepiece(folder)
+    else:
+        raise ModelError(f"{folder}: no tokenizer.json and no tokenizer.model is there")
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    return tokenizer
+
+
+def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
+    if not is_sentencepiece_available():
+        raise ModelError(f"{folder / 'tokenizer.model'}: needs sentencepiece. Run: pip install 'betakd_ray[convert]'")
+    # What a file does not say is as it was when these models learned, not as it is by default today.
+    said = _json(folder / "tokenizer_config.json")
+    tokenizer = LlamaTokenizer.from_pretrained(
+        folder, legacy=said.get("legacy") is not False, add_bos_token=said.get("add_bos_token") is not False
+    )
+    # Saved as LlamaTokenizer it would be built anew, by today's defaults, wherever it is loaded.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        model_max_length=tokenizer.model_max_length,
+        **tokenizer.special_tokens_map,
+    )
+
+
+def _renamed(folder: Path, names: Names, allow_pickle: bool, *, only_these: bool = False) -> dict[str, Tensor]:
+    """A folder's weights by their names in transformers. A name unknown is an error, or with `only_these` left out."""
+    found = _weights(folder, allow_pickle)
+    known = {name: weight for name, weight in found.items() if name.startswith(tuple(names))}
+    if len(known) < len(found) and not only_these:
+        raise ModelError(f"{folder}: weights with unknown names: {_some(found.keys() - known.keys())}")
+    return {renaming(name, names): weight for name, weight in known.items() if not name.endswith(COMPUTED)}
+
+
+def _filled(config: LlavaConfig, weights: dict[str, Tensor]) -> PreTrainedModel:
+    """The model with exactly these weights. Raises ModelError if some are missing or have no place."""
+    is_mobilevlm = isinstance(config, MobileVLMConfig)
+    model_class: Any = MobileVLMForConditionalGeneration if is_mobilevlm else LlavaForConditionalGeneration
+    dtype = weights[EMBEDDING].dtype
+    if config.tie_word_embeddings:
+        weights = {HEAD: weights[EMBEDDING], **weights}
+    with torch.device("meta"):
+        model = model_class(config)
+    try:
+        found = model.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, strict=False, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"the weights do not fit the configuration: {error}") from error
+    for problem, names in (("are missing", found.missing_keys), ("have no place", found.unexpected_keys)):
+        if names:
+            raise ModelError(f"{model_class.__name__}: weights that {problem}: {_some(names)}")
+    model.tie_weights()
+    return model
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *more = sorted(names)
+    return f"{first} and {len(more)} more" if more else first
