@@ -1,4 +1,4 @@
-"""The result: a Hugging Face folder that `from_pretrained` loads without this package."""
+"""The result: a Hugging Face folder for `from_pretrained`, without this package for all families but its own MobileVLM."""
 
 import tempfile
 from pathlib import Path
