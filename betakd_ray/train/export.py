@@ -1,4 +1,4 @@
-"""The result: a Hugging Face folder for `from_pretrained`, without this package for all families but its own MobileVLM."""
+"""The result: a Hugging Face folder for `from_pretrained`; only a MobileVLM needs this package to be loaded."""
 
 import tempfile
 from pathlib import Path
