@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from betakd_ray.metrics import NAMES, Gauges
 from betakd_ray.spec import JobSpec
-from betakd_ray.storage import join, open_store
+from betakd_ray.storage import join, open_store, replace_file
 
 Record = dict[str, Any]
 FLUSH_S = 10.0
@@ -125,7 +125,7 @@ class Metrics:
 
     def write(self, name: str, content: str) -> None:
         """A file of the run's folder, whole."""
-        self._filesystem.pipe_file(join(self._root, name), content.encode())
+        replace_file(self._filesystem, join(self._root, name), content.encode())
 
     def close(self) -> None:
         """Flush and end the trackers."""

@@ -25,7 +25,7 @@ from betakd_ray.train import checkpoint
 from betakd_ray.train.distiller import ATTENTION, Distilled, Distiller, Selection, TeacherView
 from betakd_ray.train.optim import beta_optimizer, deepspeed_config, schedule, student_optimizer
 from betakd_ray.train.tally import Tally, Totals
-from betakd_ray.train.unpickling import tensors_only
+from betakd_ray.train.unpickling import pickle_stages_by_value, tensors_only
 from betakd_ray.weighting import BetaWeighting, present_channels
 
 if TYPE_CHECKING:
@@ -177,6 +177,7 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Collective: this rank's files of a checkpoint."""
+        pickle_stages_by_value()
         self.engine.save_checkpoint(str(folder), tag=checkpoint.ENGINE, exclude_frozen_parameters=True)
         torch.save(_rng_state(), folder / f"rng-{self.rank}.pt")
         if self.rank == 0:

@@ -21,7 +21,7 @@ from ray.actor import ActorHandle
 from betakd_ray import errors
 from betakd_ray.data.collate import Batch, collate
 from betakd_ray.data.ledger import Ledger
-from betakd_ray.data.stream import Plan, Quarantined, require_few
+from betakd_ray.data.stream import Plan, Quarantined, ids_of, require_few
 from betakd_ray.objective import STATISTICS
 from betakd_ray.spec import JobSpec
 from betakd_ray.teacher.cache import CacheWriter, SignalCache
@@ -285,7 +285,8 @@ class Worker:
         progress = {name: getattr(self, name) for name in PROGRESS}
         quarantined = ray.get(self.config.monitor.quarantined.remote())
         # What a former attempt set aside may have gone well since.
-        quarantined = [bad for bad in quarantined if not self.ledger.done(bad["epoch"], bad["shard"])[bad["index"]]]
+        done = self.ledger.holds(ids_of([Quarantined(**bad) for bad in quarantined]))
+        quarantined = [bad for bad, is_done in zip(quarantined, done, strict=True) if not is_done]
         (folder / "progress.json").write_text(json.dumps(progress))
         (folder / checkpoint.LEDGER).write_text(self.ledger.to_json())
         (folder / checkpoint.QUARANTINE).write_text(to_jsonl(quarantined))

@@ -46,6 +46,13 @@ def tensors_only(checkpoint: str) -> Iterator[None]:
             os.environ[FORCE] = before
 
 
+def pickle_stages_by_value() -> None:
+    """Before Python 3.11.4 an Enum asks to be read by `getattr`, which could run code, and is refused here."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    ZeroStageEnum.__reduce_ex__ = lambda self, protocol: (ZeroStageEnum, (self.value,))
+
+
 if __name__ == "__main__":
     from deepspeed.checkpoint.ds_to_universal import main, parse_arguments
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -136,13 +137,13 @@ def test_a_killed_driver_and_a_killed_worker_lose_and_double_nothing(
 
     command = [sys.executable, str(REPOSITORY / "jobs" / "distill.py"), "--spec", str(file)]
     driver = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "RAY_ADDRESS": ray_cluster})
-    first = _wait_for_a_checkpoint(spec, after=0)
+    first = _wait_for_a_checkpoint(spec, after=0, has_ended=lambda: driver.poll() is not None)
     driver.kill()
     assert driver.wait() == -signal.SIGKILL  # it was still at work
 
     with ThreadPoolExecutor(max_workers=1) as executor:
         running = executor.submit(BetaKDJob(spec).fit)
-        second = _wait_for_a_checkpoint(spec, after=first)
+        second = _wait_for_a_checkpoint(spec, after=first, has_ended=running.done)
         assert not running.done()
         _student_workers()[0].kill()
         result = running.result()
@@ -155,14 +156,15 @@ def test_a_killed_driver_and_a_killed_worker_lose_and_double_nothing(
     _the_history_has_each_step_once(spec, result)
 
 
-def _wait_for_a_checkpoint(spec: JobSpec, after: int) -> int:
+def _wait_for_a_checkpoint(spec: JobSpec, after: int, has_ended: Callable[[], bool]) -> int:
     """The step of the first committed checkpoint beyond `after`."""
     store = CheckpointStore(BetaKDJob(spec).run, spec.output.storage)
-    while True:
+    while not has_ended():
         newest = store.latest()
         if newest and newest.step > after:
             return newest.step
         time.sleep(0.05)
+    raise AssertionError("the job ended before another checkpoint")
 
 
 def _student_workers() -> list[psutil.Process]:
