@@ -50,7 +50,7 @@ def pickle_stages_by_value() -> None:
     """Before Python 3.11.4 an Enum asks to be read by `getattr`, which could run code, and is refused here."""
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
-    ZeroStageEnum.__reduce_ex__ = lambda self, protocol: (ZeroStageEnum, (self.value,))
+    ZeroStageEnum.__reduce_ex__ = lambda self, proto: (ZeroStageEnum, (self.value,))
 
 
 if __name__ == "__main__":
