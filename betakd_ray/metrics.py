@@ -3,6 +3,8 @@
 cluster/grafana/betakd.json draws them.
 """
 
+from collections.abc import Mapping
+
 from ray.util.metrics import Gauge
 
 DESCRIPTIONS = {
@@ -34,7 +36,7 @@ class Gauges:
         self._job = job
         self._gauges: dict[str, Gauge] = {}
 
-    def set(self, values: dict[str, float]) -> None:
+    def set(self, values: Mapping[str, float | int]) -> None:
         """Metric → value; `betakd_beta/fkl` is the metric `betakd_beta` of the channel `fkl`."""
         for key, value in values.items():
             name, _, channel = key.partition("/")

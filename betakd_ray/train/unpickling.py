@@ -27,6 +27,7 @@ def tensors_only(checkpoint: str) -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    pickle_stages_by_value()  # also in the conversion, which writes what it read
     before = os.environ.get(FORCE)
     os.environ[FORCE] = "1"  # overrules the argument
     try:
