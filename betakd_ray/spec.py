@@ -6,13 +6,16 @@ cluster. Secrets have no place in a spec: storage credentials come from the envi
 """
 
 import difflib
+import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from betakd_ray.errors import SpecError, without_secrets, without_url_secrets
 
@@ -20,7 +23,9 @@ from betakd_ray.errors import SpecError, without_secrets, without_url_secrets
 class Spec(BaseModel):
     """Base of every section: immutable, and no key that is not declared."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True, allow_inf_nan=False
+    )
 
 
 def _public(url: str) -> str:
@@ -44,7 +49,7 @@ def _absolute_if_present(location: str) -> str:
     """A model is a hub id unless a folder of that name is here."""
     return (
         _absolute(location)
-        if Path(location).expanduser().exists() or location.startswith(("/", "./", "~"))
+        if os.path.exists(os.path.expanduser(location)) or location.startswith(("/", "./", "~"))
         else location
     )
 
@@ -495,7 +500,9 @@ class TrainingSpec(Spec):
     keep: int = Field(default=2, ge=1, description="checkpoints kept")
     log_every: int = Field(default=10, ge=1, description="steps")
     max_skipped_steps: int = Field(default=5, ge=1, description="non-finite steps in a row that stop the job")
-    max_failures: int = Field(default=3, ge=0, description="restarts of the student workers")
+    max_failures: int = Field(
+        default=3, ge=0, description="restarts of the student workers in a row, with no new checkpoint in between"
+    )
     collective_timeout_s: Positive = Field(default=600.0, description="a rank silent for so long is taken for dead")
 
     def accumulation(self, workers: int) -> int:
@@ -517,7 +524,10 @@ class TrainingSpec(Spec):
         for key in self.deepspeed:
             if key in taken:
                 raise ValueError(f"deepspeed.{key}: is set by {taken[key]}; leave it out")
-        if "stage" in self.deepspeed.get("zero_optimization", {}):
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"deepspeed.zero_optimization: is {_short(zero)}, not a mapping")
+        if "stage" in zero:
             raise ValueError("deepspeed.zero_optimization.stage: is set by zero_stage; leave it out")
         return self
 
@@ -737,7 +747,7 @@ def load_spec(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kin
 def read_tree(path: str | Path) -> dict[str, Any]:
     """The mapping that a YAML file holds. Raises SpecError."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Yaml)
     except OSError as error:
         raise SpecError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML spec.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -752,7 +762,9 @@ def parse_spec(tree: dict[str, Any], kind: type[AnySpec] = JobSpec, source: str 
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise SpecError(f"{source}: " + "; ".join(_explain(kind, issue) for issue in error.errors())) from None
+        faults = [_explain(kind, issue) for issue in error.errors()[:MAX_FAULTS]]
+        more = [f"and {error.error_count() - MAX_FAULTS} more"] if error.error_count() > MAX_FAULTS else []
+        raise SpecError(f"{source}: " + "; ".join(faults + more)) from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -760,7 +772,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not separator or not path:
         raise SpecError(f"override {override!r}: write it as section.field=value, e.g. training.workers=2")
     try:
-        set_field(tree, path, yaml.safe_load(text))
+        set_field(tree, path, yaml.load(text, _Yaml))
     except yaml.YAMLError as error:
         raise SpecError(f"override {override!r}: the value is not YAML: {_fault(error)}") from None
 
@@ -770,10 +782,82 @@ def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
     *sections, field = path.split(".")
     node = tree
     for section in sections:
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise SpecError(f"override {path}: {section} is {node!r}, which has no fields")
+        inner = node.get(section, {})
+        if not isinstance(inner, dict):
+            raise SpecError(f"override {path}: {section} is {_short(inner)}, which has no fields")
+        node[section] = dict(inner)  # a copy, as a YAML alias may show the same mapping elsewhere
+        node = node[section]
     node[field] = value
+
+
+MAX_VALUES = 10_000
+MAX_DEPTH = 50
+MAX_FAULTS = 20
+"""Wrong fields that a message names."""
+_KINDS = ("str", "null", "bool", "int", "float", "seq", "map", "merge")
+_TEXT, *_VALUES, _MERGE = (f"tag:yaml.org,2002:{kind}" for kind in _KINDS)
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML whose values are JSON's, as a run keeps its spec as JSON: text for keys, finite numbers, no dates.
+
+    No name stands twice in a mapping (the last would win), and aliases unfold to something small.
+    """
+
+    yaml_constructors = {  # noqa: RUF012
+        tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in (None, _TEXT, *_VALUES)
+    }
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in known if tag in (_MERGE, *_VALUES)]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = 0
+        self._sizes: dict[yaml.Node, int] = {}  # values in a node, with its aliases unfolded
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if self._depth == MAX_DEPTH:
+            raise ComposerError(None, None, f"more than {MAX_DEPTH} levels", event.start_mark)
+        self._depth += 1
+        node = cast(yaml.Node, super().compose_node(parent, index))
+        self._depth -= 1
+        if not isinstance(event, yaml.AliasEvent):
+            self._sizes[node] = 1 + sum(self._sizes[inner] for inner in _inner(node))
+        if self._sizes.get(node, MAX_VALUES) >= MAX_VALUES:  # an alias within its anchor has no size
+            raise ComposerError(None, None, f"aliases that unfold to more than {MAX_VALUES} values", event.start_mark)
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if key.tag not in (_TEXT, _MERGE):
+                raise ComposerError(None, None, f"{_short(key.value)} is a key and no text: quote it", key.start_mark)
+            if key.value in seen:
+                raise ComposerError(None, None, f"{_short(key.value)} stands a second time", key.start_mark)
+            seen.add(key.value)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(node, yaml.ScalarNode):
+                json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        except (ValueError, LookupError) as error:  # .inf, half a surrogate pair, `!!int x`, 5,000 digits
+            kind = node.tag.rpartition(":")[2]
+            raise ConstructorError(
+                None, None, f"{_short(node.value)} is no {kind} that a spec can hold", node.start_mark
+            ) from error
+        return value
+
+
+def _inner(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [inner for pair in node.value for inner in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
 
 
 def _fault(error: yaml.YAMLError | UnicodeDecodeError) -> str:

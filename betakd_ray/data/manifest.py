@@ -165,10 +165,13 @@ def _checked(url: str, size: int, manifest: dict[str, Shard]) -> Shard:
 def _manifest_entry(folder: str, where: str, line: bytes | str) -> Shard:
     try:
         row = json.loads(line)
-        return Shard(join(folder, str(row["shard"])), int(row["samples"]), int(row["bytes"]), str(row["crc32"]))
-    except (ValueError, KeyError, TypeError) as error:
+        shard = Shard(join(folder, str(row["shard"])), int(row["samples"]), int(row["bytes"]), str(row["crc32"]))
+        if not 1 <= shard.samples <= shard.bytes:  # else a count from nowhere decides how large the ledger is
+            raise ValueError(f"{shard.samples} samples in {shard.bytes} bytes")
+        return shard
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(
-            f'{where}: {line[:80]!r} is not {{"shard", "samples", "bytes", "crc32"}}. '
+            f'{where}: {line[:80]!r} is not {{"shard", "samples", "bytes", "crc32"}} ({error}). '
             f"Delete the manifest and run `betakd index` on the folder's shards."
         ) from error
 

@@ -17,6 +17,7 @@ from rich.progress import track
 
 from betakd_ray.data.files import opened
 from betakd_ray.data.manifest import merge_manifest, read_manifest, remove_shards
+from betakd_ray.data.render import FORMATS, rgb
 from betakd_ray.data.shards import Shard, check_conversation
 from betakd_ray.errors import DataError
 from betakd_ray.spec import PackSpec, StorageSpec
@@ -156,10 +157,10 @@ def _encoded_image(image: bytes | str | Path, storage: StorageSpec) -> tuple[str
         if re.match(magic, content, re.DOTALL):
             return extension, content
     try:
-        picture = Image.open(io.BytesIO(content))
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)
         buffer = io.BytesIO()
-        (picture if picture.mode in PNG_MODES else picture.convert("RGB")).save(buffer, "PNG")
-    except (OSError, Image.DecompressionBombError) as error:
+        (picture if picture.mode in PNG_MODES else rgb(picture)).save(buffer, "PNG")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         seen = f"{len(content)} bytes" if isinstance(image, bytes) else str(image)
         raise ValueError(f"{seen}: cannot be read as an image ({error})") from error
     return "png", buffer.getvalue()

@@ -25,6 +25,8 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""Read, whatever the member's name says. Pillow knows more; for EPS it would start Ghostscript."""
 
 Span = tuple[str, bool]
 """A piece of the prompt, and whether the model is to learn it."""
@@ -251,23 +253,37 @@ class Renderer:
     # ---------------------------------------------------------------------------------------- images
 
     def _pixels(self, images: Sequence[bytes]) -> NDArray[np.uint8]:
-        decoded = [self._decode(image) for image in images]
+        # One by one, as a hundred large images decoded at the same time would not fit.
+        return np.ascontiguousarray(np.concatenate([self._processed(self._decode(image)) for image in images]))
+
+    def _processed(self, image: Image.Image) -> NDArray[np.uint8]:
         # Normalising later, on the device, moves a quarter of the bytes.
-        batch = self.image_processor(decoded, do_rescale=False, do_normalize=False, return_tensors="np")
-        return np.ascontiguousarray(batch["pixel_values"], dtype=np.uint8)
+        batch = self.image_processor([image], do_rescale=False, do_normalize=False, return_tensors="np")
+        return np.asarray(batch["pixel_values"], dtype=np.uint8)
 
     def _decode(self, data: bytes) -> Image.Image:
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                # A thin strip is small until it is padded: what counts is the memory it will take.
-                area = max(image.size) ** 2 if self.pad_to_square else image.width * image.height
-                if area > self.max_image_pixels:
-                    padded = " (padded to a square)" if self.pad_to_square else ""
-                    raise Unrenderable(f"image of {image.width}×{image.height}{padded} exceeds data.max_image_pixels")
-                decoded = image.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise Unrenderable(f"image cannot be decoded: {error}") from error
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                self._require_small(image.width, image.height)
+                decoded = rgb(image)
+        except (Unrenderable, MemoryError):
+            raise
+        except Exception as error:  # of damaged bytes Pillow's decoders raise nearly anything
+            raise Unrenderable(f"image cannot be decoded: {error or type(error).__name__}") from error
         return self._squared(decoded) if self.pad_to_square else decoded
+
+    def _require_small(self, width: int, height: int) -> None:
+        """What counts is the memory an image will take: a thin strip is small until it is padded, or scaled up."""
+        area, becomes = width * height, ""
+        shortest = self.image_processor.size.get("shortest_edge")
+        if self.pad_to_square:
+            area, becomes = max(width, height) ** 2, " (padded to a square)"
+        elif shortest and area:
+            scaled = shortest**2 * max(width, height) // min(width, height)
+            if scaled > area:
+                area, becomes = scaled, f" (scaled to a shortest edge of {shortest})"
+        if area > self.max_image_pixels:
+            raise Unrenderable(f"image of {width}×{height}{becomes} exceeds data.max_image_pixels")
 
     def _squared(self, image: Image.Image) -> Image.Image:
         side = max(image.size)
@@ -277,6 +293,18 @@ class Renderer:
         square = Image.new("RGB", (side, side), mean)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """The first frame as it is stored, whatever its EXIF orientation says, as LLaVA reads it; alpha is dropped.
+
+    Raises ValueError for numbers without a known scale.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has no known scale; store it with 8 or 16 bits a channel")
+    if image.mode.startswith("I;16"):  # Pillow would make every value above 255 white
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 def _probe(images: int) -> RawSample:

@@ -10,6 +10,7 @@ The members are read with `tarfile` and not with webdataset's `tar_file_iterator
 `tarfile` as it comes: there a broken header counts as the end of the archive, and what follows is lost without a word.
 """
 
+import gzip
 import json
 import re
 import tarfile
@@ -29,7 +30,11 @@ from betakd_ray.spec import StorageSpec
 
 PLACEHOLDER = "<image>"
 TAR_BUFFER_BYTES = 1 << 16  # tarfile copies the rest of its buffer at each read: a larger one is slower
-MAX_MEMBER_BYTES = 256 << 20
+MAX_SAMPLE_BYTES = 256 << 20
+MAX_SAMPLE_MEMBERS = 1000
+MAX_EXTENDED_HEADER_BYTES = 8 << 10  # tarfile searches it with expressions whose time is quadratic
+MAX_READS_BEHIND_END = 10
+MAX_UNPACKED_RATIO = 100  # deflate reaches 1000, tars of images 1, and of short texts 20
 PICKLED = frozenset({"pkl", "pickle", "pt", "pth"})  # loading one runs what its author wrote
 BACKOFF = wait_exponential(multiplier=2, max=30) + wait_random(0, 2)  # 2, 4, 8 s: a store may restart meanwhile
 
@@ -89,10 +94,13 @@ def read_shard(shard: Shard, storage: StorageSpec, skip: Skip | None = None) -> 
     tar, or at the end, after samples were yielded. Raises StoreError when the store fails.
     """
     skipped = _predicate(skip)
-    samples = 0
+    samples, places = 0, dict[str, int]()
     with opened(shard.url, "rb", storage) as stream, _tar_errors(shard.url):
         for group in _groups(stream, lambda index: index < shard.samples and not skipped(index)):
             samples += 1
+            first = places.setdefault(group.key, group.index) if group.index < shard.samples else group.index
+            if first < group.index:
+                group.fault = f"key {group.key!r} stands twice, first as sample {first}"
             if group.wanted:
                 yield _parse(group)
     found = Shard(shard.url, samples, stream.size, stream.checksum)
@@ -151,6 +159,17 @@ def _predicate(skip: Skip | None) -> Callable[[int], bool]:
 # -------------------------------------------------------------------------------------------------------------- the tar
 
 
+_EXTENDED_HEADERS = frozenset(
+    {
+        tarfile.GNUTYPE_LONGNAME,
+        tarfile.GNUTYPE_LONGLINK,
+        tarfile.XHDTYPE,
+        tarfile.XGLTYPE,
+        tarfile.SOLARIS_XHDTYPE,
+    }
+)
+
+
 class _StrictTarInfo(tarfile.TarInfo):
     """A member whose broken or missing header is an error; as it comes, `tarfile` takes it for the archive's end."""
 
@@ -163,6 +182,12 @@ class _StrictTarInfo(tarfile.TarInfo):
                 raise
             raise tarfile.ReadError(f"no header at byte {tar.offset} ({error})") from None
 
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        """`tarfile`'s hook for each header; the content of some it takes into memory, whatever its size."""
+        if self.type in _EXTENDED_HEADERS and not 0 <= self.size <= MAX_EXTENDED_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header of {self.size} bytes at byte {tar.offset}")
+        return super()._proc_member(tar)  # pyright: ignore[reportAttributeAccessIssue]
+
 
 @dataclass(slots=True)
 class _Group:
@@ -172,6 +197,7 @@ class _Group:
     index: int
     wanted: bool
     members: dict[str, bytes] = field(default_factory=dict)
+    bytes: int = 0
     fault: str | None = None
 
 
@@ -179,9 +205,10 @@ def _groups(stream: ChecksumStream, wanted: Callable[[int], bool]) -> Iterator[_
     """Neighbouring members with one key, as groups; the contents only of wanted ones. Reads `stream` to its end."""
     group: _Group | None = None
     open_tar = cast(Any, tarfile.open)  # its stub asks a stream for seek and tell, which "r|" never calls
-    with open_tar(fileobj=stream, mode="r|*", bufsize=TAR_BUFFER_BYTES, tarinfo=_StrictTarInfo) as tar:
+    with open_tar(fileobj=_unpacked(stream), mode="r|", bufsize=TAR_BUFFER_BYTES, tarinfo=_StrictTarInfo) as tar:
         while member := tar.next():
             tar.members.clear()  # else tarfile keeps every header it saw
+            _require_no_bomb(tar, stream)
             key, extension = _split(member.name)
             if member.isdir() or key is None:
                 continue
@@ -190,9 +217,11 @@ def _groups(stream: ChecksumStream, wanted: Callable[[int], bool]) -> Iterator[_
                     yield group
                 index = 0 if group is None else group.index + 1
                 group = _Group(key, index, wanted(index))
+            group.bytes += member.size
             group.fault = group.fault or _fault(member, extension, group)
-            reads = group.wanted and not group.fault and _is_read(extension)
-            group.members[extension] = tar.extractfile(member).read() if reads else b""
+            if not group.fault:
+                reads = group.wanted and _is_read(extension)
+                group.members[extension] = tar.extractfile(member).read() if reads else b""
         if group is not None:
             yield group
         _read_rest(tar, stream)
@@ -203,8 +232,40 @@ def _read_rest(tar: Any, stream: ChecksumStream) -> None:
     while rest := tar.fileobj.read(TAR_BUFFER_BYTES):
         if rest.strip(b"\0"):
             raise tarfile.ReadError(f"data behind the end-of-archive mark at byte {tar.offset}")
-    while stream.read(TAR_BUFFER_BYTES):  # what a compressed tar may have behind its end
-        pass
+        _require_no_bomb(tar, stream)
+
+
+def _require_no_bomb(tar: Any, stream: ChecksumStream) -> None:
+    if tar.fileobj.tell() > MAX_UNPACKED_RATIO * stream.size + MAX_SAMPLE_BYTES:
+        raise tarfile.ReadError(f"the first {stream.size} bytes of gzip unpack to {tar.fileobj.tell()}")
+
+
+class _Rejoined:
+    """A stream whose first bytes were read already, and whose end cannot be read for ever.
+
+    A damaged size may be any number, and `tarfile` reads on until it has skipped so much.
+    """
+
+    def __init__(self, head: bytes, stream: ChecksumStream) -> None:
+        self._head, self._stream = head, stream
+        self._behind_end = 0
+
+    def read(self, size: int) -> bytes:
+        head, self._head = self._head[:size], self._head[size:]
+        data = head or self._stream.read(size)
+        self._behind_end += not data
+        if self._behind_end > MAX_READS_BEHIND_END:
+            raise EOFError(f"it ends at byte {self._stream.size}, within a member")
+        return data
+
+
+def _unpacked(stream: ChecksumStream) -> Any:
+    """The tar within a gzip, or as it is. `tarfile`'s own unpacking has no limit, and stops at gzip's first end."""
+    head = stream.read(6)
+    if head.startswith((b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        raise tarfile.ReadError("compressed by another program than gzip, the one that is read")
+    whole = _Rejoined(head, stream)
+    return gzip.GzipFile(fileobj=cast(Any, whole)) if head.startswith(b"\x1f\x8b") else whole
 
 
 def _split(name: str) -> tuple[str | None, str]:
@@ -233,8 +294,10 @@ def _fault(member: tarfile.TarInfo, extension: str, group: _Group) -> str | None
         return f"member {member.name!r} is a pickle, which is refused: loading it would run code"
     if extension in group.members:
         return f"member {member.name!r} stands twice"
-    if member.size > MAX_MEMBER_BYTES:
-        return f"member {member.name!r} has {member.size} bytes, above the limit of {MAX_MEMBER_BYTES}"
+    if group.bytes > MAX_SAMPLE_BYTES:
+        return f"member {member.name!r} makes it {group.bytes} bytes, above the limit of {MAX_SAMPLE_BYTES} a sample"
+    if len(group.members) >= MAX_SAMPLE_MEMBERS:
+        return f"more than {MAX_SAMPLE_MEMBERS} members"
     return None
 
 
@@ -285,7 +348,7 @@ def _record(members: dict[str, bytes]) -> dict[str, Any]:
     if "json" not in members:
         raise ValueError(f"no json member; there are {sorted(members)}")
     try:
-        record = json.loads(members["json"].decode("utf-8"))
+        record = json.loads(members["json"].decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise ValueError(f"the json member is not UTF-8: {error.reason} at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
@@ -293,6 +356,14 @@ def _record(members: dict[str, bytes]) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"the json member holds a {type(record).__name__}, not an object")
     return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two values for one name `json` would keep the last."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError(f"a name stands twice in {[name for name, _ in pairs]}")
+    return made
 
 
 def _images(members: dict[str, bytes]) -> list[bytes]:

@@ -118,7 +118,7 @@ def test_a_bad_sample_keeps_its_place_and_says_why(tmp_path, case):
 
 
 def test_an_oversized_member_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MAX_MEMBER_BYTES", 1000)
+    monkeypatch.setattr(module, "MAX_SAMPLE_BYTES", 1000)
     (sample,) = read_members(tmp_path, [("a.json", record()), ("a.jpg", bytes(1001))])
     assert "above the limit" in sample.reason
 
