@@ -121,7 +121,7 @@ VALUES = {
 }
 TOKENS = re.compile(rb'"[^"]*"|[\[\]{},:]|\\n|[a-z]+')
 REPLACEMENTS = [b"", b"null", b"1", b"-1e999", b"NaN", b"[", b"{}", b"]", b'"', b'"gpt"', b'"human"', b'"<image>"',
-                b'"\\ud800"', b'"\\u0000"', b"\xff", b"<image>", b"</s>", b"9" * 5000, b"[" * 2000, b"true"]  # fmt: skip
+                b'"\\ud800"', b'"\\u0000"', b"\xff", b"<image>", b"</s>", b"9" * 5000, b"[" * 2000, b"true"]  # fmt: skip  # noqa: E501
 PAX = [b"size=0", b"size=99999999999999999999", b"size=-1", b"path=../up.json", b"path=000.json", b"path=",
        b"GNU.sparse.size=1", b"GNU.sparse.map=0,x", b"GNU.sparse.major=1\n22 GNU.sparse.minor=0", b"hdrcharset=BINARY",
        b"mtime=x", b"uid=x"]  # fmt: skip
@@ -344,7 +344,7 @@ def test_a_mutated_manifest_is_read_or_refused_by_its_name(tmp_path):
             try:
                 shards = read_manifest(str(tmp_path), STORAGE)
             except DataError as error:
-                assert MANIFEST in str(error), (kind, number)
+                assert MANIFEST in str(error), (kind, number)  # noqa: PT017
                 continue
             assert all(1 <= shard.samples <= shard.bytes for shard in shards.values()), (kind, number)
 
