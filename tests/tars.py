@@ -21,9 +21,9 @@ def good(key="a"):
     return [(f"{key}.json", record()), (f"{key}.jpg", JPG)]
 
 
-def tar_bytes(members, mode="w"):
+def tar_bytes(members, mode="w", tar_format=tarfile.USTAR_FORMAT):
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode, format=tarfile.USTAR_FORMAT) as tar:
+    with tarfile.open(fileobj=buffer, mode=mode, format=tar_format) as tar:
         for name, content in members:
             info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
             info.size = len(content)

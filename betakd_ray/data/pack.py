@@ -184,7 +184,7 @@ def _numbered_entries(location: str, storage: StorageSpec) -> list[tuple[str, An
     content = _read(location, storage)
     try:
         entries = _json_values(content.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{location}: is neither a JSON list nor JSON lines: {error}.") from error
     return [(f"{location}, entry {number}", entry) for number, entry in enumerate(entries, 1)]
 

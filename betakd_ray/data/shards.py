@@ -17,6 +17,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -197,7 +198,7 @@ class _Group:
     index: int
     wanted: bool
     members: dict[str, bytes] = field(default_factory=dict)
-    bytes: int = 0
+    size: int = 0
     fault: str | None = None
 
 
@@ -208,7 +209,6 @@ def _groups(stream: ChecksumStream, wanted: Callable[[int], bool]) -> Iterator[_
     with open_tar(fileobj=_unpacked(stream), mode="r|", bufsize=TAR_BUFFER_BYTES, tarinfo=_StrictTarInfo) as tar:
         while member := tar.next():
             tar.members.clear()  # else tarfile keeps every header it saw
-            _require_no_bomb(tar, stream)
             key, extension = _split(member.name)
             if member.isdir() or key is None:
                 continue
@@ -217,55 +217,63 @@ def _groups(stream: ChecksumStream, wanted: Callable[[int], bool]) -> Iterator[_
                     yield group
                 index = 0 if group is None else group.index + 1
                 group = _Group(key, index, wanted(index))
-            group.bytes += member.size
+            group.size += member.size
             group.fault = group.fault or _fault(member, extension, group)
             if not group.fault:
                 reads = group.wanted and _is_read(extension)
                 group.members[extension] = tar.extractfile(member).read() if reads else b""
         if group is not None:
             yield group
-        _read_rest(tar, stream)
+        _read_rest(tar)
 
 
-def _read_rest(tar: Any, stream: ChecksumStream) -> None:
+def _read_rest(tar: Any) -> None:
     """Behind the end mark stand zeros and nothing else; a header wiped out by zeros looks like that mark."""
     while rest := tar.fileobj.read(TAR_BUFFER_BYTES):
         if rest.strip(b"\0"):
             raise tarfile.ReadError(f"data behind the end-of-archive mark at byte {tar.offset}")
-        _require_no_bomb(tar, stream)
-
-
-def _require_no_bomb(tar: Any, stream: ChecksumStream) -> None:
-    if tar.fileobj.tell() > MAX_UNPACKED_RATIO * stream.size + MAX_SAMPLE_BYTES:
-        raise tarfile.ReadError(f"the first {stream.size} bytes of gzip unpack to {tar.fileobj.tell()}")
 
 
 class _Rejoined:
-    """A stream whose first bytes were read already, and whose end cannot be read for ever.
-
-    A damaged size may be any number, and `tarfile` reads on until it has skipped so much.
-    """
+    """A stream whose first bytes were read already."""
 
     def __init__(self, head: bytes, stream: ChecksumStream) -> None:
         self._head, self._stream = head, stream
-        self._behind_end = 0
 
     def read(self, size: int) -> bytes:
         head, self._head = self._head[:size], self._head[size:]
-        data = head or self._stream.read(size)
-        self._behind_end += not data
-        if self._behind_end > MAX_READS_BEHIND_END:
-            raise EOFError(f"it ends at byte {self._stream.size}, within a member")
+        return head or self._stream.read(size)
+
+
+class _Guarded:
+    """A tar that gzip does not blow up, and whose end cannot be read for ever.
+
+    A damaged header may give any size, and `tarfile` skips that much, one read at a time.
+    """
+
+    def __init__(self, tar: _Rejoined | gzip.GzipFile, stream: ChecksumStream) -> None:
+        self._tar, self._stream = tar, stream
+        self._size = self._reads_behind_end = 0
+
+    def read(self, size: int) -> bytes:
+        data = self._tar.read(size)
+        self._size += len(data)
+        self._reads_behind_end += not data
+        if self._size > MAX_UNPACKED_RATIO * self._stream.size + MAX_SAMPLE_BYTES:
+            raise tarfile.ReadError(f"the first {self._stream.size} bytes of gzip unpack to {self._size}")
+        if self._reads_behind_end > MAX_READS_BEHIND_END:
+            raise tarfile.ReadError("it ends within a member")
         return data
 
 
-def _unpacked(stream: ChecksumStream) -> Any:
+def _unpacked(stream: ChecksumStream) -> _Guarded:
     """The tar within a gzip, or as it is. `tarfile`'s own unpacking has no limit, and stops at gzip's first end."""
     head = stream.read(6)
     if head.startswith((b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         raise tarfile.ReadError("compressed by another program than gzip, the one that is read")
     whole = _Rejoined(head, stream)
-    return gzip.GzipFile(fileobj=cast(Any, whole)) if head.startswith(b"\x1f\x8b") else whole
+    tar = gzip.GzipFile(fileobj=cast(Any, whole)) if head.startswith(b"\x1f\x8b") else whole
+    return _Guarded(tar, stream)
 
 
 def _split(name: str) -> tuple[str | None, str]:
@@ -294,8 +302,8 @@ def _fault(member: tarfile.TarInfo, extension: str, group: _Group) -> str | None
         return f"member {member.name!r} is a pickle, which is refused: loading it would run code"
     if extension in group.members:
         return f"member {member.name!r} stands twice"
-    if group.bytes > MAX_SAMPLE_BYTES:
-        return f"member {member.name!r} makes it {group.bytes} bytes, above the limit of {MAX_SAMPLE_BYTES} a sample"
+    if group.size > MAX_SAMPLE_BYTES:
+        return f"member {member.name!r} makes it {group.size} bytes, above the limit of {MAX_SAMPLE_BYTES} a sample"
     if len(group.members) >= MAX_SAMPLE_MEMBERS:
         return f"more than {MAX_SAMPLE_MEMBERS} members"
     return None
@@ -320,6 +328,9 @@ def check_conversation(turns: Any, images: int) -> list[Turn]:
     if not isinstance(turns, list) or not turns:
         raise ValueError('"conversations" is not a list of turns')
     checked = [_turn(number, turn) for number, turn in enumerate(turns)]
+    for number, (before, turn) in enumerate(pairwise(checked), 1):
+        if turn["from"] == before["from"]:
+            raise ValueError(f"turn {number} is from {turn['from']}, as the one before: human and gpt take turns")
     if not any(turn["from"] == "gpt" and turn["value"].strip() for turn in checked):
         raise ValueError("the conversation has no answer (no gpt turn with text)")
     placeholders = sum(turn["value"].count(PLACEHOLDER) for turn in checked)

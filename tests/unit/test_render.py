@@ -2,10 +2,13 @@
 
 import io
 import json
+import resource
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from tokenizers import Tokenizer
 from transformers import CLIPImageProcessorPil
 
@@ -281,6 +284,105 @@ def test_every_kind_of_image_becomes_rgb(processor, mode):
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16), (10, 20, 30)).convert(mode).save(buffer, "TIFF")
     assert renderer(processor).render(sample(ONE, [buffer.getvalue()])).pixels.shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+def saved(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def first_pixel(processor, data, **options):
+    return renderer(processor, **options).render(sample(ONE, [data])).pixels[0, :, 0, 0].tolist()
+
+
+COLOUR = (10, 20, 30)
+GREY_16 = np.full((16, 16), 30_000, np.uint16)
+TURNED = Image.new("RGB", (16, 16), COLOUR)
+TURNED.paste((200, 0, 0), (8, 0, 16, 16))
+EXIF = Image.Exif()
+EXIF[0x0112] = 3  # upside down
+ANIMATED = {"save_all": True, "append_images": [Image.new("RGB", (16, 16), (0, 200, 0))]}
+IMAGES = {
+    "RGBA, wholly transparent": (saved(Image.new("RGBA", (16, 16), (*COLOUR, 0))), COLOUR),
+    "grey with alpha": (saved(Image.new("LA", (16, 16), (77, 0))), (77, 77, 77)),
+    "black and white": (saved(Image.new("1", (16, 16), 1)), (255, 255, 255)),
+    "palette": (saved(Image.new("RGB", (16, 16), COLOUR).quantize(4)), COLOUR),
+    "CMYK": (saved(Image.new("CMYK", (16, 16), (10, 20, 30, 0)), "TIFF"), (245, 235, 225)),
+    "16-bit grey": (saved(Image.fromarray(GREY_16)), (117, 117, 117)),
+    "16-bit grey, the other byte order": (saved(Image.fromarray(GREY_16.astype(">u2")), "TIFF"), (117, 117, 117)),
+    "animated PNG": (saved(Image.new("RGB", (16, 16), COLOUR), **ANIMATED), COLOUR),
+    "animated WebP": (saved(Image.new("RGB", (16, 16), COLOUR), "WEBP", lossless=True, **ANIMATED), COLOUR),
+    "a GIF by another name": (saved(Image.new("RGB", (16, 16), COLOUR), "GIF"), COLOUR),
+    "EXIF that says upside down": (saved(TURNED, exif=EXIF), COLOUR),
+}
+
+
+@pytest.mark.parametrize("case", IMAGES)
+def test_an_image_has_the_colour_that_is_stored_in_its_first_frame(processor, case):
+    data, colour = IMAGES[case]
+    assert first_pixel(processor, data) == list(colour)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_numbers_without_a_scale_are_refused_and_not_clipped(processor, dtype):
+    data = saved(Image.fromarray(np.full((16, 16), 0.5).astype(dtype)), "TIFF")
+    with pytest.raises(Unrenderable, match="no known scale"):
+        renderer(processor).render(sample(ONE, [data]))
+
+
+def test_a_postscript_image_is_refused_and_starts_no_ghostscript(processor, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    with pytest.raises(Unrenderable, match="cannot be decoded"):
+        renderer(processor).render(sample(ONE, [saved(Image.new("RGB", (16, 16)), "EPS")]))
+
+
+def declaring(width, height, extra=b""):
+    """A PNG of some hundred bytes that says how large it is."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    rows = chunk(b"IDAT", zlib.compress(bytes(16 * (1 + 3 * 16))))  # of 16×16 pixels
+    return b"\x89PNG\r\n\x1a\n" + header + extra + rows + chunk(b"IEND", b"")
+
+
+def test_the_png_that_declares_a_size_is_one(processor):
+    assert first_pixel(processor, declaring(16, 16)) == [0, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("pad", [True, False])
+@pytest.mark.parametrize("side", [12_000, 50_000, 2**31 - 1])
+def test_a_decompression_bomb_is_refused_before_it_takes_memory(processor, side, pad):
+    bomb = declaring(side, side)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(Unrenderable, match=r"exceeds data\.max_image_pixels|decompression bomb|cannot be decoded"):
+        renderer(processor, pad_to_square=pad).render(sample(ONE, [bomb]))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+
+
+def test_a_bomb_in_a_text_of_a_png_is_refused(processor):
+    content = b"Comment\0\0" + zlib.compress(bytes(100 << 20))
+    chunk = struct.pack(">I", len(content)) + b"zTXt" + content + struct.pack(">I", zlib.crc32(b"zTXt" + content))
+    with pytest.raises(Unrenderable, match="cannot be decoded"):
+        renderer(processor).render(sample(ONE, [declaring(16, 16, chunk)]))
+
+
+def test_a_strip_of_30_000_pixels_is_refused_where_it_would_be_padded(processor):
+    with pytest.raises(Unrenderable, match=r"30000×10 \(padded to a square\) exceeds data\.max_image_pixels"):
+        renderer(processor).render(sample(ONE, [png(30_000, 10)]))
+    assert renderer(processor, pad_to_square=False).render(sample(ONE, [png(30_000, 10)])).pixels is not None
+
+
+@pytest.mark.parametrize(("width", "height"), [(30_000, 10), (10, 30_000)])
+def test_a_strip_counts_as_what_it_is_scaled_up_to(width, height):
+    processor = tiny_processor()
+    processor.image_processor.size = {"shortest_edge": 336}
+    strip = sample(ONE, [png(width, height)])
+    with pytest.raises(Unrenderable, match=r"scaled to a shortest edge of 336\) exceeds data\.max_image_pixels"):
+        renderer(processor, pad_to_square=False).render(strip)
 
 
 # ---- a renderer's identity ---------------------------------------------------------------------------------------

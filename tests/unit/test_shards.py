@@ -1,8 +1,12 @@
 """One shard: its samples, what damage does to it, and what a failing store does to its reader."""
 
+import bz2
+import gzip
 import json
+import lzma
 import pickle
 import tarfile
+import tracemalloc
 
 import fsspec
 import numpy as np
@@ -69,11 +73,23 @@ def link(name):
     return info
 
 
+def extended_header(size):
+    """A header whose content GNU tar takes for the next member's name."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, size
+    return info
+
+
 def turns_json(*turns):
     return record(conversations=[{"from": speaker, "value": text} for speaker, text in turns])
 
 
 BAD = {
+    "empty JSON": ([("b.json", b""), ("b.jpg", JPG)], "not JSON"),
+    "a name twice in the JSON": (
+        [("b.json", b'{"id": "a", "id": "b"}'), ("b.jpg", JPG)],
+        "stands twice in ['id', 'id']",
+    ),
     "cut JSON": ([("b.json", record()[:-9]), ("b.jpg", JPG)], "not JSON"),
     "deeply nested JSON": ([("b.json", b"[" * 200_000)], "not JSON"),
     "JSON of another kind": ([("b.json", b"[1]")], "holds a list"),
@@ -90,6 +106,16 @@ BAD = {
     "member twice": ([*good("b"), ("b.jpg", JPG)], "twice"),
     "member twice but for case": ([*good("b"), ("b.JPG", JPG)], "twice"),
     "link": ([("b.json", record()), (link("b.jpg"), b"")], "link"),
+    "more members than a sample has": ([*good("b"), *((f"b.{n}.txt", b"") for n in range(1000))], "1000 members"),
+    "empty conversation": ([("b.json", record(conversations=[])), ("b.jpg", JPG)], "not a list of turns"),
+    "two questions in a row": (
+        [("b.json", turns_json(("human", "<image>"), ("human", "?"), ("gpt", "yes"))), ("b.jpg", JPG)],
+        "turn 1 is from human, as the one before",
+    ),
+    "two answers in a row": (
+        [("b.json", turns_json(("human", "<image>"), ("gpt", "yes"), ("gpt", "no"))), ("b.jpg", JPG)],
+        "turn 2 is from gpt, as the one before",
+    ),
     "no conversation": ([("b.json", b'{"id": 1}'), ("b.jpg", JPG)], "conversations"),
     "unknown speaker": ([("b.json", turns_json(("system", "Hi"), ("gpt", "yes")))], "turn 0"),
     "no answer": ([("b.json", turns_json(("human", "<image>"))), ("b.jpg", JPG)], "no answer"),
@@ -123,6 +149,39 @@ def test_an_oversized_member_is_refused_unread(tmp_path, monkeypatch):
     assert "above the limit" in sample.reason
 
 
+def test_the_limit_is_for_all_members_of_a_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MAX_SAMPLE_BYTES", 1000)
+    (sample,) = read_members(tmp_path, [("a.json", record()), ("a.0.jpg", bytes(600)), ("a.1.jpg", bytes(600))])
+    assert "'a.1.jpg' makes it" in sample.reason
+
+
+def test_a_key_that_comes_again_later_is_refused_there(tmp_path):
+    first, _, again = read_members(tmp_path, [*good("a"), *good("b"), *good("a")])
+    assert isinstance(first, RawSample)
+    assert again == BadSample("a", 2, "key 'a' stands twice, first as sample 0")
+
+
+def test_a_repeated_key_is_known_when_the_first_was_skipped(tmp_path):
+    (again,) = read_members(tmp_path, [*good("a"), *good("b"), *good("a")], skip={0, 1})
+    assert again == BadSample("a", 2, "key 'a' stands twice, first as sample 0")
+
+
+def test_a_sample_whose_members_are_apart_is_refused_in_both_places(tmp_path):
+    (json_b, jpg_b) = good("b")
+    samples = read_members(tmp_path, [json_b, *good("a"), jpg_b])
+    assert [type(sample) for sample in samples] == [BadSample, RawSample, BadSample]
+    assert "1 <image> placeholders and 0 images" in samples[0].reason
+    assert "stands twice" in samples[2].reason
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_are_read_whatever_the_dialect(tmp_path, tar_format):
+    key = "/".join(["ünï" * 10] * 9)
+    content = tar_bytes(good(key), tar_format=tar_format)
+    (sample,) = read_shard(written(tmp_path, content), STORAGE)
+    assert sample.key == key
+
+
 def test_members_that_webdataset_passes_over_make_no_sample(tmp_path):
     extras = [("README", b"x"), ("._a.json", b"x"), ("__meta__/x.json", b"x")]
     assert [sample.index for sample in read_members(tmp_path, [*extras, *good("a")])] == [0]
@@ -143,6 +202,55 @@ def test_compressed_shards_are_read_and_checked_as_they_lie_in_the_store(tmp_pat
     shard = written(tmp_path, tar_bytes(good(), mode="w:gz"), "train-0.tar.gz")
     assert shard.bytes == (tmp_path / "train-0.tar.gz").stat().st_size
     assert len(list(read_shard(shard, STORAGE))) == 1
+
+
+def test_a_gzip_of_several_streams_is_read_to_its_end(tmp_path):
+    content = tar_bytes([*good("a"), *good("b")])
+    streams = gzip.compress(content[:700]) + gzip.compress(content[700:])
+    assert len(list(read_shard(written(tmp_path, streams, "train-0.tar.gz"), STORAGE))) == 2
+
+
+@pytest.mark.parametrize(
+    "behind", [gzip.compress(tar_bytes(good("b"))), b"not gzip"], ids=["a second archive", "garbage"]
+)
+def test_what_stands_behind_a_gzipped_archive_is_damage(tmp_path, behind):
+    with pytest.raises(ShardDamaged, match="Copy or pack it again"):
+        written(tmp_path, gzip.compress(tar_bytes(good("a"))) + behind, "train-0.tar.gz")
+
+
+@pytest.mark.parametrize("compress", [bz2.compress, lzma.compress])
+def test_other_compression_is_refused_by_name(tmp_path, compress):
+    with pytest.raises(ShardDamaged, match="compressed by another program than gzip"):
+        written(tmp_path, compress(tar_bytes(good())))
+
+
+BOMBS = {
+    "a member": [*good("a"), ("a.txt", bytes(30 << 20))],
+    "many members": [(f"a.{number}.jpg", bytes(3 << 20)) for number in range(10)],
+    "many samples": [(f"{number}.jpg", bytes(3 << 20)) for number in range(10)],
+    "a header": [(extended_header(8 << 20), bytes(8 << 20)), *good("a"), ("b.txt", bytes(22 << 20))],
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_a_bomb_is_damage_and_never_in_memory(tmp_path, monkeypatch, case):
+    monkeypatch.setattr(module, "MAX_SAMPLE_BYTES", 2 << 20)
+    content = gzip.compress(tar_bytes(BOMBS[case]))
+    assert len(content) < 100_000
+    written(tmp_path, content, "train-0.tar.gz", manifest=False)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ShardDamaged, match=r"gzip unpack to|extended header"):
+            list(read_shard(Shard(str(tmp_path / "train-0.tar.gz"), 10, 0, ""), STORAGE))
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_gzip_of_what_compresses_well_is_no_bomb(tmp_path):
+    members = [member for number in range(500) for member in good(f"{number:03d}")]
+    content = gzip.compress(tar_bytes([*members, ("500.txt", bytes(10 << 20))]), 9)
+    assert len(list(read_shard(written(tmp_path, content, "train-0.tar.gz"), STORAGE))) == 501
 
 
 @pytest.mark.parametrize(
@@ -171,6 +279,23 @@ def test_damage_is_an_error_that_names_the_shard(tmp_path, case):
     path.write_bytes(DAMAGE[case](path.read_bytes()))
     with pytest.raises(ShardDamaged, match=r"train-0\.tar.*Copy or pack it again"):
         list(read_shard(shard, STORAGE))
+
+
+@pytest.mark.parametrize("size", [b"77777777777", b"\x80" + b"\x7f" * 11, b"\xff" * 12], ids=["8 GiB", "2**88", "-1"])
+def test_a_size_from_nowhere_is_damage_and_found_at_once(tmp_path, size):
+    _, path = whole_shard(tmp_path)
+    content = path.read_bytes()
+    at = headers(content)[4]
+    header = content[at : at + 124] + size.ljust(12, b"\0") + b" " * 8 + content[at + 144 + 12 : at + 512]
+    header = header[:148] + f"{sum(header):06o}\0 ".encode() + header[156:]
+    reads = []
+    path.write_bytes(content[:at] + header + content[at + 512 :])
+    whole = files.ChecksumStream.read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files.ChecksumStream, "read", lambda self, size=-1: reads.append(size) or whole(self, size))
+        with pytest.raises(ShardDamaged, match=r"train-0\.tar"):
+            module.scan_shard(str(path), STORAGE)
+    assert len(reads) < 100
 
 
 @pytest.mark.parametrize("samples", [5, 7])

@@ -1,0 +1,100 @@
+"""One shard on its way to the job: what becomes rows, and what is reported as bad."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from betakd_ray.data.render import Renderer
+from betakd_ray.data.stream import Plan, Quarantined, Reader
+from betakd_ray.errors import DataError, TooManyBadSamples
+from betakd_ray.spec import DataSpec
+from tests.tars import flip, record, tar_bytes, written
+from tests.tiny import IMAGE_TOKENS, tiny_processor
+
+
+def png():
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 12), (200, 30, 90)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def sample(key, answer="A circle.", image=None):
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": answer}]
+    return [(f"{key}.json", record(conversations=turns)), (f"{key}.png", png() if image is None else image)]
+
+
+class Job:
+    """A reader of one shard, and what it told the job."""
+
+    def __init__(self, folder, samples, *, student_length=2048, teacher_length=None, **data):
+        self.shard = written(folder, tar_bytes([member for each in samples for member in each]))
+        self.plan = Plan((self.shard,), epochs=2, seed=0, shuffle=True)
+        self.bad: list[Quarantined] = []
+        self.fatal = []
+        spec = DataSpec.model_validate({"train": self.shard.url, "system_prompt": "", **data})
+        lengths = {"student": student_length} | ({"teacher": teacher_length} if teacher_length else {})
+        views = {view: spec.model_copy(update={"max_length": length}) for view, length in lengths.items()}
+        renderers = {view: Renderer(tiny_processor(), data) for view, data in views.items()}
+        self.reader = Reader(self.plan, spec, renderers, self.report, self.fatal.append)
+
+    def report(self, bad):
+        self.bad += bad
+        return len(self.bad) / self.plan.samples
+
+    def rows(self, epoch=0):
+        blocks = self.reader.blocks(epoch, 0, np.zeros(self.shard.samples, dtype=bool))
+        return [row for block in blocks for row in block.to_pylist()]
+
+
+def test_every_sample_becomes_a_row_or_a_record_with_its_reason(tmp_path):
+    samples = [sample("a"), sample("b", image=b"no image"), sample("c"), sample("d", answer=" ")]
+    job = Job(tmp_path, samples, max_bad_fraction=1)
+    assert sorted(row["index"] for row in job.rows(epoch=1)) == [0, 2]
+    assert sorted((bad.epoch, bad.shard, bad.index, bad.key) for bad in job.bad) == [(1, 0, 1, "b"), (1, 0, 3, "d")]
+    reasons = {bad.key: bad.reason for bad in job.bad}
+    assert "cannot be decoded" in reasons["b"]
+    assert "no answer" in reasons["d"]
+    assert job.fatal == []
+
+
+def test_more_bad_samples_than_allowed_stop_the_job_and_name_one(tmp_path):
+    samples = [sample("a"), sample("b", image=b""), sample("c"), sample("d")]
+    message = r"12\.50% of the planned.*max_bad_fraction 12\.49%.*b of .*train-0\.tar: image cannot be decoded"
+    job = Job(tmp_path, samples, max_bad_fraction=0.1249)
+    with pytest.raises(TooManyBadSamples, match=message):
+        job.rows()
+    assert [type(error) for error in job.fatal] == [TooManyBadSamples]
+    assert len(Job(tmp_path, samples, max_bad_fraction=0.125).rows()) == 3
+
+
+def test_a_damaged_shard_stops_the_job_and_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("betakd_ray.data.shards.BACKOFF.wait_funcs", ())  # no pauses
+    job = Job(tmp_path, [sample("a"), sample("b")])
+    flip(tmp_path / "train-0.tar", 600)
+    with pytest.raises(DataError, match=r"train-0\.tar.*Copy or pack it again"):
+        job.rows()
+    assert len(job.fatal) == 1
+
+
+def test_an_answer_beyond_max_length_is_cut_and_what_fits_is_trained_on(tmp_path):
+    samples = [sample("a", answer="yes " * 100)]
+    whole, cut = Job(tmp_path, samples).rows()[0], Job(tmp_path, samples, student_length=64).rows()[0]
+    assert len(whole["student_input_ids"]) > 64
+    assert cut["student_input_ids"] == whole["student_input_ids"][:64]
+    assert cut["student_answer_mask"] == whole["student_answer_mask"][:64]
+    assert cut["student_answer_mask"][-1]
+
+
+def test_an_answer_that_begins_beyond_max_length_is_quarantined(tmp_path):
+    job = Job(tmp_path, [sample("a")], student_length=IMAGE_TOKENS + 8, max_bad_fraction=1)
+    assert job.rows() == []
+    assert "no answer token within max_length" in job.bad[0].reason
+
+
+def test_an_answer_that_teacher_and_student_cut_at_different_tokens_is_quarantined(tmp_path):
+    long, short = sample("a", answer="yes " * 100), sample("b", answer="yes")
+    job = Job(tmp_path, [long, short], student_length=64, teacher_length=2048, max_bad_fraction=1)
+    assert [row["key"] for row in job.rows()] == ["b"]
+    assert "do not have the same answer tokens" in job.bad[0].reason
