@@ -20,6 +20,8 @@ from betakd_ray.storage import join, open_store, replace_file
 MANIFEST = "manifest.jsonl"
 PLANNING_ATTEMPTS = 3  # a person waits to hear whether the store answers, before the job starts
 
+_REMEDY = "Delete the manifest and run `betakd index` on the folder's shards."
+
 
 def find_shards(patterns: Sequence[str], storage: StorageSpec) -> list[Shard]:
     """The shards that paths or URLs with {00..07} braces and * globs name, sorted by URL, each once.
@@ -54,8 +56,13 @@ def read_manifest(folder: str, storage: StorageSpec) -> dict[str, Shard]:
             lines = filesystem.cat_file(path).splitlines()
         except FileNotFoundError:
             return {}
-    shards = [_manifest_entry(folder, f"{url}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
-    return {_name(shard.url): shard for shard in shards}
+    entries: dict[str, Shard] = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            shard = _manifest_entry(folder, f"{url}, line {number}", line)
+            if entries.setdefault(_name(shard.url), shard) != shard:
+                raise DataError(f"{url}, line {number}: {_name(shard.url)} stood above with other numbers. {_REMEDY}")
+    return entries
 
 
 def merge_manifest(folder: str, shards: Iterable[Shard], storage: StorageSpec, dropped: Container[str] = ()) -> None:
@@ -171,8 +178,7 @@ def _manifest_entry(folder: str, where: str, line: bytes | str) -> Shard:
         return shard
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(
-            f'{where}: {line[:80]!r} is not {{"shard", "samples", "bytes", "crc32"}} ({error}). '
-            f"Delete the manifest and run `betakd index` on the folder's shards."
+            f'{where}: {line[:80]!r} is not {{"shard", "samples", "bytes", "crc32"}} ({error}). {_REMEDY}'
         ) from error
 
 

@@ -1,7 +1,7 @@
 """WebDataset shards: reading one, and noticing when it is not whole.
 
-Within a shard, members with one key make a sample, in webdataset's sense (the key ends at the first dot of the base
-name):
+A shard is a tar, plain or gzipped. Neighbouring members with one key make a sample, in webdataset's sense (the key ends
+at the first dot of the base name):
 
     000000012.json     {"id": …, "conversations": [{"from": "human" | "gpt", "value": …}, …], …}
     000000012.jpg      its image (jpg, jpeg, png, webp), or 000000012.0.jpg, 000000012.1.jpg … in order

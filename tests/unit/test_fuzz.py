@@ -344,6 +344,16 @@ def test_a_mutated_manifest_is_read_or_refused_by_its_name(tmp_path):
             assert all(1 <= shard.samples <= shard.bytes for shard in shards.values()), (kind, number)
 
 
+@pytest.mark.parametrize(
+    "change", [{"samples": 7}, {"samples": 0}, {"samples": 20481}, {"samples": 1e999}, {"bytes": -1}]
+)
+def test_a_count_that_cannot_be_or_contradicts_another_line_is_refused(tmp_path, change):
+    row = json.loads(ROWS.splitlines()[0])
+    (tmp_path / MANIFEST).write_bytes(ROWS + json.dumps(row).encode() + b"\n" + json.dumps(row | change).encode())
+    with pytest.raises(DataError, match=r"manifest\.jsonl, line 5: .*Delete the manifest and run `betakd index`"):
+        read_manifest(str(tmp_path), STORAGE)
+
+
 # ---- specs -------------------------------------------------------------------------------------------------------
 
 SCALARS = [None, True, False, 0, 1, -1, 2**70, 1e308, -0.5, "", " ", "x", "~nobody-here/x", "./" + "y" * 5000, "a\0b",
@@ -484,3 +494,37 @@ def test_mutated_overrides_are_taken_or_refused(tmp_path):
         rng = random.Random(number)
         override = f"{rng.choice(fields)}={rng.choice([*RAW, *map(str, SCALARS)])}"
         require_spec_or_reason(path, JobSpec, [characters(override, rng) if rng.random() < 0.3 else override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: {seed: 1}\ntraining: {seed: 2}", "'training' stands a second time at line 2, column 1"),
+        ("optimizer: {lr: 1, lr: 2}", "'lr' stands a second time at line 1, column 20"),
+        ("optimizer: {lr: .inf}", "'.inf' is no float that a spec can hold at line 1, column 17"),
+        ('name: "\\ud800"', "is no str that a spec can hold at line 1"),
+        ("1: x", "'1' is a key and no text: quote it at line 1, column 1"),
+        ("a: &a [*a]", "aliases that unfold to more than 10000 values at line 1, column 8"),
+        (LAUGHS, "aliases that unfold to more than 10000 values at line 5"),
+        (MERGES, "aliases that unfold to more than 10000 values at line 5"),
+        ("[" * 100_000, "more than 50 levels at line 1, column 51"),
+        ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("\xff".encode("latin-1"), "is not YAML: 'utf-8' codec"),
+    ],
+)
+def test_yaml_that_is_ambiguous_or_no_json_is_refused_where_it_stands(tmp_path, text, message):
+    path = tmp_path / "job.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SpecError, match=re.escape(message)):
+        load_spec(path)
+
+
+def test_anchors_and_merges_are_read_and_an_override_changes_one_of_their_places(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        "name: 2026-01-01\ndata: {train: a.tar}\nstudent: {init: {kind: checkpoint, <<: &it {path: org/a}}}\n"
+        "teacher: *it\nobjective: {energies: fkl}\n"
+    )
+    spec = load_spec(path, ["teacher.path=org/b"])
+    assert spec.name == "2026-01-01"
+    assert (spec.student.init.path, spec.teacher.path) == ("org/a", "org/b")

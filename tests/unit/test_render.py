@@ -246,6 +246,18 @@ def test_an_answer_without_a_question_is_refused(processor, template, later, met
         getattr(renderer(processor, template=template), method)(asked)
 
 
+@each_template
+def test_a_question_without_an_answer_is_never_learned(processor, template):
+    asked = sample(MANY)
+    asked.conversation.append({"from": "human", "value": "And then?"})
+    view = renderer(processor, template=template)
+    rendering, before = view.render(asked), view.render(sample(MANY))
+    count = len(before.input_ids)
+    assert rendering.input_ids[:count].tolist() == before.input_ids.tolist()
+    assert rendering.answer_mask[:count].tolist() == before.answer_mask.tolist()
+    assert not rendering.answer_mask[count:].any()
+
+
 def test_a_plain_prompt_is_the_image_s_tokens_alone(processor):
     prompt = renderer(processor, template="plain").prompt(sample(ONE))
     assert prompt.input_ids.tolist() == [IDS[BOS], *[IDS[IMAGE]] * IMAGE_TOKENS]

@@ -67,9 +67,9 @@ def test_the_key_stands_for_a_missing_id(tmp_path):
     assert sample.id == "a"
 
 
-def link(name):
+def special(name, kind):
     info = tarfile.TarInfo(name)
-    info.type, info.linkname = tarfile.SYMTYPE, "elsewhere.jpg"
+    info.type, info.linkname = kind, "elsewhere.jpg"
     return info
 
 
@@ -105,7 +105,8 @@ BAD = {
     "absolute path": ([("/etc/b.json", record())], "outside"),
     "member twice": ([*good("b"), ("b.jpg", JPG)], "twice"),
     "member twice but for case": ([*good("b"), ("b.JPG", JPG)], "twice"),
-    "link": ([("b.json", record()), (link("b.jpg"), b"")], "link"),
+    "link": ([("b.json", record()), (special("b.jpg", tarfile.SYMTYPE), b"")], "link"),
+    "device": ([*good("b"), (special("b.txt", tarfile.CHRTYPE), b"")], "special file"),
     "more members than a sample has": ([*good("b"), *((f"b.{n}.txt", b"") for n in range(1000))], "1000 members"),
     "empty conversation": ([("b.json", record(conversations=[])), ("b.jpg", JPG)], "not a list of turns"),
     "two questions in a row": (
@@ -218,7 +219,7 @@ def test_what_stands_behind_a_gzipped_archive_is_damage(tmp_path, behind):
         written(tmp_path, gzip.compress(tar_bytes(good("a"))) + behind, "train-0.tar.gz")
 
 
-@pytest.mark.parametrize("compress", [bz2.compress, lzma.compress])
+@pytest.mark.parametrize("compress", [bz2.compress, lzma.compress, lambda tar: b"\x28\xb5\x2f\xfd" + tar])
 def test_other_compression_is_refused_by_name(tmp_path, compress):
     with pytest.raises(ShardDamaged, match="compressed by another program than gzip"):
         written(tmp_path, compress(tar_bytes(good())))
