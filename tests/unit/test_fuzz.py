@@ -41,10 +41,10 @@ def _bounded_memory():
 # ---- bytes -------------------------------------------------------------------------------------------------------
 
 
-def place(content, rng, most=600):
+def place(content, rng):
     """(start, end) of a run that is in the content."""
     start = rng.randrange(len(content) + 1)
-    return start, min(len(content), start + rng.choice([1, 2, 8, 64, most]))
+    return start, min(len(content), start + rng.choice([1, 2, 8, 64, 600]))
 
 
 def flip(content, rng):
