@@ -12,10 +12,13 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import pytest
 import s3fs
 
 LOOPBACK = "127.0.0.1"
@@ -167,6 +170,15 @@ class SeaweedServer:
         except OSError:  # listening, but the bucket or its first volume is still being made
             return False
         return True
+
+
+@contextmanager
+def served() -> Iterator[SeaweedServer]:
+    """A server with an empty bucket, and its credentials in this process's environment while it runs."""
+    with SeaweedServer() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
 
 
 def _free_ports() -> int:

@@ -12,7 +12,7 @@ from betakd_ray.data.pack import pack
 from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
 from betakd_ray.storage import join, open_store
 from tests.chaos.storm import Nodes, Storm, nodes
-from tests.s3 import SeaweedServer
+from tests.s3 import SeaweedServer, served
 from tests.s3_proxy import FaultyS3
 from tests.tiny import numbered_samples, save_tiny
 
@@ -33,9 +33,7 @@ FAULT_RATE = 0.02
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[SeaweedServer]:
-    with SeaweedServer() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with served() as server:
         yield server
 
 

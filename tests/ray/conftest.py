@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.s3 import SeaweedServer
+from tests.s3 import SeaweedServer, served
 
 HERE = Path(__file__).parent
 # What the scheduler counts, not what the machine has: a job's readers, teachers and workers must all find a place,
@@ -25,9 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def s3() -> Iterator[SeaweedServer]:
     """A real S3 server with the empty bucket `s3.bucket`; its credentials are in this process's environment."""
-    with SeaweedServer() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with served() as server:
         yield server
 
 

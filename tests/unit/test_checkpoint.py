@@ -21,7 +21,7 @@ from betakd_ray.errors import OutputError
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import ANSWERS
 from betakd_ray.train.checkpoint import FOLDER, MANIFEST, CheckpointStore, Manifest, save
-from tests.s3 import SeaweedServer
+from tests.s3 import served
 from tests.s3_proxy import FAULTS, NO_BUCKET, SHORT, FaultyS3, client_without_pauses
 
 CONTENT = {"ledger.json": b"{}", "deepspeed/model.pt": bytes(range(256)) * 40, "deepspeed/optimizer.pt": b"adam" * 5000}
@@ -59,9 +59,7 @@ def local(tmp_path):
 
 @pytest.fixture(scope="module")
 def s3():
-    with SeaweedServer() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with served() as server:
         yield server
 
 

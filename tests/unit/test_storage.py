@@ -21,7 +21,7 @@ from betakd_ray.data.shards import Shard, read_shard_with_retry
 from betakd_ray.errors import DataError
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import ANSWERS, ATTEMPTS, S3, TIMEOUT_S, StoreSilent, open_store, replace_file
-from tests.s3 import SeaweedServer
+from tests.s3 import served
 from tests.s3_proxy import FAULTS, SHORT, FaultyS3, client_without_pauses
 from tests.tars import good, tar_bytes
 
@@ -233,9 +233,7 @@ def test_missing_credentials_are_a_refusal(monkeypatch):
 
 @pytest.fixture(scope="module")
 def s3():
-    with SeaweedServer() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environment.items():
-            patch.setenv(name, value)
+    with served() as server:
         yield server
 
 
