@@ -24,11 +24,11 @@ from betakd_ray.data.stream import Plan, Quarantined, ids_of
 from betakd_ray.errors import OutputError
 from betakd_ray.spec import JobSpec, StorageSpec
 from betakd_ray.storage import join, open_store, replace_file
-from betakd_ray.tracking import to_jsonl
-from betakd_ray.train.checkpoint import FOLDER, QUARANTINE, CheckpointStore
+from betakd_ray.tracking import METRICS, to_jsonl
+from betakd_ray.train.checkpoint import FOLDER, PROGRESS, QUARANTINE, SPEC, CheckpointStore
 
 PLAN, TAIL = "plan.json", "tail.jsonl"
-SPEC, METRICS, PROGRESS, RESULT = "spec.json", "metrics.jsonl", "progress.json", "result.json"
+RESULT = "result.json"
 COLUMNS: tuple[str, ...] = ("planned", "consumed", "quarantined", "open")
 REPORTED = ("steps", "planned", "consumed", "quarantined", "tail")
 """What result.json says of the accounts."""

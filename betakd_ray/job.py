@@ -39,7 +39,7 @@ from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.pool import here, start_pool, unwrapped
 from betakd_ray.teacher.signal import Needs, TeacherFacts
 from betakd_ray.tracking import to_jsonl
-from betakd_ray.train.checkpoint import QUARANTINE, CheckpointStore
+from betakd_ray.train.checkpoint import QUARANTINE, SPEC, CheckpointStore
 from betakd_ray.train.loop import STOPPED, WorkerConfig, train_worker
 from betakd_ray.train.monitor import Monitor
 
@@ -157,7 +157,7 @@ class BetaKDJob:
     def _claim_output(self) -> None:
         """Write spec.json, or find that this very job was here before. Raises OutputError."""
         filesystem, root = open_store(self.run, self.spec.output.storage)
-        path = join(root, "spec.json")
+        path = join(root, SPEC)
         try:
             if filesystem.exists(path):
                 _require_same_job(self.run, JobSpec.model_validate_json(filesystem.cat_file(path)), self.spec)

@@ -10,6 +10,7 @@ from betakd_ray.metrics import NAMES, Gauges
 from betakd_ray.spec import JobSpec
 from betakd_ray.storage import join, open_store, replace_file
 
+METRICS = "metrics.jsonl"
 Record = dict[str, Any]
 FLUSH_S = 10.0
 """Object stores cannot append, so the file is written whole; not more often than this."""
@@ -81,7 +82,9 @@ class Prometheus:
 
     def log(self, record: Record) -> None:
         numbers = _numbers(record) | {"step": record["step"], "loss/total": record["loss"]}
-        numbers |= {f"loss/{name[7:]}": value for name, value in record.items() if name.startswith("energy/")}
+        numbers |= {
+            name.replace("energy", "loss", 1): value for name, value in numbers.items() if name.startswith("energy/")
+        }
         named = {f"betakd_{SHOWN_AS.get(name, name)}": value for name, value in numbers.items()}
         self._gauges.set({name: value for name, value in named.items() if name.partition("/")[0] in NAMES})
 
@@ -120,7 +123,7 @@ class Metrics:
 
     def flush(self) -> None:
         """Write metrics.jsonl."""
-        self.write("metrics.jsonl", to_jsonl(self.history))
+        self.write(METRICS, to_jsonl(self.history))
         self._flushed = time.monotonic()
 
     def write(self, name: str, content: str) -> None:

@@ -188,11 +188,8 @@ class PlanSource(Datasource):
     def __init__(self, reader: ray.ObjectRef, plan: Plan, ledger: Ledger) -> None:
         super().__init__()
         self._reader = reader
-        self._todo = [
-            (epoch, shard, ledger.done(epoch, shard))
-            for epoch, shard in plan.places()
-            if not ledger.is_complete(epoch, shard)
-        ]
+        self._ledger = ledger
+        self._todo = [place for place in plan.places() if not ledger.is_complete(*place)]
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
@@ -201,7 +198,8 @@ class PlanSource(Datasource):
         """One task for each (epoch, shard): a shard is the unit that is retried."""
         return [self._task(*place) for place in self._todo]
 
-    def _task(self, epoch: int, shard: int, done: np.ndarray) -> ReadTask:
+    def _task(self, epoch: int, shard: int) -> ReadTask:
+        done = self._ledger.done(epoch, shard)
         size = len(done)
         metadata = BlockMetadata(num_rows=int(size - done.sum()), size_bytes=None, input_files=None, exec_stats=None)
         return ReadTask(partial(_read, self._reader, epoch, shard, np.packbits(done), size), metadata)

@@ -40,6 +40,7 @@ LEDGER = "ledger.json"
 """The samples that took part in a step."""
 QUARANTINE = "quarantine.jsonl"
 """The samples that never will, and why."""
+SPEC, PROGRESS = "spec.json", "progress.json"
 SKIPPED = "skipped.jsonl"
 """The steps whose gradient was not finite, and their samples."""
 

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,14 +27,14 @@ from betakd_ray.spec import JobSpec
 from betakd_ray.teacher.cache import CacheWriter, SignalCache
 from betakd_ray.teacher.client import TeacherClient, scored
 from betakd_ray.teacher.signal import Needs, Signal, TeacherFacts
-from betakd_ray.tracking import Metrics, from_jsonl, to_jsonl
+from betakd_ray.tracking import METRICS, Metrics, from_jsonl, to_jsonl
 from betakd_ray.train import checkpoint
 from betakd_ray.train.export import export
 from betakd_ray.train.learner import GlobalCounts, Learner, Scored, Window, valid_samples
 from betakd_ray.train.tally import Totals
 
-PROGRESS = ("samples", "dropped", "skipped", "skipped_in_a_row")
-"""A worker's counts that a checkpoint carries."""
+COUNTS = ("samples", "dropped", "skipped", "skipped_in_a_row")
+"""Of a worker, in a checkpoint's progress."""
 QUANTILES = (0.1, 0.5, 0.9)
 """Of β over a global batch."""
 LOOK_EVERY_S = 2.0
@@ -282,17 +282,17 @@ class Worker:
         self.learner.save(folder)
         if self.metrics is None:
             return
-        progress = {name: getattr(self, name) for name in PROGRESS}
-        quarantined = ray.get(self.config.monitor.quarantined.remote())
+        progress = {name: getattr(self, name) for name in COUNTS}
+        quarantined = cast(list[Quarantined], ray.get(self.config.monitor.quarantined.remote()))
         # What a former attempt set aside may have gone well since.
-        done = self.ledger.holds(ids_of([Quarantined(**bad) for bad in quarantined]))
-        quarantined = [bad for bad, is_done in zip(quarantined, done, strict=True) if not is_done]
-        (folder / "progress.json").write_text(json.dumps(progress))
+        done = self.ledger.holds(ids_of(quarantined))
+        quarantined = [asdict(bad) for bad, is_done in zip(quarantined, done, strict=True) if not is_done]
+        (folder / checkpoint.PROGRESS).write_text(json.dumps(progress))
         (folder / checkpoint.LEDGER).write_text(self.ledger.to_json())
         (folder / checkpoint.QUARANTINE).write_text(to_jsonl(quarantined))
         (folder / checkpoint.SKIPPED).write_text(to_jsonl(self.skips))
-        (folder / "metrics.jsonl").write_text(to_jsonl(self.metrics.history))
-        (folder / "spec.json").write_text(self.spec.model_dump_json(indent=2))
+        (folder / METRICS).write_text(to_jsonl(self.metrics.history))
+        (folder / checkpoint.SPEC).write_text(self.spec.model_dump_json(indent=2))
         self.metrics.flush()
 
     def resume(self) -> None:
@@ -304,12 +304,12 @@ class Worker:
         with self.store.on_disk(manifest, self.attempt) as folder:
             self.learner.load(folder, manifest.world_size)
             self.ledger = Ledger.from_json((folder / checkpoint.LEDGER).read_text())
-            progress = json.loads((folder / "progress.json").read_text())
+            progress = json.loads((folder / checkpoint.PROGRESS).read_text())
             if self.metrics:
-                self.metrics.restore((folder / "metrics.jsonl").read_text())
+                self.metrics.restore((folder / METRICS).read_text())
                 self.skips = from_jsonl((folder / checkpoint.SKIPPED).read_text())
         self.step = self.saved_step = manifest.step
-        for name in PROGRESS:
+        for name in COUNTS:
             setattr(self, name, progress[name])
         self.clock = Clock(self.samples)
 

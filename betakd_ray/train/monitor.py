@@ -1,6 +1,5 @@
 """The one small actor that outlives student restarts and knows how the job stands: progress, quarantine, fate."""
 
-from dataclasses import asdict
 from typing import Any
 
 from betakd_ray.data.stream import Quarantined
@@ -25,9 +24,9 @@ class Monitor:
         self._quarantined.update({(record.epoch, record.shard, record.index): record for record in records})
         return len(self._quarantined) / self._planned
 
-    def quarantined(self) -> list[dict[str, Any]]:
+    def quarantined(self) -> list[Quarantined]:
         """Every bad sample so far, in plan order of (epoch, shard, index)."""
-        return [asdict(self._quarantined[place]) for place in sorted(self._quarantined)]
+        return [self._quarantined[place] for place in sorted(self._quarantined)]
 
     def log(self, record: dict[str, Any]) -> None:
         """The newest metrics."""

@@ -11,7 +11,7 @@ def _bad(index: int) -> Quarantined:
 def test_a_sample_that_is_read_twice_is_quarantined_once() -> None:
     monitor = Monitor(10, [_bad(1)], max_failures=3)
     assert monitor.quarantine([_bad(1), _bad(0)]) == 0.2
-    assert [bad["index"] for bad in monitor.quarantined()] == [0, 1]
+    assert [bad.index for bad in monitor.quarantined()] == [0, 1]
     assert monitor.count_quarantined() == 2
 
 
