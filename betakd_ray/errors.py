@@ -10,6 +10,7 @@
     │   │   └── VocabularyMismatch   teacher and student do not share a tokenizer
     │   ├── ClusterError             the cluster can never give what the job asks
     │   └── OutputError              the output holds another job, or cannot be written
+    │       └── OutputUnreachable    its store does not answer, for longer than requests are repeated
     └── TrainingError                the run itself failed; the last committed checkpoint is still good
         ├── NonFiniteLoss            too many skipped steps in a row
         └── TeacherError             the teacher pool cannot answer
@@ -98,6 +99,10 @@ class ClusterError(UserError):
 
 class OutputError(UserError):
     """The output location is unusable or belongs to another job."""
+
+
+class OutputUnreachable(OutputError):
+    """The store of the output does not answer, or refuses what it took before; it may again."""
 
 
 class TrainingError(BetaKDError):

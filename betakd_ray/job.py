@@ -21,25 +21,29 @@ import ray
 import ray.train
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from betakd_ray import errors
 from betakd_ray.audit import RESULT, tail_of, write_plan, write_tail
 from betakd_ray.cluster import check_feasible, connected, gpus_each
+from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.manifest import find_shards
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.stream import Plan, Quarantined, Reader, ids_of, stream
-from betakd_ray.errors import DataError, Interrupted, OutputError, TrainingError
+from betakd_ray.errors import ClusterError, DataError, Interrupted, OutputError, OutputUnreachable, TrainingError
 from betakd_ray.models.compatibility import check_features, check_vocabularies
 from betakd_ray.models.load import load_config, load_processor, processor_source, student_config
 from betakd_ray.spec import JobSpec, TeacherSpec, load_spec
-from betakd_ray.storage import join, open_store
+from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.pool import here, start_pool, unwrapped
 from betakd_ray.teacher.signal import Needs, TeacherFacts
 from betakd_ray.tracking import to_jsonl
-from betakd_ray.train.checkpoint import QUARANTINE, SPEC, CheckpointStore
+from betakd_ray.train.backend import FoundTorchConfig
+from betakd_ray.train.checkpoint import QUARANTINE, SPEC, CheckpointStore, output_errors
 from betakd_ray.train.loop import STOPPED, WorkerConfig, train_worker
 from betakd_ray.train.monitor import Monitor
 
@@ -57,6 +61,8 @@ FREE_TO_CHANGE = {
     "teacher": ("cache", "window", "timeout_s"),
 }
 """Fields that may differ between two runs of one job."""
+STARTS = 4
+"""Times that Ray Train tries to place the students; they share `cluster.start_timeout_s`."""
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -158,21 +164,23 @@ class BetaKDJob:
         """Write spec.json, or find that this very job was here before. Raises OutputError."""
         filesystem, root = open_store(self.run, self.spec.output.storage)
         path = join(root, SPEC)
-        try:
-            if filesystem.exists(path):
-                _require_same_job(self.run, JobSpec.model_validate_json(filesystem.cat_file(path)), self.spec)
+        with output_errors(self.run):
+            if not filesystem.exists(path):
+                filesystem.makedirs(root, exist_ok=True)
+                replace_file(filesystem, path, self.spec.model_dump_json(indent=2).encode())
                 return
-            filesystem.makedirs(root, exist_ok=True)
-            filesystem.pipe_file(path, self.spec.model_dump_json(indent=2).encode())
-        except OSError as error:
-            raise OutputError(f"output.path: {self.run} cannot be written ({error})") from error
+            content = filesystem.cat_file(path)
+        try:
+            there = JobSpec.model_validate_json(content)
         except ValueError as error:
             raise OutputError(f"output.path: {path} is not a spec of this version; choose another name") from error
+        _require_same_job(self.run, there, self.spec)
 
     def _finished(self) -> JobResult | None:
         filesystem, root = open_store(self.run, self.spec.output.storage)
         path = join(root, RESULT)
-        return JobResult(**json.loads(filesystem.cat_file(path))) if filesystem.exists(path) else None
+        with output_errors(self.run):
+            return JobResult(**json.loads(filesystem.cat_file(path))) if filesystem.exists(path) else None
 
     # ------------------------------------------------------------------------------------------------ run
 
@@ -240,7 +248,7 @@ class BetaKDJob:
             datasets={"train": partial(_rows, reader, config)},
             # Ray Train takes no notice of the options in the context that the dataset is made in.
             dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
-            torch_config=TorchConfig(timeout_s=int(spec.training.collective_timeout_s)),
+            torch_config=FoundTorchConfig(timeout_s=int(spec.training.collective_timeout_s)),
             scaling_config=ScalingConfig(
                 num_workers=(workers.min, workers.max) if workers.is_elastic else workers.min,
                 use_gpu=gpus > 0,
@@ -252,16 +260,18 @@ class BetaKDJob:
                 name=f"{spec.name}-{os.urandom(4).hex()}",
                 storage_path=_scratch(),
                 # Ray's own count knows of no progress; the monitor's does.
-                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),
+                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=STARTS - 1),
                 callbacks=[Deaths(config.monitor)],
                 worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | _accelerator(gpus)},
             ),
         )
+        # Ray Train knows this limit from the environment only, and hands it on to its controller.
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(spec.cluster.start_timeout_s / STARTS)
         try:
             outcome = trainer.fit().return_value or {}
         except TrainingFailedError as error:
             _raise_noted(config.monitor)
-            raise TrainingError(f"{spec.name}: the student workers failed: {_root_cause(error)}") from error
+            raise _explained(error, spec) from error
         _raise_noted(config.monitor)
         return outcome
 
@@ -285,8 +295,9 @@ class BetaKDJob:
             skipped_steps=outcome["skipped_steps"],
         )
         filesystem, root = open_store(self.run, self.spec.output.storage)
-        filesystem.pipe_file(join(root, QUARANTINE), to_jsonl(map(asdict, quarantined)).encode())
-        filesystem.pipe_file(join(root, RESULT), json.dumps(asdict(result), indent=2).encode())
+        with output_errors(self.run):
+            replace_file(filesystem, join(root, QUARANTINE), to_jsonl(map(asdict, quarantined)).encode())
+            replace_file(filesystem, join(root, RESULT), json.dumps(asdict(result), indent=2).encode())
         return result
 
 
@@ -302,14 +313,36 @@ class Deaths(ray.train.UserCallback):
 
 
 def _rows(reader: "ray.ObjectRef", config: WorkerConfig) -> "ray.data.Dataset":
-    """Called at every start of the workers: the plan, less what the newest checkpoint has consumed or set aside."""
+    """Called at every start of the workers: the plan, less what the newest checkpoint has consumed or set aside.
+
+    Waits for a store that does not answer: an error here would end the job.
+    """
+    try:
+        done = _patience(config.spec)(_done, config)
+    except errors.UserError as error:
+        _give_up(config.monitor, error)
+        raise
+    return stream(reader, config.plan, done, config.spec.cluster.readers)
+
+
+def _patience(spec: JobSpec, **options: Any) -> Retrying:
+    return Retrying(
+        retry=retry_if_exception_type(OutputUnreachable),
+        stop=stop_after_delay(spec.cluster.start_timeout_s),
+        wait=wait_fixed(1),
+        reraise=True,
+        **options,
+    )
+
+
+def _done(config: WorkerConfig) -> Ledger:
     store = CheckpointStore(config.run, config.spec.output.storage)
     manifest = store.latest()
     done = config.plan.empty_ledger()
     if manifest:
         done.merge(store.ledger(manifest))
         done.add(ids_of(store.quarantined(manifest)))
-    return stream(reader, config.plan, done, config.spec.cluster.readers)
+    return done
 
 
 # ----------------------------------------------------------------------------------------------- what Ray runs
@@ -361,9 +394,16 @@ def _raise_noted(monitor: ActorHandle) -> None:
         raise getattr(errors, kind, TrainingError)(message)
 
 
-def _root_cause(error: BaseException) -> str:
-    failures = getattr(error, "worker_failures", None)
-    return _causes(failures) if failures else str(error)
+def _explained(error: TrainingFailedError, spec: JobSpec) -> errors.BetaKDError:
+    cause = getattr(error, "controller_failure", None)
+    if not isinstance(cause, WorkerGroupStartupTimeoutError):
+        workers = getattr(error, "worker_failures", None)
+        return TrainingError(f"{spec.name}: the student workers failed: {_causes(workers) if workers else error}")
+    return ClusterError(
+        f"cluster.student: {cause.num_workers} students found no place within cluster.start_timeout_s = "
+        f"{spec.cluster.start_timeout_s:g}; free are {ray.available_resources()}. Wait for the other jobs, add nodes "
+        "or lower training.workers, and run it again to go on from the last checkpoint."
+    )
 
 
 def _causes(failures: dict[int, Exception]) -> str:

@@ -7,8 +7,8 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -97,6 +97,16 @@ class FaultyS3:
         """
         with self._lock:
             self.planned += [Fault(kind, at, only=only)] * times
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """Every request is answered with 500."""
+        before = self.rate, self.faults
+        self.rate, self.faults = 1.0, ("error",)
+        try:
+            yield
+        finally:
+            self.rate, self.faults = before
 
     def draw(self, request: str) -> Fault | None:
         """What is to happen to the request."""

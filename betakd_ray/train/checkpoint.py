@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -28,7 +28,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 from betakd_ray.data.files import url_like
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.stream import Quarantined
-from betakd_ray.errors import OutputError
+from betakd_ray.errors import OutputError, OutputUnreachable
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.train import unpickling
@@ -223,19 +223,25 @@ class CheckpointStore:
             f"{self.url}/{name}: {why}. Remove this folder, and run the job again to go on from the checkpoint before."
         )
 
-    @contextmanager
-    def _errors(self, *parts: str) -> Iterator[None]:
-        """What the store raises, as OutputError."""
-        try:
-            yield
-        except OSError as error:
-            remedy = "Check output.path and output.storage, the network and the credentials in the environment"
-            if error.errno in _FULL:
-                remedy = "The disk is full: free some of it, or keep fewer checkpoints (training.keep)"
-            raise OutputError(
-                f"{join(self.url, *parts)}: {type(error).__name__}: {error}. {remedy}, and run the job again to go on "
-                "from the last committed checkpoint, which is untouched."
-            ) from error
+    def _errors(self, *parts: str) -> AbstractContextManager[None]:
+        return output_errors(join(self.url, *parts))
+
+
+@contextmanager
+def output_errors(url: str) -> Iterator[None]:
+    """What the output's store raises, as OutputError: OutputUnreachable where it may go away by itself."""
+    try:
+        yield
+    except OSError as error:
+        kind = OutputUnreachable
+        remedy = "Check output.path and output.storage, the network and the credentials in the environment"
+        if error.errno in _FULL:
+            kind = OutputError
+            remedy = "The disk is full: free some of it, or keep fewer checkpoints (training.keep)"
+        raise kind(
+            f"{url}: {type(error).__name__}: {error}. {remedy}, and run the job again to go on from the last committed "
+            "checkpoint, which is untouched."
+        ) from error
 
 
 def save(store: CheckpointStore, step: int, attempt: str, keep: int, write: Callable[[Path], None]) -> None:

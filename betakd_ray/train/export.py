@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from betakd_ray.models.load import load_processor, processor_source
-from betakd_ray.spec import JobSpec
+from betakd_ray.spec import JobSpec, StorageSpec
 from betakd_ray.storage import join, open_store
+from betakd_ray.train.checkpoint import output_errors
 from betakd_ray.train.distiller import Distiller
 
 FOLDER = "model"
@@ -25,14 +26,17 @@ def export(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any]) -> Non
             distiller.student.save_pretrained(folder, state_dict=state)
             load_processor(processor_source(spec.student)).save_pretrained(folder)
             (Path(folder) / "README.md").write_text(model_card(spec, metrics), encoding="utf-8")
-            filesystem, root = open_store(join(run, FOLDER), spec.output.storage)
-            filesystem.makedirs(root, exist_ok=True)
-            for file in Path(folder).rglob("*"):
-                if file.is_file():
-                    target = join(root, *file.relative_to(folder).parts)
-                    filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-                    filesystem.put_file(str(file), target)
+            _upload(Path(folder), join(run, FOLDER), spec.output.storage)
     dist.barrier()
+
+
+def _upload(folder: Path, url: str, storage: StorageSpec) -> None:
+    filesystem, root = open_store(url, storage)
+    with output_errors(url):
+        for file in (file for file in folder.rglob("*") if file.is_file()):
+            target = join(root, *file.relative_to(folder).parts)
+            filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+            filesystem.put_file(str(file), target)
 
 
 def _student_state(engine: Any, spec: JobSpec) -> dict[str, Tensor] | None:

@@ -22,12 +22,15 @@ from ray.cluster_utils import Cluster
 from betakd_ray.spec import JobSpec
 from betakd_ray.storage import join
 from betakd_ray.train.checkpoint import CheckpointStore
+from tests.s3_proxy import FaultyS3
 
 REPOSITORY = Path(__file__).parents[2]
 TEACHER, STUDENT = "TeacherScorer", "RayTrainWorker"
 RESUME_ME = os.EX_TEMPFAIL
 NOTICE_S = 15
 """That a spot node has; clouds give 30 to 120."""
+OUTAGE_S = 90
+"""Twice what requests are repeated for."""
 PATIENCE_S = 300.0
 """For the next checkpoint; a job that makes none for so long hangs."""
 
@@ -80,11 +83,11 @@ def nodes() -> Iterator[Nodes]:
 class Storm:
     """Runs a job to its end, come what may; `befell` counts what did."""
 
-    def __init__(self, spec: JobSpec, nodes: Nodes, seed: int) -> None:
-        self.spec, self.nodes = spec, nodes
+    def __init__(self, spec: JobSpec, nodes: Nodes, seed: int, store: FaultyS3 | None = None) -> None:
+        self.spec, self.nodes, self.store = spec, nodes, store
         self.befell: Counter[str] = Counter()
         self._random = random.Random(seed)
-        self._store = CheckpointStore(join(spec.output.path, spec.name), spec.output.storage)
+        self._checkpoints = CheckpointStore(join(spec.output.path, spec.name), spec.output.storage)
         self._folder = Path(tempfile.mkdtemp(prefix="storm-"))
         self._file = self._folder / "spec.yaml"
         self._file.write_text(spec.model_dump_json())  # JSON is YAML
@@ -132,6 +135,12 @@ class Storm:
         time.sleep(NOTICE_S)
         self.nodes.lose(pool)
 
+    def lose_store(self) -> None:
+        """It answers nobody, for longer than a request is repeated."""
+        assert self.store is not None
+        with self.store.outage():
+            time.sleep(OUTAGE_S)
+
     def kill_driver(self) -> None:
         self._driver.kill()
         self._driver.wait()
@@ -159,7 +168,7 @@ class Storm:
         return self._wait(lambda: self._step() > before)
 
     def _step(self) -> int:
-        newest = self._store.latest()
+        newest = self._checkpoints.latest()
         return newest.step if newest else 0
 
     def _wait(self, come: Callable[[], bool]) -> bool:

@@ -23,6 +23,7 @@ EVENTS = (
     "lose_teacher_node",
     "lose_student_node",
     "reclaim_student_node",
+    "lose_store",
     "kill_driver",
     "end_driver",
     "stop_worker",
@@ -70,13 +71,12 @@ def test_a_storm_changes_nothing(
     room for, at most two, where it is not."""
     draw = random.Random(seed)
     is_elastic = bool(seed % 2)
-    events = draw.sample(
-        EVENTS if is_elastic else EVENTS[:-1], 3
-    )  # one worker alone has nobody to notice that it hangs
+    # One worker alone has nobody to notice that it hangs.
+    events = draw.sample(EVENTS if is_elastic else EVENTS[:-1], 3)
     workers = {"min": 1, "max": 2} if is_elastic else 1
     with FaultyS3(s3, seed=seed, rate=FAULT_RATE) as proxy:
         spec = _spec(s3, proxy.endpoint_url, data, f"storm-{seed}", workers=workers)
-        storm = Storm(spec, cluster, seed)
+        storm = Storm(spec, cluster, seed, proxy)
         storm.run(events)
         print(f"seed {seed}: {dict(storm.befell)}; of the store: {dict(proxy.faults_injected)}")
     spec = _spec(s3, s3.endpoint_url, data, f"storm-{seed}", workers=workers)

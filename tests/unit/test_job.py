@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,11 @@ from typer.testing import CliRunner
 from betakd_ray import errors
 from betakd_ray.cli import app
 from betakd_ray.data.pack import pack
-from betakd_ray.job import BetaKDJob
+from betakd_ray.job import BetaKDJob, _done, _patience
 from betakd_ray.spec import JobSpec, parse_spec
+from betakd_ray.train import loop
+from betakd_ray.train.checkpoint import CheckpointStore
+from betakd_ray.train.monitor import Monitor
 from tests.tiny import save_tiny
 
 SAMPLES = 12
@@ -139,3 +143,49 @@ def test_a_users_error_is_one_line_and_exit_code_2(home, tmp_path):
     assert process.returncode == 2
     assert process.stderr.startswith("betakd: ")
     assert "absent.yaml" in process.stderr
+
+
+def test_a_start_of_the_workers_waits_for_a_store_that_is_out(home, tmp_path, monkeypatch):
+    """Ray Train would end the job for an error here."""
+    job = BetaKDJob(spec(home, tmp_path / "out"))
+    plan, _ = job.check()
+    config = SimpleNamespace(spec=job.spec, run=job.run, plan=plan)
+    answers = iter([errors.OutputUnreachable("500"), errors.OutputUnreachable("500"), None])
+    monkeypatch.setattr(CheckpointStore, "latest", lambda _: _raised(next(answers)))
+    assert _patience(job.spec, sleep=lambda _: None)(_done, config).count == 0
+
+
+def test_a_start_of_the_workers_gives_up_at_once_on_an_output_that_is_wrong(home, tmp_path, monkeypatch):
+    job = BetaKDJob(spec(home, tmp_path / "out"))
+    plan, _ = job.check()
+    config = SimpleNamespace(spec=job.spec, run=job.run, plan=plan)
+    monkeypatch.setattr(CheckpointStore, "latest", lambda _: _raised(errors.OutputError("damaged")))
+    with pytest.raises(errors.OutputError, match="damaged"):
+        _patience(job.spec)(_done, config)
+
+
+@pytest.mark.parametrize(("error", "is_final"), [(errors.OutputUnreachable, False), (errors.OutputError, True)])
+def test_a_worker_notes_what_no_restart_will_mend(monkeypatch, error, is_final):
+    monitor = Monitor(1, [], max_failures=0)
+    worker = SimpleNamespace(monitor=_Local(monitor))
+    monkeypatch.setattr(loop, "Worker", lambda _: _raised(error("the store")))
+    monkeypatch.setattr(loop.ray, "get", lambda answer: answer)
+    with pytest.raises(error):
+        loop.train_worker({"worker": worker})
+    assert (monitor.failure() is not None) == is_final
+
+
+class _Local:
+    """An actor's handle, of an object in this process."""
+
+    def __init__(self, instance: object) -> None:
+        self._instance = instance
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(remote=getattr(self._instance, name))
+
+
+def _raised(outcome):
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
