@@ -18,7 +18,7 @@ from betakd_ray.spec import DataSpec, EvaluationSpec, JobSpec, ModelSpec, PackSp
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
-SpecPath = Annotated[Path, typer.Argument(help="YAML spec")]
+SpecPath = Annotated[str, typer.Argument(help="YAML spec: a path, a URL, or - for standard input")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.field=value")]
 Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint, for stores other than AWS")]
 
@@ -43,7 +43,7 @@ def job(call: Callable[..., Any]) -> None:
     """Run a `--spec PATH --set key=value` entry point of jobs/."""
 
     def main(
-        spec: Annotated[Path, typer.Option("--spec", help="YAML spec")],
+        spec: Annotated[str, typer.Option("--spec", help="YAML spec: a path, a URL, or - for standard input")],
         overrides: Overrides = [],  # noqa: B006 (typer's way)
     ) -> None:
         with explained():
@@ -59,7 +59,7 @@ def distill(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
         run_job(spec, overrides)
 
 
-def run_job(spec: Path, overrides: list[str]) -> None:
+def run_job(spec: str, overrides: list[str]) -> None:
     """Fit and print the result."""
     from betakd_ray.job import BetaKDJob
 
@@ -90,7 +90,7 @@ def pack(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
         run_pack(spec, overrides)
 
 
-def run_pack(spec: Path, overrides: list[str]) -> None:
+def run_pack(spec: str, overrides: list[str]) -> None:
     """Pack and say where."""
     from betakd_ray.data.pack import pack_from_spec
 
@@ -160,7 +160,7 @@ def evaluate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
         run_evaluation(spec, overrides)
 
 
-def run_evaluation(spec: Path, overrides: list[str]) -> None:
+def run_evaluation(spec: str, overrides: list[str]) -> None:
     """Evaluate and print the table."""
     from betakd_ray.cluster import connected
     from betakd_ray.evaluation.run import Evaluation
@@ -177,7 +177,7 @@ def sweep(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
         run_sweep(spec, overrides)
 
 
-def run_sweep(spec: Path, overrides: list[str]) -> None:
+def run_sweep(spec: str, overrides: list[str]) -> None:
     """Run the grid and print the table."""
     from betakd_ray.sweep import Sweep
 

@@ -318,7 +318,8 @@ def _rows(reader: "ray.ObjectRef", config: WorkerConfig) -> "ray.data.Dataset":
     Waits for a store that does not answer: an error here would end the job.
     """
     try:
-        done = _patience(config.spec)(_done, config)
+        store = CheckpointStore(config.run, config.spec.output.storage)
+        done = _patience(config.spec)(_done, store, config.plan)
     except errors.UserError as error:
         _give_up(config.monitor, error)
         raise
@@ -335,10 +336,9 @@ def _patience(spec: JobSpec, **options: Any) -> Retrying:
     )
 
 
-def _done(config: WorkerConfig) -> Ledger:
-    store = CheckpointStore(config.run, config.spec.output.storage)
+def _done(store: CheckpointStore, plan: Plan) -> Ledger:
     manifest = store.latest()
-    done = config.plan.empty_ledger()
+    done = plan.empty_ledger()
     if manifest:
         done.merge(store.ledger(manifest))
         done.add(ids_of(store.quarantined(manifest)))

@@ -9,9 +9,11 @@ import difflib
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
+import fsspec
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from yaml.composer import ComposerError
@@ -745,16 +747,26 @@ def load_spec(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kin
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises SpecError."""
+    """The mapping that a YAML file holds: of a path, a URL, or `-` for standard input. Raises SpecError."""
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Yaml)
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read ({error.strerror}). Give the path of a YAML spec.") from error
+        tree = yaml.load(_text(str(path)), _Yaml)
+    except (OSError, ImportError, RuntimeError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise SpecError(f"{path}: cannot be read ({said}). Give the path or URL of a YAML spec, or -.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: is not YAML: {_fault(error)}") from None
     if not isinstance(tree, dict):
         raise SpecError(f"{path}: holds a {type(tree).__name__}, not the mapping that a spec is.")
     return tree
+
+
+def _text(location: str) -> str:
+    if location == "-":
+        return sys.stdin.read()
+    if "://" in location:
+        filesystem, path = fsspec.core.url_to_fs(location)
+        return cast(bytes, filesystem.cat_file(path)).decode()
+    return Path(location).read_text(encoding="utf-8")
 
 
 def parse_spec(tree: dict[str, Any], kind: type[AnySpec] = JobSpec, source: str = "spec") -> AnySpec:

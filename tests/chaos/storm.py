@@ -1,4 +1,4 @@
-"""A job on a cluster of several logical nodes, and a seeded schedule of what befalls it.
+"""A job on a cluster of several nodes, and a seeded schedule of what befalls it.
 
 The driver is a process of its own, as under `ray job submit`; whoever is to die is found among the cluster's processes.
 """
@@ -11,17 +11,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import psutil
-from ray.cluster_utils import Cluster
 
 from betakd_ray.spec import JobSpec
 from betakd_ray.storage import join
 from betakd_ray.train.checkpoint import CheckpointStore
+from tests.nodes import Nodes
 from tests.s3_proxy import FaultyS3
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,51 +30,6 @@ OUTAGE_S = 90
 """Twice what requests are repeated for."""
 PATIENCE_S = 300.0
 """For the next checkpoint; a job that makes none for so long hangs."""
-
-
-class Nodes:
-    """A head, a node for a teacher and two for students; each can be taken away and comes back."""
-
-    POOLS = ("teacher", "student-0", "student-1")
-
-    def __init__(self, folder: str) -> None:
-        head = {"num_cpus": 2, "include_dashboard": False, "temp_dir": folder, "object_store_memory": 256 << 20}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        self._nodes = {pool: self._add(pool) for pool in self.POOLS}
-
-    @property
-    def address(self) -> str:
-        return self._cluster.address
-
-    def lose(self, pool: str) -> None:
-        """The node dies at once, and another takes its place."""
-        self._cluster.remove_node(self._nodes[pool], allow_graceful=False)
-        self._nodes[pool] = self._add(pool)
-
-    def announce(self, pool: str) -> None:
-        """As a cloud does before it takes a spot node back."""
-        command = ["ray", "drain-node", "--address", self.address, "--node-id", self._nodes[pool].node_id]
-        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-        command += ["--deadline-remaining-seconds", str(NOTICE_S)]
-        subprocess.run(command, check=True, capture_output=True)
-
-    def shutdown(self) -> None:
-        self._cluster.shutdown()
-
-    def _add(self, pool: str) -> Any:
-        slot = f"{pool.split('-')[0]}_slot"
-        return self._cluster.add_node(num_cpus=1, resources={slot: 1}, object_store_memory=128 << 20)
-
-
-@contextmanager
-def nodes() -> Iterator[Nodes]:
-    """Such a cluster, in a folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        cluster = Nodes(folder)
-        try:
-            yield cluster
-        finally:
-            cluster.shutdown()
 
 
 class Storm:
@@ -123,7 +75,7 @@ class Storm:
         self._signal(STUDENT, signal.SIGSTOP)
 
     def lose_teacher_node(self) -> None:
-        self.nodes.lose("teacher")
+        self.nodes.lose("teacher-0")
 
     def lose_student_node(self) -> None:
         self.nodes.lose(self._random.choice(["student-0", "student-1"]))
@@ -131,7 +83,7 @@ class Storm:
     def reclaim_student_node(self) -> None:
         """A spot node's end: announced, and some seconds later it is gone."""
         pool = self._random.choice(["student-0", "student-1"])
-        self.nodes.announce(pool)
+        self.nodes.announce(pool, NOTICE_S)
         time.sleep(NOTICE_S)
         self.nodes.lose(pool)
 
@@ -182,24 +134,6 @@ class Storm:
 
     def _signal(self, role: str, number: signal.Signals) -> None:
         """To one of those who have the role, if the job has any at this moment."""
-        victims = sorted((process.pid, process) for process in _children() if role in _title(process))
-        if victims:
-            _send(self._random.choice(victims)[1], number)
-
-
-def _children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # it has gone meanwhile
-        return ""
-
-
-def _send(process: psutil.Process, number: signal.Signals) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:  # likewise
-        return
+        if victims := sorted(self.nodes.processes(role)):
+            with suppress(ProcessLookupError):  # it has gone meanwhile
+                os.kill(self._random.choice(victims), number)

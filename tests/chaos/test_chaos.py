@@ -11,7 +11,8 @@ from betakd_ray.audit import audit
 from betakd_ray.data.pack import pack
 from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
 from betakd_ray.storage import join, open_store
-from tests.chaos.storm import Nodes, Storm, nodes
+from tests.chaos.storm import Storm
+from tests.nodes import Nodes, nodes
 from tests.s3 import SeaweedServer, served
 from tests.s3_proxy import FaultyS3
 from tests.tiny import numbered_samples, save_tiny
@@ -51,7 +52,7 @@ def data(s3: SeaweedServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster(s3: SeaweedServer) -> Iterator[Nodes]:
-    with nodes() as started:
+    with nodes({"teacher": 1, "student": 2}) as started:
         yield started
 
 

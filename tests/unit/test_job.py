@@ -149,25 +149,26 @@ def test_a_start_of_the_workers_waits_for_a_store_that_is_out(home, tmp_path, mo
     """Ray Train would end the job for an error here."""
     job = BetaKDJob(spec(home, tmp_path / "out"))
     plan, _ = job.check()
-    config = SimpleNamespace(spec=job.spec, run=job.run, plan=plan)
+    store = CheckpointStore(job.run, job.spec.output.storage)
     answers = iter([errors.OutputUnreachable("500"), errors.OutputUnreachable("500"), None])
     monkeypatch.setattr(CheckpointStore, "latest", lambda _: _raised(next(answers)))
-    assert _patience(job.spec, sleep=lambda _: None)(_done, config).count == 0
+    assert _patience(job.spec, sleep=lambda _: None)(_done, store, plan).count == 0
 
 
 def test_a_start_of_the_workers_gives_up_at_once_on_an_output_that_is_wrong(home, tmp_path, monkeypatch):
     job = BetaKDJob(spec(home, tmp_path / "out"))
     plan, _ = job.check()
-    config = SimpleNamespace(spec=job.spec, run=job.run, plan=plan)
+    store = CheckpointStore(job.run, job.spec.output.storage)
     monkeypatch.setattr(CheckpointStore, "latest", lambda _: _raised(errors.OutputError("damaged")))
     with pytest.raises(errors.OutputError, match="damaged"):
-        _patience(job.spec)(_done, config)
+        _patience(job.spec)(_done, store, plan)
 
 
 @pytest.mark.parametrize(("error", "is_final"), [(errors.OutputUnreachable, False), (errors.OutputError, True)])
 def test_a_worker_notes_what_no_restart_will_mend(monkeypatch, error, is_final):
     monitor = Monitor(1, [], max_failures=0)
-    worker = SimpleNamespace(monitor=_Local(monitor))
+    worker = object.__new__(loop.WorkerConfig)
+    object.__setattr__(worker, "monitor", _Local(monitor))
     monkeypatch.setattr(loop, "Worker", lambda _: _raised(error("the store")))
     monkeypatch.setattr(loop.ray, "get", lambda answer: answer)
     with pytest.raises(error):

@@ -1,0 +1,92 @@
+"""A cluster of several logical nodes on this machine, as cluster/ makes them of machines."""
+
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+from ray.cluster_utils import Cluster
+
+LABEL = "betakd.io/pool"
+HEAD = "head"
+
+
+class Nodes:
+    """A head, which reads, and nodes for one teacher or student each; each can be taken away and comes back."""
+
+    def __init__(self, folder: str, pools: Mapping[str, int], gpus: int = 0, **head: Any) -> None:
+        head = {"include_dashboard": False, "dashboard_agent_listen_port": 0, "object_store_memory": 256 << 20, **head}
+        self._gpus = gpus
+        self._cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 2, "num_gpus": 0, "labels": {LABEL: "cpu"}, "temp_dir": folder, **head},
+        )
+        names = [f"{pool}-{number}" for pool, count in pools.items() for number in range(count)]
+        self._nodes = {name: self._add(name) for name in names}
+
+    @property
+    def address(self) -> str:
+        return self._cluster.address
+
+    def lose(self, name: str) -> None:
+        """The node dies at once, and another takes its place."""
+        self._cluster.remove_node(self._nodes[name], allow_graceful=False)
+        self._nodes[name] = self._add(name)
+
+    def announce(self, name: str, notice_s: int) -> None:
+        """As a cloud does before it takes a spot node back."""
+        command = ["ray", "drain-node", "--address", self.address, "--node-id", self._nodes[name].node_id]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        command += ["--deadline-remaining-seconds", str(notice_s)]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def processes(self, role: str) -> dict[int, str]:
+        """Those whose title has `role` in it: process id → node."""
+        found = {}
+        for name, node in {HEAD: self._cluster.head_node, **self._nodes}.items():
+            for process in _below(node.all_processes["raylet"][0].process.pid):
+                if role in title(process):
+                    found[process.pid] = name
+        return found
+
+    def shutdown(self) -> None:
+        self._cluster.shutdown()
+
+    def _add(self, name: str) -> Any:
+        pool = name.split("-")[0]
+        return self._cluster.add_node(
+            num_cpus=1,
+            num_gpus=self._gpus,
+            resources={f"{pool}_slot": 1},
+            labels={LABEL: pool},
+            object_store_memory=128 << 20,
+        )
+
+
+def _below(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def title(process: psutil.Process) -> str:
+    """What it calls itself; nothing if it has gone meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+@contextmanager
+def nodes(pools: Mapping[str, int], gpus: int = 0, **head: Any) -> Iterator[Nodes]:
+    """Such a cluster, in a folder of its own; `head` goes to its first node."""
+    # Not pytest's tmp_path: sockets lie in it, whose paths end at 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        cluster = Nodes(folder, pools, gpus, **head)
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()

@@ -1,0 +1,84 @@
+"""A job whose teachers are slow for their first answers; what its cluster's nodes were, second by second, as JSON.
+
+python slow_teacher.py SPEC: one object a line, {"time", "teacher", "student"}, until only the head is left.
+"""
+
+import json
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import ray
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from betakd_ray.cluster import connected
+from betakd_ray.job import BetaKDJob
+from betakd_ray.models.inputs import ModelInputs
+from betakd_ray.spec import load_spec
+from betakd_ray.teacher import pool
+from betakd_ray.teacher.scorer import TeacherScorer
+from betakd_ray.teacher.signal import Signal
+from tests.nodes import LABEL
+
+SLOW_ANSWERS, SLOW_S = 40, 0.5
+IDLE_S = 180
+"""Longest time that nodes may stay after the job."""
+
+
+class SlowScorer(TeacherScorer):
+    answers = 0
+
+    def score(self, inputs: ModelInputs) -> Signal:
+        self.answers += 1
+        if self.answers <= SLOW_ANSWERS:
+            time.sleep(SLOW_S)
+        return super().score(inputs)
+
+
+class SlowPool(pool.TeacherPool):
+    _scorer = SlowScorer
+
+    def __init__(self, *arguments: Any) -> None:
+        pool.SHRINK_AFTER_S, pool.SHRINK_BELOW = 5.0, pool.GROW_ABOVE  # in this actor's process
+        super().__init__(*arguments)
+
+
+def nodes() -> Counter[str]:
+    return Counter(node["Labels"].get(LABEL, "") for node in ray.nodes() if node["Alive"])
+
+
+def show(counts: Counter[str]) -> None:
+    print(json.dumps({"time": time.time(), **{pool: counts[pool] for pool in ("teacher", "student")}}), flush=True)
+
+
+def follow(stop: threading.Event) -> None:
+    while not stop.wait(1.0):
+        show(nodes())
+
+
+def main(path: str) -> None:
+    pool.TeacherPool = SlowPool  # type: ignore[misc]
+    spec = load_spec(path)
+    with connected(spec):
+        show(nodes())
+        stop = threading.Event()
+        follower = threading.Thread(target=follow, args=(stop,))
+        follower.start()
+        try:
+            BetaKDJob(spec).fit()
+        finally:
+            stop.set()
+            follower.join()
+        begin = time.monotonic()
+        while sum((counts := nodes()).values()) > 1 and time.monotonic() - begin < IDLE_S:
+            show(counts)
+            time.sleep(1)
+        show(counts)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
