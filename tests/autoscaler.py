@@ -1,4 +1,4 @@
-"""A cluster that begins as a head alone, under Ray's own autoscaler (v2); its nodes are logical ones of this machine."""
+"""A cluster that begins as a head alone, under Ray's own autoscaler (v2); its nodes are logical ones."""
 
 import os
 import signal

@@ -1,6 +1,6 @@
 """A job whose teachers are slow for their first answers; what its cluster's nodes were, second by second, as JSON.
 
-python slow_teacher.py SPEC: one object a line, {"time", "teacher", "student"}, until only the head is left.
+python slow_teacher.py SPEC OUTPUT: one object a line, {"time", "teacher", "student"}, until only the head is left.
 """
 
 import json
@@ -51,19 +51,19 @@ def nodes() -> Counter[str]:
     return Counter(node["Labels"].get(LABEL, "") for node in ray.nodes() if node["Alive"])
 
 
-def show(counts: Counter[str]) -> None:
-    print(json.dumps({"time": time.time(), **{pool: counts[pool] for pool in ("teacher", "student")}}), flush=True)
-
-
-def follow(stop: threading.Event) -> None:
-    while not stop.wait(1.0):
-        show(nodes())
-
-
-def main(path: str) -> None:
+def main(path: str, output: str) -> None:
     pool.TeacherPool = SlowPool  # type: ignore[misc]
     spec = load_spec(path)
-    with connected(spec):
+    with connected(spec), open(output, "w", encoding="utf-8") as file:
+
+        def show(counts: Counter[str]) -> None:
+            record = {"time": time.time(), "teacher": counts["teacher"], "student": counts["student"]}
+            file.write(json.dumps(record) + "\n")
+
+        def follow(stop: threading.Event) -> None:
+            while not stop.wait(1.0):
+                show(nodes())
+
         show(nodes())
         stop = threading.Event()
         follower = threading.Thread(target=follow, args=(stop,))
@@ -81,4 +81,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -33,7 +33,7 @@ def test_the_cluster_grows_with_the_teachers_and_is_a_head_again_in_the_end(tmp_
         "teacher": {"path": str(tmp_path / "teacher")},
         "student": {"init": {"kind": "checkpoint", "path": str(tmp_path / "student")}},
         "objective": {"energies": ["fkl"], "weighting": "task"},
-        "training": {"epochs": 30, "global_batch_size": 8, "micro_batch_size": 4, "precision": "fp32", "log_every": 5},
+        "training": {"epochs": 15, "global_batch_size": 8, "micro_batch_size": 4, "precision": "fp32", "log_every": 5},
         "cluster": {
             "teacher": {**pools["teacher"], "min": 1, "max": TEACHERS},
             "student": pools["student"],
@@ -46,14 +46,14 @@ def test_the_cluster_grows_with_the_teachers_and_is_a_head_again_in_the_end(tmp_
     spec.write_text(yaml.safe_dump(tree))
     with autoscaled({"teacher": TEACHERS, "student": 1}) as address:
         driver = subprocess.run(
-            [sys.executable, str(HERE / "slow_teacher.py"), str(spec)],
+            [sys.executable, str(HERE / "slow_teacher.py"), str(spec), str(tmp_path / "nodes.jsonl")],
             env={**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(HERE.parents[1])},
             capture_output=True,
             text=True,
             check=False,
         )
     assert driver.returncode == 0, driver.stderr
-    seen = [json.loads(line) for line in driver.stdout.splitlines()]
+    seen = [json.loads(line) for line in (tmp_path / "nodes.jsonl").read_text().splitlines()]
     waits = _waits(tmp_path / "runs" / "grown" / "metrics.jsonl")
     _print(seen, waits)
     teachers = [counts["teacher"] for counts in seen]
