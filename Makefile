@@ -25,8 +25,8 @@ distill: setup ## distil a student on easy-VQA, on this machine
 teacher: setup ## train the teacher that `make distill` uses, from nothing
 	@python -m jobs.easy_vqa.make_teacher
 
-test: setup ## unit tests, and tests on a local Ray cluster with a local S3 server
-	@python -m pytest -m "not slow" tests/unit tests/ray
+test: setup ## unit tests, tests on local Ray clusters with a local S3 server, and a job that things befall
+	@python -m pytest -m "not slow" tests/unit tests/ray tests/chaos
 
 test-unit: setup ## unit tests only
 	@python -m pytest -m "not slow" tests/unit

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -117,8 +117,8 @@ class BetaKDJob:
         views = self.check()
         if (finished := self._finished()) is not None:
             return finished
-        with connected(self.spec):
-            return self._run(*views)
+        with connected(self.spec), ExitStack() as actors:
+            return self._run(*views, actors)
 
     def check(self) -> tuple[Plan, dict[str, Renderer]]:
         """Everything that can be known without a cluster: data, models, output. Raises UserError."""
@@ -184,7 +184,8 @@ class BetaKDJob:
 
     # ------------------------------------------------------------------------------------------------ run
 
-    def _run(self, plan: Plan, renderers: dict[str, Renderer]) -> JobResult:
+    def _run(self, plan: Plan, renderers: dict[str, Renderer], actors: ExitStack) -> JobResult:
+        """`actors` end with the run: a handle that lingers in a reference cycle would keep its node."""
         spec = self.spec
         gpus = {name: gpus_each(getattr(spec.cluster, name).gpus) for name in ("teacher", "student")}
         check_feasible(spec, gpus)
@@ -193,11 +194,13 @@ class BetaKDJob:
         quarantined = store.quarantined(resumed) if resumed else []
         monitors = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here())
         monitor = cast(ActorHandle, monitors.remote(plan.samples, quarantined, spec.training.max_failures))
+        actors.callback(ray.kill, monitor)
         pool = teacher = cache = None
         needs = Needs()
         if spec.teacher:
             needs = Needs.of(spec.teacher, spec.objective, self._common_vocabulary(spec.teacher))
             pool = start_pool(spec.teacher, needs, spec.cluster.teacher, gpus["teacher"], spec.name)
+            actors.callback(ray.kill, pool)  # and its teachers with it
             facts: TeacherFacts = unwrapped(pool.wait_until_ready.remote(spec.cluster.start_timeout_s))
             view = renderers.get("teacher", renderers["student"])
             cache = SignalCache.of(spec.teacher, facts, view.fingerprint, needs)
