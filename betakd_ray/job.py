@@ -61,6 +61,8 @@ FREE_TO_CHANGE = {
     "teacher": ("cache", "window", "timeout_s"),
 }
 """Fields that may differ between two runs of one job."""
+UPLOADED = "/working_dir_files/"
+"""In the path of the folder that a submitted job runs in."""
 STARTS = 4
 """Times that Ray Train tries to place the students; they share `cluster.start_timeout_s`."""
 WORKER_ENVIRONMENT = {
@@ -162,6 +164,11 @@ class BetaKDJob:
 
     def _claim_output(self) -> None:
         """Write spec.json, or find that this very job was here before. Raises OutputError."""
+        if UPLOADED in self.run:
+            raise OutputError(
+                f"output.path: {self.run} is in the folder that `ray job submit --working-dir` uploaded, which Ray "
+                "removes after the job. Give a URL, or an absolute path that outlasts the cluster."
+            )
         filesystem, root = open_store(self.run, self.spec.output.storage)
         path = join(root, SPEC)
         with output_errors(self.run):

@@ -17,6 +17,7 @@ HEAD=127.0.0.2  # Ray replaces 127.0.0.1 by the machine's public address
 DIR=${BETAKD_CLUSTER_DIR:-${TMPDIR:-/tmp}/betakd-$UID}  # short: Ray makes sockets in it, whose paths have 107 bytes
 
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$DIR/token RAY_USAGE_STATS_ENABLED=0
+export RAY_JOB_STOP_WAIT_TIME_S=300  # `ray job stop` kills a driver after 3 s otherwise: students save first
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0  # else `stop` waits 30 s a node for work to move elsewhere
 
 fail() { echo "local.sh: $*" >&2; exit 1; }

@@ -145,6 +145,13 @@ def test_a_users_error_is_one_line_and_exit_code_2(home, tmp_path):
     assert "absent.yaml" in process.stderr
 
 
+def test_an_output_in_the_folder_that_ray_uploaded_is_an_error(home, tmp_path):
+    """Where a relative path leads, under `ray job submit --working-dir`."""
+    uploaded = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123456789abcdef"
+    refused(spec(home, uploaded / "runs"), errors.OutputError, "output.path.*ray job submit.*absolute path")
+    assert not uploaded.exists()
+
+
 def test_a_start_of_the_workers_waits_for_a_store_that_is_out(home, tmp_path, monkeypatch):
     """Ray Train would end the job for an error here."""
     job = BetaKDJob(spec(home, tmp_path / "out"))
