@@ -36,7 +36,7 @@ from betakd_ray.data.stream import Plan, Quarantined, Reader, ids_of, stream
 from betakd_ray.errors import ClusterError, DataError, Interrupted, OutputError, OutputUnreachable, TrainingError
 from betakd_ray.models.compatibility import check_features, check_vocabularies
 from betakd_ray.models.load import load_config, load_processor, processor_source, student_config
-from betakd_ray.spec import JobSpec, TeacherSpec, load_spec
+from betakd_ray.spec import VISUAL_ENERGIES, JobSpec, TeacherSpec, load_spec
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.pool import here, start_pool, unwrapped
@@ -233,6 +233,7 @@ class BetaKDJob:
             report=partial(_report, monitor),
             give_up=partial(_give_up, monitor),
             signals=cache.read if cache else None,
+            pairs_images=not VISUAL_ENERGIES.isdisjoint(spec.objective.channels),
         )
         with _progress(monitor, config.total_steps, spec), _saved_on_sigterm(monitor):
             outcome = self._train(config, ray.put(reader), gpus["student"])

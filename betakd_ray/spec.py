@@ -113,7 +113,9 @@ class DataSpec(Spec):
     )
     system_prompt: str | None = Field(default=None, description="replaces the template's own; '' for none")
     max_length: int = Field(default=2048, ge=8, description="tokens, image tokens included")
-    pad_to_square: bool = Field(default=True, description="pad images with the processor's mean colour")
+    pad_to_square: bool | None = Field(
+        default=None, description="pad images with the processor's mean colour; default: only for LLaVA and MobileVLM"
+    )
     shuffle: bool = Field(default=True, description="seeded by training.seed and the epoch")
     shuffle_buffer: int = Field(default=1000, ge=1, description="samples shuffled together within a shard")
     max_image_pixels: int = Field(default=100_000_000, ge=1, description="larger images are quarantined, not decoded")

@@ -5,12 +5,14 @@ that the device never has to be asked for a shape. Arrays travel to the teacher 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from betakd_ray.data.render import Rendering
+from betakd_ray.models.images import Images, joined_images
 from betakd_ray.models.inputs import ModelInputs
 
 
@@ -66,11 +68,12 @@ def stack(samples: list[Rendering], pad_token_id: int, image_token_id: int) -> M
         answer_mask[row, :length] = sample.answer_mask
     row_sample, position = np.nonzero(answer_mask[:, 1:])
     visual_sample, visual_position = np.nonzero(input_ids == image_token_id)
-    images = [sample.pixels for sample in samples if sample.pixels is not None]
+    images = joined_images([sample.images for sample in samples if sample.images])
     return ModelInputs(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        pixels=np.concatenate(images) if images else None,
+        images=images,
+        image_rows={name: np.array([len(sample.images.get(name, ())) for sample in samples]) for name in images},
         answer_rows=row_sample * shape[1] + position,
         row_sample=row_sample,
         targets=input_ids[row_sample, position + 1],
@@ -79,33 +82,42 @@ def stack(samples: list[Rendering], pad_token_id: int, image_token_id: int) -> M
     )
 
 
+ARRAY = pa.struct(
+    [("name", pa.string()), ("dtype", pa.string()), ("shape", pa.list_(pa.int32())), ("bytes", pa.large_binary())]
+)
+
+
 def to_arrow(renderings: dict[str, list[Rendering]]) -> dict[str, pa.Array]:
-    """Columns of a block for each view; uint8 pixels as one binary value a sample."""
+    """Columns of a block for each view; the arrays of a sample's images as they are."""
     columns: dict[str, pa.Array] = {}
     for view, samples in renderings.items():
         columns[f"{view}_input_ids"] = pa.array([sample.input_ids for sample in samples], pa.list_(pa.int32()))
         columns[f"{view}_answer_mask"] = pa.array(
             [sample.answer_mask.view(np.uint8) for sample in samples], pa.list_(pa.uint8())
         )
-        columns[f"{view}_pixels"] = pa.array(
-            [None if sample.pixels is None else sample.pixels.tobytes() for sample in samples], pa.large_binary()
-        )
-        columns[f"{view}_pixels_shape"] = pa.array(
-            [() if sample.pixels is None else sample.pixels.shape for sample in samples], pa.list_(pa.int32())
-        )
+        columns[f"{view}_images"] = pa.array([_stored(sample.images) for sample in samples], pa.large_list(ARRAY))
     return columns
 
 
-def _renderings(rows: pa.Table, view: str) -> list[Rendering]:
-    columns = [
-        rows.column(f"{view}_{name}").combine_chunks()
-        for name in ("input_ids", "answer_mask", "pixels", "pixels_shape")
+def _stored(images: Images) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "dtype": array.dtype.str, "shape": array.shape, "bytes": array.tobytes()}
+        for name, array in images.items()
     ]
+
+
+def _renderings(rows: pa.Table, view: str) -> list[Rendering]:
+    columns = [rows.column(f"{view}_{name}").combine_chunks() for name in ("input_ids", "answer_mask", "images")]
     return [
         Rendering(
             input_ids=input_ids.values.to_numpy(),
             answer_mask=answer_mask.values.to_numpy().astype(bool),
-            pixels=np.frombuffer(pixels.as_buffer(), np.uint8).reshape(shape.as_py()) if pixels.is_valid else None,
+            images=dict(map(_array, images)),
         )
-        for input_ids, answer_mask, pixels, shape in zip(*columns, strict=True)
+        for input_ids, answer_mask, images in zip(*columns, strict=True)
     ]
+
+
+def _array(stored: pa.StructScalar) -> tuple[str, np.ndarray]:
+    name, dtype, shape = (stored[field].as_py() for field in ("name", "dtype", "shape"))
+    return name, np.frombuffer(stored["bytes"].as_buffer(), dtype).reshape(shape)

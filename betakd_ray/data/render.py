@@ -1,23 +1,27 @@
-"""A conversation with its images → token ids, an answer mask, and uint8 pixels.
+"""A conversation with its images → token ids, an answer mask, and what the vision tower takes.
 
-A `Renderer` is one model's view of a sample: its tokenizer, its image size, its number of tokens an image. Teacher and
-student may see a sample differently; their *answer tokens* are the same, and that is where they are compared.
+A `Renderer` is one model's view of a sample: its tokenizer, its chat template, its images and the tokens that stand for
+them. Teacher and student may see a sample differently; their *answer tokens* are the same, and that is where they are
+compared.
 """
 
 import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 from PIL import Image
+from transformers import LlavaProcessor
 
 from betakd_ray.data.shards import RawSample
 from betakd_ray.errors import ModelError
+from betakd_ray.models.images import PIXELS, ImageProcessing, Images
 from betakd_ray.spec import DataSpec
 
 IMAGE = "<image>"
@@ -27,6 +31,11 @@ VICUNA_SYSTEM = (
 )
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Read, whatever the member's name says. Pillow knows more; for EPS it would start Ghostscript."""
+
+PROBES = ((48, 32), (32, 48), (300, 40), (700, 500))
+"""Sizes of images that show how a processor treats an image's shape."""
+PROBE = RawSample("probe", 0, "probe", [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A probe."}], [])
+NO_TOKEN = -1
 
 Span = tuple[str, bool]
 """A piece of the prompt, and whether the model is to learn it."""
@@ -44,8 +53,13 @@ class Rendering:
     """[tokens], image tokens expanded."""
     answer_mask: NDArray[np.bool_]
     """[tokens], true on answer tokens and the end-of-sequence that closes each answer."""
-    pixels: NDArray[np.uint8] | None
-    """[images, 3, height, width], resized but not normalised; None for a text-only sample."""
+    images: Images = field(default_factory=dict)
+    """Empty for a text-only sample."""
+
+    @property
+    def pixels(self) -> NDArray[Any] | None:
+        """uint8 where normalising can wait, e.g. [images, 3, height, width] of LLaVA; else as the processor has it."""
+        return self.images.get(PIXELS)
 
 
 def vicuna_v1(turns: Sequence[dict[str, str]], system: str | None, eos: str) -> Iterator[Span]:
@@ -84,16 +98,16 @@ class Renderer:
     """
 
     def __init__(self, processor: Any, data: DataSpec) -> None:
-        self.tokenizer = processor.tokenizer
-        self.image_processor = processor.image_processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.image_processor: Any = getattr(processor, "image_processor", None)
         self.processor = processor
         self.template = data.template
         self.system_prompt = data.system_prompt
         self.max_length = data.max_length
-        self.pad_to_square = data.pad_to_square
         self.max_image_pixels = data.max_image_pixels
-        self.image_token: str = processor.image_token
-        self.image_token_id: int = processor.image_token_id
+        self.pad_to_square = isinstance(processor, LlavaProcessor) if data.pad_to_square is None else data.pad_to_square
+        self.image_token: str = getattr(processor, "image_token", IMAGE)
+        self.image_token_id: int = getattr(processor, "image_token_id", NO_TOKEN)
         if not self.tokenizer.is_fast:
             raise ModelError(
                 f"{type(self.tokenizer).__name__} is a slow tokenizer; answer tokens are found by character offsets, "
@@ -103,6 +117,7 @@ class Renderer:
             raise ModelError("the tokenizer has no eos token, so an answer could not be closed. Set eos_token.")
         if data.template == "chat" and not self._chat_template:
             raise ModelError("data.template is `chat` and the processor has no chat template. Use vicuna_v1 or plain.")
+        self._process_images = ImageProcessing(processor) if self.image_processor else None
 
     @property
     def pad_token_id(self) -> int:
@@ -111,57 +126,88 @@ class Renderer:
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @property
-    def image_tokens(self) -> int:
-        """Tokens that the model makes of a (square) image."""
-        return int((self._uncut(_probe(1)).input_ids == self.image_token_id).sum())
+    def image_tokens(self) -> tuple[int, ...]:
+        """Tokens that the model makes of an image, for images of several sizes (PROBES)."""
+        return tuple(texts[0].count(self.image_token) for _, texts in map(self._probed, PROBES))
+
+    def count_image_tokens(self, rendering: Rendering) -> int:
+        """Of all images of a sample."""
+        return int((rendering.input_ids == self.image_token_id).sum())
 
     @property
     def fingerprint(self) -> str:
         """Equal only for renderers that render every sample alike: what a rendering depends on is in it."""
         data = (self.template, self.system_prompt, self.max_length, self.pad_to_square, self.max_image_pixels)
-        # Pillow's and torchvision's processors call themselves alike, and round differently.
-        images = (type(self.image_processor).__qualname__, self.image_processor.to_dict())
+        # What an image becomes, and how many tokens, is the processor's secret.
+        probed = [self._probed(*sizes) for sizes in (*((size,) for size in PROBES), PROBES[:2])]
+        images = [(texts, [(name, a.shape, a.dtype) for name, a in arrays.items()]) for arrays, texts in probed]
+        text = self._uncut(PROBE).input_ids.tolist()
         chat = (self._chat_template, self.tokenizer.special_tokens_map) if self.template == "chat" else None
-        # How many tokens an image has is the processor's secret.
-        probe = self._uncut(_probe(2)).input_ids.tolist()
-        everything = repr((data, images, chat, probe, self._tokenization()))
+        everything = repr((data, self._image_settings(), images, chat, text, self._tokenization()))
         return hashlib.sha256(everything.encode()).hexdigest()[:16]
+
+    def _probed(self, *sizes: tuple[int, int]) -> tuple[Images, list[str]]:
+        """Images of these sizes, as the model would see them; nothing, if it takes none."""
+        if self._process_images is None:
+            return {}, [""]
+        return self._process_images(self._framed(Image.new("RGB", size, (200, 30, 90))) for size in sizes)
+
+    def _image_settings(self) -> tuple[Any, ...] | None:
+        if self.image_processor is None:
+            return None
+        own = {name: value for name, value in vars(self.processor).items() if isinstance(value, int | float | str)}
+        own.pop("chat_template", None)
+        # Pillow's and torchvision's processors call themselves alike, and round differently.
+        kind = (type(self.processor).__qualname__, type(self.image_processor).__qualname__)
+        return kind, sorted(own.items()), self.image_processor.to_dict()
 
     def render(self, sample: RawSample) -> Rendering:
         """Tokens, answer mask and pixels of a sample. Raises Unrenderable with the reason."""
         whole = self._uncut(sample)
-        return Rendering(*self._fit(whole.input_ids, whole.answer_mask), whole.pixels)
+        return Rendering(*self._fit(whole.input_ids, whole.answer_mask), whole.images)
 
     def prompt(self, sample: RawSample) -> Rendering:
         """The sample up to its last answer: what a model is given to continue. Nothing is cut.
 
         With the `plain` template that is an image's tokens alone. Raises Unrenderable with the reason.
         """
-        spans = self._checked_spans(sample)
-        pixels = self._pixels(sample.images) if sample.images else None
+        spans, images = self._shown(sample)
         last = max(i for i, (_, is_answer) in enumerate(spans) if is_answer)
         # A trailing space would be a token of its own that training never saw before an answer.
         spans = [*spans[: last - 1], (spans[last - 1][0].rstrip(" "), False)]
-        input_ids, answer_mask = self._tokenize(self._expand(spans, pixels))
+        input_ids, answer_mask = self._tokenize(spans)
         if not len(input_ids):
             raise Unrenderable(f"the prompt is empty: template {self.template} shows only images, and there is none")
-        return Rendering(input_ids, answer_mask, pixels)
+        return Rendering(input_ids, answer_mask, images)
 
     def _uncut(self, sample: RawSample) -> Rendering:
+        spans, images = self._shown(sample)
+        return Rendering(*self._tokenize(spans), images)
+
+    def _shown(self, sample: RawSample) -> tuple[list[Span], Images]:
+        """The whole text, image tokens expanded, and the images."""
         spans = self._checked_spans(sample)
-        pixels = self._pixels(sample.images) if sample.images else None
-        return Rendering(*self._tokenize(self._expand(spans, pixels)), pixels)
+        if not sample.images:
+            return spans, {}
+        if self._process_images is None:
+            raise Unrenderable("the sample has images, and the model takes none")
+        try:
+            images, texts = self._process_images(map(self._decode, sample.images))
+        except ValueError as error:  # some processors refuse what is too thin
+            raise Unrenderable(f"the image processor refuses an image: {error}") from error
+        return self._expand(spans, iter(texts)), images
 
     # ------------------------------------------------------------------------------------------ text
 
     def _checked_spans(self, sample: RawSample) -> list[Span]:
-        if sample.conversation[0]["from"] != "human":
+        turns = sample.conversation
+        if turns[0]["from"] != "human":
             raise Unrenderable("the first turn is from gpt, an answer without a question")
-        spans = list(self._spans(sample.conversation))
-        placeholders = sum(text.count(IMAGE) for text, _ in spans)
+        spans = [(text.replace(IMAGE, self.image_token), is_answer) for text, is_answer in self._spans(turns)]
+        placeholders = sum(text.count(self.image_token) for text, _ in spans)
         if placeholders != len(sample.images):
             raise Unrenderable(f"{placeholders} {IMAGE} placeholders and {len(sample.images)} images")
-        if any(IMAGE in text for text, is_answer in spans if is_answer):
+        if any(self.image_token in text for text, is_answer in spans if is_answer):
             raise Unrenderable(f"an {IMAGE} placeholder stands in an answer, which a model cannot be asked to write")
         return spans
 
@@ -172,14 +218,14 @@ class Renderer:
 
     def _chat(self, conversation: Sequence[dict[str, str]]) -> Iterator[Span]:
         """The processor's own template: an answer is what a reply adds to the text that asks for it."""
-        messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        messages = [self._message("system", self.system_prompt)] if self.system_prompt else []
         seen = ""
         for turn in conversation:
             if turn["from"] == "human":
-                messages.append({"role": "user", "content": _image_first(turn["value"])})
+                messages.append(self._message("user", turn["value"]))
                 continue
             asked = self._apply(messages, generation=True)
-            messages.append({"role": "assistant", "content": turn["value"]})
+            messages.append(self._message("assistant", turn["value"]))
             replied = self._apply(messages, generation=False)
             if not (asked.startswith(seen) and replied.startswith(asked)):
                 raise Unrenderable("the chat template rewrites earlier turns, so answers cannot be told from prompts")
@@ -190,28 +236,49 @@ class Renderer:
             yield reply[len(reply.rstrip()) :], False
             seen = replied
 
-    def _apply(self, messages: list[dict[str, str]], *, generation: bool) -> str:
+    def _message(self, role: str, text: str) -> dict[str, Any]:
+        if not self._takes_parts:
+            return {"role": role, "content": _image_first(text) if role == "user" else text}
+        images = 0
+        if role == "user":
+            images, text = text.count(IMAGE), text.replace(IMAGE, "").strip()
+        return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the chat template wants a message as parts, an image being one; older ones want a string."""
+        if self.image_processor is None:
+            return False
+        word = "Pomegranate"
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self._chat_template, tokenize=False, add_generation_prompt=generation
-            )
+            shown = self._applied([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": word}]}])
+        except (TemplateError, TypeError):
+            return False
+        return shown.count(self.image_token) == shown.count(word) == 1 and "'type'" not in shown
+
+    def _apply(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
+        try:
+            return self._applied(messages, generation=generation)
         except TemplateError as error:  # many demand that roles alternate, or take no system prompt
             raise Unrenderable(f"the chat template refuses the conversation: {error}") from error
+
+    def _applied(self, messages: list[dict[str, Any]], *, generation: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self._chat_template, tokenize=False, add_generation_prompt=generation
+        )
 
     @property
     def _chat_template(self) -> str | None:
         return self.processor.chat_template or self.tokenizer.chat_template
 
-    def _expand(self, spans: Sequence[Span], pixels: NDArray[np.uint8] | None) -> list[Span]:
-        """Each placeholder becomes as many image tokens as the model makes of that image."""
-        images = {"pixel_values": pixels}
-        count = 0
+    def _expand(self, spans: Sequence[Span], texts: Iterator[str]) -> list[Span]:
+        """Each placeholder becomes the text that stands for its image: as many image tokens as the model makes of it,
+        and what some models have around them."""
         expanded: list[Span] = []
         for text, is_answer in spans:
-            head, *rest = text.split(IMAGE)
+            head, *rest = text.split(self.image_token)
             for piece in rest:
-                head += self.processor.replace_image_token(images, count) + piece
-                count += 1
+                head += next(texts) + piece
             expanded.append((head, is_answer))
         return expanded
 
@@ -252,15 +319,6 @@ class Renderer:
 
     # ---------------------------------------------------------------------------------------- images
 
-    def _pixels(self, images: Sequence[bytes]) -> NDArray[np.uint8]:
-        # One by one, as a hundred large images decoded at the same time would not fit.
-        return np.ascontiguousarray(np.concatenate([self._processed(self._decode(image)) for image in images]))
-
-    def _processed(self, image: Image.Image) -> NDArray[np.uint8]:
-        # Normalising later, on the device, moves a quarter of the bytes.
-        batch = self.image_processor([image], do_rescale=False, do_normalize=False, return_tensors="np")
-        return np.asarray(batch["pixel_values"], dtype=np.uint8)
-
     def _decode(self, data: bytes) -> Image.Image:
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -270,12 +328,16 @@ class Renderer:
             raise
         except Exception as error:  # of damaged bytes Pillow's decoders raise nearly anything
             raise Unrenderable(f"image cannot be decoded: {error or type(error).__name__}") from error
-        return self._squared(decoded) if self.pad_to_square else decoded
+        return self._framed(decoded)
+
+    def _framed(self, image: Image.Image) -> Image.Image:
+        return self._squared(image) if self.pad_to_square else image
 
     def _require_small(self, width: int, height: int) -> None:
         """What counts is the memory an image will take: a thin strip is small until it is padded, or scaled up."""
         area, becomes = width * height, ""
-        shortest = self.image_processor.size.get("shortest_edge")
+        size = self.image_processor.size
+        shortest = None if size.get("longest_edge") else size.get("shortest_edge")
         if self.pad_to_square:
             area, becomes = max(width, height) ** 2, " (padded to a square)"
         elif shortest and area:
@@ -305,14 +367,3 @@ def rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow would make every value above 255 white
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
-
-
-def _probe(images: int) -> RawSample:
-    """A sample that shows a renderer's image size, image tokens and template."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (48, 32), (200, 30, 90)).save(buffer, "PNG")
-    conversation = [
-        {"from": "human", "value": f"{IMAGE}\n" * images + "What is it?"},
-        {"from": "gpt", "value": "A probe."},
-    ]
-    return RawSample(key="probe", index=0, id="probe", conversation=conversation, images=[buffer.getvalue()] * images)

@@ -93,6 +93,8 @@ class Reader:
     """Tells the job that no retry will help."""
     signals: Callable[[Shard], Mapping[int, bytes]] | None = None
     """Looks up what the teacher is known to say of a shard's samples, by index."""
+    pairs_images: bool = False
+    """Whether image tokens are compared one by one, so that both models must make as many of an image."""
 
     def blocks(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[pa.Table]:
         """Blocks of some BLOCK_BYTES. Raises DataError for a damaged shard, TooManyBadSamples."""
@@ -131,6 +133,9 @@ class Reader:
         answers = [view.input_ids[1:][view.answer_mask[1:]] for view in views.values()]
         if not all(np.array_equal(answers[0], other) for other in answers[1:]):
             raise Unrenderable("teacher and student do not have the same answer tokens (one cuts at max_length)")
+        counts = {view: renderer.count_image_tokens(views[view]) for view, renderer in self.renderers.items()}
+        if self.pairs_images and len(set(counts.values())) > 1:
+            raise Unrenderable(f"energies compare image tokens one by one, and there are {counts}")
         return views
 
     def _shuffled(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[RawSample | BadSample]:
@@ -164,8 +169,8 @@ class Row(NamedTuple):
     @property
     def bytes(self) -> int:
         """About what it takes of a block."""
-        pixels = [view.pixels.nbytes for view in self.views.values() if view.pixels is not None]
-        return sum(5 * len(view.input_ids) for view in self.views.values()) + sum(pixels) + len(self.signal or b"")
+        images = [array.nbytes for view in self.views.values() for array in view.images.values()]
+        return sum(5 * len(view.input_ids) for view in self.views.values()) + sum(images) + len(self.signal or b"")
 
 
 def _block(epoch: int, shard: int, rows: list[Row]) -> pa.Table:

@@ -11,8 +11,9 @@ from transformers import GenerationConfig
 
 from betakd_ray.data.render import IMAGE, Renderer, Rendering, Unrenderable
 from betakd_ray.data.shards import BadSample, RawSample
+from betakd_ray.models.images import Normalization, joined_images
 from betakd_ray.models.inputs import to_device
-from betakd_ray.models.vlm import Normalization
+from betakd_ray.models.vlm import with_image_tokens
 
 
 def answers(
@@ -65,9 +66,11 @@ def _generate(
 ) -> list[str]:
     device = model.device
     input_ids, attention_mask = (to_device(each, device) for each in pad_left(prompts, renderer.pad_token_id))
-    images = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
-    pixels = {"pixel_values": normalize(to_device(np.concatenate(images), device), model.dtype)} if images else {}
-    tokens = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **pixels)
+    images = joined_images([prompt.images for prompt in prompts if prompt.images])
+    shown = {name: to_device(array, device) for name, array in images.items()}
+    if shown:
+        shown = with_image_tokens(model, input_ids, normalize.of_images(shown, model.dtype))
+    tokens = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **shown)
     new = tokens[:, input_ids.shape[1] :].tolist()
     return [text.strip() for text in renderer.tokenizer.batch_decode(new, skip_special_tokens=True)]
 

@@ -31,13 +31,13 @@ def check_vocabularies(teacher_processor: Any, student_processor: Any) -> None:
         )
 
 
-def check_features(objective: ObjectiveSpec, teacher_tokens: int, student_tokens: int) -> None:
-    """Raises ModelError where an energy would compare different numbers of image tokens."""
+def check_features(objective: ObjectiveSpec, teacher_tokens: tuple[int, ...], student_tokens: tuple[int, ...]) -> None:
+    """Raises ModelError where an energy would compare different numbers of image tokens, of images of some sizes."""
     visual = [name for name in objective.channels if name in VISUAL_ENERGIES]
     if visual and teacher_tokens != student_tokens:
         raise ModelError(
-            f"objective.energies: {', '.join(visual)} compare image tokens one by one; the teacher makes "
-            f"{teacher_tokens} of an image, the student {student_tokens}. Drop them, or choose models with the same "
+            f"objective.energies: {', '.join(visual)} compare image tokens one by one; of images of some sizes the "
+            f"teacher makes {teacher_tokens}, the student {student_tokens}. Drop them, or choose models with the same "
             "image size and patches."
         )
 

@@ -1,6 +1,7 @@
 """A micro-batch as one model sees it: as numpy arrays, which travel without a copy, and as tensors on a device."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from betakd_ray.models.images import PIXELS, Images
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,10 @@ class ModelInputs:
     """[B, L], padded on the right."""
     attention_mask: NDArray[np.int64]
     """[B, L]"""
-    pixels: NDArray[np.uint8] | None
-    """[images, 3, height, width], or None if no sample has an image."""
+    images: Images
+    """What the vision tower takes, of all samples; empty if none has an image."""
+    image_rows: Mapping[str, NDArray[np.int64]]
+    """[B] how much of the first axis of each array in `images` is of which sample."""
     answer_rows: NDArray[np.int64]
     """[R] flat positions b·L + n whose *next* token is an answer token."""
     row_sample: NDArray[np.int64]
@@ -60,22 +65,15 @@ class ModelInputs:
         """[B]"""
         return self.visual_per_sample > 0
 
-    @property
-    def images_per_sample(self) -> NDArray[np.int64]:
-        """[B]; an image is as many tokens as any other."""
-        if self.pixels is None:
-            return np.zeros(self.size, dtype=np.int64)
-        return self.visual_per_sample // (len(self.visual_sample) // len(self.pixels))
-
     def part(self, start: int, stop: int) -> "ModelInputs":
         """Samples `start` to `stop`, as a micro-batch of their own, padded as they were."""
         rows = (self.row_sample >= start) & (self.row_sample < stop)
         visual = (self.visual_sample >= start) & (self.visual_sample < stop)
-        before, after = (int(self.images_per_sample[:end].sum()) for end in (start, stop))
         return ModelInputs(
             input_ids=self.input_ids[start:stop],
             attention_mask=self.attention_mask[start:stop],
-            pixels=None if self.pixels is None or before == after else self.pixels[before:after],
+            images=self._images_of(start, stop),
+            image_rows={name: rows[start:stop] for name, rows in self.image_rows.items()},
             answer_rows=self.answer_rows[rows] - start * self.input_ids.shape[1],
             row_sample=self.row_sample[rows] - start,
             targets=self.targets[rows],
@@ -83,14 +81,24 @@ class ModelInputs:
             visual_position=self.visual_position[visual],
         )
 
+    def _images_of(self, start: int, stop: int) -> Images:
+        """Those of samples `start` to `stop`."""
+        ends = {name: np.cumsum([0, *rows]) for name, rows in self.image_rows.items()}
+        cut = {name: array[ends[name][start] : ends[name][stop]] for name, array in self.images.items()}
+        return cut if all(map(len, cut.values())) else {}
+
     def blank(self) -> "ModelInputs":
-        """The same shapes with nothing in them: one token throughout, image tokens aside, and black images."""
+        """The same shapes with nothing in them: one token throughout, image tokens aside, and images of one colour."""
         is_image = np.zeros_like(self.input_ids, dtype=bool)
         is_image[self.visual_sample, self.visual_position] = True
+        images = dict(self.images)
+        if images:
+            # What is zero may be padding, by which a model counts images.
+            images[PIXELS] = (images[PIXELS] != 0).astype(images[PIXELS].dtype)
         return replace(
             self,
             input_ids=np.where(is_image, self.input_ids, 0),
-            pixels=None if self.pixels is None else np.zeros_like(self.pixels),
+            images=images,
             targets=np.zeros_like(self.targets),
         )
 
@@ -101,7 +109,7 @@ class TensorInputs:
 
     input_ids: Tensor
     attention_mask: Tensor
-    pixels: Tensor | None
+    images: dict[str, Tensor]
     answer_rows: Tensor
     row_sample: Tensor
     targets: Tensor
@@ -117,10 +125,7 @@ class TensorInputs:
     @classmethod
     def of(cls, inputs: ModelInputs, device: torch.device) -> "TensorInputs":
         """The same micro-batch on `device`."""
-        fields = {name: getattr(inputs, name) for name in cls.__dataclass_fields__}
-        moved: dict[str, Any] = {
-            name: to_device(value, device) if isinstance(value, np.ndarray) else value for name, value in fields.items()
-        }
+        moved = {name: _moved(getattr(inputs, name), device) for name in cls.__dataclass_fields__}
         return cls(**moved)
 
 
@@ -158,6 +163,12 @@ class Pairs:
         token = (np.cumsum(tokens) - tokens)[sample] + _within(of_each_row)
         per_sample = inputs.rows_per_sample * tokens
         return cls(*(to_device(array, device) for array in (row, token, sample, per_sample)))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return {name: to_device(array, device) for name, array in value.items()}
+    return to_device(value, device) if isinstance(value, np.ndarray) else value
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -27,7 +27,7 @@ from transformers.utils.hub import cached_file, has_file
 
 import betakd_ray.models.mobilevlm  # noqa: F401 (makes the family known to transformers)
 from betakd_ray.errors import ModelError
-from betakd_ray.models.vlm import parts
+from betakd_ray.models.vlm import part_parameters, parts
 from betakd_ray.spec import CheckpointInit, ConfigInit, ModelSpec, StorageSpec, StudentSpec
 from betakd_ray.storage import open_store
 
@@ -129,9 +129,9 @@ def build_student(student: StudentSpec, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForImageTextToText.from_config(student_config(student), dtype=dtype)
         if student.init.vision_tower:
             _copy_vision_tower(model, student.init)
-    for part, modules in parts(model).items():
-        for module in modules:
-            module.requires_grad_(part in student.train)
+    for part, parameters in part_parameters(model).items():
+        for parameter in parameters:
+            parameter.requires_grad_(part in student.train)
     return model
 
 

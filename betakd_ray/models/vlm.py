@@ -1,77 +1,114 @@
-"""What training needs of a vision–language model, whatever its family.
+"""What training needs of a model, whatever its family: its parts, its head, and its last hidden states.
 
-transformers gives every image–text-to-text model the same outline: `model.model` runs vision tower, projector and
-language model to the last hidden states, and an output embedding turns those into logits.
+transformers gives every image–text-to-text model the same outline: a base model with `get_image_features`, which runs
+vision tower and projector, and a forward that takes their tokens and runs the language model; an output embedding turns
+its last hidden states into logits. Families differ in what their parts are called and in what goes with the pixels. A
+causal language model is the same without images.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
-from PIL import Image
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from betakd_ray.errors import ModelError
+from betakd_ray.models.images import PIXELS, Normalization
 from betakd_ray.models.inputs import Pairs, TensorInputs
 from betakd_ray.spec import Part
 
 _NAMES: dict[Part, tuple[str, ...]] = {
-    "language_model": ("language_model",),
+    "language_model": ("language_model", "text_model"),
     "projector": ("multi_modal_projector", "connector", "projector"),
     "vision_tower": ("vision_tower", "vision_model", "visual"),
 }
+_MERGERS = ("merger", "deepstack_merger_list")
+"""Qwen's projectors, which are inside of its vision tower."""
 
 
 def parts(model: PreTrainedModel) -> dict[Part, list[nn.Module]]:
     """The model's parts by the names a spec uses; the lm_head goes with the language model.
 
-    Raises ModelError for a model that does not have all three.
+    A model without images is a language model, and has nothing else. Raises ModelError for a vision–language model in
+    which the parts cannot be told apart.
     """
-    found: dict[Part, list[nn.Module]] = {}
-    for part, names in _NAMES.items():
-        modules = [
-            getattr(model.model, name) for name in names if isinstance(getattr(model.model, name, None), nn.Module)
-        ]
+    head = lm_head(model)
+    base = base_model(model)
+    if not takes_images(model):
+        return {"language_model": [base, head], "projector": [], "vision_tower": []}
+    found: dict[Part, list[nn.Module]] = {part: [*_children(base, names)][:1] for part, names in _NAMES.items()}
+    if not found["projector"] and found["vision_tower"]:
+        found["projector"] = [*_children(found["vision_tower"][0], _MERGERS)]
+    for part, modules in found.items():
         if not modules:
-            raise ModelError(f"{type(model).__name__} has no {part} (looked for {', '.join(names)} in its .model)")
-        found[part] = modules[:1]
-    head = model.get_output_embeddings()
-    assert head is not None  # an image–text-to-text model ends in one
+            looked_for = ", ".join(_NAMES[part])
+            raise ModelError(f"{type(model).__name__} has no {part} (looked for {looked_for} in its base model)")
     found["language_model"].append(head)
     return found
 
 
-@dataclass(frozen=True)
-class Normalization:
-    """How uint8 pixels become a vision tower's input; applied on the device."""
+def part_parameters(model: PreTrainedModel) -> dict[Part, list[nn.Parameter]]:
+    """Every parameter of the model, in the one part it belongs to.
 
-    scale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def of(cls, image_processor: Any) -> "Normalization":
-        """As the image processor would have done it."""
-        scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
-        if not image_processor.do_normalize:
-            return cls(scale, (0.0,) * 3, (1.0,) * 3)
-        return cls(scale, tuple(image_processor.image_mean), tuple(image_processor.image_std))
-
-    def __call__(
-        self, pixels: UInt8[Tensor, "images 3 height width"], dtype: torch.dtype
-    ) -> Float[Tensor, "images 3 height width"]:
-        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
-        return ((pixels * self.scale - mean) / std).to(dtype)
+    What stands between the parts (LLaVA-NeXT's `image_newline`) goes with the projector. Raises ModelError as `parts`.
+    """
+    owners: dict[nn.Parameter, Part] = {}
+    of_parts = parts(model)
+    for part in ("projector", "vision_tower", "language_model"):  # Qwen's projector is inside of its tower
+        for module in of_parts[part]:
+            for parameter in module.parameters():
+                owners.setdefault(parameter, part)
+    found: dict[Part, list[nn.Parameter]] = {part: [] for part in of_parts}
+    for parameter in model.parameters():
+        found[owners.get(parameter, "projector")].append(parameter)
+    return found
 
 
-def blank_image(image_processor: Any) -> UInt8[Tensor, "1 3 height width"]:
-    """An image of the size that the image processor makes, all black."""
-    pixels = image_processor([Image.new("RGB", (32, 32))], do_rescale=False, do_normalize=False, return_tensors="pt")
-    return pixels["pixel_values"].to(torch.uint8)
+def _children(module: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:
+    """Those of these names that there are."""
+    for name in names:
+        child = getattr(module, name, None)
+        if isinstance(child, nn.Module):
+            yield child
+
+
+def base_model(model: PreTrainedModel) -> Any:
+    """The model without its head."""
+    return model.base_model
+
+
+def language_model(model: PreTrainedModel) -> Any:
+    """The language model without its head."""
+    return parts(model)["language_model"][0]
+
+
+def lm_head(model: PreTrainedModel) -> nn.Linear:
+    """What makes logits of the last hidden states. Raises ModelError where that is not one matrix and nothing else."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"{type(model).__name__} has no lm_head of one matrix; choose a causal language model")
+    text = model.config.get_text_config()
+    scaled = [name for name in _LOGIT_SETTINGS if getattr(text, name, None) not in (None, 1, 1.0)]
+    if head.bias is not None or scaled:
+        raise ModelError(
+            f"{type(model).__name__} changes its logits after the matrix ({', '.join(scaled) or 'bias'}); energies are "
+            "computed from hidden states and one matrix. Choose a family without, e.g. of Llama or Qwen."
+        )
+    return head
+
+
+_LOGIT_SETTINGS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier")
+
+
+def takes_images(model: PreTrainedModel) -> bool:
+    """Whether it is a vision–language model."""
+    return hasattr(base_model(model), "get_image_features")
 
 
 @dataclass(frozen=True)
@@ -90,7 +127,7 @@ def hidden_rows(
     model: PreTrainedModel,
     inputs: TensorInputs,
     normalize: Normalization,
-    blank: UInt8[Tensor, "1 3 height width"] | None = None,
+    blank: dict[str, Tensor] | None = None,
     pairs: Pairs | None = None,
 ) -> Hidden:
     """Run a model to its answer rows; no logits are computed.
@@ -100,30 +137,52 @@ def hidden_rows(
     modules run, in which order. With `pairs`, their attention in the first layer comes along; the model then has to be
     `with_attention_weights`.
     """
-    pixels = blank if inputs.pixels is None else inputs.pixels
-    images = None
-    if pixels is not None:
-        images = model.model.get_image_features(pixel_values=normalize(pixels, model.dtype), return_dict=True)
+    images = inputs.images or blank
+    features = None
+    if images:
+        features = base_model(model).get_image_features(**normalize.of_images(images, model.dtype), return_dict=True)
+    beside = _beside_features(model, inputs) | {"mm_encoder_outputs": {"image": features}} if inputs.images else {}
     with _first_attention(model) if pairs else nullcontext([]) as weights:
-        output = model.model(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            mm_encoder_outputs=None if inputs.pixels is None else {"image": images},
-            use_cache=False,
+        output = base_model(model)(
+            input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, use_cache=False, **beside
         )
     rows = output.last_hidden_state.flatten(0, 1)[inputs.answer_rows]
     attention = _of_pairs(weights[0], pairs, inputs) if pairs else None
-    if images is None:
+    if features is None:
         return Hidden(rows, None, attention)
-    visual = torch.cat(list(images.pooler_output))
-    if inputs.pixels is None:
-        return Hidden(rows + 0.0 * visual.sum(), None, attention)
-    return Hidden(rows, visual, attention)
+    if not inputs.images:
+        return Hidden(rows + 0.0 * _sum(features), None, attention)
+    return Hidden(rows, torch.cat(list(features.pooler_output)), attention)
+
+
+def with_image_tokens(model: PreTrainedModel, input_ids: Tensor, images: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A forward's arguments for images: themselves, and where the family asks which tokens are theirs, that."""
+    if "mm_token_type_ids" not in _arguments(type(base_model(model))):
+        return images
+    return {**images, "mm_token_type_ids": (input_ids == model.config.image_token_id).int()}
+
+
+def _beside_features(model: PreTrainedModel, inputs: TensorInputs) -> dict[str, Tensor]:
+    """What the language model asks of the images, their features apart: Qwen's positions are made of the grid."""
+    asked = with_image_tokens(model, inputs.input_ids, inputs.images)
+    known = _arguments(type(base_model(model)))
+    return {name: value for name, value in asked.items() if name != PIXELS and name in known}
+
+
+@cache
+def _arguments(kind: type) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def _sum(features: Any) -> Tensor:
+    """Of all that the language model would see of an image."""
+    layers = [features.pooler_output, *getattr(features, "deepstack_features", [])]
+    return torch.stack([each.sum() for layer in layers for each in layer]).sum()
 
 
 def with_attention_weights(model: PreTrainedModel) -> PreTrainedModel:
     """The model with a language model that computes attention in the open: slower, and with memory for L² weights."""
-    model.model.language_model.set_attn_implementation("eager")
+    language_model(model).set_attn_implementation("eager")
     return model
 
 
@@ -136,7 +195,7 @@ def attention_heads(model: PreTrainedModel) -> int:
 def _first_attention(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """Catches the first layer's weights [B, heads, L, L] of a forward."""
     caught: list[Tensor] = []
-    layer = model.model.language_model.layers[0].self_attn
+    layer = language_model(model).layers[0].self_attn
     handle = layer.register_forward_hook(lambda _module, _inputs, output: caught.append(output[1]))
     try:
         yield caught

@@ -20,6 +20,7 @@ from betakd_ray.models.vlm import (
     attention_heads,
     freeze,
     hidden_rows,
+    lm_head,
     with_attention_weights,
 )
 from betakd_ray.objective import project, segment_mean, top_k
@@ -42,8 +43,8 @@ class TeacherScorer:
         self.reads_attention = needs.attention or needs.salience
         if self.reads_attention:
             with_attention_weights(self.model)
-        self.normalize = Normalization.of(load_processor(spec).image_processor)
-        self.head: Tensor = self.model.get_output_embeddings().weight
+        self.normalize = Normalization.of(getattr(load_processor(spec), "image_processor", None))
+        self.head: Tensor = lm_head(self.model).weight
 
     def facts(self) -> TeacherFacts:
         """What students fetch once."""

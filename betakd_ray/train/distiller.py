@@ -10,8 +10,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from betakd_ray.energies import feature_distance, relation
-from betakd_ray.models.inputs import Pairs, TensorInputs
-from betakd_ray.models.vlm import Hidden, Normalization, attention_heads, blank_image, hidden_rows, parts
+from betakd_ray.models.images import ImageProcessing
+from betakd_ray.models.inputs import Pairs, TensorInputs, to_device
+from betakd_ray.models.vlm import (
+    Hidden,
+    Normalization,
+    attention_heads,
+    hidden_rows,
+    lm_head,
+    part_parameters,
+    parts,
+    takes_images,
+)
 from betakd_ray.objective import STATISTICS, RowObjective, TeacherRows, segment_mean
 from betakd_ray.spec import ObjectiveSpec
 from betakd_ray.teacher.signal import TeacherFacts
@@ -43,18 +53,18 @@ class Selection:
 class Distiller(nn.Module):
     """Student and objective in one forward. `facts` describe the teacher; None without one."""
 
-    blank: Tensor
-
     def __init__(
-        self, student: PreTrainedModel, image_processor: Any, objective: ObjectiveSpec, facts: TeacherFacts | None
+        self, student: PreTrainedModel, processor: Any, objective: ObjectiveSpec, facts: TeacherFacts | None
     ) -> None:
         super().__init__()
         self.student = student
-        self.normalize = Normalization.of(image_processor)
-        self.register_buffer("blank", blank_image(image_processor), persistent=False)
-        head = student.get_output_embeddings()
-        assert isinstance(head, nn.Linear)
+        head = lm_head(student)
         device = head.weight.device
+        self.normalize = Normalization.of(getattr(processor, "image_processor", None))
+        self.blank: dict[str, Tensor] | None = None
+        if takes_images(student):
+            blank = ImageProcessing(processor).blank()
+            self.blank = {name: to_device(array, device) for name, array in blank.items()}
         teacher_head = facts.head.tensor(device) if facts and facts.head else None
         self.rows = RowObjective(objective, head, teacher_head, facts.top_k_vocab if facts else 0)
         self.channels: tuple[str, ...] = ((CE,) if objective.ce else ()) + objective.channels
@@ -75,10 +85,11 @@ class Distiller(nn.Module):
         """Training mode for what learns. A frozen part stays in evaluation mode: its dropout is off, and its batch
         normalisation keeps the statistics it shares with the teacher."""
         super().train(mode)
-        for modules in parts(self.student).values():
-            for module in modules:
-                if not any(parameter.requires_grad for parameter in module.parameters()):
-                    module.eval()
+        learns = {part: any(p.requires_grad for p in each) for part, each in part_parameters(self.student).items()}
+        modules = parts(self.student)
+        for part in ("language_model", "vision_tower", "projector"):  # Qwen's projector is inside of its tower
+            for module in modules[part]:
+                module.train(mode and learns[part])
         return self
 
     def forward(
@@ -156,7 +167,7 @@ class Distiller(nn.Module):
 
     def _unused(self, name: str, hidden: Hidden, batch: int) -> Float[Tensor, " batch"]:
         """Zero, through all that the channel uses: ranks must agree about which modules have a gradient."""
-        nothing = torch.zeros(batch, device=self.blank.device)
+        nothing = torch.zeros(batch, device=hidden.rows.device)
         if name not in self.maps:
             return nothing
         to_student = cast(nn.Linear, self.maps[name])

@@ -213,9 +213,9 @@ class Learner:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         if ATTENTION in self.spec.objective.channels:
             with_attention_weights(student)
-        image_processor = load_processor(processor_source(self.spec.student)).image_processor
+        processor = load_processor(processor_source(self.spec.student))
         cast(nn.Module, student).to(self.device)  # transformers' decorator hides the type of its `to`
-        distiller = Distiller(student, image_processor, self.spec.objective, facts)
+        distiller = Distiller(student, processor, self.spec.objective, facts)
         return distiller.to(self.device).train()
 
     def _engine(self, total_steps: int) -> DeepSpeedEngine:

@@ -11,7 +11,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from betakd_ray.curriculum import reversal
-from betakd_ray.models.vlm import parts
+from betakd_ray.models.vlm import part_parameters
 from betakd_ray.spec import JobSpec, OptimizerSpec
 from betakd_ray.train.distiller import Distiller
 
@@ -42,8 +42,8 @@ class GuardedAdamW(AdamW):
 def student_optimizer(distiller: Distiller, spec: JobSpec) -> AdamW:
     """AdamW over what learns: one group for the projector (and the maps from the teacher), one for the rest."""
     optimizer = spec.optimizer
-    projector = [*parts(distiller.student)["projector"], distiller.maps]
-    own = {id(parameter) for module in projector for parameter in module.parameters()}
+    projector = [*part_parameters(distiller.student)["projector"], *distiller.maps.parameters()]
+    own = {id(parameter) for parameter in projector}
     learning = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in learning if id(p) not in own], "lr": optimizer.lr},

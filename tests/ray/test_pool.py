@@ -34,7 +34,8 @@ def _inputs(*tokens: int) -> ModelInputs:
     return ModelInputs(
         input_ids=ids,
         attention_mask=np.ones_like(ids),
-        pixels=None,
+        images={},
+        image_rows={},
         answer_rows=np.array([2, 6]),
         row_sample=np.array([0, 1]),
         targets=ids[:, 3],

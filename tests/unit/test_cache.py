@@ -27,7 +27,8 @@ def inputs() -> ModelInputs:
     return ModelInputs(
         input_ids=np.zeros(shape, np.int64),
         attention_mask=np.ones(shape, np.int64),
-        pixels=None,
+        images={},
+        image_rows={},
         answer_rows=np.arange(sum(ROWS)),
         row_sample=row_sample,
         targets=np.zeros(sum(ROWS), np.int64),

@@ -21,7 +21,7 @@ def rendering(length, images, first=5):
     mask = generator.random(length) > 0.5
     mask[0], mask[1 : 1 + images], mask[-1] = False, False, True
     pixels = generator.integers(0, 256, (images, 3, 4, 6)).astype(np.uint8) if images else None
-    return Rendering(ids, mask, pixels)
+    return Rendering(ids, mask, {} if pixels is None else {"pixel_values": pixels})
 
 
 @pytest.fixture
@@ -43,11 +43,15 @@ def table(samples, views=("student",)):
 
 def assert_same_inputs(actual, expected):
     for name in type(expected).__dataclass_fields__:
-        a, e = getattr(actual, name), getattr(expected, name)
-        assert (a is None) == (e is None), name
-        if e is not None:
-            assert a.dtype == e.dtype, name
-            np.testing.assert_array_equal(a, e, err_msg=name)
+        actual_arrays, expected_arrays = (arrays(getattr(inputs, name)) for inputs in (actual, expected))
+        assert actual_arrays.keys() == expected_arrays.keys(), name
+        for key, e in expected_arrays.items():
+            assert actual_arrays[key].dtype == e.dtype, name
+            np.testing.assert_array_equal(actual_arrays[key], e, err_msg=name)
+
+
+def arrays(value):
+    return value if isinstance(value, dict) else {"": value}
 
 
 def test_a_batch_is_the_plain_loop(samples):
@@ -70,20 +74,20 @@ def test_a_batch_is_the_plain_loop(samples):
     assert inputs.row_sample.tolist() == row_sample
     assert inputs.targets.tolist() == targets
     assert inputs.visual_sample.tolist() == visual_sample
-    assert inputs.pixels.tolist() == np.concatenate([samples[0].pixels, samples[1].pixels]).tolist()
+    assert inputs.images["pixel_values"].tolist() == np.concatenate([samples[0].pixels, samples[1].pixels]).tolist()
     assert inputs.rows_per_sample.tolist() == [int(sample.answer_mask[1:].sum()) for sample in samples]
     assert inputs.has_image.tolist() == [True, True, False, False]
 
 
 def test_an_answer_token_at_the_very_start_is_predicted_by_nothing():
-    inputs = stack([Rendering(np.array([5, 6], np.int32), np.array([True, True]), None)], PAD, IMAGE)
+    inputs = stack([Rendering(np.array([5, 6], np.int32), np.array([True, True]))], PAD, IMAGE)
     assert inputs.answer_rows.tolist() == [0]
     assert inputs.targets.tolist() == [6]
 
 
 def test_padding_with_the_end_of_sequence_adds_no_answer_row():
     eos = 2
-    rows = [Rendering(np.array([5, 6, eos], np.int32), np.array([False, True, True]), None), rendering(9, 0)]
+    rows = [Rendering(np.array([5, 6, eos], np.int32), np.array([False, True, True])), rendering(9, 0)]
     assert (stack(rows, eos, IMAGE).row_sample == 0).sum() == 2
 
 
@@ -91,7 +95,7 @@ def test_the_last_prompt_token_counts_and_the_final_eos_does_not():
     """Changing the logits at the last prompt position changes the loss; changing those at the final eos does not."""
     prompt, answer = 4, 3
     mask = np.array([False] * prompt + [True] * answer)
-    inputs = stack([Rendering(np.arange(5, 5 + prompt + answer, dtype=np.int32), mask, None)], PAD, IMAGE)
+    inputs = stack([Rendering(np.arange(5, 5 + prompt + answer, dtype=np.int32), mask)], PAD, IMAGE)
     logits = torch.randn(prompt + answer, 20)
 
     def loss(logits):
@@ -133,7 +137,7 @@ def test_a_table_of_several_chunks_is_read_across_them(samples):
 def test_a_batch_of_text_alone_has_no_pixels():
     texts = [rendering(5, 0), rendering(6, 0)]
     batch = collate(table(texts), PAD, {"student": IMAGE})
-    assert batch.student.pixels is None
+    assert batch.student.images == {}
     assert batch.student.visual_sample.tolist() == []
     assert batch.student.has_image.tolist() == [False, False]
 
@@ -175,9 +179,9 @@ def test_nothing_in_a_batch_is_memory_of_the_table(samples, count):
     buffers = [np.frombuffer(buffer, np.uint8) for buffer in buffers_of(rows) if buffer.size]
     for part in (batch.student, batch.teacher, batch.ids):
         for name in type(part).__dataclass_fields__:
-            array = getattr(part, name)
-            assert not any(np.may_share_memory(array, buffer) for buffer in buffers), name
-            assert array.flags.writeable, name
+            for array in arrays(getattr(part, name)).values():
+                assert not any(np.may_share_memory(array, buffer) for buffer in buffers), name
+                assert array.flags.writeable, name
 
 
 def buffers_of(rows):

@@ -26,9 +26,9 @@ from betakd_ray.data.render import Renderer
 from betakd_ray.errors import ModelError, OutputError
 from betakd_ray.models.convert import convert, with_row
 from betakd_ray.models.export import export_mobilevlm
+from betakd_ray.models.images import Normalization
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.mobilevlm import MobileVLMForConditionalGeneration
-from betakd_ray.models.vlm import Normalization
 from betakd_ray.spec import DataSpec, ModelSpec
 from tests.originals import (
     FACTORY_NAMES,

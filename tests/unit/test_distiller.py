@@ -32,7 +32,7 @@ def inputs():
         answer = np.zeros(length, dtype=bool)
         answer[-3:] = True
         pixels = generator.integers(0, 256, (images, 3, IMAGE_SIZE, IMAGE_SIZE)).astype(np.uint8) if images else None
-        renderings.append(Rendering(ids, answer, pixels))
+        renderings.append(Rendering(ids, answer, {} if pixels is None else {"pixel_values": pixels}))
     return stack(renderings, IDS[PAD], IDS[IMAGE])
 
 
@@ -41,7 +41,7 @@ def distiller():
     facts = TeacherFacts(head=None, visual_size=TEACHER_WIDTH, heads=TEACHER_HEADS, feature_sizes={}, fingerprint="")
     student = with_attention_weights(tiny_model(seed=3))
     torch.manual_seed(0)
-    return Distiller(student, tiny_processor().image_processor, ObjectiveSpec(energies=VISUAL), facts).eval()
+    return Distiller(student, tiny_processor(), ObjectiveSpec(energies=VISUAL), facts).eval()
 
 
 @pytest.fixture(scope="module")

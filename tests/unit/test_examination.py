@@ -30,7 +30,8 @@ def _inputs(answers: list[int], images: list[bool]) -> ModelInputs:
     return ModelInputs(
         input_ids=ids,
         attention_mask=np.ones_like(ids),
-        pixels=pixels if len(pixels) else None,
+        images={"pixel_values": pixels} if len(pixels) else {},
+        image_rows={"pixel_values": np.array(images, dtype=np.int64)} if len(pixels) else {},
         answer_rows=row[0] * length + row[1],
         row_sample=row[0],
         targets=np.arange(len(rows)),
@@ -42,7 +43,7 @@ def _inputs(answers: list[int], images: list[bool]) -> ModelInputs:
 def _score(inputs: ModelInputs) -> Signal:
     """An answer that shows which sample, row and image it belongs to."""
     questions = inputs.input_ids[:, TOKENS]
-    images = np.zeros((0, 1)) if inputs.pixels is None else inputs.pixels[:, 0, 0].repeat(TOKENS, 0)
+    images = inputs.images["pixel_values"][:, 0, 0].repeat(TOKENS, 0) if inputs.images else np.zeros((0, 1))
     return Signal(
         valid=np.ones(inputs.size, dtype=bool),
         hidden=Wire(np.stack([questions[inputs.row_sample], inputs.targets], 1).astype(np.float32), "float32"),
@@ -133,4 +134,4 @@ def test_a_part_of_a_batch_is_the_batch_of_its_samples() -> None:
     flat = parts[1].input_ids.reshape(-1)[parts[1].answer_rows]
     np.testing.assert_array_equal(flat, inputs.input_ids.reshape(-1)[inputs.answer_rows[inputs.row_sample >= 3]])
     assert parts[1].answer_rows.max() < 5 * length
-    assert inputs.part(1, 2).pixels is None
+    assert inputs.part(1, 2).images == {}

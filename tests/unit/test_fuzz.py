@@ -266,7 +266,7 @@ def require_trainable(renderer, sample):
     assert rendering.answer_mask.any()
     images = 0 if rendering.pixels is None else len(rendering.pixels)
     assert images == len(sample.images)
-    assert (rendering.input_ids == IDS[IMAGE]).sum() == images * renderer.image_tokens
+    assert (rendering.input_ids == IDS[IMAGE]).sum() == images * renderer.image_tokens[0]
 
 
 def test_there_are_ten_thousand_mutations_of_a_shard():

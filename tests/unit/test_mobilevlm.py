@@ -13,6 +13,7 @@ from betakd_ray.data.collate import stack
 from betakd_ray.data.render import Renderer
 from betakd_ray.errors import ModelError
 from betakd_ray.evaluation.generate import answers
+from betakd_ray.models.images import ImageProcessing, Normalization
 from betakd_ray.models.inputs import TensorInputs
 from betakd_ray.models.load import build_student, load_model, load_processor
 from betakd_ray.models.mobilevlm import (
@@ -21,7 +22,7 @@ from betakd_ray.models.mobilevlm import (
     MobileVLMProjector,
     mobilevlm_processor,
 )
-from betakd_ray.models.vlm import Normalization, blank_image, hidden_rows, parts
+from betakd_ray.models.vlm import hidden_rows, parts
 from betakd_ray.spec import DataSpec, ModelSpec, StudentSpec
 from tests.originals import mobilevlm, mobilevlm_config
 from tests.tiny import IDS, IMAGE, raw_sample, tiny_tokenizer
@@ -314,7 +315,7 @@ def test_a_class_token_among_the_patches_is_refused(pixels):
 @pytest.mark.parametrize(("pixels", "patch"), [(336, 14), (384, 14), (224, 16)])
 def test_an_image_is_144_tokens_whatever_the_vision_tower(pixels, patch):
     config = mobilevlm_config(side=12, pixels=pixels, patch=patch)
-    assert Renderer(processor(config), DataSpec(train=("unused",))).image_tokens == 144
+    assert Renderer(processor(config), DataSpec(train=("unused",))).image_tokens[0] == 144
 
 
 def test_an_image_too_small_for_its_tokens_is_refused():
@@ -359,9 +360,8 @@ def test_a_batch_without_images_has_a_gradient_for_the_projector(rendered):
     renderer, _, found = rendered
     model = mobilevlm()
     inputs = TensorInputs.of(stack(found[1:2], renderer.pad_token_id, renderer.image_token_id), CPU)
-    hidden = hidden_rows(
-        model, inputs, Normalization.of(renderer.image_processor), blank_image(renderer.image_processor)
-    )
+    blank = {name: torch.from_numpy(array) for name, array in ImageProcessing(renderer.processor).blank().items()}
+    hidden = hidden_rows(model, inputs, Normalization.of(renderer.image_processor), blank)
     hidden.rows.sum().backward()
     peg = model.model.multi_modal_projector.peg.weight.grad
     assert peg is not None

@@ -482,7 +482,7 @@ def test_a_fingerprint_does_not_depend_on_earlier_use_or_on_padding(processor):
 @each_template
 def test_an_image_s_tokens_are_counted_whatever_the_length(processor, template):
     short = renderer(processor, template=template, max_length=8)
-    assert short.image_tokens == IMAGE_TOKENS
+    assert set(short.image_tokens) == {IMAGE_TOKENS}
     assert short.fingerprint
 
 

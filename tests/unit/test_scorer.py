@@ -8,9 +8,9 @@ import torch
 
 from betakd_ray.data.collate import stack
 from betakd_ray.data.render import Renderer
+from betakd_ray.models.images import Normalization
 from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.models.load import load_model, load_processor
-from betakd_ray.models.vlm import Normalization
 from betakd_ray.spec import DataSpec, ModelSpec, TeacherSpec
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import Needs

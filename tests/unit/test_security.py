@@ -452,8 +452,8 @@ def test_a_result_is_in_safetensors_and_no_file_of_a_run_holds_a_credential(home
     metrics.log({"step": 1, "loss": 0.5})
     metrics.close()
     student = build_student(job.spec.student, torch.float32)
-    image_processor = load_processor(ModelSpec(path=str(home / "model"))).image_processor
-    engine = SimpleNamespace(module=Distiller(student, image_processor, job.spec.objective, None))
+    processor = load_processor(ModelSpec(path=str(home / "model")))
+    engine = SimpleNamespace(module=Distiller(student, processor, job.spec.objective, None))
     export(engine, job.spec, job.run, {"loss": 0.5})
     files = {path.name: path for path in Path(job.run).rglob("*") if path.is_file()}
     assert {"spec.json", "metrics.jsonl", "README.md", "config.json", "model.safetensors"} <= set(files)

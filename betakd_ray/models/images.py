@@ -1,0 +1,137 @@
+"""A sample's images as its model takes them, by whichever processor the model comes with.
+
+A processor makes arrays of images (pixels; for some families also grids, sizes or masks) and says which text stands for
+an image. Families differ in both; they agree in how they are asked, and that is all that is used here.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+Images = dict[str, NDArray[Any]]
+"""By the model's argument names: `pixel_values` and what goes with them. Empty where there is no image.
+
+Arrays of several images, or samples, are one after the other along the first axis, which may count images, crops of
+images or patches.
+"""
+PIXELS, MASK = "pixel_values", "pixel_attention_mask"
+TOGETHER = ("LlavaOnevisionProcessor",)
+"""Processors that see an image otherwise where others stand beside it: not cut into crops."""
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """How uint8 pixels become a vision tower's input; applied on the device. Other pixels are normalised already."""
+
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, image_processor: Any) -> "Normalization":
+        """As the image processor would have done it; None for a model that has none."""
+        scale = image_processor.rescale_factor if getattr(image_processor, "do_rescale", False) else 1.0
+        if not getattr(image_processor, "do_normalize", False):
+            return cls(scale, (0.0,) * 3, (1.0,) * 3)
+        return cls(scale, tuple(image_processor.image_mean), tuple(image_processor.image_std))
+
+    def __call__(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of images [..., 3, height, width], or of flat patches [patches, 3 · values a channel]."""
+        if pixels.dtype != torch.uint8:
+            return pixels.to(dtype)
+        channels = pixels.view(len(pixels), 3, -1, 1) if pixels.ndim == 2 else pixels
+        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
+        return ((channels * self.scale - mean) / std).to(dtype).view(pixels.shape)
+
+    def of_images(self, images: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """All that the vision tower takes; what a mask marks as padding is zero, as processors have it."""
+        pixels = self(images[PIXELS], dtype)
+        if MASK in images:
+            pixels = pixels * images[MASK][..., None, :, :]
+        return {**images, PIXELS: pixels}
+
+
+class ImageProcessing:
+    """The images of one sample → arrays, and for each image the text that stands for it, image tokens and all."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._images = processor.image_processor
+        self._options = dict(getattr(processor, "images_kwargs", {}))
+        self._is_late = _normalises_late(self._images, self._options)
+
+    def __call__(self, images: Iterable[Image.Image]) -> tuple[Images, list[str]]:
+        """Raises ValueError for an image that the processor refuses, e.g. a strip of 1×1000."""
+        if type(self._processor).__name__ in TOGETHER:
+            sample = list(images)
+            made = self._made([sample])
+            return self._kept(made), [self._processor.replace_image_token(made, at) for at in range(len(sample))]
+        # One by one, as a hundred large images decoded at the same time would not fit.
+        arrays, texts = [], []
+        for image in images:
+            made = self._made([image])
+            arrays.append(self._kept(made))
+            texts.append(self._processor.replace_image_token(made, 0))
+        return joined_images(arrays), texts
+
+    def blank(self) -> Images:
+        """A small black image."""
+        return self([Image.new("RGB", (32, 32))])[0]
+
+    def _made(self, images: Sequence[Any]) -> Any:
+        return _made(self._images, images, self._options, is_late=self._is_late)
+
+    def _kept(self, made: Any) -> Images:
+        """What the model takes of it."""
+        arrays = {name: np.asarray(made[name]) for name in self._images.model_input_names if name in made}
+        if self._is_late:
+            # Normalising later, on the device, moves a quarter of the bytes.
+            arrays[PIXELS] = arrays[PIXELS].astype(np.uint8, copy=False)
+        if MASK in arrays:
+            arrays[MASK] = arrays[MASK].astype(bool)
+        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def joined_images(parts: Sequence[Images]) -> Images:
+    """Those of several images or samples, one after the other; zeros fill up an axis in which they differ."""
+    return {name: _joined([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+
+
+def _joined(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    shapes = {array.shape[1:] for array in arrays}
+    if len(shapes) == 1:
+        return np.concatenate(arrays)
+    largest = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
+    whole = np.zeros((sum(map(len, arrays)), *largest), arrays[0].dtype)
+    start = 0
+    for array in arrays:
+        whole[(slice(start, start + len(array)), *map(slice, array.shape[1:]))] = array
+        start += len(array)
+    return whole
+
+
+def _made(image_processor: Any, images: Sequence[Any], options: dict[str, Any], *, is_late: bool) -> Any:
+    late = {"do_rescale": False, "do_normalize": False} if is_late else {}
+    return image_processor(images, **options, **late, return_tensors="np")
+
+
+def _normalises_late(image_processor: Any, options: dict[str, Any]) -> bool:
+    """Whether normalising uint8 pixels afterwards gives what the processor gives: tried, with noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (37, 53, 3)).astype(np.uint8)
+    now, later = (
+        _made(image_processor, [Image.fromarray(noise)], options, is_late=is_late) for is_late in (False, True)
+    )
+    whole = np.asarray(later[PIXELS])
+    if not np.array_equal(whole, whole.astype(np.uint8)):
+        return False
+    images = {PIXELS: torch.from_numpy(whole.astype(np.uint8))}
+    if MASK in later:
+        images[MASK] = torch.from_numpy(np.asarray(later[MASK]))
+    normalised = Normalization.of(image_processor).of_images(images, torch.float32)[PIXELS]
+    return np.allclose(normalised.numpy(), np.asarray(now[PIXELS]), atol=1e-5)
