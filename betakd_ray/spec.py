@@ -126,7 +126,7 @@ class DataSpec(Spec):
 
 
 class ModelSpec(Spec):
-    """A pretrained vision–language model: a folder, a hub id, or a URL."""
+    """A pretrained vision–language model, or a language model for text alone: a folder, a hub id, or a URL."""
 
     path: ModelLocation
     revision: str | None = None

@@ -5,12 +5,14 @@ All have one tokenizer, that of tests.tiny with the families' special tokens aft
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Idefics3Processor,
     InternVLProcessor,
@@ -339,6 +341,17 @@ FAMILIES = {
     "smolvlm": Family(_smolvlm_processor, lambda: _idefics("smolvlm"), "chat", _utterances),
     "internvl": Family(_internvl_processor, _internvl, "chat", _chatml("<IMG_CONTEXT>\n")),
 }
+
+
+def save_language_model(folder: str | Path, *, seed: int = 0, **options: Any) -> str:
+    """A folder with a causal language model and a tokenizer; returns its path."""
+    tree = text_config(**options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(tree.pop("model_type"), **tree))
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def build(config: dict[str, Any], *, seed: int = 0) -> PreTrainedModel:

@@ -14,7 +14,9 @@ def check_vocabularies(teacher_processor: Any, student_processor: Any) -> None:
     Compared by content, not by size: one family pads its vocabulary to several sizes, and two families may share a
     size.
     """
-    teacher, student = (processor.tokenizer for processor in (teacher_processor, student_processor))
+    teacher, student = (
+        getattr(processor, "tokenizer", processor) for processor in (teacher_processor, student_processor)
+    )
     teacher_vocab, student_vocab = teacher.get_vocab(), student.get_vocab()
     for token in teacher_vocab.keys() & student_vocab.keys():
         if teacher_vocab[token] != student_vocab[token]:
@@ -34,6 +36,8 @@ def check_vocabularies(teacher_processor: Any, student_processor: Any) -> None:
 def check_features(objective: ObjectiveSpec, teacher_tokens: tuple[int, ...], student_tokens: tuple[int, ...]) -> None:
     """Raises ModelError where an energy would compare different numbers of image tokens, of images of some sizes."""
     visual = [name for name in objective.channels if name in VISUAL_ENERGIES]
+    if visual and not (any(teacher_tokens) and any(student_tokens)):
+        raise ModelError(f"objective.energies: {', '.join(visual)} compare image tokens; a language model has none")
     if visual and teacher_tokens != student_tokens:
         raise ModelError(
             f"objective.energies: {', '.join(visual)} compare image tokens one by one; of images of some sizes the "

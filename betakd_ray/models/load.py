@@ -16,12 +16,17 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file, has_file
 
@@ -61,37 +66,60 @@ def local_folder(location: str, storage: StorageSpec) -> str:
 def load_config(spec: ModelSpec) -> PretrainedConfig:
     """The configuration alone.
 
-    Raises ModelError if it cannot be read, is not a vision–language model, or has its weights in a pickle.
+    Raises ModelError if it cannot be read, is no model that this trains, or has its weights in a pickle.
     """
     config = _from_pretrained(AutoConfig, spec)
     if hasattr(config, "mm_projector_type"):  # transformers would take it for a LLaVA, with random weights
         raise ModelError(
             f"{spec.path}: is in its authors' layout. Run: betakd convert {spec.path} FOLDER, and name that folder."
         )
-    own_code = getattr(config, "auto_map", None) if spec.trust_remote_code else None
-    is_own = AutoModelForImageTextToText.__name__ in (own_code or {})
-    if not is_own and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if _auto_class(config, is_trusted=spec.trust_remote_code) is None:
         raise ModelError(
-            f"{spec.path}: a {config.model_type!r} is not a vision–language model transformers can load "
-            "(AutoModelForImageTextToText). Name one such as LLaVA."
+            f"{spec.path}: a {config.model_type!r} is neither a vision–language model nor a causal language model "
+            "(AutoModelForImageTextToText, AutoModelForCausalLM) of transformers. Name one such as LLaVA."
         )
     _require_safetensors(spec, config)
     return config
 
 
+def _auto_class(config: PretrainedConfig, *, is_trusted: bool = False) -> Any:
+    """What loads it: as a vision–language model where it is one, else as a causal language model; or None."""
+    own_code = (getattr(config, "auto_map", None) or {}) if is_trusted else {}
+    for auto_class, mapping in (
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    ):
+        if auto_class.__name__ in own_code or type(config) in mapping:
+            return auto_class
+    return None
+
+
+def sees_images(config: PretrainedConfig) -> bool:
+    """Whether it is a vision–language model's."""
+    return getattr(config, "vision_config", None) is not None
+
+
 def load_processor(spec: ModelSpec) -> Any:
-    """Tokenizer and image processor of a model. Raises ModelError."""
+    """Tokenizer and image processor of a model; of a language model its tokenizer. Raises ModelError."""
     processor = _from_pretrained(AutoProcessor, spec)
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return processor
     if getattr(processor, "image_processor", None) is None or not hasattr(processor, "image_token_id"):
-        raise ModelError(f"{spec.path}: {type(processor).__name__} takes no images; a vision–language model is needed.")
+        raise ModelError(f"{spec.path}: {type(processor).__name__} has no image processor with a tokenizer beside it")
     return processor
+
+
+def require_images(path: str, config: PretrainedConfig, processor: Any) -> None:
+    """Raises ModelError for a vision–language model that comes with nothing that would read its images."""
+    if sees_images(config) and isinstance(processor, PreTrainedTokenizerBase):
+        raise ModelError(f"{path}: there is only a tokenizer, which takes no images; add the processor's files")
 
 
 def load_model(spec: ModelSpec, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """Weights in `dtype`, on the CPU, in evaluation mode. Raises ModelError."""
-    load_config(spec)
+    auto_class = _auto_class(load_config(spec), is_trusted=spec.trust_remote_code)
     extra = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
-    return _from_pretrained(AutoModelForImageTextToText, spec, dtype=dtype, use_safetensors=True, **extra).eval()
+    return _from_pretrained(auto_class, spec, dtype=dtype, use_safetensors=True, **extra).eval()
 
 
 def processor_source(student: StudentSpec) -> ModelSpec:
@@ -113,8 +141,10 @@ def student_config(student: StudentSpec) -> PretrainedConfig:
         raise ModelError(f"student.init.config: model_type {error} is missing or unknown to transformers") from error
     except (TypeError, ValueError) as error:
         raise ModelError(f"student.init.config: {error}") from error
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ModelError(f"student.init.config: {config.model_type!r} is not a vision–language model")
+    if _auto_class(config) is None:
+        raise ModelError(f"student.init.config: {config.model_type!r} is no vision–language or causal language model")
+    if student.init.vision_tower and not sees_images(config):
+        raise ModelError(f"student.init.vision_tower: {config.model_type!r} has no vision tower. Leave it out.")
     return config
 
 
@@ -126,7 +156,8 @@ def build_student(student: StudentSpec, dtype: torch.dtype) -> PreTrainedModel:
     if isinstance(student.init, CheckpointInit):
         model = load_model(student.init, dtype)
     else:
-        model = AutoModelForImageTextToText.from_config(student_config(student), dtype=dtype)
+        config = student_config(student)
+        model = _auto_class(config).from_config(config, dtype=dtype)
         if student.init.vision_tower:
             _copy_vision_tower(model, student.init)
     for part, parameters in part_parameters(model).items():

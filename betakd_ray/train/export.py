@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from betakd_ray.models.load import load_processor, processor_source
+from betakd_ray.models.vlm import takes_images
 from betakd_ray.spec import JobSpec, StorageSpec
 from betakd_ray.storage import join, open_store
 from betakd_ray.train.checkpoint import output_errors
@@ -25,7 +26,9 @@ def export(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any]) -> Non
         with tempfile.TemporaryDirectory(prefix="betakd-export-") as folder:
             distiller.student.save_pretrained(folder, state_dict=state)
             load_processor(processor_source(spec.student)).save_pretrained(folder)
-            (Path(folder) / "README.md").write_text(model_card(spec, metrics), encoding="utf-8")
+            (Path(folder) / "README.md").write_text(
+                model_card(spec, metrics, sees_images=takes_images(distiller.student)), encoding="utf-8"
+            )
             _upload(Path(folder), join(run, FOLDER), spec.output.storage)
     dist.barrier()
 
@@ -50,8 +53,9 @@ def _student_state(engine: Any, spec: JobSpec) -> dict[str, Tensor] | None:
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
 
 
-def model_card(spec: JobSpec, metrics: dict[str, Any]) -> str:
+def model_card(spec: JobSpec, metrics: dict[str, Any], *, sees_images: bool = True) -> str:
     """What this model is, from what, and how it was made."""
+    kind, task = ("vision–language", "image-text-to-text") if sees_images else ("language", "text-generation")
     teacher = spec.teacher.path if spec.teacher else "none (supervised fine-tuning)"
     channels = ", ".join([*(["ce"] if spec.objective.ce else []), *spec.objective.channels])
     numbers = "\n".join(
@@ -59,12 +63,12 @@ def model_card(spec: JobSpec, metrics: dict[str, Any]) -> str:
     )
     return f"""---
 library_name: transformers
-pipeline_tag: image-text-to-text
+pipeline_tag: {task}
 tags: [knowledge-distillation, beta-kd]
 ---
 # {spec.name}
 
-A vision–language model trained with uncertainty-aware knowledge distillation (Beta-KD, arXiv 2603.21426).
+A {kind} model trained with uncertainty-aware knowledge distillation (Beta-KD, arXiv 2603.21426).
 
 | | |
 |---|---|

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig
 from typer.testing import CliRunner
 
 from betakd_ray import errors
@@ -102,12 +102,11 @@ def test_different_tokenizers_are_an_error_that_names_a_token(home, tmp_path):
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_a_model_that_takes_no_images_is_an_error(home, tmp_path, role):
-    config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    path = {"path": str(tmp_path / "llama")}
+def test_a_model_that_writes_no_text_is_an_error(home, tmp_path, role):
+    CLIPVisionConfig().save_pretrained(tmp_path / "clip")
+    path = {"path": str(tmp_path / "clip")}
     change = {"teacher": path} if role == "teacher" else {"student": {"init": {"kind": "checkpoint", **path}}}
-    refused(spec(home, tmp_path / "out", **change), errors.ModelError, "llama.*vision.language model")
+    refused(spec(home, tmp_path / "out", **change), errors.ModelError, "clip.*neither a vision.language model")
 
 
 def test_a_model_that_is_not_there_is_an_error(home, tmp_path):
