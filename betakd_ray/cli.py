@@ -3,8 +3,10 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,6 +77,29 @@ def validate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
     with explained():
         load_spec(spec, overrides)
     print(f"{spec}: valid")
+
+
+@app.command()
+def plan(
+    spec: SpecPath,
+    overrides: Overrides = [],  # noqa: B006
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="assume so many samples; the data are not looked at")
+    ] = None,
+    tokens_per_answer: Annotated[int, typer.Option(min=1, help="with --samples")] = 128,
+    tokens_per_prompt: Annotated[int, typer.Option(min=0, help="with --samples; image and template come on top")] = 64,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="with --samples")] = 10_000,
+    tflops: Annotated[float | None, typer.Option(help="assume so many TFLOP/s sustained on a GPU: adds speeds")] = None,
+) -> None:
+    """Say what a job will take, and what is wrong with it, before anything is asked of a cluster."""
+    from betakd_ray.forecast import AssumedData, forecast
+    from betakd_ray.job import BetaKDJob
+
+    with explained():
+        job = BetaKDJob.from_yaml(spec, overrides)
+        assumed = samples and AssumedData(samples, tokens_per_prompt, tokens_per_answer, samples_per_shard)
+        found = forecast(job, assumed or None, tflops)
+    print_sections(found.rows())
 
 
 @app.command()
@@ -251,6 +276,14 @@ def print_table(lines: list[list[str]]) -> None:
     for line in lines[1:]:
         table.add_row(*map(escape, line))
     Console().print(table)
+
+
+def print_sections(rows: Iterable[tuple[str, str, str]]) -> None:
+    """(section, quantity, value): each section with its name above it."""
+    for section, lines in groupby(rows, key=itemgetter(0)):
+        print(section)
+        for _, quantity, value in lines:
+            print(f"  {quantity:<46} {value}")
 
 
 def main() -> None:

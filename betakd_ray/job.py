@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from betakd_ray.cluster import check_feasible, connected, gpus_each
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.manifest import find_shards
 from betakd_ray.data.render import Renderer
+from betakd_ray.data.shards import Shard
 from betakd_ray.data.stream import Plan, Quarantined, Reader, ids_of, stream
 from betakd_ray.errors import ClusterError, DataError, Interrupted, OutputError, OutputUnreachable, TrainingError
 from betakd_ray.models.compatibility import check_features, check_vocabularies
@@ -124,16 +125,16 @@ class BetaKDJob:
 
     def check(self) -> tuple[Plan, dict[str, Renderer]]:
         """Everything that can be known without a cluster: data, models, output. Raises UserError."""
-        renderers = self._renderers()
-        plan = self._plan()
+        renderers = self.renderers()
+        plan = self.plan(find_shards(self.spec.data.train, self.spec.data.storage))
         self._claim_output()
         write_plan(self.run, self.spec.output.storage, plan)
         return plan, renderers
 
     # --------------------------------------------------------------------------------------------- checks
 
-    def _renderers(self) -> dict[str, Renderer]:
-        """One renderer, or two where the teacher sees samples differently. Raises ModelError."""
+    def renderers(self) -> dict[str, Renderer]:
+        """The student's, and the teacher's where it sees samples differently. Raises ModelError."""
         spec = self.spec
         config, source = student_config(spec.student), processor_source(spec.student)
         student_processor = load_processor(source)
@@ -153,10 +154,10 @@ class BetaKDJob:
             else {"student": student, "teacher": teacher}
         )
 
-    def _plan(self) -> Plan:
+    def plan(self, shards: Sequence[Shard]) -> Plan:
+        """What is read in which order. Raises DataError if it is less than one step."""
         spec = self.spec
-        shards = tuple(find_shards(spec.data.train, spec.data.storage))
-        plan = Plan(shards, spec.training.epochs, spec.training.seed, spec.data.shuffle)
+        plan = Plan(tuple(shards), spec.training.epochs, spec.training.seed, spec.data.shuffle)
         if plan.samples < spec.training.global_batch_size:
             raise DataError(
                 f"data.train: {len(shards)} shards hold {plan.samples} samples over {plan.epochs} epochs, fewer than "
@@ -164,8 +165,8 @@ class BetaKDJob:
             )
         return plan
 
-    def _claim_output(self) -> None:
-        """Write spec.json, or find that this very job was here before. Raises OutputError."""
+    def was_here(self) -> bool:
+        """Whether this very job began before. Raises OutputError if it was another one, or the folder will not last."""
         if UPLOADED in self.run:
             raise OutputError(
                 f"output.path: {self.run} is in the folder that `ray job submit --working-dir` uploaded, which Ray "
@@ -175,15 +176,23 @@ class BetaKDJob:
         path = join(root, SPEC)
         with output_errors(self.run):
             if not filesystem.exists(path):
-                filesystem.makedirs(root, exist_ok=True)
-                replace_file(filesystem, path, self.spec.model_dump_json(indent=2).encode())
-                return
+                return False
             content = filesystem.cat_file(path)
         try:
             there = JobSpec.model_validate_json(content)
         except ValueError as error:
             raise OutputError(f"output.path: {path} is not a spec of this version; choose another name") from error
         _require_same_job(self.run, there, self.spec)
+        return True
+
+    def _claim_output(self) -> None:
+        """Write spec.json, unless this very job was here before. Raises OutputError."""
+        if self.was_here():
+            return
+        filesystem, root = open_store(self.run, self.spec.output.storage)
+        with output_errors(self.run):
+            filesystem.makedirs(root, exist_ok=True)
+            replace_file(filesystem, join(root, SPEC), self.spec.model_dump_json(indent=2).encode())
 
     def _finished(self) -> JobResult | None:
         filesystem, root = open_store(self.run, self.spec.output.storage)
@@ -207,7 +216,7 @@ class BetaKDJob:
         pool = teacher = cache = None
         needs = Needs()
         if spec.teacher:
-            needs = Needs.of(spec.teacher, spec.objective, self._common_vocabulary(spec.teacher))
+            needs = self.needs(spec.teacher)
             pool = start_pool(spec.teacher, needs, spec.cluster.teacher, gpus["teacher"], spec.name)
             actors.callback(ray.kill, pool)  # and its teachers with it
             facts: TeacherFacts = unwrapped(pool.wait_until_ready.remote(spec.cluster.start_timeout_s))
@@ -246,10 +255,12 @@ class BetaKDJob:
             )
         return self._conclude(outcome, plan)
 
-    def _common_vocabulary(self, teacher: TeacherSpec) -> int:
-        """Ids that both models have a logit for; either may be padded beyond the tokenizer's."""
+    def needs(self, teacher: TeacherSpec) -> Needs:
+        """What is asked of the teacher. Raises ModelError."""
         configs = (load_config(teacher), student_config(self.spec.student))
-        return min(config.get_text_config().vocab_size for config in configs)
+        # Ids that both models have a logit for; either may be padded beyond the tokenizer's.
+        vocab = min(config.get_text_config().vocab_size for config in configs)
+        return Needs.of(teacher, self.spec.objective, vocab)
 
     def _train(self, config: WorkerConfig, reader: "ray.ObjectRef", gpus: float) -> dict[str, Any]:
         spec = self.spec

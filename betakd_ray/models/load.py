@@ -160,6 +160,29 @@ def build_student(student: StudentSpec, dtype: torch.dtype) -> PreTrainedModel:
         model = _auto_class(config).from_config(config, dtype=dtype)
         if student.init.vision_tower:
             _copy_vision_tower(model, student.init)
+    return _partly_frozen(model, student)
+
+
+def student_skeleton(student: StudentSpec, dtype: torch.dtype) -> PreTrainedModel:
+    """The student as `build_student` makes it, with none of its weights read: for fake tensors. Raises ModelError."""
+    if isinstance(student.init, CheckpointInit):
+        return _partly_frozen(model_skeleton(student.init, dtype), student)
+    config = student_config(student)
+    return _partly_frozen(_auto_class(config).from_config(config, dtype=dtype), student)
+
+
+def model_skeleton(spec: ModelSpec, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """A model from its configuration alone, for fake tensors; "auto" is the dtype in it. Raises ModelError."""
+    config = load_config(spec)
+    return _auto_class(config).from_config(
+        config,
+        dtype=(config.dtype or torch.float32) if dtype == "auto" else dtype,
+        attn_implementation=spec.attn_implementation,
+        trust_remote_code=spec.trust_remote_code,
+    )
+
+
+def _partly_frozen(model: PreTrainedModel, student: StudentSpec) -> PreTrainedModel:
     for part, parameters in part_parameters(model).items():
         for parameter in parameters:
             parameter.requires_grad_(part in student.train)

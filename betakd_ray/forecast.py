@@ -1,0 +1,335 @@
+"""What a job will take, before anything is asked of a cluster: `betakd plan`.
+
+Steps, GPUs, memory, bytes on the way and in storage, from the data's manifests, a few samples and the models'
+configurations; no weights are read. Where the data are not there yet, their size is assumed.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from PIL import Image
+
+from betakd_ray.data.collate import stack
+from betakd_ray.data.manifest import find_shards
+from betakd_ray.data.render import IMAGE, Renderer, Rendering, Unrenderable
+from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard
+from betakd_ray.data.stream import Plan
+from betakd_ray.errors import DataError
+from betakd_ray.job import BetaKDJob
+from betakd_ray.models.inputs import ModelInputs
+from betakd_ray.spec import JobSpec, PoolSpec
+from betakd_ray.teacher.signal import Needs
+from betakd_ray.train.memory import StudentMemory, TeacherModel, student_memory, teacher_model
+
+SAMPLED = 64
+"""Samples of the first shard that stand for all."""
+Row = tuple[str, str, str]
+"""Section, quantity, value."""
+
+
+@dataclass(frozen=True)
+class AssumedData:
+    """Data that are not there yet: every sample one image and one answer."""
+
+    samples: int
+    prompt_tokens: int
+    answer_tokens: int
+    samples_per_shard: int = 10_000
+
+    def shards(self) -> list[Shard]:
+        whole, rest = divmod(self.samples, self.samples_per_shard)
+        sizes = [self.samples_per_shard] * whole + ([rest] if rest else [])
+        return [Shard(f"assumed-{number}", size, 0, "") for number, size in enumerate(sizes)]
+
+    def rendering(self, renderer: Renderer) -> Rendering:
+        """An image and the template's own tokens, with prompt and answer made as long as assumed.
+
+        Raises DataError if that is more than data.max_length.
+        """
+        shown = renderer.render(_one_image())
+        mask = np.repeat([False, True], [self.prompt_tokens, self.answer_tokens])
+        length = len(shown.input_ids) + len(mask)
+        if length > renderer.max_length:
+            raise DataError(
+                f"data.max_length is {renderer.max_length}; the image and the template ({len(shown.input_ids)} tokens) "
+                f"with {self.prompt_tokens} + {self.answer_tokens} assumed ones are {length}. Raise it, or assume less."
+            )
+        own = np.zeros_like(shown.answer_mask)  # the probe's answer is no more than template here
+        filling = np.full(len(mask), renderer.pad_token_id, shown.input_ids.dtype)
+        return Rendering(np.concatenate([shown.input_ids, filling]), np.concatenate([own, mask]), shown.pixels)
+
+
+def _one_image() -> RawSample:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, "PNG")
+    turns = [{"from": "human", "value": IMAGE}, {"from": "gpt", "value": "."}]
+    return RawSample("assumed", 0, "assumed", turns, [buffer.getvalue()])
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a job will take. Sizes are bytes."""
+
+    spec: JobSpec
+    plan: Plan
+    samples: "dict[str, SampleSize]"
+    """A mean sample as "student" and, where it sees it differently, "teacher" see it."""
+    read: int | None
+    """Samples that were read for it; None where data are assumed."""
+    student: StudentMemory
+    """On each rank, at the least number of them."""
+    teacher: TeacherModel | None
+    needs: Needs
+    tflops: float | None = None
+    """Sustained on one GPU, in 10¹² floating-point operations a second: an assumption."""
+
+    @property
+    def total_steps(self) -> int:
+        steps = self.plan.samples // self.spec.training.global_batch_size
+        return min(steps, self.spec.training.max_steps or steps)
+
+    @property
+    def tail(self) -> int:
+        """Samples left over."""
+        return self.plan.samples - self.total_steps * self.spec.training.global_batch_size
+
+    @property
+    def sample(self) -> "SampleSize":
+        """As the student sees it."""
+        return self.samples["student"]
+
+    @property
+    def teacher_sample(self) -> "SampleSize":
+        return self.samples.get("teacher", self.sample)
+
+    @property
+    def signal(self) -> float:
+        """From the teacher, for a mean sample."""
+        return signal_bytes(self.needs, self.teacher, self.teacher_sample) if self.teacher else 0.0
+
+    @property
+    def cache(self) -> float:
+        """What the cache holds after an epoch."""
+        return self.signal * self.plan.samples / self.plan.epochs
+
+    @property
+    def ledger(self) -> tuple[int, int]:
+        """At the most, and what each shard in flight adds: bits, in base64."""
+        largest = max(shard.samples for shard in self.plan.shards)
+        return self.plan.epochs * len(self.plan.shards) // 6, largest // 6
+
+    def rows(self) -> Iterator[Row]:
+        """The whole of it, for a table."""
+        yield from self._data_rows()
+        yield from self._model_rows()
+        yield from self._memory_rows()
+        yield from self._byte_rows()
+        if self.tflops:
+            yield from self._speed_rows(self.tflops)
+
+    def _data_rows(self) -> Iterator[Row]:
+        training, source = self.spec.training, "found" if self.read else "assumed"
+        yield "data", f"shards, {source}", f"{len(self.plan.shards):,}"
+        yield "data", f"samples, {source}", f"{self.plan.samples // self.plan.epochs:,} × {self.plan.epochs} epochs"
+        yield "data", "steps", f"{self.total_steps:,} of {training.global_batch_size:,} samples"
+        yield "data", "tail, not trained on", f"{self.tail:,} samples"
+        source = f"mean of {self.read} samples" if self.read else "assumed"
+        for name, sample in self.samples.items():
+            yield "data", f"{name}'s tokens, {source}", str(sample)
+
+    def _model_rows(self) -> Iterator[Row]:
+        pools, workers = self.spec.cluster, self.spec.training.workers
+        if self.teacher:
+            yield "pools", "teacher", _pool(pools.teacher, pools.teacher.min, pools.teacher.max or pools.teacher.min)
+        yield "pools", "student", _pool(pools.student, workers.min, workers.max)
+        yield "pools", "readers", f"tasks of {_needs(pools.readers)}"
+        if self.teacher:
+            yield "models", "teacher", f"{_count(self.teacher.parameters)} parameters"
+        trained = f"{_count(self.student.parameters)} parameters, {_count(self.student.trained)} of them trained"
+        yield "models", "student", trained
+
+    def _memory_rows(self) -> Iterator[Row]:
+        if self.teacher:
+            yield "memory of a teacher", "weights", size(self.teacher.weights)
+            yield "memory of a teacher", "one micro-batch", size(self.teacher.working)
+            yield "memory of a teacher", "peak", size(self.teacher.peak)
+        where = f"memory of a student rank (of {self.spec.training.workers.min})"
+        memory = self.student
+        yield where, "weights", size(memory.weights)
+        yield where, "optimizer state", size(memory.optimizer)
+        yield where, "copy of the teacher's head", size(memory.teacher_head)
+        yield where, "DeepSpeed's buffers", size(memory.buckets)
+        yield where, "gradients", size(memory.gradients)
+        yield where, "activations", size(memory.activations)
+        yield where, "objective and backward", size(memory.objective)
+        yield where, "while the optimizer steps", size(memory.step)
+        yield where, "peak", size(memory.peak)
+
+    def _byte_rows(self) -> Iterator[Row]:
+        training = self.spec.training
+        yield "bytes", "samples to the students, a step", size(self.sample.bytes * training.global_batch_size)
+        if self.teacher and self.spec.teacher:
+            yield "bytes", "teacher's answers, a sample", size(self.signal)
+            yield "bytes", "teacher's answers, a step", size(self.signal * training.global_batch_size)
+            kept = size(self.cache) if self.spec.teacher.cache else f"no cache; it would be {size(self.cache)}"
+            yield "bytes", "teacher's cache", kept
+        at_most, each = self.ledger
+        yield "bytes", "a checkpoint", size(self.student.checkpoint)
+        yield (
+            "bytes",
+            f"checkpoints kept ({training.keep}, and the one being written)",
+            size(self.student.checkpoint * (training.keep + 1)),
+        )
+        yield "bytes", "ledger in it", f"up to {size(at_most)}, and {size(each)} for each shard being read"
+
+    def _speed_rows(self, tflops: float) -> Iterator[Row]:
+        where, workers = f"speed, at an assumed {tflops:g} TFLOP/s a GPU", self.spec.training.workers
+        speed = self.student_speed(tflops)
+        total = speed * workers.max
+        yield where, "a student rank", f"{speed:.3g} samples/s"
+        yield where, f"{workers.max} student ranks", f"{total:,.0f} samples/s"
+        yield where, "time", f"{self.total_steps * self.spec.training.global_batch_size / total / 86_400:,.1f} days"
+        yield where, "samples to the students", f"{size(self.sample.bytes * total)}/s"
+        if self.teacher:
+            each = self.teacher_speed(tflops)
+            yield where, "a teacher", f"{each:.3g} samples/s"
+            yield where, "teachers that keep up", f"{total / each:,.1f}"
+            yield where, "teachers' answers", f"{size(self.signal * total)}/s"
+
+    def student_speed(self, tflops: float) -> float:
+        """Samples a second on a rank: 6 operations a parameter and token, 8 where activations are made twice."""
+        operations = 8 if self.spec.training.gradient_checkpointing else 6
+        return tflops * 1e12 / (operations * self.student.parameters * self.sample.tokens)
+
+    def teacher_speed(self, tflops: float) -> float:
+        """Samples a second of a teacher, on all its GPUs: 2 operations a parameter and token."""
+        assert self.teacher
+        gpus = self.spec.cluster.teacher.gpus
+        gpus = 1.0 if gpus == "auto" else max(1.0, float(gpus))
+        return gpus * tflops * 1e12 / (2 * self.teacher.parameters * self.teacher_sample.tokens)
+
+
+@dataclass(frozen=True)
+class SampleSize:
+    """A mean sample, as one model sees it."""
+
+    tokens: float
+    answer_tokens: float
+    image_tokens: float
+    pairs: float
+    """Of an answer token and an image token."""
+    bytes: float
+    """As it travels: ids, answer mask and decoded pixels."""
+
+    @classmethod
+    def of(cls, inputs: ModelInputs) -> "SampleSize":
+        """The mean over a batch; padding is not counted."""
+        rows, visual = inputs.rows_per_sample, inputs.visual_per_sample
+        tokens = inputs.attention_mask.sum() / inputs.size
+        pixels = 0 if inputs.pixels is None else inputs.pixels.nbytes / inputs.size
+        # Ids travel as int32, the answer mask as a byte.
+        return cls(*map(float, (tokens, rows.mean(), visual.mean(), (rows * visual).mean(), 5 * tokens + pixels)))
+
+    def __str__(self) -> str:
+        return f"{self.tokens:,.0f}, of them {self.answer_tokens:,.0f} answer and {self.image_tokens:,.0f} image"
+
+
+def signal_bytes(needs: Needs, teacher: TeacherModel, sample: SampleSize) -> float:
+    """Of a teacher's answer to a mean sample; see `Signal`."""
+    width = teacher.width * teacher.dtype.itemsize
+    rows, tokens = sample.answer_tokens, sample.image_tokens
+    features = {"teacher_vision": 4 * teacher.width, "teacher_answer": 4 * teacher.width, "teacher_entropy": 8}
+    return (
+        needs.hidden * rows * width
+        + bool(needs.top_k) * rows * (4 * needs.top_k + 4 * (needs.top_k + 1))
+        + needs.visual * tokens * width
+        + needs.attention * sample.pairs * teacher.heads * teacher.dtype.itemsize
+        + needs.salience * tokens * 4
+        + sum(features[name] for name in needs.features)
+    )
+
+
+def forecast(job: BetaKDJob, assumed: AssumedData | None = None, tflops: float | None = None) -> Forecast:
+    """What a job will take. Writes nothing, and asks nothing of a cluster.
+
+    Raises the UserError that `fit()` would: unreadable data (unless they are assumed), unfit models, a taken output.
+    """
+    spec = job.spec
+    renderers = job.renderers()
+    plan = job.plan(assumed.shards() if assumed else find_shards(spec.data.train, spec.data.storage))
+    job.was_here()
+    views = {
+        name: [assumed.rendering(renderer)] if assumed else _first_samples(plan.shards[0], spec, renderer)
+        for name, renderer in renderers.items()
+    }
+    batches = {name: _largest_batch(views[name], spec, renderer) for name, renderer in renderers.items()}
+    image_processors = {name: renderer.image_processor for name, renderer in renderers.items()}
+    needs, teacher, view = Needs(), None, "teacher" if "teacher" in renderers else "student"
+    if spec.teacher:
+        needs = job.needs(spec.teacher)
+        teacher = teacher_model(spec.teacher, needs, batches[view], image_processors[view])
+    ranks = spec.training.workers.min
+    student = student_memory(spec, teacher, needs, batches["student"], image_processors["student"], ranks)
+    samples = {name: SampleSize.of(_stacked(views[name], renderer)) for name, renderer in renderers.items()}
+    read = None if assumed else len(views["student"])
+    return Forecast(spec, plan, samples, read, student, teacher, needs, tflops)
+
+
+def _first_samples(shard: Shard, spec: JobSpec, renderer: Renderer) -> list[Rendering]:
+    """Raises DataError if none of the first can be rendered."""
+    found: list[Rendering] = []
+    reason = "it is empty"
+    for sample in islice(read_shard(shard, spec.data.storage), SAMPLED):
+        if isinstance(sample, BadSample):
+            reason = sample.reason
+            continue
+        try:
+            found.append(renderer.render(sample))
+        except Unrenderable as error:
+            reason = str(error)
+    if not found:
+        raise DataError(f"{shard.url}: none of its first {SAMPLED} samples can be used ({reason}). Look at it with "
+                        "`betakd inspect`.")  # fmt: skip
+    return found
+
+
+def _largest_batch(samples: Sequence[Rendering], spec: JobSpec, renderer: Renderer) -> ModelInputs:
+    """A micro-batch of the longest sample."""
+    longest = max(samples, key=lambda sample: len(sample.input_ids))
+    return _stacked([longest] * spec.training.micro_batch_size, renderer)
+
+
+def _stacked(samples: list[Rendering], renderer: Renderer) -> ModelInputs:
+    return stack(samples, renderer.pad_token_id, renderer.image_token_id)
+
+
+def _pool(pool: PoolSpec, least: int, most: int) -> str:
+    count = f"{least}" if least == most else f"{least} to {most}"
+    total = (
+        ""
+        if pool.gpus == "auto"
+        else f": {least * pool.gpus:g}" + (f" to {most * pool.gpus:g}" if most > least else "")
+    )
+    return f"{count} × ({_needs(pool)})" + (f"{total} GPUs" if total else "")
+
+
+def _needs(pool: PoolSpec) -> str:
+    gpus = "1 GPU if the cluster has any" if pool.gpus == "auto" else f"{pool.gpus:g} GPUs"
+    return ", ".join([gpus, f"{pool.cpus:g} CPUs", *(f"{amount:g} {name}" for name, amount in pool.resources.items())])
+
+
+def size(count: float) -> str:
+    """Bytes for people, by thousands."""
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
+        if count < 1000 or unit == "PB":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
+
+
+def _count(number: int) -> str:
+    """Parameters, as the field counts them."""
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.4g} M"

@@ -1,0 +1,361 @@
+"""What a job takes of a device's memory, known from configurations alone.
+
+Weights, gradients, optimizer state and buffers follow from the parameters and from how DeepSpeed keeps them. What a
+micro-batch takes does not follow from a formula that holds for every family: its forward and backward are run on fake
+tensors, which have shapes and no data, and every storage they make is counted until it is freed. A model of any size is
+so run in seconds, on no memory. Kernels are the CPU's: what a kernel takes for itself is not seen.
+"""
+
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedModel
+
+from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs, most_salient
+from betakd_ray.models.load import model_skeleton, student_skeleton
+from betakd_ray.models.vlm import Normalization, attention_heads, freeze, hidden_rows, with_attention_weights
+from betakd_ray.objective import TeacherRows, project, top_k
+from betakd_ray.spec import AlignTopK, JobSpec, TeacherSpec
+from betakd_ray.teacher.scorer import CHUNK_ROWS
+from betakd_ray.teacher.signal import Needs, TeacherFacts, Wire
+from betakd_ray.train.distiller import ATTENTION, Distiller, Selection, TeacherView
+from betakd_ray.train.optim import deepspeed_config
+
+CPU = torch.device("cpu")
+ADAM_BYTES = 8
+"""Two float32 moments."""
+MASTER_BYTES = 4
+
+
+@dataclass(frozen=True)
+class TeacherModel:
+    """What can be said of a teacher before it is loaded."""
+
+    parameters: int
+    dtype: torch.dtype
+    width: int
+    vocab: int
+    heads: int
+    weights: int
+    """Bytes."""
+    working: int
+    """Bytes that one micro-batch takes at its peak."""
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.working
+
+
+@dataclass(frozen=True)
+class StudentMemory:
+    """Bytes on one rank. While gradients are made, or while the optimizer steps: the larger of the two is the peak."""
+
+    parameters: int
+    trained: int
+    """Parameters that learn, the maps from the teacher among them."""
+    weights: int
+    optimizer: int
+    """Adam's moments, and DeepSpeed's float32 copy of the weights."""
+    teacher_head: int
+    """The copy of the teacher's lm_head."""
+    buckets: int
+    """DeepSpeed's buffer for gradients on their way to other ranks; ZeRO-3's gathered weights."""
+    gradients: int
+    """When a micro-batch is at its peak."""
+    activations: int
+    """What the forward keeps for the backward."""
+    objective: int
+    """What a micro-batch takes beyond them at its peak: logits of one chunk, and whatever its backward makes."""
+    step: int
+    """While the optimizer steps: gradients, their float32 copy, and Adam's temporaries."""
+    checkpoint: int
+    """Bytes of a checkpoint, over all ranks: trained weights and optimizer state; frozen weights are not in it."""
+
+    @property
+    def peak(self) -> int:
+        held = self.weights + self.optimizer + self.teacher_head
+        return held + max(self.buckets + self.gradients + self.activations + self.objective, self.step)
+
+
+def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, image_processor: Any) -> TeacherModel:
+    """A teacher's sizes, and what it takes to answer one micro-batch. Raises ModelError."""
+    with _fake() as tally:
+        model = freeze(model_skeleton(spec, "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)))
+        if needs.attention or needs.salience:
+            with_attention_weights(model)
+        weights = tally.live
+        tally.peak = weights
+        with torch.inference_mode():
+            _answer(model, needs, inputs, image_processor)
+        head = model.get_output_embeddings().weight
+        return TeacherModel(
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            dtype=head.dtype,
+            width=head.shape[1],
+            vocab=head.shape[0],
+            heads=attention_heads(model),
+            weights=weights,
+            working=tally.peak - weights,
+        )
+
+
+def _answer(model: PreTrainedModel, needs: Needs, inputs: ModelInputs, image_processor: Any) -> None:
+    """As the scorer does."""
+    tensors = _tensors(inputs)
+    pairs = Pairs.of(inputs, CPU) if needs.attention or needs.salience else None
+    rows = hidden_rows(model, tensors, Normalization.of(image_processor), pairs=pairs).rows
+    if needs.top_k or "teacher_entropy" in needs.features:
+        chunk = project(rows[:CHUNK_ROWS], model.get_output_embeddings().weight)
+        top_k(chunk.log_softmax(1), max(1, needs.top_k))
+
+
+def student_memory(
+    spec: JobSpec, teacher: TeacherModel | None, needs: Needs, inputs: ModelInputs, image_processor: Any, ranks: int
+) -> StudentMemory:
+    """One rank's memory with `inputs` as its micro-batch. Raises ModelError."""
+    dtype = torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
+    with _fake() as tally:
+        student = student_skeleton(spec.student, dtype)
+        if spec.training.gradient_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        if ATTENTION in spec.objective.channels:
+            with_attention_weights(student)
+        distiller = Distiller(student, image_processor, spec.objective, _facts(teacher, needs)).train()
+        sizes = _sizes(distiller)
+        working = _Working.of(distiller, spec, teacher, needs, inputs, tally)
+    head = teacher.vocab * teacher.width * teacher.dtype.itemsize if teacher and needs.hidden else 0
+    return replace(
+        _held(spec, sizes, ranks),
+        teacher_head=head,
+        activations=working.activations,
+        objective=working.peak - working.activations - working.gradients,
+        gradients=working.gradients or _held_gradients(spec, sizes, ranks),
+    )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a distiller's parameters, in elements."""
+
+    trained: int
+    frozen: int
+    largest: int
+    """Of those that learn."""
+    bytes: int
+    """Of an element."""
+
+
+def _sizes(distiller: Distiller) -> _Sizes:
+    learning = [parameter.numel() for parameter in distiller.parameters() if parameter.requires_grad]
+    frozen = sum(parameter.numel() for parameter in distiller.parameters() if not parameter.requires_grad)
+    return _Sizes(sum(learning), frozen, max(learning), distiller.student.dtype.itemsize)
+
+
+def _held(spec: JobSpec, sizes: _Sizes, ranks: int) -> StudentMemory:
+    """What DeepSpeed keeps between micro-batches, and takes for a step (its runtime/zero, 0.19)."""
+    stage, is_half = spec.training.zero_stage, spec.training.precision == "bf16"
+    zero: dict[str, Any] = deepspeed_config(spec, ranks)["zero_optimization"]
+    share = ranks if stage else 1
+    every = sizes.trained + sizes.frozen
+    weights, gathered = every * sizes.bytes, 0
+    if stage == 3:
+        weights = weights // ranks
+        gathered = min(every, int(float(zero.get("stage3_max_live_parameters", 1e9)))) * sizes.bytes
+    has_master = is_half or stage > 0
+    bucket = int(float(zero.get("reduce_bucket_size", 5e8))) * sizes.bytes * (1 + bool(zero.get("overlap_comm")))
+    is_flat = stage > 0 and zero.get("contiguous_gradients", True)
+    part = sizes.trained // share
+    gradients = part * (sizes.bytes + (4 if is_half else 0))
+    temporaries = 2 * 4 * (part if has_master else sizes.largest)
+    return StudentMemory(
+        parameters=every,
+        trained=sizes.trained,
+        weights=weights,
+        optimizer=part * (ADAM_BYTES + (MASTER_BYTES if has_master else 0)),
+        teacher_head=0,
+        buckets=gathered + (bucket if is_flat else 0),
+        gradients=0,
+        activations=0,
+        objective=0,
+        step=gradients + temporaries,
+        checkpoint=sizes.trained * (sizes.bytes + ADAM_BYTES + (MASTER_BYTES if has_master else 0)),
+    )
+
+
+def _held_gradients(spec: JobSpec, sizes: _Sizes, ranks: int) -> int:
+    """Summed up from earlier micro-batches, where ZeRO keeps each rank's part of them."""
+    is_first = spec.training.accumulation(ranks) == 1
+    return 0 if is_first else sizes.trained * sizes.bytes // ranks
+
+
+@dataclass(frozen=True)
+class _Working:
+    """Bytes that a micro-batch takes."""
+
+    activations: int
+    peak: int
+    gradients: int
+    """At the peak, of those that stay with their parameters."""
+
+    @classmethod
+    def of(
+        cls,
+        distiller: Distiller,
+        spec: JobSpec,
+        teacher: TeacherModel | None,
+        needs: Needs,
+        inputs: ModelInputs,
+        tally: "Tally",
+    ) -> "_Working":
+        """One forward and backward; two where gradients add up."""
+        stays = spec.training.zero_stage < 2
+        tally.follow_gradients(distiller, stays)
+        held = tally.live
+        activations = 0
+
+        def at_objective(*_: Any) -> None:
+            nonlocal activations
+            activations = max(activations, tally.live - held - tally.gradients)
+
+        distiller.rows.register_forward_pre_hook(at_objective)
+        tally.peak = held
+        ranks = spec.training.workers.min
+        for _ in range(2 if stays and spec.training.accumulation(ranks) > 1 else 1):
+            loss = distiller(
+                _tensors(inputs),
+                _view(spec, teacher, needs, inputs),
+                Pairs.of(inputs, CPU) if ATTENTION in spec.objective.channels else None,
+                torch.ones(inputs.size, len(distiller.channels)),
+                {},
+            ).loss
+            loss.backward()
+        return cls(activations, tally.peak - held, tally.gradients_at_peak)
+
+
+def _facts(teacher: TeacherModel | None, needs: Needs) -> TeacherFacts | None:
+    if teacher is None:
+        return None
+    dtype = str(teacher.dtype).removeprefix("torch.")
+    # One element that stands for all of them: the real one has gigabytes.
+    size = np.uint16 if teacher.dtype.itemsize == 2 else np.float32
+    head = np.broadcast_to(np.zeros(1, size), (teacher.vocab, teacher.width))
+    return TeacherFacts(
+        head=Wire(head, dtype) if needs.hidden else None,
+        visual_size=teacher.width,
+        heads=teacher.heads,
+        feature_sizes={},
+        fingerprint="",
+        top_k_vocab=needs.vocab,
+    )
+
+
+def _view(spec: JobSpec, teacher: TeacherModel | None, needs: Needs, inputs: ModelInputs) -> TeacherView | None:
+    if teacher is None:
+        return None
+
+    def empty(wanted: object, *size: int, dtype: torch.dtype = teacher.dtype) -> Tensor | None:
+        return torch.empty(*size, dtype=dtype) if wanted else None
+
+    rows, tokens = len(inputs.targets), len(inputs.visual_sample)
+    salient = None
+    if needs.salience:
+        (energy,) = (energy for energy in spec.objective.energies if isinstance(energy, AlignTopK))
+        token = most_salient(np.zeros(tokens), inputs, energy.tokens)
+        sample = inputs.visual_sample[token]
+        salient = Selection(*map(torch.from_numpy, (token, sample, np.bincount(sample, minlength=inputs.size))))
+    pairs = int((inputs.rows_per_sample * inputs.visual_per_sample).sum())
+    return TeacherView(
+        TeacherRows(
+            empty(needs.hidden, rows, teacher.width),
+            empty(needs.top_k, rows, needs.top_k, dtype=torch.int32),
+            empty(needs.top_k, rows, needs.top_k + 1, dtype=torch.float32),
+        ),
+        empty(needs.visual and tokens, tokens, teacher.width),
+        empty(needs.attention and tokens, pairs, teacher.heads),
+        salient,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- counting
+
+
+class Tally(TorchDispatchMode):
+    """Bytes of the tensors that operations make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.gradients = self.gradients_at_peak = 0
+        self._seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen[storage] = size
+        self.live += size
+        if self.live > self.peak:
+            self.peak, self.gradients_at_peak = self.live, self.gradients
+        weakref.finalize(storage, self._remove, size)
+
+    def _remove(self, size: int) -> None:
+        self.live -= size
+
+    def follow_gradients(self, module: nn.Module, stays: bool) -> None:
+        """Tell gradients from the rest; unless they stay, each is dropped as soon as it is there."""
+
+        def made(parameter: Tensor) -> None:
+            if not stays:
+                parameter.grad = None
+            elif parameter not in counted and parameter.grad is not None:
+                counted.add(parameter)
+                self.gradients += parameter.grad.nbytes
+
+        counted: set[Tensor] = set()
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(made)
+
+
+@contextmanager
+def _fake() -> Iterator[Tally]:
+    """Tensors made in here have no data; the tally counts them as if they had."""
+    with _unchecked(), FakeTensorMode(allow_non_fake_inputs=True), Tally() as tally:
+        yield tally
+
+
+@contextmanager
+def _unchecked() -> Iterator[None]:
+    """Without transformers' checks of values, of which there are none."""
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _tensors(inputs: ModelInputs) -> TensorInputs:
+    return TensorInputs.of(inputs, CPU)

@@ -1,0 +1,130 @@
+"""What `betakd plan` says, held to what a job really sends, reads and keeps."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from betakd_ray.cli import app
+from betakd_ray.data.collate import stack
+from betakd_ray.data.ledger import Ledger
+from betakd_ray.data.pack import pack
+from betakd_ray.errors import DataError, ModelError
+from betakd_ray.forecast import AssumedData, Forecast, SampleSize, forecast, signal_bytes
+from betakd_ray.job import BetaKDJob
+from betakd_ray.spec import StorageSpec, parse_spec
+from betakd_ray.teacher.scorer import TeacherScorer
+from betakd_ray.teacher.signal import WIRES, Needs
+from betakd_ray.train.memory import teacher_model
+from tests.tiny import IMAGE_TOKENS, VOCAB, numbered_samples, save_tiny
+
+ASSUMED = AssumedData(samples=1000, prompt_tokens=20, answer_tokens=30, samples_per_shard=300)
+
+
+def _job(folder: Path, **sections: Any) -> BetaKDJob:
+    if not (folder / "teacher").exists():
+        save_tiny(folder / "teacher", hidden=32)
+        save_tiny(folder / "student")
+    tree: dict[str, Any] = {
+        "name": "planned",
+        "data": {"train": str(folder / "shards/*.tar")},
+        "teacher": {"path": str(folder / "teacher")},
+        "student": {"init": {"kind": "checkpoint", "path": str(folder / "student")}},
+        "objective": {"energies": ["fkl"]},
+        "training": {"global_batch_size": 8, "micro_batch_size": 4, "epochs": 2},
+        "output": str(folder / "runs"),
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    return BetaKDJob(parse_spec(tree))
+
+
+def _table(found: Forecast) -> dict[str, str]:
+    return {quantity: value for _, quantity, value in found.rows()}
+
+
+def test_it_counts_the_shards_that_are_there_and_writes_nothing(tmp_path: Path) -> None:
+    pack(numbered_samples(50), str(tmp_path / "shards"), samples_per_shard=20, storage=StorageSpec())
+    found = forecast(_job(tmp_path))
+    assert (len(found.plan.shards), found.plan.samples) == (3, 100)
+    assert (found.total_steps, found.tail) == (12, 4)
+    assert found.sample.answer_tokens > 3
+    assert 0 < found.sample.image_tokens < IMAGE_TOKENS  # some samples are text only
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_wrong_is_said_as_fit_says_it(tmp_path: Path) -> None:
+    for job, error in ((_job(tmp_path), DataError), (_job(tmp_path, teacher={"path": "./nowhere"}), ModelError)):
+        with pytest.raises(error) as planned:
+            forecast(job)
+        with pytest.raises(error) as fitted:
+            job.check()
+        assert str(planned.value) == str(fitted.value)
+
+
+def test_data_can_be_assumed(tmp_path: Path) -> None:
+    found = forecast(_job(tmp_path), ASSUMED)
+    assert [shard.samples for shard in found.plan.shards] == [300, 300, 300, 100]
+    assert found.sample.answer_tokens == 30
+    assert found.sample.image_tokens == IMAGE_TOKENS
+    with pytest.raises(DataError, match=r"data\.max_length is 40; .* Raise it, or assume less"):
+        forecast(_job(tmp_path, data={"max_length": 40}), ASSUMED)
+
+
+@pytest.mark.parametrize(
+    ("objective", "teacher"),
+    [
+        ({"energies": ["fkl"], "weighting": "task"}, {}),
+        ({"energies": ["fkl", "fd"], "weighting": "instance"}, {"dtype": "bfloat16"}),
+        ({"energies": ["fkl"]}, {"signal": {"kind": "top_k", "k": 8}}),
+        ({"energies": ["align_attention", {"kind": "align_topk", "tokens": 2}], "weighting": "equal"}, {}),
+    ],
+    ids=str,
+)
+def test_the_teachers_answer_has_the_bytes_that_were_promised(tmp_path, objective, teacher) -> None:
+    job = _job(tmp_path, objective=objective, teacher=teacher)
+    spec = job.spec
+    assert spec.teacher
+    renderer = job.renderers()["student"]
+    inputs = stack([ASSUMED.rendering(renderer)] * 3, renderer.pad_token_id, renderer.image_token_id)
+    needs = Needs.of(spec.teacher, spec.objective, VOCAB)
+    signal = TeacherScorer(spec.teacher, needs).score(inputs)
+    wires = [getattr(signal, name) for name in WIRES if getattr(signal, name)]
+    sent = sum(wire.array.nbytes for wire in wires) + sum(array.nbytes for array in signal.features.values())
+    model = teacher_model(spec.teacher, needs, inputs, renderer.image_processor)
+    assert signal_bytes(needs, model, SampleSize.of(inputs)) == pytest.approx(sent / 3)
+
+
+def test_the_ledger_is_no_larger_than_was_promised(tmp_path: Path) -> None:
+    found = forecast(_job(tmp_path), AssumedData(3_000_000, 8, 8, samples_per_shard=1000))
+    at_most, each = found.ledger
+    ledger, rng = Ledger([shard.samples for shard in found.plan.shards]), np.random.default_rng(0)
+    for epoch in range(2):
+        ledger._completed(epoch)[:] = rng.random(3000) < 0.5
+    assert len(ledger.to_json()) == pytest.approx(at_most, rel=0.5)
+    assert each == 1000 // 6
+
+
+def test_speeds_are_said_only_where_they_are_assumed(tmp_path: Path) -> None:
+    assert not any("speed" in section for section, *_ in forecast(_job(tmp_path), ASSUMED).rows())
+    found = forecast(_job(tmp_path), ASSUMED, tflops=1e-3)
+    slower = forecast(_job(tmp_path, training={"gradient_checkpointing": True}), ASSUMED, tflops=1e-3)
+    assert found.teacher
+    assert found.student_speed(1e-3) == pytest.approx(1e9 / (6 * found.student.parameters * found.sample.tokens))
+    assert slower.student_speed(1e-3) == pytest.approx(found.student_speed(1e-3) * 6 / 8)
+    assert found.teacher_speed(1e-3) == pytest.approx(1e9 / (2 * found.teacher.parameters * found.sample.tokens))
+
+
+def test_the_command_prints_it(tmp_path: Path) -> None:
+    job = _job(tmp_path)
+    (tmp_path / "job.yaml").write_text(job.spec.model_dump_json())
+    arguments = ["plan", str(tmp_path / "job.yaml"), "--samples", "1000", "--tokens-per-answer", "30"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0
+    assert "steps                                          250 of 8 samples" in shown.output
+    assert "memory of a student rank (of 1)" in shown.output
+    assert CliRunner().invoke(app, arguments[:2]).exit_code == 2
+    assert len(_table(forecast(job, ASSUMED))) > len(fields(Forecast))
