@@ -229,6 +229,37 @@ def audit(
         raise SystemExit(1)
 
 
+SubmissionId = Annotated[str | None, typer.Argument(help="default: the newest job of betakd")]
+Address = Annotated[str | None, typer.Option(help="http://HEAD:8265; default: RAY_ADDRESS")]
+
+
+@app.command()
+def status(submission_id: SubmissionId = None, address: Address = None) -> None:
+    """Say how a job does that was submitted with `ray job submit`."""
+    from betakd_ray.submission import Submissions
+
+    with explained():
+        found = Submissions(address).find(submission_id)
+    print(f"{found.submission_id}: {found.status.value}\n{found.message or ''}\n{found.entrypoint}")
+
+
+@app.command()
+def logs(
+    submission_id: SubmissionId = None,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="until the job ends")] = False,
+) -> None:
+    """Print what a submitted job has printed."""
+    from betakd_ray.submission import Submissions
+
+    with explained():
+        jobs = Submissions(address)
+        found = jobs.find(submission_id)
+        assert found.submission_id
+        for text in jobs.logs(found.submission_id, follow=follow):
+            print(text, end="", flush=True)
+
+
 @app.command()
 def convert(
     source: Annotated[
