@@ -3,12 +3,15 @@
 import logging
 import math
 import os
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 
 from betakd_ray.errors import ClusterError
 from betakd_ray.spec import JobSpec, PoolSpec
@@ -88,12 +91,33 @@ class Node:
     labels: dict[str, str]
 
 
-def check_feasible(spec: JobSpec, gpus: dict[str, float]) -> None:
-    """Raises ClusterError when the pools ask for what the cluster's nodes do not have, and it cannot grow."""
-    if _has_autoscaler():
-        return  # what is missing may come: the pools wait for it, up to cluster.start_timeout_s
-    nodes = [Node(dict(node["Resources"]), dict(node["Labels"])) for node in ray.nodes() if node["Alive"]]
-    check_room(demands(spec, gpus), nodes)
+ASK_TIMEOUT_S = 30.0
+"""An autoscaler that has not answered by then is not waited for: the pools wait for their nodes anyway."""
+
+
+def check_feasible(spec: JobSpec, gpus: dict[str, float]) -> list[Demand]:
+    """The pools that have to wait for nodes that an autoscaler is to bring; none if there is room for all.
+
+    Raises ClusterError when the pools ask for what the cluster does not have and can never have.
+    """
+    wanted = demands(spec, gpus)
+    lacking = without_room(wanted, alive_nodes())
+    if lacking and not has_autoscaler():
+        raise _no_room(*lacking[0], len(alive_nodes()))
+    if lacking and _is_out_of_reach(wanted):
+        asked = "; ".join(f"cluster.{demand.pool}: {demand}" for demand in wanted)
+        raise ClusterError(
+            f"the job asks for more than the cluster can grow to. It asks for {asked}. There is room now for "
+            f"{', '.join(f'{placed} of {demand.pool}' for demand, placed in lacking)}, and its autoscaler answers that "
+            "no number of nodes within its limits has room for all. Raise maxReplicas (max_workers) of the node types "
+            "with these labels and resources, or lower cluster.teacher.min or training.workers."
+        )
+    return [demand for demand, _ in lacking]
+
+
+def alive_nodes() -> list[Node]:
+    """What the connected cluster has now."""
+    return [Node(dict(node["Resources"]), dict(node["Labels"])) for node in ray.nodes() if node["Alive"]]
 
 
 def demands(spec: JobSpec, gpus: dict[str, float]) -> list[Demand]:
@@ -116,19 +140,34 @@ def demands(spec: JobSpec, gpus: dict[str, float]) -> list[Demand]:
 def check_room(demands: Sequence[Demand], nodes: Sequence[Node]) -> None:
     """Raises ClusterError for the first demand that finds no place beside those before it.
 
-    Ray would wait for a place in silence. Demands with labels choose first, as they have the fewest nodes to go to.
+    Ray would wait for a place in silence.
+    """
+    if lacking := without_room(demands, nodes):
+        raise _no_room(*lacking[0], len(nodes))
+
+
+def without_room(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[tuple[Demand, int]]:
+    """The demands that find no place beside those before them, and how much of each does.
+
+    Demands with labels choose first, as they have the fewest nodes to go to.
     """
     left = [dict(node.resources) for node in nodes]
+    lacking = []
     for demand in sorted(demands, key=lambda demand: not demand.labels):
         placed = 0
         for node, free in zip(nodes, left, strict=True):
             while placed < demand.count and _matches(demand.labels, node.labels) and _take(demand.resources, free):
                 placed += 1
         if placed < demand.count:
-            raise ClusterError(
-                f"cluster.{demand.pool}: asks for {demand}; the cluster's {len(nodes)} nodes have room for {placed} of "
-                f"them beside the job's other pools. {demand.remedy}, or add nodes."
-            )
+            lacking.append((demand, placed))
+    return lacking
+
+
+def _no_room(demand: Demand, placed: int, nodes: int) -> ClusterError:
+    return ClusterError(
+        f"cluster.{demand.pool}: asks for {demand}; the cluster's {nodes} nodes have room for {placed} of them beside "
+        f"the job's other pools. {demand.remedy}, or add nodes."
+    )
 
 
 def _take(needs: dict[str, float], free: dict[str, float]) -> bool:
@@ -148,8 +187,45 @@ def _matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
     return True
 
 
-def _has_autoscaler() -> bool:
-    """Whether one reports to this cluster."""
+def has_autoscaler() -> bool:
+    """Whether one (version 2) reports to the connected cluster."""
+    return _status().autoscaling_state.autoscaler_state_version > 0
+
+
+def _is_out_of_reach(demands: Sequence[Demand]) -> bool:
+    """Whether the autoscaler says that the cluster, fully grown and with nobody else on it, cannot hold all demands.
+
+    Ray publishes no limits of its node types. But a request for resources is checked against them, whatever is in use,
+    and one that cannot be met starts nothing and is reported. One that can starts the nodes that the job needs anyway.
+    """
+    bundles = [demand.resources for demand in demands for _ in range(demand.count)]
+    selectors = [demand.labels for demand in demands for _ in range(demand.count)]
+    request_resources(bundles=bundles, bundle_label_selectors=selectors)
+    try:
+        asked = _status().cluster_resource_state.cluster_resource_state_version
+        deadline = time.monotonic() + ASK_TIMEOUT_S
+        while time.monotonic() < deadline:
+            state = _status().autoscaling_state
+            if state.last_seen_cluster_resource_state_version > asked:
+                return any(_is_same(bundles, refused) for refused in state.infeasible_cluster_resource_constraints)
+            time.sleep(0.5)
+        return False
+    finally:
+        request_resources(bundles=[])
+
+
+def _is_same(bundles: Sequence[dict[str, float]], refused: Any) -> bool:
+    """Whether it is our request: another job's may have taken its place."""
+    there = [dict(each.request.resources_bundle) for each in refused.resource_requests for _ in range(each.count)]
+    return Counter(map(_shape, bundles)) == Counter(map(_shape, there))
+
+
+def _shape(bundle: dict[str, float]) -> frozenset[tuple[str, float]]:
+    return frozenset((name, float(amount)) for name, amount in bundle.items())
+
+
+def _status() -> Any:
+    """What the cluster and its autoscaler last reported (`GetClusterStatusReply`)."""
     from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled
     from ray.core.generated.autoscaler_pb2 import (
         GetClusterStatusReply,  # pyright: ignore[reportAttributeAccessIssue]  # generated
@@ -157,4 +233,4 @@ def _has_autoscaler() -> bool:
 
     reply = GetClusterStatusReply()
     reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=10))
-    return reply.autoscaling_state.autoscaler_state_version > 0
+    return reply

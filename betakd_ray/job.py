@@ -7,6 +7,7 @@ JobSpec ──► BetaKDJob.fit()
 """
 
 import json
+import logging
 import os
 import signal
 import threading
@@ -66,6 +67,7 @@ UPLOADED = "/working_dir_files/"
 """In the path of the folder that a submitted job runs in."""
 STARTS = 4
 """Times that Ray Train tries to place the students; they share `cluster.start_timeout_s`."""
+_LOG = logging.getLogger(__name__)
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -206,7 +208,11 @@ class BetaKDJob:
         """`actors` end with the run: a handle that lingers in a reference cycle would keep its node."""
         spec = self.spec
         gpus = {name: gpus_each(getattr(spec.cluster, name).gpus) for name in ("teacher", "student")}
-        check_feasible(spec, gpus)
+        for demand in check_feasible(spec, gpus):
+            _LOG.warning(
+                "%s: cluster.%s waits for nodes, up to cluster.start_timeout_s = %g: it asks for %s",
+                spec.name, demand.pool, spec.cluster.start_timeout_s, demand,
+            )  # fmt: skip
         store = CheckpointStore(self.run, spec.output.storage)
         resumed = store.latest()
         quarantined = store.quarantined(resumed) if resumed else []
