@@ -49,8 +49,11 @@ class AssumedData:
 
         Raises DataError if that is more than data.max_length.
         """
-        shown = renderer.render(_one_image())
         mask = np.repeat([False, True], [self.prompt_tokens, self.answer_tokens])
+        try:
+            shown = renderer.render(_one_image())
+        except Unrenderable as reason:
+            raise DataError(f"data.max_length: has no room for one image and the template ({reason})") from reason
         length = len(shown.input_ids) + len(mask)
         if length > renderer.max_length:
             raise DataError(
@@ -321,7 +324,7 @@ def _needs(pool: PoolSpec) -> str:
     return ", ".join([gpus, f"{pool.cpus:g} CPUs", *(f"{amount:g} {name}" for name, amount in pool.resources.items())])
 
 
-def size(count: float) -> str:
+def size(count: float | int) -> str:
     """Bytes for people, by thousands."""
     for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
         if count < 1000 or unit == "PB":

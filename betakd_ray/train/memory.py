@@ -189,7 +189,8 @@ def _held(spec: JobSpec, sizes: _Sizes, ranks: int) -> StudentMemory:
         activations=0,
         objective=0,
         step=gradients + temporaries,
-        checkpoint=sizes.trained * (sizes.bytes + ADAM_BYTES + (MASTER_BYTES if has_master else 0)),
+        # Of ZeRO-3's weights, only the float32 copy is saved.
+        checkpoint=sizes.trained * (ADAM_BYTES + (MASTER_BYTES if has_master else 0) + (stage < 3) * sizes.bytes),
     )
 
 
