@@ -1,7 +1,11 @@
 """Whether a job finds room, from what the nodes have."""
 
-import pytest
+from typing import Any
 
+import pytest
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+from betakd_ray import cluster
 from betakd_ray.cluster import Demand, Node, check_room
 from betakd_ray.errors import ClusterError
 from betakd_ray.spec import PoolSpec
@@ -61,3 +65,19 @@ def test_custom_resources_count() -> None:
     check_room([slots], [_node(0, 2, student_slot=1), _node(0, 4, student_slot=2)])
     with pytest.raises(ClusterError, match=r"1 student_slot.*room for 2"):
         check_room([slots], [_node(0, 8, student_slot=2)])
+
+
+@pytest.mark.parametrize("refuses", [None, "ours", "another's"])
+def test_what_the_autoscaler_refuses_can_never_be_met(refuses: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = GetClusterStatusReply()
+    reply.cluster_resource_state.cluster_resource_state_version = 7
+    reply.autoscaling_state.last_seen_cluster_resource_state_version = 8
+    if refuses:
+        request = reply.autoscaling_state.infeasible_cluster_resource_constraints.add().resource_requests.add()
+        request.count = 3 if refuses == "ours" else 1
+        request.request.resources_bundle.update({"GPU": 1.0, "CPU": 1.0})
+    asked: list[Any] = []
+    monkeypatch.setattr(cluster, "_status", lambda: reply)
+    monkeypatch.setattr(cluster, "request_resources", lambda **request: asked.append(request["bundles"]))
+    assert cluster._is_out_of_reach([_demand("teacher", 3, 1)]) == (refuses == "ours")
+    assert asked == [[{"GPU": 1.0, "CPU": 1.0}] * 3, []]  # and taken back
