@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import PreTrainedModel
 
 from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs, most_salient
 from betakd_ray.models.load import model_skeleton, student_skeleton
@@ -91,7 +90,7 @@ class StudentMemory:
 def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, image_processor: Any) -> TeacherModel:
     """A teacher's sizes, and what it takes to answer one micro-batch. Raises ModelError."""
     with _fake() as tally:
-        model = freeze(model_skeleton(spec, "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)))
+        model: Any = freeze(model_skeleton(spec, "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)))
         if needs.attention or needs.salience:
             with_attention_weights(model)
         weights = tally.live
@@ -110,7 +109,7 @@ def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, image_pr
         )
 
 
-def _answer(model: PreTrainedModel, needs: Needs, inputs: ModelInputs, image_processor: Any) -> None:
+def _answer(model: Any, needs: Needs, inputs: ModelInputs, image_processor: Any) -> None:
     """As the scorer does."""
     tensors = _tensors(inputs)
     pairs = Pairs.of(inputs, CPU) if needs.attention or needs.salience else None
