@@ -62,7 +62,7 @@ class AssumedData:
             )
         own = np.zeros_like(shown.answer_mask)  # the probe's answer is no more than template here
         filling = np.full(len(mask), renderer.pad_token_id, shown.input_ids.dtype)
-        return Rendering(np.concatenate([shown.input_ids, filling]), np.concatenate([own, mask]), shown.pixels)
+        return Rendering(np.concatenate([shown.input_ids, filling]), np.concatenate([own, mask]), shown.images)
 
 
 def _one_image() -> RawSample:
@@ -232,7 +232,7 @@ class SampleSize:
         """The mean over a batch; padding is not counted."""
         rows, visual = inputs.rows_per_sample, inputs.visual_per_sample
         tokens = inputs.attention_mask.sum() / inputs.size
-        pixels = 0 if inputs.pixels is None else inputs.pixels.nbytes / inputs.size
+        pixels = sum(array.nbytes for array in inputs.images.values()) / inputs.size
         # Ids travel as int32, the answer mask as a byte.
         return cls(*map(float, (tokens, rows.mean(), visual.mean(), (rows * visual).mean(), 5 * tokens + pixels)))
 
@@ -269,13 +269,13 @@ def forecast(job: BetaKDJob, assumed: AssumedData | None = None, tflops: float |
         for name, renderer in renderers.items()
     }
     batches = {name: _largest_batch(views[name], spec, renderer) for name, renderer in renderers.items()}
-    image_processors = {name: renderer.image_processor for name, renderer in renderers.items()}
+    processors = {name: renderer.processor for name, renderer in renderers.items()}
     needs, teacher, view = Needs(), None, "teacher" if "teacher" in renderers else "student"
     if spec.teacher:
         needs = job.needs(spec.teacher)
-        teacher = teacher_model(spec.teacher, needs, batches[view], image_processors[view])
+        teacher = teacher_model(spec.teacher, needs, batches[view], processors[view])
     ranks = spec.training.workers.min
-    student = student_memory(spec, teacher, needs, batches["student"], image_processors["student"], ranks)
+    student = student_memory(spec, teacher, needs, batches["student"], processors["student"], ranks)
     samples = {name: SampleSize.of(_stacked(views[name], renderer)) for name, renderer in renderers.items()}
     read = None if assumed else len(views["student"])
     return Forecast(spec, plan, samples, read, student, teacher, needs, tflops)

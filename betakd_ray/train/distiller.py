@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from betakd_ray.energies import feature_distance, relation
-from betakd_ray.models.images import ImageProcessing
+from betakd_ray.models.images import ImageProcessing, Images
 from betakd_ray.models.inputs import Pairs, TensorInputs, to_device
 from betakd_ray.models.vlm import (
     Hidden,
@@ -54,8 +54,14 @@ class Distiller(nn.Module):
     """Student and objective in one forward. `facts` describe the teacher; None without one."""
 
     def __init__(
-        self, student: PreTrainedModel, processor: Any, objective: ObjectiveSpec, facts: TeacherFacts | None
+        self,
+        student: PreTrainedModel,
+        processor: Any,
+        objective: ObjectiveSpec,
+        facts: TeacherFacts | None,
+        blank: Images | None = None,
     ) -> None:
+        """`blank` is the processor's black image; made here unless given."""
         super().__init__()
         self.student = student
         head = lm_head(student)
@@ -63,7 +69,7 @@ class Distiller(nn.Module):
         self.normalize = Normalization.of(getattr(processor, "image_processor", None))
         self.blank: dict[str, Tensor] | None = None
         if takes_images(student):
-            blank = ImageProcessing(processor).blank()
+            blank = blank or ImageProcessing(processor).blank()
             self.blank = {name: to_device(array, device) for name, array in blank.items()}
         teacher_head = facts.head.tensor(device) if facts and facts.head else None
         self.rows = RowObjective(objective, head, teacher_head, facts.top_k_vocab if facts else 0)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from betakd_ray.models.images import ImageProcessing
 from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs, most_salient
 from betakd_ray.models.load import model_skeleton, student_skeleton
 from betakd_ray.models.vlm import Normalization, attention_heads, freeze, hidden_rows, with_attention_weights
@@ -87,7 +88,7 @@ class StudentMemory:
         return held + max(self.buckets + self.gradients + self.activations + self.objective, self.step)
 
 
-def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, image_processor: Any) -> TeacherModel:
+def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, processor: Any) -> TeacherModel:
     """A teacher's sizes, and what it takes to answer one micro-batch. Raises ModelError."""
     with _fake() as tally:
         model: Any = freeze(model_skeleton(spec, "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)))
@@ -96,7 +97,7 @@ def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, image_pr
         weights = tally.live
         tally.peak = weights
         with torch.inference_mode():
-            _answer(model, needs, inputs, image_processor)
+            _answer(model, needs, inputs, processor)
         head = model.get_output_embeddings().weight
         return TeacherModel(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -109,28 +110,30 @@ def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, image_pr
         )
 
 
-def _answer(model: Any, needs: Needs, inputs: ModelInputs, image_processor: Any) -> None:
+def _answer(model: Any, needs: Needs, inputs: ModelInputs, processor: Any) -> None:
     """As the scorer does."""
     tensors = _tensors(inputs)
     pairs = Pairs.of(inputs, CPU) if needs.attention or needs.salience else None
-    rows = hidden_rows(model, tensors, Normalization.of(image_processor), pairs=pairs).rows
+    rows = hidden_rows(model, tensors, Normalization.of(getattr(processor, "image_processor", None)), pairs=pairs).rows
     if needs.top_k or "teacher_entropy" in needs.features:
         chunk = project(rows[:CHUNK_ROWS], model.get_output_embeddings().weight)
         top_k(chunk.log_softmax(1), max(1, needs.top_k))
 
 
 def student_memory(
-    spec: JobSpec, teacher: TeacherModel | None, needs: Needs, inputs: ModelInputs, image_processor: Any, ranks: int
+    spec: JobSpec, teacher: TeacherModel | None, needs: Needs, inputs: ModelInputs, processor: Any, ranks: int
 ) -> StudentMemory:
     """One rank's memory with `inputs` as its micro-batch. Raises ModelError."""
     dtype = torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
+    # An image processor needs data.
+    blank = ImageProcessing(processor).blank() if getattr(processor, "image_processor", None) else None
     with _fake() as tally:
         student = student_skeleton(spec.student, dtype)
         if spec.training.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         if ATTENTION in spec.objective.channels:
             with_attention_weights(student)
-        distiller = Distiller(student, image_processor, spec.objective, _facts(teacher, needs)).train()
+        distiller = Distiller(student, processor, spec.objective, _facts(teacher, needs), blank).train()
         sizes = _sizes(distiller)
         working = _Working.of(distiller, spec, teacher, needs, inputs, tally)
     head = teacher.vocab * teacher.width * teacher.dtype.itemsize if teacher and needs.hidden else 0

@@ -96,7 +96,7 @@ def test_the_teachers_answer_has_the_bytes_that_were_promised(tmp_path, objectiv
     signal = TeacherScorer(spec.teacher, needs).score(inputs)
     wires = [getattr(signal, name) for name in WIRES if getattr(signal, name)]
     sent = sum(wire.array.nbytes for wire in wires) + sum(array.nbytes for array in signal.features.values())
-    model = teacher_model(spec.teacher, needs, inputs, renderer.image_processor)
+    model = teacher_model(spec.teacher, needs, inputs, renderer.processor)
     assert signal_bytes(needs, model, SampleSize.of(inputs)) == pytest.approx(sent / 3)
 
 

@@ -174,9 +174,9 @@ def _assert_as_promised(folder: Path, case: Case, measured: Measured) -> None:
 def _predicted(spec: JobSpec, case: Case) -> StudentMemory:
     assert spec.teacher
     needs, inputs = _needs(spec), _inputs(spec)
-    image_processor = load_processor(spec.teacher).image_processor
-    teacher = teacher_model(spec.teacher, needs, inputs, image_processor)
-    return student_memory(spec, teacher, needs, inputs, image_processor, case.ranks)
+    processor = load_processor(spec.teacher)
+    teacher = teacher_model(spec.teacher, needs, inputs, processor)
+    return student_memory(spec, teacher, needs, inputs, processor, case.ranks)
 
 
 @pytest.mark.parametrize("case", ALONE, ids=str)
