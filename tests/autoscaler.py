@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import psutil
 import yaml
 from tenacity import Retrying, stop_after_delay, wait_fixed
 
-from tests.nodes import LABEL
+from tests.nodes import LABEL, free_port
 
 HEAD_ID = "f" * 51 + "00000"
 """By which the provider knows the head."""
@@ -25,7 +24,7 @@ IDLE_MINUTES = 0.1
 def autoscaled(most: dict[str, int]) -> Iterator[str]:
     """The address of one that may grow to so many nodes of each pool, each for one teacher or student."""
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
-        address = f"{ADDRESS}:{_free_port()}"
+        address = f"{ADDRESS}:{free_port(ADDRESS)}"
         config = Path(folder) / "autoscaler.yaml"
         config.write_text(yaml.safe_dump(_config(most, address)))
         command = ["ray", "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0", f"--labels={LABEL}=cpu"]
@@ -102,9 +101,3 @@ def _end(head: subprocess.Popen[bytes]) -> None:
     if head.poll() is None:
         head.kill()
     head.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((ADDRESS, 0))
-        return probe.getsockname()[1]

@@ -1,5 +1,6 @@
 """A cluster of several logical nodes on this machine, as cluster/ makes them of machines."""
 
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -78,6 +79,13 @@ def title(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """One that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
 
 
 @contextmanager

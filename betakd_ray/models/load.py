@@ -156,8 +156,7 @@ def build_student(student: StudentSpec, dtype: torch.dtype) -> PreTrainedModel:
     if isinstance(student.init, CheckpointInit):
         model = load_model(student.init, dtype)
     else:
-        config = student_config(student)
-        model = _auto_class(config).from_config(config, dtype=dtype)
+        model = _from_config(student, dtype)
         if student.init.vision_tower:
             _copy_vision_tower(model, student.init)
     return _partly_frozen(model, student)
@@ -167,8 +166,12 @@ def student_skeleton(student: StudentSpec, dtype: torch.dtype) -> PreTrainedMode
     """The student as `build_student` makes it, with none of its weights read: for fake tensors. Raises ModelError."""
     if isinstance(student.init, CheckpointInit):
         return _partly_frozen(model_skeleton(student.init, dtype), student)
+    return _partly_frozen(_from_config(student, dtype), student)
+
+
+def _from_config(student: StudentSpec, dtype: torch.dtype) -> PreTrainedModel:
     config = student_config(student)
-    return _partly_frozen(_auto_class(config).from_config(config, dtype=dtype), student)
+    return _auto_class(config).from_config(config, dtype=dtype)
 
 
 def model_skeleton(spec: ModelSpec, dtype: torch.dtype | str = "auto") -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from tenacity import Retrying, stop_after_delay, wait_fixed
 from betakd_ray.audit import audit
 from betakd_ray.data.pack import pack
 from betakd_ray.spec import StorageSpec
-from tests.nodes import LABEL, Nodes, nodes
+from tests.nodes import LABEL, Nodes, free_port, nodes
 from tests.tiny import numbered_samples, save_tiny
 
 REPOSITORY = Path(__file__).parents[2]
@@ -98,7 +97,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     save_tiny(folder / "teacher", hidden=32, seed=1)
     save_tiny(folder / "student", hidden=16, seed=2)
     pack(numbered_samples(100), str(folder / "shards"), samples_per_shard=20)
-    port = _free_port()
+    port = free_port()
     head = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
     with nodes({pool: 2 for pool in POOLS}, gpus=1, **head) as started:
         dashboard = f"http://127.0.0.1:{port}"
@@ -185,9 +184,3 @@ def test_a_job_submitted_without_the_token_is_refused(site: Site, tmp_path: Path
     assert job.returncode != 0
     assert re.search(r"auth|token|401|403", said, re.IGNORECASE), said
     assert not (site.folder / "runs" / "stranger").exists()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
