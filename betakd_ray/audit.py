@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from betakd_ray.data.files import store_errors
 from betakd_ray.data.ledger import Ledger
+from betakd_ray.data.plan import Plan, Quarantined, ids_of
 from betakd_ray.data.shards import Shard
-from betakd_ray.data.stream import Plan, Quarantined, ids_of
 from betakd_ray.errors import OutputError
 from betakd_ray.spec import JobSpec, StorageSpec
 from betakd_ray.storage import join, open_store, replace_file

@@ -14,9 +14,9 @@ from PIL import Image
 
 from betakd_ray.data.collate import stack
 from betakd_ray.data.manifest import find_shards
+from betakd_ray.data.plan import Plan
 from betakd_ray.data.render import IMAGE, Renderer, Rendering, Unrenderable
 from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard
-from betakd_ray.data.stream import Plan
 from betakd_ray.errors import DataError
 from betakd_ray.job import BetaKDJob
 from betakd_ray.models.inputs import ModelInputs

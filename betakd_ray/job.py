@@ -32,9 +32,10 @@ from betakd_ray.audit import RESULT, tail_of, write_plan, write_tail
 from betakd_ray.cluster import check_feasible, connected, gpus_each
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.manifest import find_shards
+from betakd_ray.data.plan import Plan, Quarantined, ids_of
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.shards import Shard
-from betakd_ray.data.stream import Plan, Quarantined, Reader, ids_of, stream
+from betakd_ray.data.stream import Reader, stream
 from betakd_ray.errors import ClusterError, DataError, Interrupted, OutputError, OutputUnreachable, TrainingError
 from betakd_ray.models.compatibility import check_features, check_vocabularies
 from betakd_ray.models.load import load_config, load_processor, processor_source, require_images, student_config

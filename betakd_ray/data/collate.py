@@ -9,24 +9,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
+from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.render import Rendering
 from betakd_ray.models.images import Images, joined_images
 from betakd_ray.models.inputs import ModelInputs
-
-
-@dataclass(frozen=True)
-class SampleIds:
-    """Where each sample of a batch came from; the ledger's terms. All [B]."""
-
-    epoch: NDArray[np.int32]
-    shard: NDArray[np.int32]
-    index: NDArray[np.int32]
-
-    def where(self, wanted: NDArray[np.bool_]) -> "SampleIds":
-        """Those of them."""
-        return SampleIds(self.epoch[wanted], self.shard[wanted], self.index[wanted])
 
 
 @dataclass(frozen=True)

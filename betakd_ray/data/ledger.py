@@ -8,14 +8,26 @@ import base64
 import json
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from betakd_ray.data.collate import SampleIds
-
 Place = tuple[int, int]
 """(epoch, shard)"""
+
+
+@dataclass(frozen=True)
+class SampleIds:
+    """Where each sample of a batch came from; the ledger's terms. All [B]."""
+
+    epoch: NDArray[np.int32]
+    shard: NDArray[np.int32]
+    index: NDArray[np.int32]
+
+    def where(self, wanted: NDArray[np.bool_]) -> "SampleIds":
+        """Those of them."""
+        return SampleIds(self.epoch[wanted], self.shard[wanted], self.index[wanted])
 
 
 class Ledger:

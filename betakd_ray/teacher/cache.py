@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import safetensors.numpy
 
-from betakd_ray.data.collate import SampleIds
+from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import TeacherError
 from betakd_ray.models.inputs import ModelInputs

@@ -21,7 +21,7 @@ from ray.actor import ActorHandle
 from betakd_ray import errors
 from betakd_ray.data.collate import Batch, collate
 from betakd_ray.data.ledger import Ledger
-from betakd_ray.data.stream import Plan, Quarantined, ids_of, require_few
+from betakd_ray.data.plan import Plan, Quarantined, ids_of, require_few
 from betakd_ray.objective import STATISTICS
 from betakd_ray.spec import JobSpec
 from betakd_ray.teacher.cache import CacheWriter, SignalCache

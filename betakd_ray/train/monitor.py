@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from betakd_ray.data.stream import Quarantined
+from betakd_ray.data.plan import Quarantined
 from betakd_ray.errors import TrainingError
 
 

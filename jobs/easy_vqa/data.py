@@ -1,4 +1,7 @@
-"""easy-VQA for the commands of this folder: question sets, packed once, and how models are compared on them."""
+"""easy-VQA for the commands of this folder: question sets, packed once, and how models are compared on them.
+
+`python -m jobs.easy_vqa.data` packs them all.
+"""
 
 import random
 from functools import partial
@@ -20,6 +23,7 @@ def clean() -> list[dict[str, Any]]:
 
 SETS = {
     "train": partial(easy_vqa_samples, "train", limit=6000, wrong_answers=0.5),
+    "noiseless": partial(easy_vqa_samples, "train", limit=6000),
     "clean": clean,
     "test": partial(easy_vqa_samples, "test", limit=3000),
 }
@@ -49,3 +53,7 @@ def evaluation(models: dict[str, str], output: str) -> EvaluationSpec:
         },
         EvaluationSpec,
     )
+
+
+if __name__ == "__main__":
+    pack_once(*SETS)

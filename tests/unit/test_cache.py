@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from betakd_ray.data.collate import Batch, SampleIds
+from betakd_ray.data.collate import Batch
+from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import TeacherError
 from betakd_ray.models.inputs import ModelInputs

@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import AutoModelForImageTextToText
 
-from betakd_ray.data.collate import Batch, SampleIds, stack
+from betakd_ray.data.collate import Batch, stack
+from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.render import Renderer, Rendering
 from betakd_ray.models.load import load_processor
 from betakd_ray.spec import ModelSpec, StorageSpec, parse_spec

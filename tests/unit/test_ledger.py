@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from betakd_ray.data.collate import SampleIds
-from betakd_ray.data.ledger import Ledger
+from betakd_ray.data.ledger import Ledger, SampleIds
 
 SIZES = [3, 5, 1]
 

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from betakd_ray.data.collate import Batch, SampleIds, stack
+from betakd_ray.data.collate import Batch, stack
+from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.render import Renderer
 from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.models.load import load_processor, processor_source

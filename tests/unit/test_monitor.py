@@ -1,6 +1,6 @@
 """The monitor: what it counts once, and when it gives up."""
 
-from betakd_ray.data.stream import Quarantined
+from betakd_ray.data.plan import Quarantined
 from betakd_ray.train.monitor import Monitor
 
 

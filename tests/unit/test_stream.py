@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from betakd_ray.data.plan import Plan, Quarantined
 from betakd_ray.data.render import Renderer
-from betakd_ray.data.stream import Plan, Quarantined, Reader
+from betakd_ray.data.stream import Reader
 from betakd_ray.errors import DataError, TooManyBadSamples
 from betakd_ray.spec import DataSpec
 from tests.tars import flip, record, tar_bytes, written
