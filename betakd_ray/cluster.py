@@ -28,7 +28,7 @@ def connected(spec: Any) -> Iterator[None]:
         return
     address = spec.cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"address": address}
-    if not address:
+    if address in (None, "", "local"):
         options = {"address": "local", "include_dashboard": False, "num_cpus": _logical_cpus(spec)}
     try:
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)

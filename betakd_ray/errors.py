@@ -5,6 +5,7 @@
     ├── UserError                    the user can mend it: exit code 2, caught before training starts
     │   ├── SpecError                a field of the job spec
     │   ├── DataError                shards, manifests, samples
+    │   │   ├── DataUnreachable      their store does not answer, for longer than requests are repeated
     │   │   └── TooManyBadSamples    more of the data is bad than `data.max_bad_fraction` allows
     │   ├── ModelError               a checkpoint, a config, what a model can do
     │   │   └── VocabularyMismatch   teacher and student do not share a tokenizer
@@ -79,6 +80,10 @@ class SpecError(UserError):
 
 class DataError(UserError):
     """A shard, a manifest or a sample is missing or damaged."""
+
+
+class DataUnreachable(DataError):
+    """The store, not the file, failed; it may answer again."""
 
 
 class TooManyBadSamples(DataError):

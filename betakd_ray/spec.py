@@ -32,6 +32,8 @@ class Spec(BaseModel):
 
 def _public(url: str) -> str:
     """A spec is kept with its run and printed in the model card."""
+    if "\0" in url:
+        raise ValueError("holds a NUL character, which no path or URL has")
     if without_url_secrets(url) != url:
         raise ValueError(
             "holds a password, a token or a signature, and a spec is stored and published: leave it out, and set "
@@ -752,7 +754,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     """The mapping that a YAML file holds: of a path, a URL, or `-` for standard input. Raises SpecError."""
     try:
         tree = yaml.load(_text(str(path)), _Yaml)
-    except (OSError, ImportError, RuntimeError) as error:
+    except OSError as error:
         said = getattr(error, "strerror", None) or error
         raise SpecError(f"{path}: cannot be read ({said}). Give the path or URL of a YAML spec, or -.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -766,9 +768,16 @@ def _text(location: str) -> str:
     if location == "-":
         return sys.stdin.read()
     if "://" in location:
-        filesystem, path = fsspec.core.url_to_fs(location)
-        return cast(bytes, filesystem.cat_file(path)).decode()
+        return _downloaded(location).decode()
     return Path(location).read_text(encoding="utf-8")
+
+
+def _downloaded(url: str) -> bytes:
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        return cast(bytes, filesystem.cat_file(path))
+    except Exception as error:  # every store has errors of its own, which share no other base
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def parse_spec(tree: dict[str, Any], kind: type[AnySpec] = JobSpec, source: str = "spec") -> AnySpec:

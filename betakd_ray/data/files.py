@@ -1,6 +1,6 @@
 """Files of a store, with their bytes counted and checksummed, and their failures put into words.
 
-What a store or its client library raises comes out as StoreError where another attempt may help, and as DataError
+What a store or its client library raises comes out as DataUnreachable where another attempt may help, and as DataError
 where it would not.
 """
 
@@ -15,16 +15,12 @@ from urllib.parse import urlsplit
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from betakd_ray.errors import DataError
+from betakd_ray.errors import DataError, DataUnreachable
 from betakd_ray.spec import StorageSpec
-from betakd_ray.storage import StoreSilent, open_store
+from betakd_ray.storage import open_store
 
 BLOCK_BYTES = 8 << 20  # one request to the store, and what a reader holds besides the sample at hand
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-
-
-class StoreError(DataError):
-    """The store, not the file, failed, and another attempt may succeed."""
 
 
 class ChecksumStream:
@@ -61,7 +57,7 @@ class ChecksumStream:
 
 @contextmanager
 def opened(url: str, mode: str, storage: StorageSpec) -> Iterator[ChecksumStream]:
-    """A file of the store, whose errors come out as StoreError or DataError."""
+    """A file of the store, whose errors come out as DataUnreachable or DataError."""
     errors = partial(store_errors, url, storage)
     with errors():
         filesystem, path = open_store(url, storage)
@@ -77,15 +73,15 @@ def opened(url: str, mode: str, storage: StorageSpec) -> Iterator[ChecksumStream
 
 @contextmanager
 def store_errors(url: str, storage: StorageSpec) -> Iterator[None]:
-    """What a store raises, as StoreError, or DataError where waiting would not help.
+    """What a store raises, as DataUnreachable, or DataError where waiting would not help.
 
     fsspec passes on OSError, botocore's and aiohttp's classes, which share no base but Exception.
     """
     try:
         yield
     except Exception as error:
-        permanent = (FileNotFoundError, ValueError, ImportError, StoreSilent)
-        kind = DataError if isinstance(error, permanent) or _is_refusal(error) else StoreError
+        permanent = (FileNotFoundError, ValueError, ImportError)
+        kind = DataError if isinstance(error, permanent) or _is_refusal(error) else DataUnreachable
         raise kind(_explain(url, storage, error)) from error
 
 

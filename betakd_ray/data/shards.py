@@ -22,12 +22,13 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 from tenacity.wait import wait_base
 
-from betakd_ray.data.files import ChecksumStream, StoreError, opened
-from betakd_ray.errors import DataError
+from betakd_ray.data.files import ChecksumStream, opened
+from betakd_ray.errors import DataError, DataUnreachable
 from betakd_ray.spec import StorageSpec
+from betakd_ray.storage import StoreSilent
 
 PLACEHOLDER = "<image>"
 TAR_BUFFER_BYTES = 1 << 16  # tarfile copies the rest of its buffer at each read: a larger one is slower
@@ -92,7 +93,7 @@ def read_shard(shard: Shard, storage: StorageSpec, skip: Skip | None = None) -> 
     no `<image>` at all, one placeholder for each image is put before the first human turn. Images are not decoded.
 
     Raises ShardDamaged when samples, bytes or checksum differ from the manifest's. Damage shows where it breaks the
-    tar, or at the end, after samples were yielded. Raises StoreError when the store fails.
+    tar, or at the end, after samples were yielded. Raises DataUnreachable when the store fails.
     """
     skipped = _predicate(skip)
     samples, places = 0, dict[str, int]()
@@ -116,7 +117,7 @@ def read_shard_with_retry(
 ) -> Iterator[RawSample | BadSample]:
     """`read_shard`, begun again after damage or a failing store, without yielding an index twice.
 
-    Raises the last reading's error when `attempts` of them failed: ShardDamaged or StoreError, both DataError. Not
+    Raises the last reading's error when `attempts` of them failed: ShardDamaged or DataUnreachable, both DataError. Not
     tried again are a missing shard, refused credentials, and a store that stayed silent for the two minutes of
     `open_store`.
     """
@@ -130,15 +131,23 @@ def read_shard_with_retry(
 
 
 def scan_shard(url: str, storage: StorageSpec) -> Shard:
-    """Read a shard of which no manifest tells, and say what its entry should be. Raises ShardDamaged or StoreError."""
+    """Read a shard of which no manifest tells, and say what its entry should be.
+
+    Raises ShardDamaged or DataUnreachable.
+    """
     with opened(url, "rb", storage) as stream, _tar_errors(url):
         samples = sum(1 for _ in _groups(stream, lambda index: False))
     return Shard(url, samples, stream.size, stream.checksum)
 
 
 def _retrying(attempts: int, wait: wait_base) -> Retrying:
-    again = retry_if_exception_type((StoreError, ShardDamaged))
-    return Retrying(stop=stop_after_attempt(attempts), wait=wait, retry=again, reraise=True)
+    return Retrying(stop=stop_after_attempt(attempts), wait=wait, retry=retry_if_exception(_may_pass), reraise=True)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether to read again: not from a store that was asked for two minutes, and stayed silent."""
+    is_silent = isinstance(error.__cause__, StoreSilent)
+    return isinstance(error, ShardDamaged) or (isinstance(error, DataUnreachable) and not is_silent)
 
 
 def _contents(shard: Shard) -> str:

@@ -20,7 +20,7 @@ from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan, Quarantined, require_few
 from betakd_ray.data.render import Renderer, Rendering, Unrenderable
 from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard_with_retry
-from betakd_ray.errors import UserError
+from betakd_ray.errors import DataUnreachable, UserError
 from betakd_ray.spec import DataSpec, PoolSpec
 
 BLOCK_BYTES = 4 << 20
@@ -44,9 +44,11 @@ class Reader:
     """Whether image tokens are compared one by one, so that both models must make as many of an image."""
 
     def blocks(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[pa.Table]:
-        """Blocks of some BLOCK_BYTES. Raises DataError for a damaged shard, TooManyBadSamples."""
+        """Blocks of some BLOCK_BYTES. Raises DataError for a damaged shard, DataUnreachable, TooManyBadSamples."""
         try:
             yield from self._blocks(epoch, shard, done)
+        except DataUnreachable:
+            raise  # the students restart, and may find the store back
         except UserError as error:
             self.give_up(error)
             raise

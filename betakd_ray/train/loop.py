@@ -67,7 +67,7 @@ def train_worker(config: dict[str, WorkerConfig]) -> dict[str, Any]:
         return {}
     try:
         return Worker(worker).run()
-    except errors.OutputUnreachable:
+    except (errors.OutputUnreachable, errors.DataUnreachable):
         raise  # the restart that Ray Train now makes may find the store back
     except (errors.UserError, errors.TrainingError) as error:
         # Noted first: the restart that Ray Train now makes finds it and ends at once.

@@ -288,3 +288,19 @@ def test_an_unknown_label_is_named():
     evaluation = {"name": "e", "models": {"a": {"path": "org/a"}}, "data": {"train": "/x.tar"}, "agreement_with": "b"}
     with pytest.raises(SpecError, match=r"agreement_with 'b' is none of the models \['a'\]"):
         parse_spec(evaluation, EvaluationSpec)
+
+
+def test_a_url_whose_store_fails_in_its_own_way_is_named(monkeypatch):
+    class StoreFault(Exception):
+        pass
+
+    def failing(self, path):
+        raise StoreFault("no credentials")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.cat_file", failing)
+    with pytest.raises(SpecError, match=r"memory://spec\.yaml: cannot be read \(StoreFault: no credentials\)"):
+        load_spec("memory://spec.yaml")
+
+
+def test_a_path_with_a_nul_character_is_refused():
+    assert "NUL" in refused(data__train="a\0b.tar")

@@ -18,7 +18,7 @@ from tenacity import wait_none
 from betakd_ray import storage as module
 from betakd_ray.data import files
 from betakd_ray.data.shards import Shard, read_shard_with_retry
-from betakd_ray.errors import DataError
+from betakd_ray.errors import DataError, DataUnreachable
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import ANSWERS, ATTEMPTS, S3, TIMEOUT_S, StoreSilent, open_store, replace_file
 from tests.s3 import served
@@ -108,7 +108,7 @@ def test_fewer_attempts_may_be_asked_for(silent):
 
 def test_a_reader_does_not_wait_for_a_silent_store_again(silent):
     port, accepted = silent
-    with pytest.raises(DataError, match="StoreSilent: no answer"):
+    with pytest.raises(DataUnreachable, match="StoreSilent: no answer"):
         list(read_shard_with_retry(Shard(URL, 1, 1, ""), at(port)))
     assert len(accepted) == ATTEMPTS
 

@@ -9,7 +9,7 @@ from PIL import Image
 from betakd_ray.data.plan import Plan, Quarantined
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.stream import Reader
-from betakd_ray.errors import DataError, TooManyBadSamples
+from betakd_ray.errors import DataError, DataUnreachable, TooManyBadSamples
 from betakd_ray.spec import DataSpec
 from tests.tars import flip, record, tar_bytes, written
 from tests.tiny import IMAGE_TOKENS, tiny_processor
@@ -77,6 +77,22 @@ def test_a_damaged_shard_stops_the_job_and_is_named(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"train-0\.tar.*Copy or pack it again"):
         job.rows()
     assert len(job.fatal) == 1
+
+
+def test_a_store_that_does_not_answer_does_not_end_the_job(tmp_path, monkeypatch):
+    """The students restart, and read again what is left."""
+
+    def unreachable(*_):
+        raise DataUnreachable("no answer")
+
+    job = Job(tmp_path, [sample("a")])
+    with monkeypatch.context() as outage:
+        outage.setattr("betakd_ray.data.shards.BACKOFF.wait_funcs", ())  # no pauses
+        outage.setattr("betakd_ray.data.shards.opened", unreachable)
+        with pytest.raises(DataUnreachable):
+            job.rows()
+    assert job.fatal == []
+    assert [row["key"] for row in job.rows()] == ["a"]
 
 
 def test_an_answer_beyond_max_length_is_cut_and_what_fits_is_trained_on(tmp_path):
