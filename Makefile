@@ -31,8 +31,8 @@ test: setup ## unit tests, tests on local Ray clusters with a local S3 server, a
 test-unit: setup ## unit tests only
 	@python -m pytest -m "not slow" tests/unit
 
-chaos: setup ## whole jobs under 20 schedules of kills and a failing store (an hour)
-	@python -m pytest -s tests/chaos --seeds 20
+chaos: setup ## whole jobs under 20 schedules of kills and a failing store, up to the first that fails (an hour)
+	@python -m pytest -sx tests/chaos --seeds 20
 
 slow: setup ## the tests that take minutes
 	@python -m pytest -m slow

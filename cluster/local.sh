@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # A Ray cluster of logical nodes on this machine (Linux): a head that reads data, and a node of its own for each teacher
-# and each student, at loopback addresses. Ray's GCS and raylets listen on the other interfaces all the same; the token
-# keeps strangers out.
+# and each student, at loopback addresses. Ray's GCS and raylets listen on the other interfaces all the same; token and
+# TLS keep strangers out.
 #
 #   TEACHERS=2 STUDENTS=2 GPUS=0 cluster/local.sh start
-#   eval "$(cluster/local.sh env)"   address and token, for `ray`, `betakd` and `ray job submit`
+#   eval "$(cluster/local.sh env)"   address, token and certificate, for `ray`, `betakd` and `ray job submit`
 #   cluster/local.sh status
 #   cluster/local.sh stop            ends what it started and nothing else (`ray stop` ends every Ray on the machine)
 set -euo pipefail
@@ -17,6 +17,7 @@ HEAD=127.0.0.2  # Ray replaces 127.0.0.1 by the machine's public address
 DIR=${BETAKD_CLUSTER_DIR:-${TMPDIR:-/tmp}/betakd-$UID}  # short: Ray makes sockets in it, whose paths have 107 bytes
 
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$DIR/token RAY_USAGE_STATS_ENABLED=0
+export RAY_USE_TLS=1 RAY_TLS_SERVER_CERT=$DIR/tls/tls.crt RAY_TLS_SERVER_KEY=$DIR/tls/tls.key RAY_TLS_CA_CERT=$DIR/tls/ca.crt
 export RAY_JOB_STOP_WAIT_TIME_S=300  # `ray job stop` kills a driver after 3 s otherwise: students save first
 export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0  # else `stop` waits 30 s a node for work to move elsewhere
 
@@ -48,14 +49,26 @@ start() {
   [[ -O $DIR ]] || fail "$DIR belongs to another user: set BETAKD_CLUSTER_DIR"
   chmod 700 "$DIR"
   (umask 077 && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH")
+  certificate
   CUDA_VISIBLE_DEVICES="" node head "$CPUS" 0 cpu '{}' --head --port="$PORT" --node-ip-address=$HEAD --temp-dir="$DIR/ray" \
     --dashboard-host=127.0.0.1 --dashboard-port="$DASHBOARD_PORT"
   await 1
   local n
   for ((n = 1; n <= TEACHERS; n++)); do gpu_node teacher $n; done
   for ((n = TEACHERS + 1; n <= TEACHERS + STUDENTS; n++)); do gpu_node student $n; done
+  environment >"$DIR/environment"
   status
   echo "Next: eval \"\$($0 env)\""
+}
+
+# certificate: one for all nodes, as all are on this machine, by an authority that is forgotten.
+certificate() {
+  local here addresses=(localhost)
+  for ((here = 1; here <= 2 + TEACHERS + STUDENTS; here++)); do addresses+=("127.0.0.$here"); done
+  here=$(dirname "${BASH_SOURCE[0]}")
+  "$here/tls.sh" authority "$DIR/authority"
+  "$here/tls.sh" node "$DIR/authority" "$DIR/tls" "${addresses[@]}"
+  rm -r "$DIR/authority"
 }
 
 # await NODES: until so many are alive; a node that ends before is an error.
@@ -105,12 +118,13 @@ gone() {
 environment() {
   echo "export RAY_ADDRESS=$HEAD:$PORT RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD_PORT"
   echo "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH"
+  echo "export RAY_USE_TLS=1 RAY_TLS_SERVER_CERT=$RAY_TLS_SERVER_CERT RAY_TLS_SERVER_KEY=$RAY_TLS_SERVER_KEY RAY_TLS_CA_CERT=$RAY_TLS_CA_CERT"
 }
 
 case ${1:-} in
   start) start ;;
   stop) stop ;;
   status) status ;;
-  env) environment ;;
+  env) running || fail "no cluster is running from $DIR"; cat "$DIR/environment" ;;
   *) fail "start, stop, status or env" ;;
 esac

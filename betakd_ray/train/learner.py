@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from betakd_ray.curriculum import Curriculum, reversal
 from betakd_ray.data.collate import Batch
@@ -64,6 +65,7 @@ class Learner:
         _seed(spec.training.seed)
         self.distiller = self._distiller(facts)
         self.engine = self._engine(total_steps)
+        _bound_collectives(timeout)
         self.weighting = BetaWeighting(
             spec.objective.weighting,
             spec.objective.channels,
@@ -239,6 +241,12 @@ def _tensor(wire: Wire | None, device: torch.device) -> Tensor | None:
 def valid_samples(batch: Batch, signal: Signal | None) -> np.ndarray:
     """[B] which samples of a micro-batch take part."""
     return np.ones(batch.student.size, dtype=bool) if signal is None else signal.valid
+
+
+def _bound_collectives(timeout: timedelta) -> None:
+    """For DeepSpeed's groups as for ours: it makes them with torch's default, half an hour, and has no option."""
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _seed(seed: int) -> None:

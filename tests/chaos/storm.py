@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from betakd_ray.spec import JobSpec
@@ -32,8 +32,8 @@ PATIENCE_S = 300.0
 """For the next checkpoint; a job that makes none for so long hangs."""
 
 
-class Storm:
-    """Runs a job to its end, come what may; `befell` counts what did."""
+class Storm(AbstractContextManager["Storm"]):
+    """Runs a job to its end, come what may; `befell` counts what did. Ends its driver on leaving."""
 
     def __init__(self, spec: JobSpec, nodes: Nodes, seed: int, store: FaultyS3 | None = None) -> None:
         self.spec, self.nodes, self.store = spec, nodes, store
@@ -53,9 +53,13 @@ class Storm:
             time.sleep(self._random.uniform(0, 2))
             getattr(self, event)()
             self.befell[event] += 1
-        while (code := self._driver.wait(timeout=PATIENCE_S)) == RESUME_ME:
+        while (code := self._end()) == RESUME_ME:
             self._driver = self._start()
         assert code == 0, f"the driver ended with {code}: {self.log}"
+
+    def __exit__(self, *_: object) -> None:
+        self._driver.kill()
+        self._driver.wait()
 
     @property
     def log(self) -> str:
@@ -118,6 +122,12 @@ class Storm:
         """Until another checkpoint is there; false if the job ends before."""
         before = self._step()
         return self._wait(lambda: self._step() > before)
+
+    def _end(self) -> int:
+        """The driver's exit code, once it has one; until then, progress."""
+        while self._wait_for_progress():
+            pass
+        return self._driver.wait()
 
     def _step(self) -> int:
         newest = self._checkpoints.latest()

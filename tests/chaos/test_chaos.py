@@ -60,7 +60,8 @@ def cluster(s3: SeaweedServer) -> Iterator[Nodes]:
 def undisturbed(s3: SeaweedServer, data: Path, cluster: Nodes) -> list[float]:
     """The losses of the job that nothing befell, on one worker."""
     spec = _spec(s3, s3.endpoint_url, data, "undisturbed", workers=1)
-    Storm(spec, cluster, seed=0).run([])
+    with Storm(spec, cluster, seed=0) as storm:
+        storm.run([])
     return _losses(spec)
 
 
@@ -77,8 +78,8 @@ def test_a_storm_changes_nothing(
     workers = {"min": 1, "max": 2} if is_elastic else 1
     with FaultyS3(s3, seed=seed, rate=FAULT_RATE) as proxy:
         spec = _spec(s3, proxy.endpoint_url, data, f"storm-{seed}", workers=workers)
-        storm = Storm(spec, cluster, seed, proxy)
-        storm.run(events)
+        with Storm(spec, cluster, seed, proxy) as storm:
+            storm.run(events)
         print(f"seed {seed}: {dict(storm.befell)}; of the store: {dict(proxy.faults_injected)}")
     spec = _spec(s3, s3.endpoint_url, data, f"storm-{seed}", workers=workers)
     found = audit(join(spec.output.path, spec.name), spec.output.storage)

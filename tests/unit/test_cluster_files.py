@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import jsonschema
 import pytest
 import yaml
+from cryptography import x509
 from ray.autoscaler._private.kuberay.autoscaling_config import _generate_available_node_types_from_ray_cr_spec
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -299,8 +300,68 @@ def test_ray_up_asks_for_a_token_and_shows_the_dashboard_to_the_head_only(cloud)
     starts = [line for key in ("head", "worker") for line in config[f"{key}_start_ray_commands"] if "ray start" in line]
     assert len(starts) == 2
     assert all("export RAY_AUTH_MODE=token" in line for line in starts)
-    assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    assert set(config["file_mounts"]) == {"~/.ray/auth_token", "~/.ray/authority"}
     assert "--dashboard-host=127.0.0.1" in starts[0]
+
+
+def tls_of(environment):
+    return {name: value for name, value in environment.items() if "TLS" in name}
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_every_process_of_ray_s_in_a_pod_has_the_pod_s_certificate_and_no_other_container_the_authority(name):
+    autoscaler = ray_cluster(name)["autoscalerOptions"]
+    for pod in pods(name).values():
+        (certificate,) = pod["initContainers"]
+        command = certificate["command"]
+        assert (ROOT / Path(command[0]).relative_to("/opt/betakd")).exists()
+        authority, folder = command[2], command[3]
+        assert {mount["mountPath"] for mount in certificate["volumeMounts"]} == {authority, folder}
+        for container in (*pod["containers"], autoscaler):
+            tls = tls_of({each["name"]: each["value"] for each in container["env"]})
+            assert tls.pop("RAY_USE_TLS") == "1"
+            assert {Path(path).name for path in tls.values()} == {"tls.crt", "tls.key", "ca.crt"}
+            assert {str(Path(path).parent) for path in tls.values()} == {folder}
+            assert folder in {mount["mountPath"] for mount in container["volumeMounts"]}
+            assert authority not in {mount["mountPath"] for mount in container["volumeMounts"]}
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_ray_up_makes_a_node_s_certificate_where_ray_looks_for_it_before_ray_starts(cloud):
+    config = read(f"{cloud}.yaml")
+    variables = dict(option.removeprefix("--env ").split("=") for option in config["docker"]["run_options"][1:])
+    assert {str(Path(value).parent) for name, value in variables.items() if name != "RAY_USE_TLS"} == {
+        "/home/ray/.ray/tls"
+    }
+    for role in ("head", "worker"):
+        commands = config[f"{role}_start_ray_commands"]
+        (made,) = [at for at, line in enumerate(commands) if "tls.sh node ~/.ray/authority ~/.ray/tls" in line]
+        (started,) = [at for at, line in enumerate(commands) if "ray start" in line]
+        assert made < started
+
+
+def test_a_node_s_certificate_is_of_the_authority_and_names_its_addresses(tmp_path):
+    authority, node = tmp_path / "authority", tmp_path / "node"
+    for command in (
+        ["authority", authority],
+        ["node", authority, node, "10.0.0.7", "*.betakd.svc", "localhost", "fd00::1"],
+    ):
+        subprocess.run([CLUSTER / "tls.sh", *command], check=True)
+    found = x509.load_pem_x509_certificate((node / "tls.crt").read_bytes())
+    found.verify_directly_issued_by(x509.load_pem_x509_certificate((authority / "ca.crt").read_bytes()))
+    names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7", "fd00::1"]
+    assert names.get_values_for_type(x509.DNSName) == ["*.betakd.svc", "localhost"]
+    assert found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca is False
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (node / "tls.key", authority / "ca.key"))
+    before = (authority / "ca.key").read_bytes()
+    subprocess.run([CLUSTER / "tls.sh", "authority", authority], check=True)
+    assert (authority / "ca.key").read_bytes() == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["authority"], ["node", "a", "b"]])
+def test_too_little_for_a_certificate_is_refused(arguments):
+    assert subprocess.run([CLUSTER / "tls.sh", *arguments], capture_output=True).returncode != 0
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)
@@ -423,6 +484,8 @@ def test_the_local_cluster_listens_on_loopback_and_keeps_its_token_private(local
     assert all(option(call, "node-ip-address").startswith("127.") for call in calls)
     assert option(calls[0], "dashboard-host") == "127.0.0.1"
     assert (local.folder / "token").stat().st_mode & 0o077 == 0
+    assert (local.folder / "tls/tls.key").stat().st_mode & 0o077 == 0
+    assert not (local.folder / "authority").exists()
     assert local.folder.stat().st_mode & 0o077 == 0
 
 

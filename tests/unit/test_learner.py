@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -305,3 +306,34 @@ def test_what_moves_moves_with_the_job(steps):
     assert interpolations == sorted(interpolations)
     assert interpolations[-1] == pytest.approx(1.0)
     assert len(set(temperatures)) == STEPS
+
+
+def _left_alone(rank: int, folder: Path) -> None:
+    """The second rank agrees to a step and never takes it."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    spec = _spec(folder, Case(micro=6), 2)
+    spec = spec.model_copy(update={"training": spec.training.model_copy(update={"collective_timeout_s": 5.0})})
+    teacher = TeacherScorer(spec.teacher, Needs.of(spec.teacher, spec.objective, VOCAB))
+    learner = Learner(spec, teacher.facts(), total_steps=10)
+    window = _window(folder, spec, teacher)
+    counts = learner.agree(window)
+    assert counts
+    if rank == 1:
+        time.sleep(60)
+        return
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="Timed out waiting 5000ms"):
+        learner.step(window, counts, 0.1, statistics=False)
+    (folder / "noticed").write_text(str(time.monotonic() - begin))
+    os._exit(1)  # which ends the other, too
+
+
+def test_a_rank_that_hangs_within_a_step_is_noticed_by_the_others(tmp_path, monkeypatch):
+    save_tiny(tmp_path / "teacher", hidden=32, seed=1)
+    save_tiny(tmp_path / "student", hidden=16, seed=2)
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    with pytest.raises(mp.ProcessExitedException):
+        mp.spawn(_left_alone, (tmp_path,), nprocs=2)
+    assert (tmp_path / "noticed").exists()
