@@ -26,10 +26,11 @@ teacher: setup ## train the teacher that `make distill` uses, from nothing
 	@python -m jobs.easy_vqa.make_teacher
 
 test: setup ## unit tests, tests on local Ray clusters with a local S3 server, and a job that things befall
-	@python -m pytest -m "not slow" tests/unit tests/ray tests/chaos
+	@$(MAKE) --no-print-directory test-unit
+	@python -m pytest -m "not slow" tests/ray tests/chaos
 
-test-unit: setup ## unit tests only
-	@python -m pytest -m "not slow" tests/unit
+test-unit: setup ## unit tests only, a file at a time on each core
+	@python -m pytest -m "not slow" --numprocesses auto --maxprocesses 8 --dist loadfile tests/unit
 
 chaos: setup ## whole jobs under 20 schedules of kills and a failing store, up to the first that fails (an hour)
 	@python -m pytest -sx tests/chaos --seeds 20
