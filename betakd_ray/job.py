@@ -25,18 +25,16 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from betakd_ray import errors
 from betakd_ray.audit import RESULT, tail_of, write_plan, write_tail
 from betakd_ray.cluster import check_feasible, connected, gpus_each
-from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.manifest import find_shards
-from betakd_ray.data.plan import Plan, Quarantined, ids_of
+from betakd_ray.data.plan import Plan
+from betakd_ray.data.reader import Reader
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.shards import Shard
-from betakd_ray.data.stream import Reader, stream
-from betakd_ray.errors import ClusterError, DataError, Interrupted, OutputError, OutputUnreachable, TrainingError
+from betakd_ray.errors import ClusterError, DataError, Interrupted, OutputError, TrainingError
 from betakd_ray.models.compatibility import check_features, check_vocabularies
 from betakd_ray.models.load import load_config, load_processor, processor_source, require_images, student_config
 from betakd_ray.spec import VISUAL_ENERGIES, JobSpec, TeacherSpec, load_spec
@@ -47,8 +45,9 @@ from betakd_ray.teacher.signal import Needs, TeacherFacts
 from betakd_ray.tracking import to_jsonl
 from betakd_ray.train.backend import FoundTorchConfig
 from betakd_ray.train.checkpoint import QUARANTINE, SPEC, CheckpointStore, output_errors
-from betakd_ray.train.loop import STOPPED, WorkerConfig, train_worker
-from betakd_ray.train.monitor import Monitor
+from betakd_ray.train.feed import rows
+from betakd_ray.train.monitor import Monitor, give_up, report
+from betakd_ray.train.worker import STOPPED, WorkerConfig, train_worker
 
 FREE_TO_CHANGE = {
     "training": (
@@ -248,8 +247,8 @@ class BetaKDJob:
             plan,
             spec.data,
             renderers,
-            report=partial(_report, monitor),
-            give_up=partial(_give_up, monitor),
+            report=partial(report, monitor),
+            give_up=partial(give_up, monitor),
             signals=cache.read if cache else None,
             pairs_images=not VISUAL_ENERGIES.isdisjoint(spec.objective.channels),
         )
@@ -276,7 +275,7 @@ class BetaKDJob:
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"worker": config},
-            datasets={"train": partial(_rows, reader, config)},
+            datasets={"train": partial(rows, reader, spec, self.run, config.plan, config.monitor)},
             # Ray Train takes no notice of the options in the context that the dataset is made in.
             dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
             torch_config=FoundTorchConfig(timeout_s=int(spec.training.collective_timeout_s)),
@@ -343,39 +342,6 @@ class Deaths(ray.train.UserCallback):
         ray.get(self._monitor.workers_died.remote(_causes(worker_exceptions)))
 
 
-def _rows(reader: "ray.ObjectRef", config: WorkerConfig) -> "ray.data.Dataset":
-    """Called at every start of the workers: the plan, less what the newest checkpoint has consumed or set aside.
-
-    Waits for a store that does not answer: an error here would end the job.
-    """
-    try:
-        store = CheckpointStore(config.run, config.spec.output.storage)
-        done = _patience(config.spec)(_done, store, config.plan)
-    except errors.UserError as error:
-        _give_up(config.monitor, error)
-        raise
-    return stream(reader, config.plan, done, config.spec.cluster.readers)
-
-
-def _patience(spec: JobSpec, **options: Any) -> Retrying:
-    return Retrying(
-        retry=retry_if_exception_type(OutputUnreachable),
-        stop=stop_after_delay(spec.cluster.start_timeout_s),
-        wait=wait_fixed(1),
-        reraise=True,
-        **options,
-    )
-
-
-def _done(store: CheckpointStore, plan: Plan) -> Ledger:
-    manifest = store.latest()
-    done = plan.empty_ledger()
-    if manifest:
-        done.merge(store.ledger(manifest))
-        done.add(ids_of(store.quarantined(manifest)))
-    return done
-
-
 # ----------------------------------------------------------------------------------------------- what Ray runs
 
 
@@ -408,14 +374,6 @@ def _saved_on_sigterm(monitor: ActorHandle) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------ what went wrong
-
-
-def _report(monitor: ActorHandle, records: list[Quarantined]) -> float:
-    return cast(float, ray.get(monitor.quarantine.remote(records)))
-
-
-def _give_up(monitor: ActorHandle, error: errors.UserError) -> None:
-    ray.get(monitor.fail.remote(errors.kind(error), str(error)))
 
 
 def _raise_noted(monitor: ActorHandle) -> None:

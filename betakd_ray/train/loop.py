@@ -1,4 +1,4 @@
-"""A student worker's life: build, resume, train, save. What Ray Train runs on every rank."""
+"""A student worker's life: build, resume, train, save."""
 
 import itertools
 import json
@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,22 +16,21 @@ import ray
 import ray.train
 import ray.train.collective
 import torch
-from ray.actor import ActorHandle
 
 from betakd_ray import errors
 from betakd_ray.data.collate import Batch, collate
 from betakd_ray.data.ledger import Ledger
-from betakd_ray.data.plan import Plan, Quarantined, ids_of, require_few
+from betakd_ray.data.plan import Quarantined, ids_of, require_few
 from betakd_ray.objective import STATISTICS
-from betakd_ray.spec import JobSpec
-from betakd_ray.teacher.cache import CacheWriter, SignalCache
+from betakd_ray.teacher.cache import CacheWriter
 from betakd_ray.teacher.client import TeacherClient, scored
-from betakd_ray.teacher.signal import Needs, Signal, TeacherFacts
+from betakd_ray.teacher.signal import Signal, TeacherFacts
 from betakd_ray.tracking import METRICS, Metrics, from_jsonl, to_jsonl
 from betakd_ray.train import checkpoint
 from betakd_ray.train.export import export
 from betakd_ray.train.learner import GlobalCounts, Learner, Scored, Window, valid_samples
 from betakd_ray.train.tally import Totals
+from betakd_ray.train.worker import STOPPED, WorkerConfig
 
 COUNTS = ("samples", "dropped", "skipped", "skipped_in_a_row")
 """Of a worker, in a checkpoint's progress."""
@@ -39,40 +38,6 @@ QUANTILES = (0.1, 0.5, 0.9)
 """Of β over a global batch."""
 LOOK_EVERY_S = 2.0
 """How often the workers look up from training: is a node of theirs to go, is the job to end?"""
-STOPPED = "stopped_at"
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """What the job tells every worker."""
-
-    spec: JobSpec
-    run: str
-    plan: Plan
-    monitor: ActorHandle
-    image_token_id: dict[str, int]
-    pad_token_id: int
-    total_steps: int
-    pool: ActorHandle | None = None
-    teacher: "ray.ObjectRef | None" = None
-    """TeacherFacts, fetched once a node."""
-    needs: Needs = field(default_factory=Needs)
-    cache: SignalCache | None = None
-
-
-def train_worker(config: dict[str, WorkerConfig]) -> dict[str, Any]:
-    """Train to the end of the plan and export the student. Rank 0's return value is the job's outcome."""
-    worker = config["worker"]
-    if ray.get(worker.monitor.failure.remote()):
-        return {}
-    try:
-        return Worker(worker).run()
-    except (errors.OutputUnreachable, errors.DataUnreachable):
-        raise  # the restart that Ray Train now makes may find the store back
-    except (errors.UserError, errors.TrainingError) as error:
-        # Noted first: the restart that Ray Train now makes finds it and ends at once.
-        ray.get(worker.monitor.fail.remote(errors.kind(error), str(error)))
-        raise
 
 
 class Worker:

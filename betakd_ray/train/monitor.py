@@ -1,9 +1,12 @@
 """The one small actor that outlives student restarts and knows how the job stands: progress, quarantine, fate."""
 
-from typing import Any
+from typing import Any, cast
+
+import ray
+from ray.actor import ActorHandle
 
 from betakd_ray.data.plan import Quarantined
-from betakd_ray.errors import TrainingError
+from betakd_ray.errors import TrainingError, UserError, kind
 
 
 class Monitor:
@@ -69,3 +72,13 @@ class Monitor:
     def latest(self) -> dict[str, Any]:
         """The newest metrics, or {}."""
         return self._latest
+
+
+def report(monitor: ActorHandle, records: list[Quarantined]) -> float:
+    """Bad samples; returns their share of the plan so far."""
+    return cast(float, ray.get(monitor.quarantine.remote(records)))
+
+
+def give_up(monitor: ActorHandle, error: UserError) -> None:
+    """An error that no restart will mend."""
+    ray.get(monitor.fail.remote(kind(error), str(error)))

@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 from betakd_ray import errors
 from betakd_ray.cli import app
 from betakd_ray.data.pack import pack
-from betakd_ray.job import BetaKDJob, _done, _patience
+from betakd_ray.job import BetaKDJob
 from betakd_ray.spec import JobSpec, parse_spec
-from betakd_ray.train import loop
+from betakd_ray.train import worker
 from betakd_ray.train.checkpoint import CheckpointStore
+from betakd_ray.train.feed import _done, _patience
 from betakd_ray.train.monitor import Monitor
 from tests.tiny import save_tiny
 
@@ -170,16 +171,27 @@ def test_a_start_of_the_workers_gives_up_at_once_on_an_output_that_is_wrong(home
         _patience(job.spec)(_done, store, plan)
 
 
-@pytest.mark.parametrize(("error", "is_final"), [(errors.OutputUnreachable, False), (errors.OutputError, True)])
+@pytest.mark.parametrize(
+    ("error", "is_final"),
+    [(errors.OutputUnreachable, False), (errors.DataUnreachable, False), (errors.OutputError, True)],
+)
 def test_a_worker_notes_what_no_restart_will_mend(monkeypatch, error, is_final):
     monitor = Monitor(1, [], max_failures=0)
-    worker = object.__new__(loop.WorkerConfig)
-    object.__setattr__(worker, "monitor", _Local(monitor))
-    monkeypatch.setattr(loop, "Worker", lambda _: _raised(error("the store")))
-    monkeypatch.setattr(loop.ray, "get", lambda answer: answer)
+    config = object.__new__(worker.WorkerConfig)
+    object.__setattr__(config, "monitor", _Local(monitor))
+    monkeypatch.setattr("betakd_ray.train.loop.Worker", lambda _: _raised(error("the store")))
+    monkeypatch.setattr(worker.ray, "get", lambda answer: answer)
     with pytest.raises(error):
-        loop.train_worker({"worker": worker})
+        worker.train_worker({"worker": config})
     assert (monitor.failure() is not None) == is_final
+
+
+def test_ray_s_own_actors_load_nothing_that_trains():
+    """They unpickle this on every restart; transformers is some seconds and hundreds of megabytes."""
+    names = "betakd_ray.train.feed, betakd_ray.train.worker"
+    code = f"import sys, {names}; print({{'transformers', 'deepspeed'}} & {{*sys.modules}})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
 
 
 class _Local:

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from betakd_ray.data.plan import Plan, Quarantined
+from betakd_ray.data.reader import Reader
 from betakd_ray.data.render import Renderer
-from betakd_ray.data.stream import Reader
 from betakd_ray.errors import DataError, DataUnreachable, TooManyBadSamples
 from betakd_ray.spec import DataSpec
 from tests.tars import flip, record, tar_bytes, written

@@ -1,0 +1,130 @@
+"""One (epoch, shard) of the plan → blocks of rendered rows; what cannot become a row is reported.
+
+Apart from `stream`, so that the processes that only hand blocks on load none of this.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from betakd_ray.data.collate import to_arrow
+from betakd_ray.data.plan import Plan, Quarantined, require_few
+from betakd_ray.data.render import Renderer, Rendering, Unrenderable
+from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard_with_retry
+from betakd_ray.errors import DataUnreachable, UserError
+from betakd_ray.spec import DataSpec
+
+BLOCK_BYTES = 4 << 20
+"""A block costs the executor tens of milliseconds, whatever is in it: make it worth that."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads one (epoch, shard) of the plan into blocks. Shipped once to every reading process."""
+
+    plan: Plan
+    data: DataSpec
+    renderers: dict[str, Renderer]
+    report: Callable[[list[Quarantined]], float]
+    """Takes bad samples to the job's monitor; returns the quarantined share of the plan so far."""
+    give_up: Callable[[UserError], None]
+    """Tells the job that no retry will help."""
+    signals: Callable[[Shard], Mapping[int, bytes]] | None = None
+    """Looks up what the teacher is known to say of a shard's samples, by index."""
+    pairs_images: bool = False
+    """Whether image tokens are compared one by one, so that both models must make as many of an image."""
+
+    def blocks(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[pa.Table]:
+        """Blocks of some BLOCK_BYTES. Raises DataError for a damaged shard, DataUnreachable, TooManyBadSamples."""
+        try:
+            yield from self._blocks(epoch, shard, done)
+        except DataUnreachable:
+            raise  # the students restart, and may find the store back
+        except UserError as error:
+            self.give_up(error)
+            raise
+
+    def _blocks(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[pa.Table]:
+        signals = self.signals(self.plan.shards[shard]) if self.signals else {}
+        rows: list[Row] = []
+        bad: list[Quarantined] = []
+        size = 0
+        for sample in self._shuffled(epoch, shard, done):
+            try:
+                if isinstance(sample, BadSample):
+                    raise Unrenderable(sample.reason)
+                views = self._render(sample)
+            except Unrenderable as reason:
+                bad.append(Quarantined(epoch, shard, sample.index, sample.key, str(reason)))
+                continue
+            row = Row(sample.index, sample.key, views, signals.get(sample.index))
+            rows.append(row)
+            size += row.bytes
+            if size >= BLOCK_BYTES:
+                yield _block(epoch, shard, rows)
+                rows, size = [], 0
+        if rows:
+            yield _block(epoch, shard, rows)
+        if bad:
+            require_few(self.report(bad), self.data, self.plan, bad[-1])
+
+    def _render(self, sample: RawSample) -> dict[str, Rendering]:
+        views = {view: renderer.render(sample) for view, renderer in self.renderers.items()}
+        answers = [view.input_ids[1:][view.answer_mask[1:]] for view in views.values()]
+        if not all(np.array_equal(answers[0], other) for other in answers[1:]):
+            raise Unrenderable("teacher and student do not have the same answer tokens (one cuts at max_length)")
+        counts = {view: renderer.count_image_tokens(views[view]) for view, renderer in self.renderers.items()}
+        if self.pairs_images and len(set(counts.values())) > 1:
+            raise Unrenderable(f"energies compare image tokens one by one, and there are {counts}")
+        return views
+
+    def _shuffled(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[RawSample | BadSample]:
+        samples = read_shard_with_retry(self.plan.shards[shard], self.data.storage, skip=done)
+        if not self.plan.shuffle:
+            return samples
+        return _shuffle(samples, self.data.shuffle_buffer, np.random.default_rng((self.plan.seed, epoch, shard)))
+
+
+def _shuffle(samples: Iterable[Any], buffer: int, rng: np.random.Generator) -> Iterator[Any]:
+    """A seeded reservoir: as random as the buffer is long."""
+    held: list[Any] = []
+    for sample in samples:
+        held.append(sample)
+        if len(held) >= buffer:
+            at = int(rng.integers(len(held)))
+            held[at], held[-1] = held[-1], held[at]
+            yield held.pop()
+    rng.shuffle(held)
+    yield from held
+
+
+class Row(NamedTuple):
+    """A sample on its way into a block."""
+
+    index: int
+    key: str
+    views: dict[str, Rendering]
+    signal: bytes | None
+
+    @property
+    def bytes(self) -> int:
+        """About what it takes of a block."""
+        images = [array.nbytes for view in self.views.values() for array in view.images.values()]
+        return sum(5 * len(view.input_ids) for view in self.views.values()) + sum(images) + len(self.signal or b"")
+
+
+def _block(epoch: int, shard: int, rows: list[Row]) -> pa.Table:
+    views = {view: [row.views[view] for row in rows] for view in rows[0].views}
+    return pa.table(
+        {
+            "epoch": pa.array(np.full(len(rows), epoch, np.int32)),
+            "shard": pa.array(np.full(len(rows), shard, np.int32)),
+            "index": pa.array(np.array([row.index for row in rows], np.int32)),
+            "key": pa.array([row.key for row in rows], pa.string()),
+            "signal": pa.array([row.signal for row in rows], pa.large_binary()),
+            **to_arrow(views),
+        }
+    )

@@ -1,0 +1,51 @@
+"""What Ray Train runs on every rank, and what the job tells it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from betakd_ray import errors
+from betakd_ray.data.plan import Plan
+from betakd_ray.spec import JobSpec
+from betakd_ray.teacher.cache import SignalCache
+from betakd_ray.teacher.signal import Needs
+
+STOPPED = "stopped_at"
+"""In the outcome of a job that was asked to stop."""
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """What the job tells every worker."""
+
+    spec: JobSpec
+    run: str
+    plan: Plan
+    monitor: ActorHandle
+    image_token_id: dict[str, int]
+    pad_token_id: int
+    total_steps: int
+    pool: ActorHandle | None = None
+    teacher: "ray.ObjectRef | None" = None
+    """TeacherFacts, fetched once a node."""
+    needs: Needs = field(default_factory=Needs)
+    cache: SignalCache | None = None
+
+
+def train_worker(config: dict[str, WorkerConfig]) -> dict[str, Any]:
+    """Train to the end of the plan and export the student. Rank 0's return value is the job's outcome."""
+    from betakd_ray.train.loop import Worker  # only where something trains: Ray Train's controller needs none of it
+
+    worker = config["worker"]
+    if ray.get(worker.monitor.failure.remote()):
+        return {}
+    try:
+        return Worker(worker).run()
+    except (errors.OutputUnreachable, errors.DataUnreachable):
+        raise  # the restart that Ray Train now makes may find the store back
+    except (errors.UserError, errors.TrainingError) as error:
+        # Noted first: the restart that Ray Train now makes finds it and ends at once.
+        ray.get(worker.monitor.fail.remote(errors.kind(error), str(error)))
+        raise
