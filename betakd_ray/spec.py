@@ -191,13 +191,28 @@ class ConfigInit(Spec):
     storage: StorageSpec = StorageSpec()
 
 
+class PartsInit(Spec):
+    """Start from a language model and a vision tower, with a new projector between them: a LLaVA before its warm-up."""
+
+    kind: Literal["parts"] = "parts"
+    language_model: ModelLocation = Field(description="a causal language model; the tokenizer is its own")
+    vision_tower: ModelLocation = Field(
+        description="a CLIP, SigLIP or DINOv2, or a model that has one; the image processor is its own"
+    )
+    projector: Literal["mlp2x_gelu", "ldpnetv2"] = Field(
+        default="mlp2x_gelu", description="LLaVA's two linear layers, or MobileVLM's LDPv2"
+    )
+    vision_feature_layer: int = Field(default=-2, description="hidden state of the tower that the projector takes")
+    storage: StorageSpec = StorageSpec()
+
+
 Part = Literal["language_model", "projector", "vision_tower"]
 
 
 class StudentSpec(Spec):
     """The model that learns. Parts not named in `train` are frozen and outside the optimizer."""
 
-    init: Annotated[CheckpointInit | ConfigInit, Field(discriminator="kind")]
+    init: Annotated[CheckpointInit | ConfigInit | PartsInit, Field(discriminator="kind")]
     train: tuple[Part, ...] = Field(default=("language_model", "projector"), min_length=1)
 
 

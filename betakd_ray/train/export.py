@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch.distributed as dist
 from torch import Tensor
 
-from betakd_ray.models.load import load_processor, processor_source
+from betakd_ray.models.load import student_processor
 from betakd_ray.models.vlm import takes_images
 from betakd_ray.spec import JobSpec, StorageSpec
 from betakd_ray.storage import join, open_store
@@ -25,7 +25,7 @@ def export(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any]) -> Non
         distiller = cast(Distiller, engine.module)
         with tempfile.TemporaryDirectory(prefix="betakd-export-") as folder:
             distiller.student.save_pretrained(folder, state_dict=state)
-            load_processor(processor_source(spec.student)).save_pretrained(folder)
+            student_processor(spec.student).save_pretrained(folder)
             (Path(folder) / "README.md").write_text(
                 model_card(spec, metrics, sees_images=takes_images(distiller.student)), encoding="utf-8"
             )
