@@ -37,7 +37,14 @@ from betakd_ray.data.shards import Shard
 from betakd_ray.data.stream import Plan, Quarantined, Reader, ids_of, stream
 from betakd_ray.errors import ClusterError, DataError, Interrupted, OutputError, OutputUnreachable, TrainingError
 from betakd_ray.models.compatibility import check_features, check_vocabularies
-from betakd_ray.models.load import load_config, load_processor, require_images, student_config, student_processor
+from betakd_ray.models.load import (
+    check_adapters,
+    load_config,
+    load_processor,
+    require_images,
+    student_config,
+    student_processor,
+)
 from betakd_ray.spec import VISUAL_ENERGIES, JobSpec, TeacherSpec, load_spec
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.cache import SignalCache
@@ -139,6 +146,7 @@ class BetaKDJob:
         """The student's, and the teacher's where it sees samples differently. Raises ModelError."""
         spec = self.spec
         processor = student_processor(spec.student)
+        check_adapters(spec.student)
         student = Renderer(processor, spec.data)
         if spec.teacher is None:
             return {"student": student}

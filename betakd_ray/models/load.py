@@ -139,8 +139,8 @@ def student_processor(student: StudentSpec) -> Any:
     if isinstance(init, PartsInit):
         return _assembled(init)[1]
     source = ModelSpec(path=init.processor, storage=init.storage) if isinstance(init, ConfigInit) else init
-    processor = load_processor(source)
-    require_images(source.path, student_config(student), processor)
+    config, processor = student_config(student), load_processor(source)
+    require_images(source.path, config, processor)
     return processor
 
 
@@ -207,10 +207,25 @@ def model_skeleton(spec: ModelSpec, dtype: torch.dtype | str = "auto") -> PreTra
 
 
 def _partly_frozen(model: PreTrainedModel, student: StudentSpec) -> PreTrainedModel:
+    """With its adapters, if it is to have some; they alone learn in the language model then."""
     for part, parameters in part_parameters(model).items():
         for parameter in parameters:
-            parameter.requires_grad_(part in student.train)
+            parameter.requires_grad_(part in student.train and not (student.lora and part == "language_model"))
+    if student.lora:
+        from betakd_ray.models.lora import add_adapters
+
+        learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        add_adapters(model, student.lora)
+        for name in learning:  # peft freezes all that is not its own
+            model.get_parameter(name).requires_grad_()
     return model
+
+
+def check_adapters(student: StudentSpec) -> None:
+    """Raises ModelError for adapters that the student's language model has no layers for. No weights are read."""
+    if student.lora:
+        with torch.device("meta"):
+            student_skeleton(student, torch.bfloat16)
 
 
 # ------------------------------------------------------------------------------------------ parts of a student
