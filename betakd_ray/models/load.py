@@ -186,8 +186,10 @@ def build_student(student: StudentSpec, dtype: torch.dtype) -> PreTrainedModel:
 def student_skeleton(student: StudentSpec, dtype: torch.dtype) -> PreTrainedModel:
     """The student as `build_student` makes it, with none of its weights read: for fake tensors. Raises ModelError."""
     if isinstance(student.init, CheckpointInit):
-        return _partly_frozen(model_skeleton(student.init, dtype), student)
-    return _partly_frozen(_from_config(student, dtype), student)
+        model = model_skeleton(student.init, dtype)
+    else:
+        model = _from_config(student, dtype)
+    return _partly_frozen(model, student, is_skeleton=True)
 
 
 def _from_config(student: StudentSpec, dtype: torch.dtype) -> PreTrainedModel:
@@ -206,7 +208,7 @@ def model_skeleton(spec: ModelSpec, dtype: torch.dtype | str = "auto") -> PreTra
     )
 
 
-def _partly_frozen(model: PreTrainedModel, student: StudentSpec) -> PreTrainedModel:
+def _partly_frozen(model: PreTrainedModel, student: StudentSpec, *, is_skeleton: bool = False) -> PreTrainedModel:
     """With its adapters, if it is to have some; they alone learn in the language model then."""
     for part, parameters in part_parameters(model).items():
         for parameter in parameters:
@@ -215,7 +217,7 @@ def _partly_frozen(model: PreTrainedModel, student: StudentSpec) -> PreTrainedMo
         from betakd_ray.models.lora import add_adapters
 
         learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        add_adapters(model, student.lora)
+        add_adapters(model, student.lora, is_skeleton=is_skeleton)
         for name in learning:  # peft freezes all that is not its own
             model.get_parameter(name).requires_grad_()
     return model

@@ -1,8 +1,11 @@
 """Adapters in a student's language model, through peft. Imported where there are some: peft takes seconds."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
+import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
@@ -17,10 +20,11 @@ NAME = "default"
 """Of an adapter, in peft."""
 
 
-def add_adapters(model: PreTrainedModel, lora: LoraSpec) -> None:
+def add_adapters(model: PreTrainedModel, lora: LoraSpec, *, is_skeleton: bool = False) -> None:
     """Put adapters into the linear layers of the language model, in place; the head is none of them.
 
-    Their A is random, by torch's global generator, and their B zero. Raises ModelError for layers that are not there.
+    Their A is random, by torch's global generator, and their B zero. `is_skeleton`: the model has no data. Raises
+    ModelError for layers that are not there.
     """
     language = language_model(model)
     place = next(name for name, module in model.named_modules() if module is language)
@@ -37,7 +41,20 @@ def add_adapters(model: PreTrainedModel, lora: LoraSpec) -> None:
         lora_dropout=lora.dropout,
         target_modules=rf"{place}\..*\.({layers})",
     )
-    inject_adapter_in_model(config, model, NAME)
+    with _made_in_place(model.dtype) if is_skeleton else nullcontext():
+        inject_adapter_in_model(config, model, NAME)
+
+
+@contextmanager
+def _made_in_place(dtype: torch.dtype) -> Iterator[None]:
+    """Adapters of this type from the start: peft would move them afterwards, which fake tensors refuse."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with patch.object(nn.Module, "to", lambda module, *_, **__: module):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def without_adapters(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
