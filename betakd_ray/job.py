@@ -36,7 +36,14 @@ from betakd_ray.data.render import Renderer
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import ClusterError, DataError, Interrupted, OutputError, TrainingError
 from betakd_ray.models.compatibility import check_features, check_vocabularies
-from betakd_ray.models.load import load_config, load_processor, processor_source, require_images, student_config
+from betakd_ray.models.load import (
+    check_adapters,
+    load_config,
+    load_processor,
+    require_images,
+    student_config,
+    student_processor,
+)
 from betakd_ray.spec import VISUAL_ENERGIES, JobSpec, TeacherSpec, load_spec
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.cache import SignalCache
@@ -138,16 +145,15 @@ class BetaKDJob:
     def renderers(self) -> dict[str, Renderer]:
         """The student's, and the teacher's where it sees samples differently. Raises ModelError."""
         spec = self.spec
-        config, source = student_config(spec.student), processor_source(spec.student)
-        student_processor = load_processor(source)
-        require_images(source.path, config, student_processor)
-        student = Renderer(student_processor, spec.data)
+        processor = student_processor(spec.student)
+        check_adapters(spec.student)
+        student = Renderer(processor, spec.data)
         if spec.teacher is None:
             return {"student": student}
         config = load_config(spec.teacher)
         teacher_processor = load_processor(spec.teacher)
         require_images(spec.teacher.path, config, teacher_processor)
-        check_vocabularies(teacher_processor, student_processor)
+        check_vocabularies(teacher_processor, processor)
         teacher = Renderer(teacher_processor, spec.data)
         check_features(spec.objective, teacher.image_tokens, student.image_tokens)
         return (

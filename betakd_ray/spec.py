@@ -193,14 +193,50 @@ class ConfigInit(Spec):
     storage: StorageSpec = StorageSpec()
 
 
+class PartsInit(Spec):
+    """Start from a language model and a vision tower, with a new projector between them: a LLaVA before its warm-up."""
+
+    kind: Literal["parts"] = "parts"
+    language_model: ModelLocation = Field(description="a causal language model; the tokenizer is its own")
+    vision_tower: ModelLocation = Field(
+        description="a CLIP, SigLIP or DINOv2, or a model that has one; the image processor is its own"
+    )
+    projector: Literal["mlp2x_gelu", "ldpnetv2"] = Field(
+        default="mlp2x_gelu", description="LLaVA's two linear layers, or MobileVLM's LDPv2"
+    )
+    vision_feature_layer: int = Field(default=-2, description="hidden state of the tower that the projector takes")
+    storage: StorageSpec = StorageSpec()
+
+
 Part = Literal["language_model", "projector", "vision_tower"]
+
+
+class LoraSpec(Spec):
+    """Low-rank adapters (arXiv 2106.09685) in the language model, whose own weights stay as they are."""
+
+    r: int = Field(default=16, ge=1, description="rank")
+    alpha: Positive = Field(default=32.0, description="what an adapter adds is scaled by alpha / r")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="linear layers by their last name, e.g. q_proj; default: all"
+    )
+    merge: bool = Field(
+        default=True, description="add them to the weights on export; false: write them beside, for peft"
+    )
 
 
 class StudentSpec(Spec):
     """The model that learns. Parts not named in `train` are frozen and outside the optimizer."""
 
-    init: Annotated[CheckpointInit | ConfigInit, Field(discriminator="kind")]
+    init: Annotated[CheckpointInit | ConfigInit | PartsInit, Field(discriminator="kind")]
     train: tuple[Part, ...] = Field(default=("language_model", "projector"), min_length=1)
+    lora: LoraSpec | None = Field(default=None, description="how the language model learns; default: all its weights")
+
+    @model_validator(mode="after")
+    def _adapts(self) -> "StudentSpec":
+        if self.lora and "language_model" not in self.train:
+            raise ValueError(f"lora is for the language model, which train {list(self.train)} leaves out: add it")
+        return self
 
 
 # ----------------------------------------------------------------------------------------------- objective

@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
-    AddedToken,
     AutoConfig,
     AutoImageProcessor,
     LlamaTokenizer,
@@ -39,13 +37,10 @@ from transformers.utils import (
 from transformers.utils.import_utils import is_sentencepiece_available
 
 from betakd_ray.errors import ModelError, OutputError
+from betakd_ray.models.assemble import CLASS_TOKENS, IMAGE, assembled, require_tower, with_image_token, with_row
 from betakd_ray.models.load import local_folder
-from betakd_ray.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration, mobilevlm_processor
+from betakd_ray.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from betakd_ray.spec import StorageSpec
-
-IMAGE = "<image>"
-PAD_ROWS_TO = 64
-"""A vocabulary that grows does so to a multiple of this, for the speed of the product with the head."""
 
 Names = Mapping[str, str]
 """How a weight's name begins → how it does in transformers. The first that fits is taken."""
@@ -74,7 +69,6 @@ COMPUTED = ("inv_freq", "position_ids")
 """Buffers that older versions of transformers wrote among the weights."""
 LANGUAGE_MODELS = {"Llama": "llama", "Mistral": "mistral", "Qwen": "qwen2"}
 """A part of the architecture's name, in the flat layout → transformers' model type."""
-VISION_TOWERS = ("clip_vision_model", "siglip_vision_model")
 SELECTS = {"patch": "default", "cls_patch": "full"}
 
 
@@ -122,19 +116,6 @@ def convert(
     model.save_pretrained(target)
     processor.save_pretrained(target)
     return model
-
-
-def with_row(weight: Float[Tensor, "vocab width"], index: int) -> Float[Tensor, "rows width"]:
-    """An embedding or head that has a row `index`: as it was, or longer by copies of its mean row.
-
-    The mean row's logit is the mean logit. So it is never the largest, and by Jensen's inequality no new id gets more
-    than 1/vocab of the probability.
-    """
-    if index < len(weight):
-        return weight
-    rows = -(-(index + 1) // PAD_ROWS_TO) * PAD_ROWS_TO
-    mean = weight.float().mean(0).to(weight.dtype)
-    return torch.cat([weight, mean.expand(rows - len(weight), -1)])
 
 
 def renaming(name: str, names: Names) -> str:
@@ -287,28 +268,20 @@ def _configured(
 ) -> tuple[LlavaConfig, LlavaProcessor]:
     """The model's configuration in transformers, and its processor."""
     vision, image_processor = _vision(tower)
-    class_tokens = int(vision.model_type == "clip_vision_model")
-    select = "full" if original.needs_class_token and not class_tokens else SELECTS[original.select]
+    no_class_token = original.needs_class_token and not CLASS_TOKENS[vision.model_type]
     original.text.vocab_size = vocabulary
-    common: dict[str, Any] = {
-        "vision_config": vision,
-        "text_config": original.text,
-        "image_token_index": tokenizer.get_vocab()[IMAGE],
-        "vision_feature_layer": original.layer,
-        "vision_feature_select_strategy": select,
-    }
-    if original.projector == "ldpnetv2":
-        config = MobileVLMConfig(**common, mm_vision_tower=original.tower)
-        return config, mobilevlm_processor(config, image_processor, tokenizer)
-    processor = LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=select,
-        num_additional_image_tokens=class_tokens,
+    config, processor = assembled(
+        original.text,
+        vision,
+        tokenizer,
+        image_processor,
+        projector=original.projector,
+        layer=original.layer,
+        select="full" if no_class_token else SELECTS[original.select],
     )
-    tokens = (vision.image_size // vision.patch_size) ** 2 + class_tokens - (select == "default")
-    return LlavaConfig(**common, image_seq_length=tokens), processor
+    if isinstance(config, MobileVLMConfig):
+        config.mm_vision_tower = original.tower
+    return config, processor
 
 
 def _vision(tower: Path) -> tuple[PretrainedConfig, Any]:
@@ -319,8 +292,7 @@ def _vision(tower: Path) -> tuple[PretrainedConfig, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{tower}: cannot be read as a vision tower: {error}") from error
     config = getattr(config, "vision_config", config)
-    if config.model_type not in VISION_TOWERS:
-        raise ModelError(f"{tower}: a {config.model_type!r}; vision towers are {', '.join(VISION_TOWERS)}")
+    require_tower(str(tower), config)
     return config, image_processor
 
 
@@ -335,8 +307,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         tokenizer = _from_sentencepiece(folder)
     else:
         raise ModelError(f"{folder}: no tokenizer.json and no tokenizer.model is there")
-    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
-    return tokenizer
+    return with_image_token(tokenizer)
 
 
 def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:

@@ -6,10 +6,11 @@ from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from betakd_ray.models.load import load_processor, processor_source
+from betakd_ray.models.load import student_processor
 from betakd_ray.models.vlm import takes_images
-from betakd_ray.spec import JobSpec, StorageSpec
+from betakd_ray.spec import JobSpec, StorageSpec, StudentSpec
 from betakd_ray.storage import join, open_store
 from betakd_ray.train.checkpoint import output_errors
 from betakd_ray.train.distiller import Distiller
@@ -24,13 +25,24 @@ def export(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any]) -> Non
     if dist.get_rank() == 0 and state is not None:
         distiller = cast(Distiller, engine.module)
         with tempfile.TemporaryDirectory(prefix="betakd-export-") as folder:
-            distiller.student.save_pretrained(folder, state_dict=state)
-            load_processor(processor_source(spec.student)).save_pretrained(folder)
+            _save(distiller.student, state, spec.student, folder)
+            student_processor(spec.student).save_pretrained(folder)
             (Path(folder) / "README.md").write_text(
                 model_card(spec, metrics, sees_images=takes_images(distiller.student)), encoding="utf-8"
             )
             _upload(Path(folder), join(run, FOLDER), spec.output.storage)
     dist.barrier()
+
+
+def _save(model: PreTrainedModel, state: dict[str, Tensor], student: StudentSpec, folder: str) -> None:
+    """Weights and configuration; adapters are added to the weights, or lie beside them."""
+    if lora := student.lora:
+        from betakd_ray.models.lora import save_adapters, without_adapters
+
+        if not lora.merge:
+            save_adapters(model, state, getattr(student.init, "path", None), folder)
+        state = without_adapters(state, lora.alpha / lora.r if lora.merge else 0.0)
+    model.save_pretrained(folder, state_dict=state)
 
 
 def _upload(folder: Path, url: str, storage: StorageSpec) -> None:
@@ -76,7 +88,7 @@ A {kind} model trained with uncertainty-aware knowledge distillation (Beta-KD, a
 | channels | {channels} |
 | weighting | {spec.objective.weighting.kind} |
 | data | {", ".join(f"`{location}`" for location in spec.data.train)} |
-| trained parts | {", ".join(spec.student.train)} |
+| trained parts | {", ".join(spec.student.train)}{_adapted(spec.student)} |
 | global batch × epochs | {spec.training.global_batch_size} × {spec.training.epochs} |
 
 ## Metrics of the last step
@@ -91,3 +103,10 @@ A {kind} model trained with uncertainty-aware knowledge distillation (Beta-KD, a
 {spec.model_dump_json(indent=2)}
 ```
 """
+
+
+def _adapted(student: StudentSpec) -> str:
+    if not student.lora:
+        return ""
+    place = "merged" if student.lora.merge else "beside the weights: without peft, transformers leaves them out"
+    return f"; the language model by adapters of rank {student.lora.r} ({place})"

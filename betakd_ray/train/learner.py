@@ -17,7 +17,7 @@ from betakd_ray.data.collate import Batch
 from betakd_ray.errors import TeacherError
 from betakd_ray.models.device import find_device
 from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs, most_salient, to_device
-from betakd_ray.models.load import build_student, load_processor, processor_source
+from betakd_ray.models.load import build_student, student_processor
 from betakd_ray.models.vlm import with_attention_weights
 from betakd_ray.objective import TeacherRows
 from betakd_ray.spec import AlignTopK, JobSpec
@@ -215,7 +215,7 @@ class Learner:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         if ATTENTION in self.spec.objective.channels:
             with_attention_weights(student)
-        processor = load_processor(processor_source(self.spec.student))
+        processor = student_processor(self.spec.student)
         cast(nn.Module, student).to(self.device)  # transformers' decorator hides the type of its `to`
         distiller = Distiller(student, processor, self.spec.objective, facts)
         return distiller.to(self.device).train()

@@ -22,7 +22,7 @@ from betakd_ray.data.collate import Batch, stack
 from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.render import Renderer
 from betakd_ray.models.inputs import ModelInputs
-from betakd_ray.models.load import load_processor, processor_source
+from betakd_ray.models.load import load_processor, student_processor
 from betakd_ray.spec import JobSpec, parse_spec
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import Needs
@@ -88,7 +88,7 @@ def _spec(folder: Path, case: Case) -> JobSpec:
 
 def _inputs(spec: JobSpec) -> ModelInputs:
     """Long enough that activations matter, 384 tokens, and one of them shorter: padding costs an attention mask."""
-    renderer = Renderer(load_processor(processor_source(spec.student)), spec.data)
+    renderer = Renderer(student_processor(spec.student), spec.data)
     short, long = (
         renderer.render(raw_sample(1, "It is a long red circle. " * times, has_image=True)) for times in (20, 25)
     )

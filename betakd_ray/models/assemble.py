@@ -1,0 +1,88 @@
+"""A LLaVA, or a MobileVLM, out of a language model and a vision tower: configuration, processor, vocabulary."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AddedToken, LlavaConfig, LlavaProcessor, PretrainedConfig, PreTrainedTokenizerFast
+
+from betakd_ray.errors import ModelError
+from betakd_ray.models.mobilevlm import MobileVLMConfig, mobilevlm_processor
+
+IMAGE = "<image>"
+PAD_ROWS_TO = 64
+"""A vocabulary that grows does so to a multiple of this, for the speed of the product with the head."""
+CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
+"""Vision towers → their tokens that stand for no patch."""
+
+
+def assembled(
+    text: PretrainedConfig,
+    vision: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    image_processor: Any,
+    *,
+    projector: str,
+    layer: int,
+    select: str,
+) -> tuple[LlavaConfig, LlavaProcessor]:
+    """Configuration and processor of the whole. `select` is transformers': `default` drops the first image token.
+
+    The tokenizer has to know `<image>`, and `text` to have a row for it. Raises ModelError.
+    """
+    common: dict[str, Any] = {
+        "vision_config": vision,
+        "text_config": text,
+        "image_token_index": tokenizer.get_vocab()[IMAGE],
+        "vision_feature_layer": layer,
+        "vision_feature_select_strategy": select,
+    }
+    if projector == "ldpnetv2":
+        config = MobileVLMConfig(**common)
+        return config, mobilevlm_processor(config, image_processor, tokenizer)
+    class_tokens = CLASS_TOKENS[vision.model_type]
+    processor = LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=select,
+        num_additional_image_tokens=class_tokens,
+    )
+    patches = (_pixels(image_processor) // vision.patch_size) ** 2
+    return LlavaConfig(**common, image_seq_length=patches + class_tokens - (select == "default")), processor
+
+
+def _pixels(image_processor: Any) -> int:
+    """Along a side of the images that it makes; a tower may have learned on others."""
+    cropped = getattr(image_processor, "do_center_crop", False)
+    return (image_processor.crop_size if cropped else image_processor.size)["height"]
+
+
+def require_tower(path: str, config: PretrainedConfig) -> None:
+    """Raises ModelError for a vision tower whose tokens are not known here."""
+    if config.model_type not in CLASS_TOKENS:
+        raise ModelError(f"{path}: a {config.model_type!r}; vision towers are {', '.join(CLASS_TOKENS)}")
+
+
+def with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer, with `<image>` by the first id that was free unless it knew it."""
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    return tokenizer
+
+
+def rows_for(index: int, rows: int) -> int:
+    """Of an embedding or head of `rows` that is to have a row `index`: as many, or more."""
+    return rows if index < rows else -(-(index + 1) // PAD_ROWS_TO) * PAD_ROWS_TO
+
+
+def with_row(weight: Float[Tensor, "vocab width"], index: int) -> Float[Tensor, "rows width"]:
+    """An embedding or head that has a row `index`: as it was, or longer by copies of its mean row.
+
+    The mean row's logit is the mean logit. So it is never the largest, and by Jensen's inequality no new id gets more
+    than 1/vocab of the probability.
+    """
+    if index < len(weight):
+        return weight
+    mean = weight.float().mean(0).to(weight.dtype)
+    return torch.cat([weight, mean.expand(rows_for(index, len(weight)) - len(weight), -1)])
