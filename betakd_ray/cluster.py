@@ -14,9 +14,11 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from betakd_ray.errors import ClusterError
-from betakd_ray.spec import JobSpec, PoolSpec
+from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec
 
 PLURALS = {"GPU": "GPUs", "CPU": "CPUs"}
+ACCELERATOR = "accelerator_type:"
+"""Before the model of a node's GPUs, a resource that each node has one of; Ray takes a thousandth for a process."""
 
 
 @contextmanager
@@ -75,12 +77,20 @@ class Demand:
     @classmethod
     def of(cls, pool: str, count: int, spec: PoolSpec, gpus: float, remedy: str) -> "Demand":
         needs = {"GPU": gpus, "CPU": spec.cpus, **spec.resources}
+        if isinstance(spec, GPUPoolSpec) and spec.accelerator_type:
+            needs[ACCELERATOR + spec.accelerator_type] = 0.001
         return cls(pool, count, {name: amount for name, amount in needs.items() if amount}, spec.labels, remedy)
 
     def __str__(self) -> str:
-        needs = ", ".join(f"{amount:g} {PLURALS.get(name, name)}" for name, amount in self.resources.items())
+        needs = ", ".join(map(_need, self.resources, self.resources.values()))
         labels = ", ".join(f"{key}={value}" for key, value in self.labels.items())
         return f"{self.count} × ({needs})" + (f" with label {labels}" if labels else "")
+
+
+def _need(resource: str, amount: float) -> str:
+    if resource.startswith(ACCELERATOR):
+        return f"of type {resource.removeprefix(ACCELERATOR)}"
+    return f"{amount:g} {PLURALS.get(resource, resource)}"
 
 
 @dataclass(frozen=True)

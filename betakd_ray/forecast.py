@@ -20,7 +20,7 @@ from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard
 from betakd_ray.errors import DataError
 from betakd_ray.job import BetaKDJob
 from betakd_ray.models.inputs import ModelInputs
-from betakd_ray.spec import JobSpec, PoolSpec
+from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec
 from betakd_ray.teacher.signal import Needs
 from betakd_ray.train.memory import StudentMemory, TeacherModel, student_memory, teacher_model
 
@@ -321,6 +321,8 @@ def _pool(pool: PoolSpec, least: int, most: int) -> str:
 
 def _needs(pool: PoolSpec) -> str:
     gpus = "1 GPU if the cluster has any" if pool.gpus == "auto" else f"{pool.gpus:g} GPUs"
+    if isinstance(pool, GPUPoolSpec) and pool.accelerator_type:
+        gpus += f" of type {pool.accelerator_type}"
     return ", ".join([gpus, f"{pool.cpus:g} CPUs", *(f"{amount:g} {name}" for name, amount in pool.resources.items())])
 
 

@@ -290,6 +290,7 @@ class BetaKDJob:
                 use_gpu=gpus > 0,
                 resources_per_worker=resources,
                 label_selector=student.labels or None,
+                accelerator_type=student.accelerator_type,
             ),
             run_config=RunConfig(
                 # Ray Train's own folder holds only its bookkeeping; ours is the run's.

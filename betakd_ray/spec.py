@@ -599,7 +599,27 @@ class PoolSpec(Spec):
     resources: dict[str, float] = Field(default_factory=dict, description="custom resources, e.g. student_slot: 1")
 
 
-class TeacherPoolSpec(PoolSpec):
+AcceleratorType = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class GPUPoolSpec(PoolSpec):
+    """What one process that computes needs of its node."""
+
+    # No list of Ray's: a node says the name of whatever GPU it finds, and "A100-40G" is one that an operator gives.
+    accelerator_type: AcceleratorType | None = Field(
+        default=None, description="model of the GPU as Ray calls it (ray.util.accelerators), e.g. H100, L40S, A100-80G"
+    )
+
+    @model_validator(mode="after")
+    def _has_gpus(self) -> "GPUPoolSpec":
+        if self.accelerator_type and self.gpus == 0:
+            raise ValueError(
+                f"accelerator_type is {self.accelerator_type} and gpus is 0: ask for a GPU, or for no type"
+            )
+        return self
+
+
+class TeacherPoolSpec(GPUPoolSpec):
     """The teacher's actors. They outlive restarts of the students."""
 
     min: int = Field(default=1, ge=1)
@@ -622,7 +642,7 @@ class ClusterSpec(Spec):
         default=None, description="a running cluster; default: the one around, else a local one"
     )
     teacher: TeacherPoolSpec = TeacherPoolSpec()
-    student: PoolSpec = PoolSpec()
+    student: GPUPoolSpec = GPUPoolSpec()
     readers: PoolSpec = Field(default=PoolSpec(gpus=0, cpus=1.0), description="tasks that read and decode shards")
     start_timeout_s: Positive = Field(default=600.0, description="wait for nodes and models")
 

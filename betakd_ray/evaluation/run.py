@@ -86,6 +86,7 @@ class Evaluation:
         task = ray.remote(answer).options(
             num_cpus=pool.cpus,
             num_gpus=_gpus(pool.gpus),
+            accelerator_type=pool.accelerator_type,
             resources=pool.resources or None,
             label_selector=pool.labels or None,
         )

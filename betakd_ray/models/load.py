@@ -7,7 +7,7 @@ Weights are read from safetensors and nothing else, and code beside a checkpoint
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -43,9 +43,12 @@ from betakd_ray.models.assemble import (
     with_image_token,
     with_row,
 )
+from betakd_ray.models.split import device_map
 from betakd_ray.models.vlm import lm_head, part_parameters, parts
 from betakd_ray.spec import CheckpointInit, ConfigInit, ModelSpec, PartsInit, StorageSpec, StudentSpec
 from betakd_ray.storage import open_store
+
+CPU = torch.device("cpu")
 
 
 def local_folder(location: str, storage: StorageSpec) -> str:
@@ -126,11 +129,17 @@ def require_images(path: str, config: PretrainedConfig, processor: Any) -> None:
         raise ModelError(f"{path}: there is only a tokenizer, which takes no images; add the processor's files")
 
 
-def load_model(spec: ModelSpec, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """Weights in `dtype`, on the CPU, in evaluation mode. Raises ModelError."""
+def load_model(
+    spec: ModelSpec, dtype: torch.dtype | str = "auto", devices: Sequence[torch.device] = (CPU,)
+) -> PreTrainedModel:
+    """Weights in `dtype`, in evaluation mode, on a device or over several (`models.split`). Raises ModelError."""
     auto_class = _auto_class(load_config(spec), is_trusted=spec.trust_remote_code)
-    extra = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
-    return _from_pretrained(auto_class, spec, dtype=dtype, use_safetensors=True, **extra).eval()
+    extra: dict[str, Any] = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
+    if len(devices) > 1:
+        with torch.device("meta"):
+            extra["device_map"] = device_map(model_skeleton(spec, dtype), devices)
+    model = _from_pretrained(auto_class, spec, dtype=dtype, use_safetensors=True, **extra).eval()
+    return model if len(devices) > 1 else model.to(devices[0])
 
 
 def student_processor(student: StudentSpec) -> Any:

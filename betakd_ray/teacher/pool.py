@@ -61,7 +61,11 @@ class TeacherPool:
         self._max_deaths = pool.max_restarts * self._max
         self._deaths = 0  # since a teacher last answered: on preemptible nodes they may die every hour, for days
         self._start = ray.remote(self._scorer).options(
-            num_cpus=pool.cpus, num_gpus=gpus, resources=pool.resources or None, label_selector=pool.labels or None
+            num_cpus=pool.cpus,
+            num_gpus=gpus,
+            accelerator_type=pool.accelerator_type,
+            resources=pool.resources or None,
+            label_selector=pool.labels or None,
         )
         self._arguments = (teacher, needs)
         self._lease_timeout_s = 2 * teacher.timeout_s

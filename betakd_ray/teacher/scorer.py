@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from betakd_ray.energies import entropy
-from betakd_ray.models.device import find_device
+from betakd_ray.models.device import find_devices
 from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import (
@@ -32,14 +32,18 @@ CHUNK_ROWS = 1024
 
 
 class TeacherScorer:
-    """Holds the teacher on this process's device. Raises ModelError if it cannot be loaded."""
+    """Holds the teacher on this process's devices, over all GPUs if it has several (`models.split`).
+
+    Raises ModelError if it cannot be loaded.
+    """
 
     def __init__(self, spec: TeacherSpec, needs: Needs) -> None:
         self.needs = needs
         self.is_cached = spec.cache is not None
-        self.device = find_device()
+        devices = find_devices()
+        self.device = devices[0]
         dtype = spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
-        self.model: Any = freeze(load_model(spec, dtype)).to(self.device)
+        self.model: Any = freeze(load_model(spec, dtype, devices))
         self.reads_attention = needs.attention or needs.salience
         if self.reads_attention:
             with_attention_weights(self.model)

@@ -8,7 +8,7 @@ from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from betakd_ray import cluster
 from betakd_ray.cluster import Demand, Node, check_room
 from betakd_ray.errors import ClusterError
-from betakd_ray.spec import PoolSpec
+from betakd_ray.spec import PoolSpec, TeacherPoolSpec
 
 POOL = "betakd.io/pool"
 
@@ -65,6 +65,14 @@ def test_custom_resources_count() -> None:
     check_room([slots], [_node(0, 2, student_slot=1), _node(0, 4, student_slot=2)])
     with pytest.raises(ClusterError, match=r"1 student_slot.*room for 2"):
         check_room([slots], [_node(0, 8, student_slot=2)])
+
+
+def test_a_type_of_gpu_is_asked_for_and_does_not_run_out() -> None:
+    pool = TeacherPoolSpec(accelerator_type="H100", resources={"teacher_slot": 1})
+    teachers = Demand.of("teacher", 4, pool, 1.0, "Lower it")
+    check_room([teachers], [_node(8, 8, teacher_slot=8, **{"accelerator_type:H100": 1})])
+    with pytest.raises(ClusterError, match=r"4 × \(1 GPUs, 1 CPUs, 1 teacher_slot, of type H100\); .* room for 0"):
+        check_room([teachers], [_node(8, 8, teacher_slot=8, **{"accelerator_type:L40S": 1})])
 
 
 @pytest.mark.parametrize("refuses", [None, "ours", "another's"])

@@ -16,7 +16,9 @@ import yaml
 from cryptography import x509
 from ray.autoscaler._private.kuberay.autoscaling_config import _generate_available_node_types_from_ray_cr_spec
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.util.accelerators import accelerators
 
+from betakd_ray.cluster import ACCELERATOR
 from betakd_ray.metrics import NAMES as METRICS
 from betakd_ray.spec import ClusterSpec
 
@@ -155,6 +157,14 @@ def test_a_node_has_a_slot_and_the_cpus_for_a_process_on_each_gpu(file, pool):
     processes = resources["GPU"] / process.gpus
     assert {name: processes * need for name, need in process.resources.items()} == slots(node_types(file)[pool])
     assert processes * process.cpus <= resources["CPU"]
+
+
+@pytest.mark.parametrize("file", CLOUDS)
+@pytest.mark.parametrize("pool", ["teacher", "student"])
+def test_a_node_type_says_what_gpu_ray_will_find_on_it(file, pool):
+    """What a pool with an accelerator_type asks for, which the autoscaler else learns from the first node."""
+    (named,) = [name for name in node_types(file)[pool]["resources"] if name.startswith(ACCELERATOR)]
+    assert named.removeprefix(ACCELERATOR) in {value for name, value in vars(accelerators).items() if name.isupper()}
 
 
 def counts(file, pool):

@@ -82,6 +82,15 @@ def test_shorthands_are_the_long_form():
     assert ObjectiveSpec(energies="fkl").channels == ("fkl",)
 
 
+def test_a_type_of_gpu_is_any_name_that_ray_could_know_and_needs_a_gpu():
+    for name in ("H100", "A100-80G", "GeForce-RTX-5090", "FURIOSA_RNGD"):
+        assert parse_spec(tree(cluster__teacher={"accelerator_type": name})).cluster.teacher.accelerator_type == name
+    assert "cluster.student.accelerator_type: " in refused(cluster__student={"accelerator_type": "NVIDIA H100"})
+    message = refused(cluster__student={"accelerator_type": "H100", "gpus": 0})
+    assert message.endswith("cluster.student: accelerator_type is H100 and gpus is 0: ask for a GPU, or for no type")
+    assert "no such field" in refused(cluster__readers={"accelerator_type": "H100"})
+
+
 def test_elastic_workers_are_a_range_that_the_batch_can_always_be_split_over():
     elastic = {"training__workers": {"min": 1, "max": 4}, "training__global_batch_size": 24}
     slots = {"cluster__student": {"resources": {"student_slot": 1}}}
