@@ -90,16 +90,20 @@ def plan(
     tokens_per_prompt: Annotated[int, typer.Option(min=0, help="with --samples; image and template come on top")] = 64,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="with --samples")] = 10_000,
     tflops: Annotated[float | None, typer.Option(help="assume so many TFLOP/s sustained on a GPU: adds speeds")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="look for room on this cluster, in place of cluster.address; HOST:6379")
+    ] = None,
 ) -> None:
-    """Say what a job will take, and what is wrong with it, before anything is asked of a cluster."""
-    from betakd_ray.forecast import AssumedData, forecast
+    """Say what a job will take, and what is wrong with it; with --address also whether that cluster has room for it."""
+    from betakd_ray.forecast import AssumedData, feasibility, forecast
     from betakd_ray.job import BetaKDJob
 
     with explained():
-        job = BetaKDJob.from_yaml(spec, overrides)
+        job = BetaKDJob.from_yaml(spec, [*overrides, f"cluster.address={address}"] if address else overrides)
         assumed = samples and AssumedData(samples, tokens_per_prompt, tokens_per_answer, samples_per_shard)
-        found = forecast(job, assumed or None, tflops)
-    print_sections(found.rows())
+        print_sections(forecast(job, assumed or None, tflops).rows())
+        if address:
+            print_sections(feasibility(job.spec))
 
 
 @app.command()

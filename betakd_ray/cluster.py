@@ -105,12 +105,13 @@ ASK_TIMEOUT_S = 30.0
 """An autoscaler that has not answered by then is not waited for: the pools wait for their nodes anyway."""
 
 
-def check_feasible(spec: JobSpec, gpus: dict[str, float]) -> list[Demand]:
-    """The pools that have to wait for nodes that an autoscaler is to bring; none if there is room for all.
+def check_feasible(spec: JobSpec) -> list[tuple[Demand, int]]:
+    """What the job asks for, and how many processes of each pool the nodes that are up have room for.
 
-    Raises ClusterError when the pools ask for what the cluster does not have and can never have.
+    A pool that lacks some has to wait for nodes that the autoscaler is to bring. Raises ClusterError when the pools ask
+    for what the cluster does not have and can never have.
     """
-    wanted = demands(spec, gpus)
+    wanted = demands(spec)
     lacking = without_room(wanted, alive_nodes())
     if lacking and not has_autoscaler():
         raise _no_room(*lacking[0], len(alive_nodes()))
@@ -122,7 +123,8 @@ def check_feasible(spec: JobSpec, gpus: dict[str, float]) -> list[Demand]:
             "no number of nodes within its limits has room for all. Raise maxReplicas (max_workers) of the node types "
             "with these labels and resources, or lower cluster.teacher.min or training.workers."
         )
-    return [demand for demand, _ in lacking]
+    room = {demand.pool: placed for demand, placed in lacking}
+    return [(demand, room.get(demand.pool, demand.count)) for demand in wanted]
 
 
 def alive_nodes() -> list[Node]:
@@ -130,18 +132,18 @@ def alive_nodes() -> list[Node]:
     return [Node(dict(node["Resources"]), dict(node["Labels"])) for node in ray.nodes() if node["Alive"]]
 
 
-def demands(spec: JobSpec, gpus: dict[str, float]) -> list[Demand]:
-    """The least that a job runs on."""
+def demands(spec: JobSpec) -> list[Demand]:
+    """The least that a job runs on, on the connected cluster."""
     pools = spec.cluster
     readers = Demand.of("readers", 1, pools.readers, 0.0, "Lower cluster.readers.cpus")
     students = Demand.of(
-        "student", spec.training.workers.min, pools.student, gpus["student"],
+        "student", spec.training.workers.min, pools.student, gpus_each(pools.student.gpus),
         "Lower training.workers or what cluster.student asks for",
     )  # fmt: skip
     if spec.teacher is None:
         return [students, readers]
     teachers = Demand.of(
-        "teacher", pools.teacher.min, pools.teacher, gpus["teacher"],
+        "teacher", pools.teacher.min, pools.teacher, gpus_each(pools.teacher.gpus),
         "Lower cluster.teacher.min or what cluster.teacher asks for",
     )  # fmt: skip
     return [teachers, students, readers]

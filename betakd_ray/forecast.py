@@ -12,6 +12,7 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
+from betakd_ray.cluster import check_feasible, connected
 from betakd_ray.data.collate import stack
 from betakd_ray.data.manifest import find_shards
 from betakd_ray.data.plan import Plan
@@ -90,6 +91,16 @@ class Forecast:
     """Sustained on one GPU, in 10¹² floating-point operations a second: an assumption."""
 
     @property
+    def gpus(self) -> float | None:
+        """Of the least that the job runs on; None where the cluster decides."""
+        pools = self.spec.cluster
+        asked = [(pools.student.gpus, self.spec.training.workers.min)]
+        asked += [(pools.teacher.gpus, pools.teacher.min)] if self.teacher else []
+        if any(gpus == "auto" for gpus, _ in asked):
+            return None
+        return sum(float(gpus) * processes for gpus, processes in asked)
+
+    @property
     def total_steps(self) -> int:
         steps = self.plan.samples // self.spec.training.global_batch_size
         return min(steps, self.spec.training.max_steps or steps)
@@ -124,6 +135,25 @@ class Forecast:
         largest = max(shard.samples for shard in self.plan.shards)
         return self.plan.epochs * len(self.plan.shards) // 6, largest // 6
 
+    @property
+    def held(self) -> float:
+        """In Ray's object store, of micro-batches that a student rank keeps with the teachers."""
+        if self.spec.teacher is None:
+            return 0.0
+        samples = self.spec.teacher.window * self.spec.training.micro_batch_size
+        return samples * (self.teacher_sample.bytes + self.signal)
+
+    @property
+    def exchanged(self) -> float:
+        """What each rank sends to the others in a step, at the least number of them, in rings: gradients summed up as
+        they are made (ZeRO 2 and 3) or once, and weights gathered after the step or (ZeRO 3) for each use."""
+        training, memory = self.spec.training, self.student
+        ranks, stage = training.workers.min, training.zero_stage
+        times = training.accumulation(ranks)
+        reduced = memory.trained * (times if stage >= 2 else 1)
+        gathered = memory.parameters * 2 * times if stage == 3 else memory.trained
+        return (reduced + gathered) * (2 if training.precision == "bf16" else 4) * (ranks - 1) / ranks
+
     def rows(self) -> Iterator[Row]:
         """The whole of it, for a table."""
         yield from self._data_rows()
@@ -149,6 +179,8 @@ class Forecast:
             yield "pools", "teacher", _pool(pools.teacher, pools.teacher.min, pools.teacher.max or pools.teacher.min)
         yield "pools", "student", _pool(pools.student, workers.min, workers.max)
         yield "pools", "readers", f"tasks of {_needs(pools.readers)}"
+        if (gpus := self.gpus) is not None:
+            yield "pools", "GPUs at the least", f"{gpus:g}"
         if self.teacher:
             yield "models", "teacher", f"{_count(self.teacher.parameters)} parameters"
         trained = f"{_count(self.student.parameters)} parameters, {_count(self.student.trained)} of them trained"
@@ -157,6 +189,8 @@ class Forecast:
     def _memory_rows(self) -> Iterator[Row]:
         if self.teacher:
             yield "memory of a teacher", "weights", size(self.teacher.weights)
+            if self.teacher.largest_share < self.teacher.weights:
+                yield "memory of a teacher", "weights on its fullest GPU", size(self.teacher.largest_share)
             yield "memory of a teacher", "one micro-batch", size(self.teacher.working)
             yield "memory of a teacher", "peak", size(self.teacher.peak)
         where = f"memory of a student rank (of {self.spec.training.workers.min})"
@@ -179,6 +213,9 @@ class Forecast:
             yield "bytes", "teacher's answers, a step", size(self.signal * training.global_batch_size)
             kept = size(self.cache) if self.spec.teacher.cache else f"no cache; it would be {size(self.cache)}"
             yield "bytes", "teacher's cache", kept
+            yield "bytes", "in the object store for a student rank", size(self.held)
+        if training.workers.min > 1:
+            yield "bytes", "gradients and weights from each rank, a step", size(self.exchanged)
         at_most, each = self.ledger
         yield "bytes", "a checkpoint", size(self.student.checkpoint)
         yield (
@@ -194,13 +231,20 @@ class Forecast:
         total = speed * workers.max
         yield where, "a student rank", f"{speed:.3g} samples/s"
         yield where, f"{workers.max} student ranks", f"{total:,.0f} samples/s"
-        yield where, "time", f"{self.total_steps * self.spec.training.global_batch_size / total / 86_400:,.1f} days"
+        seconds = self.spec.training.global_batch_size / total
+        yield where, "a step", f"{seconds:,.3g} s"
+        yield where, "between two checkpoints", f"{seconds * self.spec.training.checkpoint_every / 60:,.3g} minutes"
+        yield where, "time", f"{self.total_steps * seconds / 86_400:,.1f} days"
         yield where, "samples to the students", f"{size(self.sample.bytes * total)}/s"
+        if workers.min > 1:
+            yield where, "gradients and weights from each rank", f"{size(self.exchanged / seconds)}/s"
         if self.teacher:
             each = self.teacher_speed(tflops)
             yield where, "a teacher", f"{each:.3g} samples/s"
-            yield where, "teachers that keep up", f"{total / each:,.1f}"
+            yield where, "teachers that keep up", f"{total / each:,.1f}, {speed / each:.3g} for each student rank"
+            yield where, "samples to the teachers", f"{size(self.teacher_sample.bytes * total)}/s"
             yield where, "teachers' answers", f"{size(self.signal * total)}/s"
+            yield where, "teachers' answers to each rank", f"{size(self.signal * speed)}/s"
 
     def student_speed(self, tflops: float) -> float:
         """Samples a second on a rank: 6 operations a parameter and token, 8 where activations are made twice."""
@@ -208,11 +252,9 @@ class Forecast:
         return tflops * 1e12 / (operations * self.student.parameters * self.sample.tokens)
 
     def teacher_speed(self, tflops: float) -> float:
-        """Samples a second of a teacher, on all its GPUs: 2 operations a parameter and token."""
+        """Samples a second of a teacher: 2 operations a parameter and token, on one of its GPUs at a time."""
         assert self.teacher
-        gpus = self.spec.cluster.teacher.gpus
-        gpus = 1.0 if gpus == "auto" else max(1.0, float(gpus))
-        return gpus * tflops * 1e12 / (2 * self.teacher.parameters * self.teacher_sample.tokens)
+        return tflops * 1e12 / (2 * self.teacher.parameters * self.teacher_sample.tokens)
 
 
 @dataclass(frozen=True)
@@ -273,12 +315,26 @@ def forecast(job: BetaKDJob, assumed: AssumedData | None = None, tflops: float |
     needs, teacher, view = Needs(), None, "teacher" if "teacher" in renderers else "student"
     if spec.teacher:
         needs = job.needs(spec.teacher)
-        teacher = teacher_model(spec.teacher, needs, batches[view], processors[view])
+        asked = spec.cluster.teacher.gpus
+        gpus = 1 if asked == "auto" else max(1, int(asked))
+        teacher = teacher_model(spec.teacher, needs, batches[view], processors[view], gpus)
     ranks = spec.training.workers.min
     student = student_memory(spec, teacher, needs, batches["student"], processors["student"], ranks)
     samples = {name: SampleSize.of(_stacked(views[name], renderer)) for name, renderer in renderers.items()}
     read = None if assumed else len(views["student"])
     return Forecast(spec, plan, samples, read, student, teacher, needs, tflops)
+
+
+def feasibility(spec: JobSpec) -> Iterator[Row]:
+    """Which pools have room on the cluster that the spec names, and which wait for nodes, other jobs left aside.
+
+    An autoscaler that has to be asked may begin to bring those nodes. Raises ClusterError for what can never be met.
+    """
+    with connected(spec):
+        for demand, room in check_feasible(spec):
+            waits = f"room for {room} now, waits for nodes up to {spec.cluster.start_timeout_s:g} s"
+            state = "has room" if room == demand.count else waits
+            yield f"cluster at {spec.cluster.address}", demand.pool, f"{demand}: {state}"
 
 
 def _first_samples(shard: Shard, spec: JobSpec, renderer: Renderer) -> list[Rendering]:

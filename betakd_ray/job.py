@@ -214,11 +214,12 @@ class BetaKDJob:
         """`actors` end with the run: a handle that lingers in a reference cycle would keep its node."""
         spec = self.spec
         gpus = {name: gpus_each(getattr(spec.cluster, name).gpus) for name in ("teacher", "student")}
-        for demand in check_feasible(spec, gpus):
-            _LOG.warning(
-                "%s: cluster.%s waits for nodes, up to cluster.start_timeout_s = %g: it asks for %s",
-                spec.name, demand.pool, spec.cluster.start_timeout_s, demand,
-            )  # fmt: skip
+        for demand, room in check_feasible(spec):
+            if room < demand.count:
+                _LOG.warning(
+                    "%s: cluster.%s waits for nodes, up to cluster.start_timeout_s = %g: it asks for %s",
+                    spec.name, demand.pool, spec.cluster.start_timeout_s, demand,
+                )  # fmt: skip
         store = CheckpointStore(self.run, spec.output.storage)
         resumed = store.latest()
         quarantined = store.quarantined(resumed) if resumed else []

@@ -39,10 +39,10 @@ def device_map(model: PreTrainedModel, devices: Sequence[torch.device]) -> dict[
 
 
 def device_bytes(model: PreTrainedModel, devices: Sequence[torch.device]) -> dict[torch.device, int]:
-    """Bytes of weights on each device."""
-    held, weights = dict.fromkeys(devices, 0), dict(model.named_parameters())
-    for name, device in expand_device_map(device_map(model, devices), list(weights)).items():
-        held[torch.device(device)] += weights[name].nbytes
+    """Bytes of weights and buffers on each device."""
+    held, tensors = dict.fromkeys(devices, 0), dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, device in expand_device_map(device_map(model, devices), list(tensors)).items():
+        held[torch.device(device)] += tensors[name].nbytes
     return held
 
 

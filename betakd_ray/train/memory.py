@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from betakd_ray.models.images import ImageProcessing
 from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs, most_salient
 from betakd_ray.models.load import model_skeleton, student_skeleton
+from betakd_ray.models.split import device_bytes
 from betakd_ray.models.vlm import Normalization, attention_heads, freeze, hidden_rows, with_attention_weights
 from betakd_ray.objective import TeacherRows, project, top_k
 from betakd_ray.spec import AlignTopK, JobSpec, TeacherSpec
@@ -49,12 +50,15 @@ class TeacherModel:
     heads: int
     weights: int
     """Bytes."""
+    largest_share: int
+    """Of the weights, on that of its GPUs which has most."""
     working: int
     """Bytes that one micro-batch takes at its peak."""
 
     @property
     def peak(self) -> int:
-        return self.weights + self.working
+        """On one GPU, as if all of a micro-batch's were on the fullest."""
+        return self.largest_share + self.working
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,8 @@ class StudentMemory:
         return held + max(self.buckets + self.gradients + self.activations + self.objective, self.step)
 
 
-def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, processor: Any) -> TeacherModel:
-    """A teacher's sizes, and what it takes to answer one micro-batch. Raises ModelError."""
+def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, processor: Any, gpus: int = 1) -> TeacherModel:
+    """A teacher's sizes on so many GPUs, and what it takes to answer one micro-batch. Raises ModelError."""
     with _fake() as tally:
         model: Any = freeze(model_skeleton(spec, "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)))
         if needs.attention or needs.salience:
@@ -106,6 +110,7 @@ def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, processo
             vocab=head.shape[0],
             heads=attention_heads(model),
             weights=weights,
+            largest_share=max(device_bytes(model, [torch.device("cuda", number) for number in range(gpus)]).values()),
             working=tally.peak - weights,
         )
 

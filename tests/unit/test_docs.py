@@ -1,16 +1,20 @@
 """What the documents show is so: their Python runs, their YAML is valid, and the defaults they print are the spec's."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from betakd_ray.cli import app
 from betakd_ray.energies import ENERGIES
 from betakd_ray.spec import VISUAL_ENERGIES, ObjectiveSpec
 
 ROOT = Path(__file__).parents[2]
 OBJECTIVE = ROOT / "docs/objective.md"
+SCALE = (ROOT / "docs/scale.md").read_text()
 
 
 def blocks(path, language, mark=""):
@@ -38,6 +42,35 @@ def test_a_section_is_valid_and_one_that_lists_options_lists_all_with_their_defa
     listed = objective.energies[0] if "energies" in shown else objective.weighting
     options = shown["energies"][0] if "energies" in shown else shown["weighting"]
     assert options == type(listed)().model_dump(mode="json")
+
+
+COMMAND = re.compile(r"^```\n\$ (betakd .*?)(?: \| grep (?:-E )?(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """The commands of docs/scale.md → what the page shows, and what they print."""
+    shown = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for command, pattern, output in COMMAND.findall(SCALE):
+            said = CliRunner().invoke(app, shlex.split(command)[1:]).stdout
+            found = "".join(line for line in said.splitlines(keepends=True) if re.search(pattern, line))
+            shown[f"{command} | {pattern}"] = (output, found)
+    return shown
+
+
+def test_the_plan_of_512_gpus_shows_what_its_commands_print(printed):
+    assert len(printed) == SCALE.count("$ betakd") > 1
+    for command, (output, said) in printed.items():
+        assert output == said, command
+
+
+def test_every_figure_of_that_page_is_in_what_is_printed(printed):
+    figures = re.findall(r"\*\*([\d.]+(?: [^\d*]+)?)\*\*", SCALE)
+    text = "".join(said for _, said in printed.values())
+    assert len(figures) > 15
+    assert not [figure for figure in figures if not re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.]\d)", text)]
 
 
 def test_every_energy_and_weighting_has_a_section():

@@ -1,5 +1,6 @@
 """What `betakd plan` says, held to what a job really sends, reads and keeps."""
 
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 from betakd_ray.cli import app
+from betakd_ray.cluster import Demand
 from betakd_ray.data.collate import stack
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.pack import pack
 from betakd_ray.errors import DataError, ModelError
-from betakd_ray.forecast import AssumedData, Forecast, SampleSize, forecast, signal_bytes
+from betakd_ray.forecast import AssumedData, Forecast, SampleSize, feasibility, forecast, signal_bytes
 from betakd_ray.job import BetaKDJob
-from betakd_ray.spec import StorageSpec, parse_spec
+from betakd_ray.spec import PoolSpec, StorageSpec, parse_spec
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import WIRES, Needs
 from betakd_ray.train.memory import teacher_model
@@ -118,6 +120,49 @@ def test_speeds_are_said_only_where_they_are_assumed(tmp_path: Path) -> None:
     assert found.student_speed(1e-3) == pytest.approx(1e9 / (6 * found.student.parameters * found.sample.tokens))
     assert slower.student_speed(1e-3) == pytest.approx(found.student_speed(1e-3) * 6 / 8)
     assert found.teacher_speed(1e-3) == pytest.approx(1e9 / (2 * found.teacher.parameters * found.sample.tokens))
+
+
+def test_a_larger_teacher_is_spread_over_gpus_that_take_turns(tmp_path: Path) -> None:
+    one, two = (forecast(_job(tmp_path, cluster={"teacher": {"gpus": n}}), ASSUMED, tflops=1e-3) for n in (1, 2))
+    assert one.teacher
+    assert two.teacher
+    assert one.teacher.largest_share == one.teacher.weights
+    assert one.teacher.weights / 2 <= two.teacher.largest_share < one.teacher.weights
+    assert two.teacher_speed(1e-3) == one.teacher_speed(1e-3)
+    assert "weights on its fullest GPU" in _table(two)
+    assert "weights on its fullest GPU" not in _table(one)
+
+
+@pytest.mark.parametrize(("stage", "times"), [(0, 2), (1, 2), (2, 3)])
+def test_ranks_send_their_gradients_and_weights_in_rings(tmp_path: Path, stage: int, times: int) -> None:
+    training = {"zero_stage": stage, "workers": 4, "micro_batch_size": 1, "precision": "fp32"}  # two of them a step
+    found = forecast(_job(tmp_path, training=training), ASSUMED)
+    assert found.exchanged == pytest.approx(times * 4 * found.student.trained * 3 / 4)
+    assert "gradients and weights from each rank, a step" in _table(found)
+
+
+def test_what_a_rank_keeps_with_the_teachers_is_a_window_of_micro_batches(tmp_path: Path) -> None:
+    found = forecast(_job(tmp_path, teacher={"window": 3}), ASSUMED)
+    assert found.held == pytest.approx(3 * 4 * (found.sample.bytes + found.signal))
+
+
+def test_gpus_are_counted_where_the_spec_says_how_many(tmp_path: Path) -> None:
+    pools = {"teacher": {"gpus": 2, "min": 3}, "student": {"gpus": 1}}
+    training = {"workers": 2}
+    assert forecast(_job(tmp_path, cluster=pools, training=training), ASSUMED).gpus == 8
+    assert forecast(_job(tmp_path), ASSUMED).gpus is None
+
+
+def test_a_pool_has_room_or_waits_for_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = _job(tmp_path, cluster={"address": "10.0.0.1:6379", "start_timeout_s": 90}).spec
+    pools = (("teacher", 4), ("student", 8))
+    wanted = [Demand.of(pool, count, PoolSpec(cpus=2), 1.0, "Lower it") for pool, count in pools]
+    monkeypatch.setattr("betakd_ray.forecast.connected", nullcontext)
+    monkeypatch.setattr("betakd_ray.forecast.check_feasible", lambda spec: [(wanted[0], 4), (wanted[1], 3)])
+    assert list(feasibility(spec)) == [
+        ("cluster at 10.0.0.1:6379", "teacher", "4 × (1 GPUs, 2 CPUs): has room"),
+        ("cluster at 10.0.0.1:6379", "student", "8 × (1 GPUs, 2 CPUs): room for 3 now, waits for nodes up to 90 s"),
+    ]
 
 
 def test_the_command_prints_it(tmp_path: Path) -> None:

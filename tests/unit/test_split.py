@@ -47,7 +47,7 @@ def test_layers_are_dealt_out_in_runs_of_about_as_many_bytes_and_the_rest_is_fir
     assert set(runs) == {0, 1, 2}
     largest = max(sum(each.nbytes for each in layer.parameters()) for layer in language_model(model).layers)
     assert max(held.values()) - min(held.values()) <= 2 * largest
-    assert sum(held.values()) == sum(parameter.nbytes for parameter in model.parameters())
+    assert sum(held.values()) == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     elsewhere = {name for name, device in placed.items() if device != GPUS[0]}
     assert all(".layers." in name for name in elsewhere)
 
