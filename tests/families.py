@@ -354,6 +354,22 @@ def save_language_model(folder: str | Path, *, seed: int = 0, **options: Any) ->
     return str(folder)
 
 
+def save_llava_qwen(folder: str | Path, *, seed: int = 0) -> str:
+    """A folder with LLaVA of SigLIP, whose patches are all image tokens, and Qwen2; returns its path."""
+    config = {
+        "model_type": "llava",
+        "text_config": text_config("qwen2"),
+        "vision_config": vision_config("siglip_vision_model", vision_use_head=False),
+        "image_token_index": IDS[IMAGE],
+        "vision_feature_select_strategy": "full",
+    }
+    build(config, seed=seed).save_pretrained(folder)
+    processor = _llava_processor()
+    processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "full", 0
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
 def build(config: dict[str, Any], *, seed: int = 0) -> PreTrainedModel:
     """A model with random weights, the same for the same seed; large enough that logits differ from token to token."""
     tree = dict(config)

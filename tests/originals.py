@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from betakd_ray.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
+from betakd_ray.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration, mobilevlm_processor
 from tests.tiny import BOS, EOS, IDS, IMAGE, PAD, UNK, tiny_tokenizer
 
 WIDTH, VISION_WIDTH = 24, 16
@@ -61,6 +61,16 @@ def mobilevlm(config: MobileVLMConfig | None = None, *, seed: int = 0) -> Mobile
     """Weights large enough for every part to show in the logits."""
     model = MobileVLMForConditionalGeneration(config or mobilevlm_config()).eval()
     return with_large_weights(model, seed)
+
+
+def save_mobilevlm(folder: Path, *, seed: int = 0) -> str:
+    """A folder with a MobileVLM and its processor; returns its path."""
+    config = mobilevlm_config()
+    size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
+    mobilevlm(config, seed=seed).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size=size, crop_size=size)
+    mobilevlm_processor(config, images, tiny_tokenizer()).save_pretrained(folder)
+    return str(folder)
 
 
 def with_large_weights(model: Any, seed: int = 0) -> Any:

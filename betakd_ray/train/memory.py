@@ -9,17 +9,18 @@ so run in seconds, on no memory. Kernels are the CPU's: what a kernel takes for 
 import os
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers.initialization import no_init_weights
 
 from betakd_ray.models.images import ImageProcessing
 from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs, most_salient
@@ -308,10 +309,11 @@ class Tally(TorchDispatchMode):
         self._seen = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage())
+        kwargs = kwargs or {}
+        with unset_fake_temporarily() if _has_data(func, args, kwargs) else nullcontext():
+            result = func(*args, **kwargs)
+        for tensor in _tensors_in(result):
+            self._add(tensor.untyped_storage())
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -343,10 +345,25 @@ class Tally(TorchDispatchMode):
                 parameter.register_post_accumulate_grad_hook(made)
 
 
+def _has_data(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation is on ids, masks or grids, or makes some: a model may ask how many image tokens they are."""
+    if inputs := _tensors_in((args, kwargs)):
+        return not any(isinstance(each, FakeTensor) or _is_number(each) for each in inputs)
+    return not any(map(_is_number, _tensors_in(func(*args, **kwargs))))
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _tensors_in(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 @contextmanager
 def _fake() -> Iterator[Tally]:
-    """Tensors made in here have no data; the tally counts them as if they had."""
-    with _unchecked(), FakeTensorMode(allow_non_fake_inputs=True), Tally() as tally:
+    """Tensors of numbers made in here have no data; the tally counts them as if they had."""
+    with _unchecked(), no_init_weights(), FakeTensorMode(allow_non_fake_inputs=True), Tally() as tally:
         yield tally
 
 

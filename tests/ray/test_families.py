@@ -12,17 +12,22 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from betakd_ray.data.pack import pack
 from betakd_ray.job import BetaKDJob, JobResult
-from betakd_ray.spec import parse_spec
-from tests.families import FAMILIES, build, save_language_model, text_config, vision_config
-from tests.tiny import IDS, IMAGE, numbered_samples
+from betakd_ray.spec import load_spec, parse_spec
+from tests.families import FAMILIES, build, save_language_model, save_llava_qwen
+from tests.originals import save_mobilevlm
+from tests.tiny import IMAGE, numbered_samples
 
 pytestmark = pytest.mark.timeout(400)
+REPOSITORY = Path(__file__).parents[2]
 GENERATE = """
 import sys
-sys.modules["betakd_ray"] = None  # as where it is not installed
+folder, kind, text = sys.argv[1:]
+if kind == "mobilevlm":
+    import betakd_ray.models.mobilevlm
+else:
+    sys.modules["betakd_ray"] = None  # as where it is not installed
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
-folder, kind, text = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder)
 if kind == "text":
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -81,26 +86,11 @@ def said(result: JobResult, kind: str, text: str) -> str:
     return done.stdout
 
 
-def llava_qwen() -> dict[str, Any]:
-    """SigLIP, whose patches are all kept, and a Qwen2."""
-    return {
-        "model_type": "llava",
-        "text_config": text_config("qwen2"),
-        "vision_config": vision_config("siglip_vision_model", vision_use_head=False),
-        "image_token_index": IDS[IMAGE],
-        "image_seq_length": 4,
-        "vision_feature_select_strategy": "full",
-    }
-
-
 def test_a_llava_next_teaches_a_llava_qwen_that_learns_by_adapters(ray_cluster: str, home: Path) -> None:
     teacher = FAMILIES["llava_next"]
     build(teacher.config(), seed=1).save_pretrained(home / "next")
     teacher.processor().save_pretrained(home / "next")
-    build(llava_qwen(), seed=2).save_pretrained(home / "qwen")
-    processor = FAMILIES["llava"].processor()
-    processor.vision_feature_select_strategy, processor.num_additional_image_tokens = "full", 0
-    processor.save_pretrained(home / "qwen")
+    save_llava_qwen(home / "qwen", seed=2)
     before = AutoModelForImageTextToText.from_pretrained(home / "qwen").state_dict()
     result = fit(
         home,
@@ -130,3 +120,17 @@ def test_a_language_model_teaches_another_from_text_alone(ray_cluster: str, home
         student={"init": {"kind": "checkpoint", "path": student}, "train": ["language_model"]},
     )
     assert "Qwen2ForCausalLM" in said(result, "text", "Which number?")
+
+
+def test_a_shipped_spec_runs_with_small_models_under_the_names_of_its_own(
+    ray_cluster: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    for seed, name in enumerate(("7b", "1.7b")):
+        save_mobilevlm(Path(f"models/mobilevlm-{name}"), seed=seed)
+    pack(numbered_samples(24), "shards/scienceqa")
+    small = "training={global_batch_size: 8, micro_batch_size: 8, precision: fp32, zero_stage: 0}"
+    spec = load_spec(REPOSITORY / "jobs/mobilevlm/scienceqa.yaml", [small, "cluster={teacher: {min: 1}}"])
+    result = BetaKDJob(spec).fit()
+    assert (result.steps, result.consumed) == (3, 24)
+    assert "MobileVLM" in said(result, "mobilevlm", f"USER: {IMAGE}\nWhich? ASSISTANT:")
