@@ -1,5 +1,6 @@
 """Two jobs submitted to a cluster of five logical nodes, from a folder outside of the repository."""
 
+import json
 import os
 import re
 import subprocess
@@ -14,8 +15,10 @@ import pytest
 import yaml
 from ray.job_submission import JobSubmissionClient
 from tenacity import Retrying, stop_after_delay, wait_fixed
+from typer.testing import CliRunner
 
-from betakd_ray.audit import audit
+from betakd_ray.audit import RESULT, audit
+from betakd_ray.cli import app
 from betakd_ray.data.pack import pack
 from betakd_ray.spec import StorageSpec
 from tests.nodes import LABEL, Nodes, free_port, nodes
@@ -24,6 +27,7 @@ from tests.tiny import numbered_samples, save_tiny
 REPOSITORY = Path(__file__).parents[2]
 TEACHER, STUDENT, READER = "TeacherScorer", "RayTrainWorker", "ReadPlanSource"
 POOLS = ("teacher", "student")
+PLANNED: dict[str, dict[str, Any]] = {"fits": {}, "greedy": {"teacher": {"gpus": 2}}}
 
 
 @dataclass
@@ -33,6 +37,10 @@ class Submitted:
     folder: Path
     codes: dict[str, int]
     output: dict[str, str]
+    status: dict[str, str]
+    """What `betakd status` said of a job: of the newest, and of the one that was stopped."""
+    logs: str
+    """What `betakd logs` said of the latter."""
     places: dict[str, set[str]] = field(default_factory=dict)
     """Role → nodes."""
 
@@ -63,6 +71,7 @@ class Site:
                 "micro_batch_size": 4,
                 "workers": 2,
                 "precision": "fp32",
+                "checkpoint_every": 25,
             },
             # Where several clusters are on one machine, a submitted driver may find another one's address first.
             "cluster": {
@@ -77,10 +86,26 @@ class Site:
         path.write_text(yaml.safe_dump(tree))
         return path
 
-    def submit(self, spec: Path, **environment: str) -> subprocess.Popen[str]:
+    def submit(self, spec: Path, submission_id: str, **environment: str) -> subprocess.Popen[str]:
         """`ray job submit`, which follows the job and ends as it does."""
         command = ["ray", "job", "submit", "--address", self.dashboard, "--working-dir", str(REPOSITORY)]
-        command += ["--", "python", "jobs/distill.py", "--spec", str(spec)]
+        command += ["--submission-id", submission_id, "--", "python", "jobs/distill.py", "--spec", str(spec)]
+        return self._run(command, environment)
+
+    def stop(self, submission_id: str) -> None:
+        """What `ray job stop` does; returns when the job has ended."""
+        client = JobSubmissionClient(self.dashboard)
+        assert client.stop_job(submission_id)
+        while not client.get_job_status(submission_id).is_terminal():
+            time.sleep(0.5)
+
+    def plan(self, spec: Path) -> subprocess.Popen[str]:
+        """`betakd plan` for this cluster."""
+        return self._run(
+            ["betakd", "plan", str(spec), "--address", self.nodes.address], {"PYTHONPATH": str(REPOSITORY)}
+        )
+
+    def _run(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
         return subprocess.Popen(
             command,
             cwd=self.folder,
@@ -89,6 +114,10 @@ class Site:
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+    def said(self, command: str, *submission_id: str) -> str:
+        """What `betakd status` or `betakd logs` prints."""
+        return CliRunner().invoke(app, [command, *submission_id, "--address", self.dashboard]).output
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +128,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     pack(numbered_samples(100), str(folder / "shards"), samples_per_shard=20)
     port = free_port()
     head = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "300")  # read by the nodes; Ray's own 3 s are too short to save in
     with nodes({pool: 2 for pool in POOLS}, gpus=1, **head) as started:
         dashboard = f"http://127.0.0.1:{port}"
         Retrying(stop=stop_after_delay(120), wait=wait_fixed(1), reraise=True)(_submit_nothing, dashboard)
         yield Site(started, dashboard, folder)
+    patch.undo()
 
 
 def _submit_nothing(dashboard: str) -> None:
@@ -112,34 +144,61 @@ def _submit_nothing(dashboard: str) -> None:
 
 @pytest.fixture(scope="module")
 def submitted(site: Site) -> Submitted:
-    """The second job is submitted while the first one trains."""
-    running = {"first": site.submit(site.spec("first", epochs=10))}
+    """The second job is submitted while the first one trains; the first is then stopped, and submitted again."""
+    spec = site.spec("first", epochs=20)
+    running, status = {"first": site.submit(spec, "first")}, {}
     places: dict[str, set[str]] = {role: set() for role in (TEACHER, STUDENT, READER)}
     begin = time.monotonic()
     while any(job.poll() is None for job in running.values()):
         for role, found in places.items():
             found.update(site.nodes.processes(role).values())
         if places[STUDENT] and "second" not in running:
-            running["second"] = site.submit(site.spec("second"))
+            running["second"] = site.submit(site.spec("second"), "second")
+            status["newest"] = site.said("status")
+        if "again" not in running and [*(site.folder / "runs" / "first").glob("checkpoints/*/manifest.json")]:
+            site.stop("first")
+            status["first"] = site.said("status", "first")
+            running["again"] = site.submit(spec, "again")
         time.sleep(0.2)
-    print(f"two jobs, one after the other: {time.monotonic() - begin:.0f} s")
+    print(f"two jobs, the first of them in two parts: {time.monotonic() - begin:.0f} s")
     output = {name: job.communicate()[0] for name, job in running.items()}
-    return Submitted(site.folder, {name: job.returncode for name, job in running.items()}, output, places)
+    codes = {name: job.returncode for name, job in running.items()}
+    return Submitted(site.folder, codes, output, status, site.said("logs", "first"), places)
 
 
-@pytest.mark.timeout(600)
-def test_a_job_submitted_with_the_token_runs_to_its_end(submitted: Submitted) -> None:
-    assert submitted.codes["first"] == 0, submitted.output["first"]
+@pytest.mark.timeout(900)
+def test_a_job_that_is_stopped_saves_first_and_goes_on_when_it_is_submitted_again(submitted: Submitted) -> None:
+    assert re.match(r"(first|second): (PENDING|RUNNING)", submitted.status["newest"])
+    assert submitted.status["first"].startswith("first: STOPPED")
+    saved = re.search(r"has saved its state at step (\d+) of (\d+)", submitted.logs)
+    assert saved, submitted.logs
+    print(saved[0])
+    assert 0 < int(saved[1]) < int(saved[2])
+    assert submitted.codes["again"] == 0, submitted.output["again"]
+    result = json.loads((submitted.folder / "runs" / "first" / RESULT).read_text())
+    assert result["steps"] == int(saved[2])
     assert audit(str(submitted.folder / "runs" / "first"), StorageSpec()).problems == []
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(120)
+def test_the_plan_says_whether_this_cluster_has_room(site: Site) -> None:
+    plans = {name: site.plan(site.spec(name, **pools)) for name, pools in PLANNED.items()}
+    said = {name: plan.communicate()[0] for name, plan in plans.items()}
+    assert (plans["fits"].returncode, plans["greedy"].returncode) == (0, 2)
+    assert f"cluster at {site.nodes.address}" in said["fits"]
+    assert re.search(r"teacher +1 × \(1 GPUs.*\) with label betakd\.io/pool=teacher: has room", said["fits"])
+    assert re.search(r"student +2 × .*: has room", said["fits"])
+    assert "memory of a student rank" in said["greedy"]
+    assert re.search(r"betakd: cluster\.teacher: asks for 1 × \(2 GPUs.*room for 0 of them", said["greedy"])
+
+
+@pytest.mark.timeout(900)
 def test_a_second_job_waits_for_the_first_ones_places_and_ends_well(submitted: Submitted) -> None:
     assert submitted.codes["second"] == 0, submitted.output["second"]
     assert audit(str(submitted.folder / "runs" / "second"), StorageSpec()).problems == []
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_each_process_is_on_a_node_of_its_pool(submitted: Submitted) -> None:
     assert submitted.places[TEACHER]
     assert submitted.places[TEACHER] <= {"teacher-0", "teacher-1"}
@@ -179,7 +238,7 @@ def test_a_job_that_finds_no_place_is_refused_before_any_teacher_starts(site: Si
 
 @pytest.mark.timeout(120)
 def test_a_job_submitted_without_the_token_is_refused(site: Site, tmp_path: Path) -> None:
-    job = site.submit(site.spec("stranger"), RAY_AUTH_TOKEN="0" * 64, HOME=str(tmp_path))
+    job = site.submit(site.spec("stranger"), "stranger", RAY_AUTH_TOKEN="0" * 64, HOME=str(tmp_path))
     said = job.communicate()[0]
     assert job.returncode != 0
     assert re.search(r"auth|token|401|403", said, re.IGNORECASE), said
