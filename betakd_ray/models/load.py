@@ -44,7 +44,7 @@ from betakd_ray.models.assemble import (
     with_row,
 )
 from betakd_ray.models.vlm import lm_head, part_parameters, parts
-from betakd_ray.spec import CheckpointInit, ConfigInit, ModelSpec, PartsInit, StorageSpec, StudentSpec
+from betakd_ray.spec import CheckpointInit, ConfigInit, ModelSpec, PartsInit, StorageSpec, StudentSpec, TeacherSpec
 from betakd_ray.storage import open_store
 
 
@@ -127,9 +127,14 @@ def require_images(path: str, config: PretrainedConfig, processor: Any) -> None:
 
 
 def load_model(spec: ModelSpec, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """Weights in `dtype`, on the CPU, in evaluation mode. Raises ModelError."""
+    """Weights in `dtype`, in evaluation mode; on the CPU, unless a teacher's `options` say otherwise.
+
+    Raises ModelError.
+    """
     auto_class = _auto_class(load_config(spec), is_trusted=spec.trust_remote_code)
-    extra = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
+    extra = dict(spec.options) if isinstance(spec, TeacherSpec) else {}
+    if spec.attn_implementation:
+        extra["attn_implementation"] = spec.attn_implementation
     return _from_pretrained(auto_class, spec, dtype=dtype, use_safetensors=True, **extra).eval()
 
 
@@ -350,7 +355,7 @@ def _explained(spec: ModelSpec, problem: str) -> Iterator[None]:
     """What transformers raises, as ModelError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         said = str(error).strip() or type(error).__name__
         if "trust_remote_code" in said and not spec.trust_remote_code:
             raise ModelError(
