@@ -165,6 +165,19 @@ class TopKSignal(Spec):
 Signal = Annotated[HiddenSignal | TopKSignal, Field(discriminator="kind"), BeforeValidator(_named)]
 
 
+_LOADING = {
+    "config": "is read from teacher.path",
+    "output_loading_info": "is for transformers alone",
+    "pretrained_model_name_or_path": "is teacher.path",
+    "state_dict": "is read from teacher.path",
+    "token": "is a secret, and comes from the environment (HF_TOKEN)",
+    "torch_dtype": "is set by teacher.dtype",
+    "use_safetensors": "is always true: a pickle can run code",
+    "weights_only": "is always true: a pickle can run code",
+}
+"""Keywords of from_pretrained that are not an option."""
+
+
 class TeacherSpec(ModelSpec):
     """The frozen teacher, served by actors of its own."""
 
@@ -173,6 +186,16 @@ class TeacherSpec(ModelSpec):
     window: int = Field(default=4, ge=1, description="micro-batches a student worker keeps with the teacher")
     timeout_s: Positive = Field(default=600.0, description="a batch unanswered for so long is an error")
     cache: CacheSpec | None = Field(default=None, description="keep the teacher's answers here, for other jobs too")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="further keywords of transformers' from_pretrained, e.g. quantization_config"
+    )
+
+    @model_validator(mode="after")
+    def _own_options(self) -> "TeacherSpec":
+        for name in self.options:
+            if name in TeacherSpec.model_fields or name in _LOADING:
+                raise ValueError(f"options.{name}: {_LOADING.get(name, f'is set by teacher.{name}')}; leave it out")
+        return self
 
 
 class CheckpointInit(ModelSpec):

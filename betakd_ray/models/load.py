@@ -45,7 +45,7 @@ from betakd_ray.models.assemble import (
 )
 from betakd_ray.models.split import device_map
 from betakd_ray.models.vlm import lm_head, part_parameters, parts
-from betakd_ray.spec import CheckpointInit, ConfigInit, ModelSpec, PartsInit, StorageSpec, StudentSpec
+from betakd_ray.spec import CheckpointInit, ConfigInit, ModelSpec, PartsInit, StorageSpec, StudentSpec, TeacherSpec
 from betakd_ray.storage import open_store
 
 CPU = torch.device("cpu")
@@ -132,14 +132,19 @@ def require_images(path: str, config: PretrainedConfig, processor: Any) -> None:
 def load_model(
     spec: ModelSpec, dtype: torch.dtype | str = "auto", devices: Sequence[torch.device] = (CPU,)
 ) -> PreTrainedModel:
-    """Weights in `dtype`, in evaluation mode, on a device or over several (`models.split`). Raises ModelError."""
+    """Weights in `dtype`, in evaluation mode, on a device or over several (`models.split`).
+
+    A teacher's `options` may name another `device_map`. Raises ModelError.
+    """
     auto_class = _auto_class(load_config(spec), is_trusted=spec.trust_remote_code)
-    extra: dict[str, Any] = {"attn_implementation": spec.attn_implementation} if spec.attn_implementation else {}
-    if len(devices) > 1:
+    extra: dict[str, Any] = dict(spec.options) if isinstance(spec, TeacherSpec) else {}
+    if spec.attn_implementation:
+        extra["attn_implementation"] = spec.attn_implementation
+    if len(devices) > 1 and "device_map" not in extra:
         with torch.device("meta"):
             extra["device_map"] = device_map(model_skeleton(spec, dtype), devices)
     model = _from_pretrained(auto_class, spec, dtype=dtype, use_safetensors=True, **extra).eval()
-    return model if len(devices) > 1 else model.to(devices[0])
+    return model if "device_map" in extra else model.to(devices[0])
 
 
 def student_processor(student: StudentSpec) -> Any:
@@ -359,7 +364,7 @@ def _explained(spec: ModelSpec, problem: str) -> Iterator[None]:
     """What transformers raises, as ModelError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         said = str(error).strip() or type(error).__name__
         if "trust_remote_code" in said and not spec.trust_remote_code:
             raise ModelError(

@@ -93,6 +93,11 @@ def lm_head(model: PreTrainedModel) -> nn.Linear:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{type(model).__name__} has no lm_head of one matrix; choose a causal language model")
+    if not head.weight.is_floating_point():
+        raise ModelError(
+            f"{type(model).__name__} has an lm_head in {head.weight.dtype}; energies are computed from its numbers. "
+            "Choose a quantisation that leaves the head as it is."
+        )
     text = model.config.get_text_config()
     scaled = [name for name in _LOGIT_SETTINGS if getattr(text, name, None) not in (None, 1, 1.0)]
     if head.bias is not None or scaled:

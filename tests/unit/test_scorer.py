@@ -5,12 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from betakd_ray.data.collate import stack
 from betakd_ray.data.render import Renderer
+from betakd_ray.errors import ModelError
 from betakd_ray.models.images import Normalization
 from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.models.load import load_model, load_processor
+from betakd_ray.models.vlm import lm_head
 from betakd_ray.spec import DataSpec, ModelSpec, TeacherSpec
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import Needs
@@ -148,3 +151,20 @@ def test_the_fingerprint_is_of_the_weights_and_made_only_for_a_cache(folder, tmp
     other = save_tiny(tmp_path / "other", seed=5)
     same = save_tiny(tmp_path / "same", seed=4)
     assert fingerprint(folder) == fingerprint(same) != fingerprint(other)
+
+
+def test_what_else_transformers_asks_for_is_said_in_options(folder):
+    spec = TeacherSpec(path=folder, options={"vision_feature_layer": -1})
+    assert TeacherScorer(spec, EVERYTHING).model.config.vision_feature_layer == -1
+    with pytest.raises(ModelError, match=r"cannot load it.*no_such_option"):
+        TeacherScorer(TeacherSpec(path=folder, options={"no_such_option": 1}), EVERYTHING)
+    for name, said in (("dtype", r"is set by teacher\.dtype"), ("use_safetensors", "a pickle"), ("token", "HF_TOKEN")):
+        with pytest.raises(ValidationError, match=rf"options\.{name}: .*{said}"):
+            TeacherSpec(path=folder, options={name: "x"})
+
+
+def test_a_head_in_whole_numbers_is_refused(folder):
+    model = load_model(ModelSpec(path=folder))
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match=r"lm_head in torch\.int8.*leaves the head as it is"):
+        lm_head(model)
