@@ -19,12 +19,20 @@ from betakd_ray.spec import JobSpec
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import TeacherFacts
 from betakd_ray.train.learner import Learner, Window
+from tests.nodes import free_port
+
+
+def on_this_machine(patch: pytest.MonkeyPatch, ranks: int) -> None:
+    """DeepSpeed names shared memory by these: two groups of one name would add up each other's gradients."""
+    patch.setenv("LOCAL_SIZE", str(ranks))
+    patch.setenv("MASTER_ADDR", "127.0.0.1")
+    patch.setenv("MASTER_PORT", str(free_port()))
 
 
 def spawned(work: Callable[..., Any], folder: Path, *arguments: Any, ranks: int = 1) -> Any:
     """What `work(*arguments)` returns on rank 0 of so many processes; `folder` is for their agreement."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_SIZE", str(ranks))
+        on_this_machine(patch, ranks)
         store = folder / f"store-{work.__name__}-{ranks}"
         mp.spawn(_rank, (ranks, store, work, arguments), nprocs=ranks)
     return torch.load(store.with_suffix(".pt"), weights_only=False)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedModel
 
 from betakd_ray.models.images import ImageProcessing
 from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs, most_salient
@@ -363,7 +364,9 @@ def _tensors_in(tree: Any) -> list[Tensor]:
 @contextmanager
 def _fake() -> Iterator[Tally]:
     """Tensors of numbers made in here have no data; the tally counts them as if they had."""
-    with _unchecked(), no_init_weights(), FakeTensorMode(allow_non_fake_inputs=True), Tally() as tally:
+    # Not transformers' no_init_weights(), which would not tie weights either, and count them twice.
+    unset = patch.object(PreTrainedModel, "initialize_weights", lambda _: None)
+    with _unchecked(), unset, FakeTensorMode(allow_non_fake_inputs=True), Tally() as tally:
         yield tally
 
 

@@ -24,10 +24,13 @@ from betakd_ray.teacher.signal import Needs, Wire
 from betakd_ray.train.checkpoint import CheckpointStore, save
 from betakd_ray.train.export import export
 from betakd_ray.train.learner import Learner, Window
+from tests.learning import on_this_machine
 from tests.tiny import VOCAB, raw_sample, save_tiny
 
 pytestmark = pytest.mark.timeout(900)  # one fixture runs every engine
 BATCH, STEPS = 12, 3
+FLOAT32 = 2e-7
+"""What a sum of terms of order one may lose: θ of ctkd has a gradient of 5e-5 that is left of such terms."""
 VISUAL = ["fd", "relation", "align_attention", {"kind": "align_topk", "tokens": 2}]
 # One of four samples has an image: some micro-batches have none, on some ranks.
 IMAGES = [True, False, False, False] * 3
@@ -228,7 +231,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Case], li
     save_tiny(folder / "student", hidden=16, seed=2)
     with pytest.MonkeyPatch.context() as patch:
         for ranks, cases in ((2, PAIR), (1, [*ALONE, *TOKENS, *BF16]), (2, []), (3, [])):
-            patch.setenv("LOCAL_SIZE", str(ranks))
+            on_this_machine(patch, ranks)
             mp.spawn(_rank, (ranks, folder, cases), nprocs=ranks)
             for case, result in torch.load(folder / f"steps-{ranks}-{len(cases)}.pt", weights_only=False).items():
                 found[ranks, case] = result
@@ -245,7 +248,11 @@ def _assert_same(steps: list[Step], reference: list[Step]) -> None:
         for name, gradient in step.gradients.items():
             scale = expected.gradients[name].abs().max().item()
             torch.testing.assert_close(
-                gradient.float(), expected.gradients[name], rtol=1e-3, atol=2e-4 * scale + 1e-8, msg=name
+                gradient.float(),
+                expected.gradients[name],
+                rtol=1e-3,
+                atol=2e-4 * scale + FLOAT32,
+                msg=lambda said, name=name: f"{name}: {said}",
             )
 
 
@@ -333,7 +340,7 @@ def _left_alone(rank: int, folder: Path) -> None:
 def test_a_rank_that_hangs_within_a_step_is_noticed_by_the_others(tmp_path, monkeypatch):
     save_tiny(tmp_path / "teacher", hidden=32, seed=1)
     save_tiny(tmp_path / "student", hidden=16, seed=2)
-    monkeypatch.setenv("LOCAL_SIZE", "2")
+    on_this_machine(monkeypatch, 2)
     with pytest.raises(mp.ProcessExitedException):
         mp.spawn(_left_alone, (tmp_path,), nprocs=2)
     assert (tmp_path / "noticed").exists()

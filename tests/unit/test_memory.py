@@ -28,6 +28,7 @@ from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import Needs
 from betakd_ray.train.learner import Learner
 from betakd_ray.train.memory import StudentMemory, student_memory, teacher_model
+from tests.learning import on_this_machine
 from tests.tiny import VOCAB, raw_sample, save_tiny, tiny_config
 
 pytestmark = pytest.mark.timeout(900)
@@ -154,7 +155,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _run(folder: Path, cases: list[Case]) -> Measured:
     ranks = cases[0].ranks
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_SIZE", str(ranks))
+        on_this_machine(patch, ranks)
         mp.spawn(_rank, (folder, cases), nprocs=ranks)
     return torch.load(folder / f"measured-{ranks}.pt", weights_only=False)
 
