@@ -131,9 +131,10 @@ class Forecast:
 
     @property
     def ledger(self) -> tuple[int, int]:
-        """At the most, and what each shard in flight adds: bits, in base64."""
+        """At the most (shards' sizes, and whether each is done), and what each in flight adds: bits, in base64."""
         largest = max(shard.samples for shard in self.plan.shards)
-        return self.plan.epochs * len(self.plan.shards) // 6, largest // 6
+        sizes = len(self.plan.empty_ledger().to_json())
+        return sizes + self.plan.epochs * len(self.plan.shards) // 6, largest // 6
 
     @property
     def held(self) -> float:
