@@ -57,6 +57,17 @@ def _quiet() -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
+def placement(pool: GPUPoolSpec, gpus: float) -> dict[str, Any]:
+    """The options of an actor or a task that takes one place of the pool."""
+    return {
+        "num_cpus": pool.cpus,
+        "num_gpus": gpus,
+        "accelerator_type": pool.accelerator_type,
+        "resources": pool.resources or None,
+        "label_selector": pool.labels or None,
+    }
+
+
 def gpus_each(asked: float | str) -> float:
     """GPUs of one process of a pool: what the spec says, or one where the cluster has any."""
     if asked == "auto":

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from betakd_ray.data.collate import Batch, SampleIds, stack
+from betakd_ray.data.collate import Batch, stack
+from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.shards import RawSample
 from betakd_ray.job import BetaKDJob
 from betakd_ray.spec import JobSpec

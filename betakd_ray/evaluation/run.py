@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from betakd_ray.cluster import gpus_each
+from betakd_ray.cluster import gpus_each, placement
 from betakd_ray.data.manifest import find_shards
 from betakd_ray.data.render import IMAGE, Renderer
 from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard_with_retry
@@ -83,13 +83,7 @@ class Evaluation:
     def _answer(self, shards: list[Shard]) -> dict[str, list[Answered]]:
         """One task a model, as many at a time as the cluster has room for."""
         pool = self.spec.cluster.student
-        task = ray.remote(answer).options(
-            num_cpus=pool.cpus,
-            num_gpus=_gpus(pool.gpus),
-            accelerator_type=pool.accelerator_type,
-            resources=pool.resources or None,
-            label_selector=pool.labels or None,
-        )
+        task = ray.remote(answer).options(**placement(pool, _gpus(pool.gpus)))
         pending = {task.remote(self.spec, label, shards): label for label in self.spec.models}
         answered: dict[str, list[Answered]] = {}
         try:

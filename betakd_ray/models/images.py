@@ -47,8 +47,7 @@ class Normalization:
             return pixels.to(dtype)
         channels = pixels.view(len(pixels), 3, -1, 1) if pixels.ndim == 2 else pixels
         mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
-        # Two passes over the pixels, not three: on a CPU they are a tenth of a small student's step.
-        return (channels * (self.scale / std)).sub_(mean / std).to(dtype).view(pixels.shape)
+        return ((channels * self.scale - mean) / std).to(dtype).view(pixels.shape)
 
     def of_images(self, images: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """All that the vision tower takes; what a mask marks as padding is zero, as processors have it."""

@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from betakd_ray.cluster import placement
 from betakd_ray.errors import ClusterError, TeacherError
 from betakd_ray.metrics import Gauges
 from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
@@ -60,13 +61,7 @@ class TeacherPool:
         self._min, self._max = pool.min, max(pool.min, pool.max or pool.min)
         self._max_deaths = pool.max_restarts * self._max
         self._deaths = 0  # since a teacher last answered: on preemptible nodes they may die every hour, for days
-        self._start = ray.remote(self._scorer).options(
-            num_cpus=pool.cpus,
-            num_gpus=gpus,
-            accelerator_type=pool.accelerator_type,
-            resources=pool.resources or None,
-            label_selector=pool.labels or None,
-        )
+        self._start = ray.remote(self._scorer).options(**placement(pool, gpus))
         self._arguments = (teacher, needs)
         self._lease_timeout_s = 2 * teacher.timeout_s
         self._pending: dict[int, Starting] = {}

@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from betakd_ray.data.collate import Batch, stack
 from betakd_ray.data.ledger import SampleIds
@@ -28,7 +26,7 @@ from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import Needs
 from betakd_ray.train.learner import Learner
 from betakd_ray.train.memory import StudentMemory, student_memory, teacher_model
-from tests.learning import on_this_machine
+from tests.learning import spawned
 from tests.tiny import VOCAB, raw_sample, save_tiny, tiny_config
 
 pytestmark = pytest.mark.timeout(900)
@@ -102,16 +100,9 @@ def _needs(spec: JobSpec) -> Needs:
     return Needs.of(spec.teacher, spec.objective, VOCAB)
 
 
-def _rank(rank: int, folder: Path, cases: list[Case]) -> None:
+def _measure(folder: Path, cases: list[Case]) -> Measured:
     """Each case with the real engine, one after the other."""
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)
-    ranks = cases[0].ranks
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks)
-    measured = {case: _measured(folder, case) for case in cases}
-    if rank == 0:
-        torch.save(measured, folder / f"measured-{ranks}.pt")
-    dist.destroy_process_group()
+    return {case: _measured(folder, case) for case in cases}
 
 
 def _measured(folder: Path, case: Case) -> dict[str, int]:
@@ -152,18 +143,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _run(folder: Path, cases: list[Case]) -> Measured:
-    ranks = cases[0].ranks
-    with pytest.MonkeyPatch.context() as patch:
-        on_this_machine(patch, ranks)
-        mp.spawn(_rank, (folder, cases), nprocs=ranks)
-    return torch.load(folder / f"measured-{ranks}.pt", weights_only=False)
-
-
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Measured:
     """One rank's cases."""
-    return _run(folder, ALONE)
+    return spawned(_measure, folder, folder, ALONE)
 
 
 def _assert_as_promised(folder: Path, case: Case, measured: Measured) -> None:
@@ -189,7 +172,7 @@ def test_a_rank_takes_what_was_promised(case: Case, alone: Measured, folder: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("case", PAIR, ids=str)
 def test_so_does_each_of_two(case: Case, folder: Path) -> None:
-    _assert_as_promised(folder, case, _run(folder, PAIR))
+    _assert_as_promised(folder, case, spawned(_measure, folder, folder, PAIR, ranks=2))
 
 
 def test_a_model_of_any_size_is_counted_without_its_memory(tmp_path: Path) -> None:
