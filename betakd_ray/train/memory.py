@@ -84,7 +84,7 @@ class StudentMemory:
     objective: int
     """What a micro-batch takes beyond them at its peak: logits of one chunk, and whatever its backward makes."""
     step: int
-    """While the optimizer steps: gradients, their float32 copy, and Adam's temporaries."""
+    """While the optimizer steps: gradients, and their float32 copy. Fused, Adam takes nothing for itself."""
     checkpoint: int
     """Bytes of a checkpoint, over all ranks: trained weights and optimizer state; frozen weights are not in it."""
 
@@ -159,8 +159,6 @@ class _Sizes:
 
     trained: int
     frozen: int
-    largest: int
-    """Of those that learn."""
     bytes: int
     """Of an element."""
 
@@ -168,7 +166,7 @@ class _Sizes:
 def _sizes(distiller: Distiller) -> _Sizes:
     learning = [parameter.numel() for parameter in distiller.parameters() if parameter.requires_grad]
     frozen = sum(parameter.numel() for parameter in distiller.parameters() if not parameter.requires_grad)
-    return _Sizes(sum(learning), frozen, max(learning), distiller.student.dtype.itemsize)
+    return _Sizes(sum(learning), frozen, distiller.student.dtype.itemsize)
 
 
 def _held(spec: JobSpec, sizes: _Sizes, ranks: int) -> StudentMemory:
@@ -186,7 +184,6 @@ def _held(spec: JobSpec, sizes: _Sizes, ranks: int) -> StudentMemory:
     is_flat = stage > 0 and zero.get("contiguous_gradients", True)
     part = sizes.trained // share
     gradients = part * (sizes.bytes + (4 if is_half else 0))
-    temporaries = 2 * 4 * (part if has_master else sizes.largest)
     return StudentMemory(
         parameters=every,
         trained=sizes.trained,
@@ -197,7 +194,7 @@ def _held(spec: JobSpec, sizes: _Sizes, ranks: int) -> StudentMemory:
         gradients=0,
         activations=0,
         objective=0,
-        step=gradients + temporaries,
+        step=gradients,
         # Of ZeRO-3's weights, only the float32 copy is saved.
         checkpoint=sizes.trained * (ADAM_BYTES + (MASTER_BYTES if has_master else 0) + (stage < 3) * sizes.bytes),
     )

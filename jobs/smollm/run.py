@@ -1,0 +1,46 @@
+"""`make smollm`: a real language model and a real vision tower become a teacher, and 6 of its 30 layers a student.
+
+Warm-up of the projector on captions, instruction tuning, a student without and with the teacher, and one table of the
+three. What an earlier run finished is not done again, and what it began goes on from its last checkpoint.
+"""
+
+from pathlib import Path
+
+from betakd_ray.cli import explained, print_scores
+from betakd_ray.cluster import connected
+from betakd_ray.evaluation.run import Evaluation
+from betakd_ray.job import BetaKDJob
+from betakd_ray.spec import load_spec
+from jobs.easy_vqa.data import TEST, evaluation, pack_once
+from jobs.easy_vqa.run import without_teacher
+from jobs.smollm.parts import write_language_model, write_vision_tower, write_with_fewer_layers
+
+HERE = Path(__file__).parent
+PARTS = Path("runs/smollm/parts")
+IMAGE_SIZE = 56
+LAYERS = 6
+
+
+def main() -> None:
+    """From two packages to the table."""
+    pack_once("captions", "clean", "train", "test")
+    write_language_model(PARTS / "language_model")
+    write_vision_tower(PARTS / "vision_tower", IMAGE_SIZE)
+    warmup, teacher, distilled = (load_spec(HERE / f"{name}.yaml") for name in ("warmup", "teacher", "distill"))
+    with connected(distilled):
+        BetaKDJob(warmup).fit()
+        models = {"teacher": BetaKDJob(teacher).fit().model}
+        write_with_fewer_layers(Path(models["teacher"]), LAYERS, PARTS / "student")
+        models["CE only"] = BetaKDJob(without_teacher(distilled, "ce")).fit().model
+        models["distilled"] = BetaKDJob(distilled).fit().model
+        data = {"train": TEST, "template": "chat", "system_prompt": ""}
+        asked = evaluation(models, "runs/smollm", data=data, limit=1000, batch_size=50)
+        scores = Evaluation(asked).run()
+    print_scores(scores)
+    for label, folder in models.items():
+        print(f"  {label:10} {folder}")
+
+
+if __name__ == "__main__":
+    with explained():
+        main()
