@@ -1,7 +1,8 @@
 """What a job will take, before anything is asked of a cluster: `betakd plan`.
 
 Steps, GPUs, memory, bytes on the way and in storage, from the data's manifests, a few samples and the models'
-configurations; no weights are read. Where the data are not there yet, their size is assumed.
+configurations; no weights are read, and those of a quantised teacher are counted as if they were not. Where the data
+are not there yet, their size is assumed.
 """
 
 import io
@@ -189,7 +190,8 @@ class Forecast:
 
     def _memory_rows(self) -> Iterator[Row]:
         if self.teacher:
-            yield "memory of a teacher", "weights", size(self.teacher.weights)
+            packed = f", as if {self.teacher.quantization} did not pack them" if self.teacher.quantization else ""
+            yield "memory of a teacher", f"weights{packed}", size(self.teacher.weights)
             if self.teacher.largest_share < self.teacher.weights:
                 yield "memory of a teacher", "weights on its fullest GPU", size(self.teacher.largest_share)
             yield "memory of a teacher", "one micro-batch", size(self.teacher.working)

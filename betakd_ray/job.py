@@ -38,6 +38,7 @@ from betakd_ray.errors import ClusterError, DataError, Interrupted, OutputError,
 from betakd_ray.models.compatibility import check_features, check_vocabularies
 from betakd_ray.models.load import (
     check_adapters,
+    check_options,
     load_config,
     load_processor,
     require_images,
@@ -151,6 +152,7 @@ class BetaKDJob:
         if spec.teacher is None:
             return {"student": student}
         config = load_config(spec.teacher)
+        check_options(spec.teacher, config)
         teacher_processor = load_processor(spec.teacher)
         require_images(spec.teacher.path, config, teacher_processor)
         check_vocabularies(teacher_processor, processor)

@@ -58,7 +58,14 @@ def _absolute_if_present(location: str) -> str:
     )
 
 
+def _gguf_within(file: str) -> str:
+    if not file.endswith(".gguf") or file.startswith(("/", "~")) or "://" in file or ".." in file.split("/"):
+        raise ValueError(f"{_short(file)} is no .gguf file within path; name it as it is called there, e.g. Q8_0.gguf")
+    return file
+
+
 Url = Annotated[str, AfterValidator(_public)]
+GgufFile = Annotated[Url, AfterValidator(_gguf_within)]
 Location = Annotated[Url, Field(min_length=1), AfterValidator(_absolute)]
 ModelLocation = Annotated[Url, Field(min_length=1), AfterValidator(_absolute_if_present)]
 Positive = Annotated[float, Field(gt=0)]
@@ -131,12 +138,22 @@ class ModelSpec(Spec):
     """A pretrained vision–language model, or a language model for text alone: a folder, a hub id, or a URL."""
 
     path: ModelLocation
+    gguf_file: GgufFile | None = Field(
+        default=None, description="a GGUF in that folder: the whole of a language model; its weights are unpacked"
+    )
     revision: str | None = None
     storage: StorageSpec = StorageSpec()
     attn_implementation: str | None = None
     trust_remote_code: bool = Field(
         default=False, description="runs code found beside the weights: only if you read it"
     )
+
+    @model_validator(mode="after")
+    def _folder(self) -> "ModelSpec":
+        if self.path.endswith(".gguf"):
+            folder, _, file = self.path.rpartition("/")
+            raise ValueError(f"path: is a file; write it as path: {folder or '.'} and gguf_file: {file}")
+        return self
 
     @model_validator(mode="after")
     def _trusted(self) -> "ModelSpec":
@@ -195,6 +212,14 @@ class TeacherSpec(ModelSpec):
         for name in self.options:
             if name in TeacherSpec.model_fields or name in _LOADING:
                 raise ValueError(f"options.{name}: {_LOADING.get(name, f'is set by teacher.{name}')}; leave it out")
+        quantization = self.options.get("quantization_config", {})
+        if not isinstance(quantization, dict):
+            raise ValueError(
+                f"options.quantization_config: {_short(quantization)} is no mapping; write it as transformers keeps "
+                "it, e.g. {quant_method: bitsandbytes, load_in_8bit: true}"
+            )
+        if self.gguf_file and quantization:
+            raise ValueError("options.quantization_config: the weights of a gguf_file are unpacked; leave it out")
         return self
 
 

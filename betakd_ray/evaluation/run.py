@@ -121,7 +121,7 @@ class Evaluation:
 def answer(spec: EvaluationSpec, label: str, shards: list[Shard]) -> list[Answered]:
     """Load a model on this process's device and put every question to it. Raises ModelError or DataError."""
     renderer = Renderer(load_processor(spec.models[label]), spec.data)
-    model = freeze(load_model(spec.models[label])).to(find_device())
+    model = freeze(load_model(spec.models[label], devices=[find_device()]))
     asked, kept = tee(_samples(spec, shards))
     texts = answers(model, renderer, asked, batch_size=spec.batch_size, max_new_tokens=spec.max_new_tokens)
     return [_answered(sample, text) for text, sample in zip(texts, kept, strict=True)]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from betakd_ray.errors import ModelError
@@ -92,10 +93,16 @@ def lm_head(model: PreTrainedModel) -> nn.Linear:
     """What makes logits of the last hidden states. Raises ModelError where that is not one matrix and nothing else."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise ModelError(f"{type(model).__name__} has no lm_head of one matrix; choose a causal language model")
-    if not head.weight.is_floating_point():
         raise ModelError(
-            f"{type(model).__name__} has an lm_head in {head.weight.dtype}; energies are computed from its numbers. "
+            f"{type(model).__name__} has no lm_head of one matrix; choose a causal language model, and a quantisation "
+            "that leaves the head as it is"
+        )
+    weight: Tensor | None = getattr(head, "weight", None)  # some quantisations keep it under other names
+    # A subclass says that it has the numbers' dtype, and holds others.
+    if weight is None or weight.dtype not in _NUMBERS or is_traceable_wrapper_subclass(weight):
+        seen = "packed" if weight is None else f"in {weight.dtype} ({type(weight).__name__})"
+        raise ModelError(
+            f"{type(model).__name__} has an lm_head {seen}; energies are computed from its numbers. "
             "Choose a quantisation that leaves the head as it is."
         )
     text = model.config.get_text_config()
@@ -108,6 +115,7 @@ def lm_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
+_NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
 _LOGIT_SETTINGS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier")
 
 

@@ -4,11 +4,13 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from betakd_ray.energies import entropy
 from betakd_ray.models.device import find_devices
@@ -157,12 +159,22 @@ def _salience(hidden: Hidden, pairs: Pairs, inputs: TensorInputs) -> Tensor:
 
 
 def _fingerprint(model: Any) -> str:
-    """A hash of the configuration, and of names, dtypes and bytes of all that the model holds."""
+    """A hash of the configuration, quantisation and all, and of names, dtypes and bytes of what the model holds."""
     config = model.config.to_dict()
     for of_this_copy in ("_name_or_path", "transformers_version"):
         config.pop(of_this_copy, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _plain(model.state_dict()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _plain(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """With those that a quantised tensor is made of in its place."""
+    for name, tensor in tensors.items():
+        if is_traceable_wrapper_subclass(tensor):
+            inner, _ = tensor.__tensor_flatten__()
+            yield from _plain({f"{name}.{part}": getattr(tensor, part) for part in inner})
+        else:
+            yield name, tensor

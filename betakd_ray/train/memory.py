@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from betakd_ray.models.images import ImageProcessing
 from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs, most_salient
-from betakd_ray.models.load import model_skeleton, student_skeleton
+from betakd_ray.models.load import model_skeleton, quantization, student_skeleton
 from betakd_ray.models.split import device_bytes
 from betakd_ray.models.vlm import Normalization, attention_heads, freeze, hidden_rows, with_attention_weights
 from betakd_ray.objective import TeacherRows, project, top_k
@@ -56,6 +56,8 @@ class TeacherModel:
     """Of the weights, on that of its GPUs which has most."""
     working: int
     """Bytes that one micro-batch takes at its peak."""
+    quantization: str | None = None
+    """How the weights will be packed: bytes are counted as if they were not."""
 
     @property
     def peak(self) -> int:
@@ -114,6 +116,7 @@ def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, processo
             weights=weights,
             largest_share=max(device_bytes(model, [torch.device("cuda", number) for number in range(gpus)]).values()),
             working=tally.peak - weights,
+            quantization=quantization(spec, model.config),
         )
 
 
