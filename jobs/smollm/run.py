@@ -17,7 +17,7 @@ from jobs.smollm.parts import write_language_model, write_vision_tower, write_wi
 
 HERE = Path(__file__).parent
 PARTS = Path("runs/smollm/parts")
-IMAGE_SIZE = 56
+IMAGE_SIZE = 42
 LAYERS = 6
 
 
