@@ -4,7 +4,10 @@ Warm-up of the projector on captions, instruction tuning, a student without and 
 three. What an earlier run finished is not done again, and what it began goes on from its last checkpoint.
 """
 
+import math
 from pathlib import Path
+
+from safetensors import safe_open
 
 from betakd_ray.cli import explained, print_scores
 from betakd_ray.cluster import connected
@@ -38,7 +41,13 @@ def main() -> None:
         scores = Evaluation(asked).run()
     print_scores(scores)
     for label, folder in models.items():
-        print(f"  {label:10} {folder}")
+        print(f"  {label:10} {parameters(Path(folder)) / 1e6:.1f} M parameters, {folder}")
+
+
+def parameters(model: Path) -> int:
+    """How many numbers a saved model has."""
+    with safe_open(model / "model.safetensors", "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
 
 
 if __name__ == "__main__":
