@@ -36,15 +36,9 @@ from betakd_ray.data.render import Renderer
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import ClusterError, DataError, Interrupted, OutputError, TrainingError
 from betakd_ray.models.compatibility import check_features, check_vocabularies
-from betakd_ray.models.load import (
-    check_adapters,
-    check_options,
-    load_config,
-    load_processor,
-    require_images,
-    student_config,
-    student_processor,
-)
+from betakd_ray.models.load import load_config, load_processor, require_images
+from betakd_ray.models.options import check_options
+from betakd_ray.models.student import check_adapters, student_config, student_processor
 from betakd_ray.spec import VISUAL_ENERGIES, JobSpec, TeacherSpec, load_spec
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.cache import SignalCache

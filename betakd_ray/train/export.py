@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from betakd_ray.models.load import student_processor
+from betakd_ray.models.student import student_processor
 from betakd_ray.models.vlm import takes_images
 from betakd_ray.spec import JobSpec, StorageSpec, StudentSpec
 from betakd_ray.storage import join, open_store

@@ -17,7 +17,7 @@ from betakd_ray.data.collate import Batch
 from betakd_ray.errors import TeacherError
 from betakd_ray.models.device import find_device
 from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs, most_salient, to_device
-from betakd_ray.models.load import build_student, student_processor
+from betakd_ray.models.student import build_student, student_processor
 from betakd_ray.models.vlm import with_attention_weights
 from betakd_ray.objective import TeacherRows
 from betakd_ray.spec import AlignTopK, JobSpec

@@ -25,8 +25,10 @@ from transformers import PreTrainedModel
 
 from betakd_ray.models.images import ImageProcessing
 from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs, most_salient
-from betakd_ray.models.load import model_skeleton, quantization, student_skeleton
+from betakd_ray.models.load import model_skeleton
+from betakd_ray.models.quantization import quantization
 from betakd_ray.models.split import device_bytes
+from betakd_ray.models.student import student_skeleton
 from betakd_ray.models.vlm import Normalization, attention_heads, freeze, hidden_rows, with_attention_weights
 from betakd_ray.objective import TeacherRows, project, top_k
 from betakd_ray.spec import AlignTopK, JobSpec, TeacherSpec

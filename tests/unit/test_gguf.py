@@ -18,9 +18,9 @@ from betakd_ray.data.render import Renderer
 from betakd_ray.errors import ModelError
 from betakd_ray.forecast import forecast
 from betakd_ray.job import BetaKDJob
-from betakd_ray.models import load
 from betakd_ray.models.compatibility import check_vocabularies
-from betakd_ray.models.load import build_student, load_config, load_model, load_processor, student_processor
+from betakd_ray.models.load import load_config, load_model, load_processor
+from betakd_ray.models.student import build_student, student_processor
 from betakd_ray.spec import DataSpec, JobSpec, ModelSpec, StudentSpec, TeacherSpec, parse_spec
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import Needs
@@ -359,7 +359,7 @@ def test_a_file_without_all_of_the_weights_is_refused(tmp_path):
 
 
 def test_without_the_package_the_error_says_how_to_get_it(folder, monkeypatch):
-    monkeypatch.setattr(load, "is_gguf_available", lambda: False)
+    monkeypatch.setattr("betakd_ray.models.gguf.is_gguf_available", lambda: False)
     with pytest.raises(ModelError, match=r"pip install 'betakd_ray\[gguf\]'"):
         load_config(model_spec(folder))
 

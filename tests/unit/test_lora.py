@@ -14,7 +14,8 @@ from betakd_ray.data.pack import pack
 from betakd_ray.errors import ModelError, SpecError
 from betakd_ray.forecast import forecast
 from betakd_ray.job import BetaKDJob
-from betakd_ray.models.load import build_student, load_model
+from betakd_ray.models.load import load_model
+from betakd_ray.models.student import build_student
 from betakd_ray.spec import JobSpec, ModelSpec, parse_spec
 from betakd_ray.train.export import export
 from tests.learning import Study, spawned

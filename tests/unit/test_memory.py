@@ -20,7 +20,8 @@ from betakd_ray.data.collate import Batch, stack
 from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.render import Renderer
 from betakd_ray.models.inputs import ModelInputs
-from betakd_ray.models.load import load_processor, student_processor
+from betakd_ray.models.load import load_processor
+from betakd_ray.models.student import student_processor
 from betakd_ray.spec import JobSpec, parse_spec
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import Needs

@@ -15,13 +15,14 @@ from betakd_ray.errors import ModelError
 from betakd_ray.evaluation.generate import answers
 from betakd_ray.models.images import ImageProcessing, Normalization
 from betakd_ray.models.inputs import TensorInputs
-from betakd_ray.models.load import build_student, load_model, load_processor
+from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.mobilevlm import (
     MobileVLMConfig,
     MobileVLMForConditionalGeneration,
     MobileVLMProjector,
     mobilevlm_processor,
 )
+from betakd_ray.models.student import build_student
 from betakd_ray.models.vlm import hidden_rows, parts
 from betakd_ray.spec import DataSpec, ModelSpec, StudentSpec
 from tests.originals import mobilevlm, mobilevlm_config

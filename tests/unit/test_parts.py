@@ -31,8 +31,8 @@ from betakd_ray.forecast import forecast
 from betakd_ray.job import BetaKDJob
 from betakd_ray.models.images import Normalization
 from betakd_ray.models.inputs import TensorInputs
-from betakd_ray.models.load import build_student, student_config, student_processor
 from betakd_ray.models.mobilevlm import MobileVLMForConditionalGeneration
+from betakd_ray.models.student import build_student, student_config, student_processor
 from betakd_ray.models.vlm import hidden_rows, lm_head, part_parameters
 from betakd_ray.spec import DataSpec, JobSpec, StudentSpec, parse_spec
 from betakd_ray.train.export import export

@@ -21,7 +21,8 @@ from transformers import AutoModelForImageTextToText
 from betakd_ray.data.pack import pack
 from betakd_ray.errors import SECRET_VARIABLES, BetaKDError, DataError, ModelError, OutputError, SpecError
 from betakd_ray.job import BetaKDJob
-from betakd_ray.models.load import build_student, load_config, load_model, load_processor
+from betakd_ray.models.load import load_config, load_model, load_processor
+from betakd_ray.models.student import build_student
 from betakd_ray.spec import EvaluationSpec, JobSpec, ModelSpec, OutputSpec, PackSpec, load_spec, parse_spec
 from betakd_ray.tracking import Metrics
 from betakd_ray.train import checkpoint

@@ -19,8 +19,9 @@ from betakd_ray.data.render import Renderer
 from betakd_ray.errors import ModelError
 from betakd_ray.forecast import forecast
 from betakd_ray.job import BetaKDJob
-from betakd_ray.models import load
-from betakd_ray.models.load import load_config, load_model, load_processor, student_config
+from betakd_ray.models.load import load_config, load_model, load_processor
+from betakd_ray.models.options import check_options, loading_keywords
+from betakd_ray.models.student import student_config
 from betakd_ray.models.vlm import lm_head
 from betakd_ray.spec import DataSpec, ModelSpec, StudentSpec, TeacherSpec, parse_spec
 from betakd_ray.teacher.scorer import TeacherScorer
@@ -58,8 +59,8 @@ def teacher(path: str, **options: Any) -> TeacherSpec:
     return TeacherSpec(path=path, options=options)
 
 
-def check_options(spec: TeacherSpec) -> None:
-    load.check_options(spec, load_config(spec))
+def check(spec: TeacherSpec) -> None:
+    check_options(spec, load_config(spec))
 
 
 # ------------------------------------------------------------------------------------------ keywords
@@ -76,7 +77,7 @@ def check_options(spec: TeacherSpec) -> None:
 )
 def test_a_keyword_that_nobody_knows_is_found_without_weights(empty, option, said):
     with pytest.raises(ModelError, match=rf"teacher\.options\.{option}: .*{said}"):
-        check_options(teacher(empty, **{option: 1}))
+        check(teacher(empty, **{option: 1}))
 
 
 @pytest.mark.parametrize(
@@ -91,19 +92,19 @@ def test_a_keyword_that_nobody_knows_is_found_without_weights(empty, option, sai
     ids=str,
 )
 def test_keywords_of_transformers_and_settings_of_the_model_pass(folder, empty, options):
-    check_options(teacher(empty, **options))
+    check(teacher(empty, **options))
     load_model(teacher(folder, **options))
 
 
 def test_a_setting_of_another_type_is_named(empty):
     with pytest.raises(ModelError, match=r"teacher\.options: .*'vision_feature_layer' with value 'last'"):
-        check_options(teacher(empty, vision_feature_layer="last"))
+        check(teacher(empty, vision_feature_layer="last"))
 
 
 @pytest.mark.parametrize("name", ["spec", "return_unused_kwargs"])
 def test_a_name_that_this_code_uses_itself_is_no_option(empty, name):
     with pytest.raises(ModelError, match=rf"teacher\.options: .*{name}"):
-        check_options(teacher(empty, **{name: 1}))
+        check(teacher(empty, **{name: 1}))
 
 
 def test_transformers_refuses_when_it_loads_what_is_refused_before(folder):
@@ -112,7 +113,7 @@ def test_transformers_refuses_when_it_loads_what_is_refused_before(folder):
 
 
 def test_the_keywords_are_those_of_from_pretrained_s_signature_and_body():
-    assert {"dtype", "device_map", "quantization_config", "max_memory", "use_safetensors"} <= load._loading_keywords()
+    assert {"dtype", "device_map", "quantization_config", "max_memory", "use_safetensors"} <= loading_keywords()
 
 
 # ------------------------------------------------------------------------------------------ quantisation
@@ -147,13 +148,13 @@ def test_a_job_s_check_finds_a_wrong_option(tmp_path, folder):
 )
 def test_a_quantisation_that_transformers_cannot_read_is_found_without_weights(empty, quantization, said):
     with pytest.raises(ModelError, match=rf"teacher\.options\.quantization_config: .*{said}"):
-        check_options(teacher(empty, quantization_config=quantization))
+        check(teacher(empty, quantization_config=quantization))
 
 
 def test_a_quantisation_whose_package_is_missing_is_found_without_weights(empty, monkeypatch):
     monkeypatch.setattr("transformers.quantizers.quantizer_bnb_8bit.is_bitsandbytes_available", lambda *_: False)
     with pytest.raises(ModelError, match=r"teacher\.options\.quantization_config: .*bitsandbytes"):
-        check_options(teacher(empty, quantization_config={"load_in_8bit": True}))
+        check(teacher(empty, quantization_config={"load_in_8bit": True}))
 
 
 def test_a_quantisation_is_a_mapping():
@@ -205,7 +206,7 @@ def answered(folder):
 def test_a_teacher_quantised_as_it_loads_says_what_transformers_own_would(folder, answered, package, dtype):
     need(package)
     spec = TeacherSpec(path=folder, dtype=dtype, options={"quantization_config": METHODS[package]})
-    check_options(spec)
+    check(spec)
     signal, logits = answered(spec)
     assert signal.valid.all()
     asked = AutoQuantizationConfig.from_dict(METHODS[package])
@@ -222,7 +223,7 @@ def test_a_teacher_quantised_as_it_loads_says_what_transformers_own_would(folder
 
 
 def test_a_teacher_whose_weights_are_stored_quantised_says_the_same(folder, stored, answered):
-    check_options(teacher(stored))
+    check(teacher(stored))
     _, expected = answered(teacher(folder, quantization_config=TORCHAO))
     _, logits = answered(teacher(stored))
     torch.testing.assert_close(logits, expected, rtol=0, atol=0)

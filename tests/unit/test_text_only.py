@@ -12,7 +12,8 @@ from betakd_ray.evaluation.generate import answers
 from betakd_ray.job import BetaKDJob
 from betakd_ray.models.images import Normalization
 from betakd_ray.models.inputs import TensorInputs
-from betakd_ray.models.load import build_student, load_model, load_processor
+from betakd_ray.models.load import load_model, load_processor
+from betakd_ray.models.student import build_student
 from betakd_ray.models.vlm import hidden_rows, lm_head, part_parameters, takes_images
 from betakd_ray.spec import DataSpec, ModelSpec, StudentSpec, TeacherSpec, parse_spec
 from betakd_ray.teacher.scorer import TeacherScorer

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from betakd_ray.models.load import build_student
+from betakd_ray.models.student import build_student
 from betakd_ray.spec import JobSpec, parse_spec
 from betakd_ray.train.export import export
 from tests.families import FAMILIES

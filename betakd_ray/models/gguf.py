@@ -1,0 +1,48 @@
+"""A language model in one GGUF: found on this node, and refused where transformers would read it wrongly or in part."""
+
+import os
+import struct
+from pathlib import Path
+
+from transformers.integrations.gguf.reader import read_gguf_metadata
+from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import is_gguf_available
+
+from betakd_ray.errors import ModelError
+from betakd_ray.models.source import explained, local_folder
+from betakd_ray.spec import ModelSpec
+
+
+def find_gguf(spec: ModelSpec, name: str) -> Path:
+    """The file `name` beside a model's other files, on this node.
+
+    Raises ModelError if it is not there, or is no GGUF; for what transformers would not read, or only a part of; and
+    where the package gguf is missing.
+    """
+    if not is_gguf_available():
+        raise ModelError(f"gguf_file: {name} is read by the package gguf: pip install 'betakd_ray[gguf]'")
+    with explained(spec, f"gguf_file {name} cannot be found"):
+        folder = local_folder(spec.path, spec.storage, only=name)
+        if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, name)):
+            there = sorted(str(file.relative_to(folder)) for file in Path(folder).rglob("*.gguf"))
+            raise ModelError(f"{spec.path}: has no {name}. Its GGUFs are: {', '.join(there) or 'none'}.")
+        found = cached_file(folder, name, revision=spec.revision or "main")
+    assert found is not None
+    try:
+        metadata, tensors = read_gguf_metadata(found)
+        architecture = metadata["general.architecture"]
+    except (ValueError, IndexError, OverflowError, struct.error) as error:
+        raise ModelError(
+            f"{spec.path}/{name}: is no GGUF, or a damaged one ({error}). Fetch or convert it again."
+        ) from error
+    if "rope_freqs.weight" in tensors or metadata.get(f"{architecture}.rope.scaling.type", "none") != "none":
+        raise ModelError(
+            f"{spec.path}/{name}: scales its rotary positions, as Llama 3.1 does; transformers leaves that out of a "
+            "GGUF, and its answers would be others. Name the model in safetensors."
+        )
+    if (files := metadata.get("split.count", 1)) > 1:
+        raise ModelError(
+            f"{spec.path}/{name}: is one of {files} files of a model, of which transformers would read this one alone. "
+            "Merge them with llama.cpp's llama-gguf-split --merge."
+        )
+    return Path(found)

@@ -1,0 +1,55 @@
+"""What else a teacher is loaded with: `teacher.options`, checked before any weights are read."""
+
+import difflib
+import inspect
+import re
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from betakd_ray.errors import ModelError
+from betakd_ray.models.load import model_skeleton
+from betakd_ray.models.pretrained import from_pretrained
+from betakd_ray.models.quantization import check_quantization
+from betakd_ray.spec import TeacherSpec
+
+_RETIRED = {"from_flax", "from_tf", "low_cpu_mem_usage", "mirror", "offload_state_dict"}
+"""Keywords that from_pretrained takes, and no longer heeds."""
+
+
+def check_options(spec: TeacherSpec, config: PretrainedConfig) -> None:
+    """Raises ModelError for an option that neither transformers nor the teacher's configuration knows, and for a
+    quantisation that cannot be read, or whose package is not here. No weights are read.
+    """
+    given = {name: value for name, value in spec.options.items() if name != "quantization_config"}
+    if given and not spec.trust_remote_code:  # code of its own may take any
+        _check_keywords(spec, given, config)
+    check_quantization(spec, config)
+
+
+def _check_keywords(spec: TeacherSpec, given: dict[str, Any], config: PretrainedConfig) -> None:
+    try:
+        # As from_pretrained does it: what the configuration does not take is a keyword, or of the model's __init__.
+        _, others = from_pretrained(AutoConfig, spec, return_unused_kwargs=True, **given)
+    except (ModelError, TypeError) as error:
+        raise ModelError(f"teacher.options: {error}") from error
+    known = loading_keywords()
+    if not others.keys() <= known:
+        with torch.device("meta"):
+            known |= inspect.signature(type(model_skeleton(spec)).__init__).parameters.keys()
+    if unknown := sorted(others.keys() - known):
+        name = unknown[0]
+        close = difflib.get_close_matches(name, known | config.to_dict().keys(), n=3)
+        hint = f"Did you mean {' or '.join(close)}?" if close else "Leave it out."
+        raise ModelError(
+            f"teacher.options.{name}: is no keyword of transformers' from_pretrained, and no setting of a "
+            f"{config.model_type!r}. {hint}"
+        )
+
+
+def loading_keywords() -> set[str]:
+    """Of transformers' from_pretrained: in its signature, or taken out of its **kwargs, of which there is no list."""
+    function = inspect.unwrap(PreTrainedModel.from_pretrained)
+    popped = re.findall(r'kwargs\.pop\(\s*"(\w+)"', inspect.getsource(function))
+    return {*inspect.signature(function).parameters, *popped, *_RETIRED}

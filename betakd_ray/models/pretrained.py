@@ -1,0 +1,66 @@
+"""Whatever transformers reads of a spec's model goes through here.
+
+Weights are read from safetensors, or from a GGUF that the spec names, and from nothing else: neither holds code. Code
+beside a checkpoint runs only where the spec says `trust_remote_code`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import cached_file, has_file
+
+import betakd_ray.models.mobilevlm  # noqa: F401 (makes the family known to transformers)
+from betakd_ray.errors import ModelError
+from betakd_ray.models.gguf import find_gguf
+from betakd_ray.models.source import explained, local_folder
+from betakd_ray.spec import ModelSpec
+
+
+def from_pretrained(auto_class: Any, spec: ModelSpec, **options: Any) -> Any:
+    """What an auto class of transformers makes of a model's files, or of its GGUF; `options` are its keywords.
+
+    Raises ModelError for what transformers cannot read, and as `find_gguf` and `local_folder` do. It does not refuse
+    pickles: `require_safetensors` comes before weights are read.
+    """
+    problem = "cannot load it"
+    if spec.gguf_file:
+        problem = f"cannot load {spec.gguf_file} (fetch it again, or name a model in safetensors)"
+    with explained(spec, f"{auto_class.__name__} {problem}"):
+        if spec.gguf_file:
+            file = find_gguf(spec, spec.gguf_file)
+            # By its whole path: a bare name transformers would look for in the working directory first.
+            place, options = str(file.parent), {**options, "gguf_file": str(file)}
+        else:
+            place = local_folder(spec.path, spec.storage)
+        return auto_class.from_pretrained(
+            place, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code, **options
+        )
+
+
+def require_safetensors(spec: ModelSpec, config: PretrainedConfig) -> None:
+    """Raises ModelError where transformers would come to a pickle. It is not opened, nor fetched from a hub."""
+    if spec.gguf_file:  # numbers and text, and the only file that is read
+        return
+    with explained(spec, "its weights cannot be found"):
+        files = _weight_files(local_folder(spec.path, spec.storage), spec.revision or "main", config)
+    if pickles := [file for file in files if not file.endswith(".safetensors")]:
+        raise ModelError(
+            f"{spec.path}: its weights are in {pickles[0]}, a pickle, which can run code when it is loaded. Name a "
+            "model in safetensors, or, if you trust this one, convert it: transformers' from_pretrained and then "
+            "save_pretrained into another folder, whose path to give here."
+        )
+
+
+def _weight_files(folder: str, revision: str, config: PretrainedConfig) -> set[str]:
+    """Where transformers would find weights, of a folder or hub id; nothing if they are not there, or not yet."""
+    named = getattr(config, "transformers_weights", None)
+    names = [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
+    first = next((name for name in names if has_file(folder, name, revision=revision)), None)
+    if first is None or not first.endswith(".index.json"):
+        return {first} if first else set()
+    index = cached_file(folder, first, revision=revision)
+    assert index is not None
+    return set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())

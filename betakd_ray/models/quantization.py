@@ -1,0 +1,43 @@
+"""Weights that are packed in fewer bits: as they are stored, or as a teacher's options ask for it."""
+
+from copy import deepcopy
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from betakd_ray.errors import ModelError
+from betakd_ray.spec import ModelSpec, TeacherSpec
+
+
+def quantization(spec: ModelSpec, config: PretrainedConfig) -> str | None:
+    """The method by which a model's weights are packed when they are loaded; None if they are plain numbers."""
+    asked = spec.options.get("quantization_config") if isinstance(spec, TeacherSpec) else None
+    found = asked or _own_quantization(config)
+    # bitsandbytes alone may be asked for without a name
+    return str(found.get("quant_method") or "bitsandbytes") if found else None
+
+
+def check_quantization(spec: TeacherSpec, config: PretrainedConfig) -> None:
+    """Raises ModelError for a quantisation that cannot be read, or whose package is not here. No weights are read."""
+    asked = spec.options.get("quantization_config")
+    settings, is_own = asked or _own_quantization(config), not asked
+    if not settings:
+        return
+    where = f"{spec.path}: its quantization_config" if is_own else "teacher.options.quantization_config"
+    try:
+        quantizer = AutoHfQuantizer.from_config(deepcopy(settings), pre_quantized=is_own)
+    except (ValueError, TypeError, KeyError, AssertionError, ImportError) as error:
+        raise ModelError(f"{where}: transformers cannot read it: {error}") from error
+    try:
+        quantizer.validate_environment(device_map=None, weights_only=True)
+    except ImportError as error:
+        raise ModelError(f"{where}: {error}") from error
+    except (RuntimeError, ValueError, NotImplementedError):
+        pass  # the devices are not those that the teacher will have
+
+
+def _own_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
+    """Of the weights as they are stored."""
+    found = (getattr(each, "quantization_config", None) for each in (config, config.get_text_config()))
+    return next(filter(None, found), None)

@@ -1,0 +1,68 @@
+"""Where a model is read from: a folder, a hub id or a URL; and what transformers says of it, in the words of a spec."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub.errors import StrictDataclassError
+
+from betakd_ray.errors import ModelError
+from betakd_ray.spec import ModelSpec, StorageSpec
+from betakd_ray.storage import join, open_store
+
+
+def local_folder(location: str, storage: StorageSpec, only: str | None = None) -> str:
+    """A folder or hub id as it is; a URL, or only a file of it, copied to this node's cache once.
+
+    Raises ModelError for a URL that cannot be listed, or has no files.
+    """
+    if "://" not in location:
+        return location
+    filesystem, path = open_store(location, storage)
+    source = join(path, only) if only else path
+    cache = Path(os.environ.get("BETAKD_CACHE", Path.home() / ".cache" / "betakd")) / "models"
+    try:
+        listing = cast(dict[str, Any], filesystem.find(source, detail=True))  # a list only without detail
+    except OSError as error:
+        raise ModelError(f"{location}: cannot be listed ({error})") from error
+    if not listing:
+        raise ModelError(f"{location}: no {only or 'files'} there. Give the folder that holds {only or 'config.json'}.")
+    state = repr(sorted((name, info.get("size"), str(info.get("ETag", ""))) for name, info in listing.items()))
+    target = cache / hashlib.sha256((location + state).encode()).hexdigest()[:20]
+    if not target.exists():
+        # Two processes of a node may copy at once; the rename decides, and a half copy is never seen.
+        partial = target.with_name(f"{target.name}.{os.getpid()}")
+        if only:
+            (partial / only).parent.mkdir(parents=True, exist_ok=True)
+            filesystem.get(source, str(partial / only))
+        else:
+            filesystem.get(source.rstrip("/") + "/", str(partial) + "/", recursive=True)
+        try:
+            partial.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+    return str(target)
+
+
+@contextmanager
+def explained(spec: ModelSpec, problem: str) -> Iterator[None]:
+    """What transformers raises inside, as ModelError: the model's path, `problem`, and the first line of what it said.
+
+    Of code beside a model, which was not run, it says what to do instead.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, TypeError, StrictDataclassError) as error:
+        said = str(error).strip() or type(error).__name__
+        if isinstance(error, StrictDataclassError):  # says which field, and then what is wrong with it
+            said = " ".join(said.split())
+        if "trust_remote_code" in said and not spec.trust_remote_code:
+            raise ModelError(
+                f"{spec.path}: comes with code of its own, which was not run. Read it; if you trust it, set "
+                "trust_remote_code: true beside this path, and revision to the commit that you read."
+            ) from error
+        raise ModelError(f"{spec.path}: {problem}: {said.splitlines()[0]}") from error
