@@ -21,7 +21,7 @@ from transformers import (
     Dinov2Model,
     GgufConfig,
 )
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from betakd_ray.models.vlm import language_model
 
