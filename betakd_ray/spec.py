@@ -58,6 +58,16 @@ def _absolute_if_present(location: str) -> str:
     )
 
 
+def _folder(location: str) -> str:
+    if location.endswith(".gguf"):
+        folder, _, file = location.rpartition("/")
+        raise ValueError(
+            f"is a file, and a model's folder is wanted; a teacher and a student of kind: checkpoint read one, as "
+            f"path: {folder or '.'} and gguf_file: {file}"
+        )
+    return location
+
+
 def _gguf_within(file: str) -> str:
     if not file.endswith(".gguf") or file.startswith(("/", "~")) or "://" in file or ".." in file.split("/"):
         raise ValueError(f"{_short(file)} is no .gguf file within path; name it as it is called there, e.g. Q8_0.gguf")
@@ -67,7 +77,7 @@ def _gguf_within(file: str) -> str:
 Url = Annotated[str, AfterValidator(_public)]
 GgufFile = Annotated[Url, AfterValidator(_gguf_within)]
 Location = Annotated[Url, Field(min_length=1), AfterValidator(_absolute)]
-ModelLocation = Annotated[Url, Field(min_length=1), AfterValidator(_absolute_if_present)]
+ModelLocation = Annotated[Url, Field(min_length=1), AfterValidator(_folder), AfterValidator(_absolute_if_present)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -147,13 +157,6 @@ class ModelSpec(Spec):
     trust_remote_code: bool = Field(
         default=False, description="runs code found beside the weights: only if you read it"
     )
-
-    @model_validator(mode="after")
-    def _folder(self) -> "ModelSpec":
-        if self.path.endswith(".gguf"):
-            folder, _, file = self.path.rpartition("/")
-            raise ValueError(f"path: is a file; write it as path: {folder or '.'} and gguf_file: {file}")
-        return self
 
     @model_validator(mode="after")
     def _trusted(self) -> "ModelSpec":

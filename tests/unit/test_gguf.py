@@ -373,6 +373,10 @@ def test_only_a_gguf_within_the_folder_can_be_named(name):
 def test_a_path_that_is_a_gguf_is_told_where_it_belongs():
     with pytest.raises(ValidationError, match=r"path: /models and gguf_file: a\.gguf"):
         ModelSpec(path="/models/a.gguf")
+    for field in ("language_model", "vision_tower"):
+        parts = {"kind": "parts", "language_model": "org/words", "vision_tower": "org/tower", field: "/models/a.gguf"}
+        with pytest.raises(ValidationError, match=rf"init\.parts\.{field}[^;]*a model's folder is wanted"):
+            StudentSpec.model_validate({"init": parts})
 
 
 def test_there_is_nothing_to_say_about_the_quantisation_of_a_gguf():
