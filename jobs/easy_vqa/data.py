@@ -1,4 +1,4 @@
-"""easy-VQA for the commands of this folder: question sets, packed once, and how models are compared on them.
+"""easy-VQA for this folder and jobs/smollm: question sets, packed once, and how models are compared on them.
 
 `python -m jobs.easy_vqa.data` packs them all.
 """
@@ -6,16 +6,15 @@
 import random
 from collections.abc import Iterator
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any
 
 from betakd_ray.data.manifest import read_manifest
-from betakd_ray.data.pack import easy_vqa_samples, pack
+from betakd_ray.data.pack import SHAPES, easy_vqa_samples, pack
 from betakd_ray.spec import EvaluationSpec, StorageSpec, parse_spec
 
 SHARDS = "runs/easy-vqa/shards"
 TEST = f"{SHARDS}/test-*.tar"
-SHAPES = {"circle", "rectangle", "triangle"}
 COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 
 
@@ -31,7 +30,7 @@ def captions() -> Iterator[dict[str, Any]]:
     for (image,), samples in groupby(easy_vqa_samples("train"), key=lambda sample: sample["images"]):
         turns = [turn["value"] for sample in samples if sample["type"] == "open" for turn in sample["conversations"]]
         told = set(" ".join(turns).replace("?", "").split())
-        for colour, shape in zip(told & COLOURS, told & SHAPES, strict=False):
+        for colour, shape in product(told & COLOURS, told.intersection(SHAPES)):
             yield {
                 "id": f"caption-{image.rpartition('/')[2]}",
                 "conversations": [

