@@ -34,7 +34,7 @@ def check_quantization(spec: TeacherSpec, config: PretrainedConfig) -> None:
     except ImportError as error:
         raise ModelError(f"{where}: {error}") from error
     except (RuntimeError, ValueError, NotImplementedError):
-        pass  # the devices are not those that the teacher will have
+        pass  # of this process's devices, which are not the teacher's; where it holds there, too, loading raises it
 
 
 def _own_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
