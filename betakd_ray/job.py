@@ -42,7 +42,7 @@ from betakd_ray.models.student import check_adapters, student_config, student_pr
 from betakd_ray.spec import VISUAL_ENERGIES, JobSpec, TeacherSpec, load_spec
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.cache import SignalCache
-from betakd_ray.teacher.pool import here, start_pool, unwrapped
+from betakd_ray.teacher.pool import Teachers, here, unwrapped
 from betakd_ray.teacher.signal import Needs, TeacherFacts
 from betakd_ray.tracking import to_jsonl
 from betakd_ray.train.backend import FoundTorchConfig
@@ -115,8 +115,8 @@ class BetaKDJob:
         """Read a spec. Raises SpecError."""
         return cls(load_spec(path, overrides))
 
-    def fit(self) -> JobResult:
-        """Run to the end.
+    def fit(self, teachers: Teachers | None = None) -> JobResult:
+        """Run to the end, with `teachers` that outlast the job if they are given.
 
         Raises a UserError before anything is asked of the cluster's GPUs if the job cannot work, a TrainingError if it
         failed on the way; the last committed checkpoint is then what the next `fit()` resumes from.
@@ -125,7 +125,7 @@ class BetaKDJob:
         if (finished := self._finished()) is not None:
             return finished
         with connected(self.spec), ExitStack() as actors:
-            return self._run(*views, actors)
+            return self._run(*views, teachers or actors.enter_context(Teachers()), actors)
 
     def check(self) -> tuple[Plan, dict[str, Renderer]]:
         """Everything that can be known without a cluster: data, models, output. Raises UserError."""
@@ -206,7 +206,7 @@ class BetaKDJob:
 
     # ------------------------------------------------------------------------------------------------ run
 
-    def _run(self, plan: Plan, renderers: dict[str, Renderer], actors: ExitStack) -> JobResult:
+    def _run(self, plan: Plan, renderers: dict[str, Renderer], teachers: Teachers, actors: ExitStack) -> JobResult:
         """`actors` end with the run: a handle that lingers in a reference cycle would keep its node."""
         spec = self.spec
         gpus = {name: gpus_each(getattr(spec.cluster, name).gpus) for name in ("teacher", "student")}
@@ -226,8 +226,7 @@ class BetaKDJob:
         needs = Needs()
         if spec.teacher:
             needs = self.needs(spec.teacher)
-            pool = start_pool(spec.teacher, needs, spec.cluster.teacher, gpus["teacher"], spec.name)
-            actors.callback(ray.kill, pool)  # and its teachers with it
+            pool = teachers.pool(spec.teacher, needs, spec.cluster.teacher, gpus["teacher"], spec.name)
             facts: TeacherFacts = unwrapped(pool.wait_until_ready.remote(spec.cluster.start_timeout_s))
             view = renderers.get("teacher", renderers["student"])
             cache = SignalCache.of(spec.teacher, facts, view.fingerprint, needs)

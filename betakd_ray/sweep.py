@@ -1,7 +1,7 @@
 """A grid of jobs on one cluster, and its table.
 
-With `teacher.cache` in the template the teacher answers once for the whole grid. A cell that is done is not done again,
-so that a sweep which was stopped goes on where it was.
+Teachers stay loaded from cell to cell, and with `teacher.cache` in the template they answer once for the whole grid. A
+cell that is done is not done again, so that a sweep which was stopped goes on where it was.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from betakd_ray.evaluation.run import RESULT, Evaluation
 from betakd_ray.job import BetaKDJob, JobResult
 from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, parse_spec, read_tree, set_field
 from betakd_ray.storage import join, open_store
+from betakd_ray.teacher.pool import Teachers
 from betakd_ray.tracking import to_jsonl
 
 ROWS, TABLE = "rows.jsonl", "table.md"
@@ -52,12 +53,14 @@ class Sweep:
         A cell whose training fails has no row; the others are run, and then TrainingError names it.
         """
         rows, failed = [], {}
-        with connected(max((cell.job for cell in self.cells), key=lambda job: job.training.workers.max)):
+        largest = max((cell.job for cell in self.cells), key=lambda job: job.training.workers.max)
+        with connected(largest), Teachers() as teachers:
             for cell in self.cells:
                 try:
-                    result = BetaKDJob(cell.job).fit()
+                    result = BetaKDJob(cell.job).fit(teachers)
                 except TrainingError as error:
                     failed[cell.job.name] = error
+                    teachers.end()  # whatever has befallen them is not handed on
                     continue
                 rows.append({**cell.values, "seed": cell.seed, **self._scores(cell, result)})
                 self._store(ROWS, to_jsonl(rows))

@@ -4,7 +4,7 @@ Apart from `stream`, so that the processes that only hand blocks on load none of
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,11 +19,43 @@ from betakd_ray.spec import DataSpec
 
 BLOCK_BYTES = 4 << 20
 """A block costs the executor tens of milliseconds, whatever is in it: make it worth that."""
+KEPT_BYTES = 128 << 20
+"""Of rows that a reading process keeps for later epochs, where the data are small enough for that."""
+
+
+class Row(NamedTuple):
+    """A sample on its way into a block."""
+
+    index: int
+    key: str
+    views: dict[str, Rendering]
+    signal: bytes | None = None
+
+    @property
+    def bytes(self) -> int:
+        """About what it takes of a block."""
+        images = [array.nbytes for view in self.views.values() for array in view.images.values()]
+        return sum(5 * len(view.input_ids) for view in self.views.values()) + sum(images) + len(self.signal or b"")
+
+
+class Refusal(NamedTuple):
+    """A sample that cannot become a row."""
+
+    index: int
+    key: str
+    reason: str
+
+    @property
+    def bytes(self) -> int:
+        return len(self.key) + len(self.reason)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads one (epoch, shard) of the plan into blocks. Shipped once to every reading process."""
+    """Reads one (epoch, shard) of the plan into blocks. Shipped once to every reading process.
+
+    A set that is small and read several times is rendered once a process: rows are kept, as far as KEPT_BYTES go.
+    """
 
     plan: Plan
     data: DataSpec
@@ -36,6 +68,8 @@ class Reader:
     """Looks up what the teacher is known to say of a shard's samples, by index."""
     pairs_images: bool = False
     """Whether image tokens are compared one by one, so that both models must make as many of an image."""
+    _kept: dict[int, list[Row | Refusal]] = field(default_factory=dict, init=False, repr=False)
+    """By shard, in the order of the shard."""
 
     def blocks(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[pa.Table]:
         """Blocks of some BLOCK_BYTES. Raises DataError for a damaged shard, DataUnreachable, TooManyBadSamples."""
@@ -52,15 +86,11 @@ class Reader:
         rows: list[Row] = []
         bad: list[Quarantined] = []
         size = 0
-        for sample in self._shuffled(epoch, shard, done):
-            try:
-                if isinstance(sample, BadSample):
-                    raise Unrenderable(sample.reason)
-                views = self._render(sample)
-            except Unrenderable as reason:
-                bad.append(Quarantined(epoch, shard, sample.index, sample.key, str(reason)))
+        for prepared in self._prepared(epoch, shard, done):
+            if isinstance(prepared, Refusal):
+                bad.append(Quarantined(epoch, shard, *prepared))
                 continue
-            row = Row(sample.index, sample.key, views, signals.get(sample.index))
+            row = prepared._replace(signal=signals.get(prepared.index))
             rows.append(row)
             size += row.bytes
             if size >= BLOCK_BYTES:
@@ -70,6 +100,38 @@ class Reader:
             yield _block(epoch, shard, rows)
         if bad:
             require_few(self.report(bad), self.data, self.plan, bad[-1])
+
+    def _prepared(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[Row | Refusal]:
+        """What becomes of each sample that is not done, in this epoch's order."""
+        if kept := self._kept.get(shard):
+            yield from self._shuffled((one for one in kept if not done[one.index]), epoch, shard)
+            return
+        samples = read_shard_with_retry(self.plan.shards[shard], self.data.storage, skip=done)
+        room = 0 if done.any() else self._room()
+        keeping: list[Row | Refusal] = []
+        for sample in self._shuffled(samples, epoch, shard):
+            prepared = self._prepare(sample)
+            yield prepared
+            if room > 0:
+                room -= prepared.bytes
+                keeping.append(prepared)
+        if room > 0:
+            # Shuffled anew, it then comes as if it were read again.
+            self._kept[shard] = sorted(keeping, key=lambda one: one.index)
+
+    def _room(self) -> int:
+        """Bytes that may still be kept."""
+        if self.plan.epochs == 1 or sum(shard.bytes for shard in self.plan.shards) > KEPT_BYTES:
+            return 0
+        return KEPT_BYTES - sum(one.bytes for kept in self._kept.values() for one in kept)
+
+    def _prepare(self, sample: RawSample | BadSample) -> Row | Refusal:
+        try:
+            if isinstance(sample, BadSample):
+                raise Unrenderable(sample.reason)
+            return Row(sample.index, sample.key, self._render(sample))
+        except Unrenderable as reason:
+            return Refusal(sample.index, sample.key, str(reason))
 
     def _render(self, sample: RawSample) -> dict[str, Rendering]:
         views = {view: renderer.render(sample) for view, renderer in self.renderers.items()}
@@ -81,8 +143,7 @@ class Reader:
             raise Unrenderable(f"energies compare image tokens one by one, and there are {counts}")
         return views
 
-    def _shuffled(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[RawSample | BadSample]:
-        samples = read_shard_with_retry(self.plan.shards[shard], self.data.storage, skip=done)
+    def _shuffled(self, samples: Iterator[Any], epoch: int, shard: int) -> Iterator[Any]:
         if not self.plan.shuffle:
             return samples
         return _shuffle(samples, self.data.shuffle_buffer, np.random.default_rng((self.plan.seed, epoch, shard)))
@@ -99,21 +160,6 @@ def _shuffle(samples: Iterable[Any], buffer: int, rng: np.random.Generator) -> I
             yield held.pop()
     rng.shuffle(held)
     yield from held
-
-
-class Row(NamedTuple):
-    """A sample on its way into a block."""
-
-    index: int
-    key: str
-    views: dict[str, Rendering]
-    signal: bytes | None
-
-    @property
-    def bytes(self) -> int:
-        """About what it takes of a block."""
-        images = [array.nbytes for view in self.views.values() for array in view.images.values()]
-        return sum(5 * len(view.input_ids) for view in self.views.values()) + sum(images) + len(self.signal or b"")
 
 
 def _block(epoch: int, shard: int, rows: list[Row]) -> pa.Table:

@@ -5,7 +5,7 @@ any number of workers replays nothing and loses nothing.
 """
 
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,13 @@ class PlanSource(Datasource):
 
 def _read(reader: ray.ObjectRef, epoch: int, shard: int, done: np.ndarray, size: int) -> Iterator[pa.Table]:
     """One (epoch, shard), where Ray Data runs it; `done` is packed, eight samples a byte."""
-    yield from ray.get(reader).blocks(epoch, shard, np.unpackbits(done, count=size).astype(bool))
+    yield from _fetched(reader).blocks(epoch, shard, np.unpackbits(done, count=size).astype(bool))
+
+
+@lru_cache(maxsize=1)
+def _fetched(reader: ray.ObjectRef) -> Any:
+    """Once a process: a tokenizer takes up to a second to unpickle, and the reader may keep what it read."""
+    return ray.get(reader)
 
 
 def stream(reader: ray.ObjectRef, plan: Plan, ledger: Ledger, pool: PoolSpec) -> "ray.data.Dataset":

@@ -80,7 +80,13 @@ class TeacherPool:
         Raises ClusterError after `timeout_s`, TeacherError if none can load.
         """
         deadline = time.monotonic() + timeout_s
-        while len(self.members()) < self._min:
+        while True:
+            if len(self.members()) >= self._min:
+                number, teacher = next(iter(self._members.items()))
+                try:
+                    return cast(TeacherFacts, ray.get(teacher.facts.remote()))  # Ray does not type a handle's methods
+                except RayActorError as error:  # it was well when another job ended
+                    self.lost(number, str(error))
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"cluster.teacher: {len(self._members)} of {self._min} teachers were ready within "
@@ -88,8 +94,6 @@ class TeacherPool:
                     "cluster.teacher.min or its gpus, or add nodes."
                 )
             ray.wait([starting.ready for starting in self._pending.values()], timeout=1.0)
-        teacher = next(iter(self._members.values()))
-        return cast(TeacherFacts, ray.get(teacher.facts.remote()))  # Ray does not type a handle's methods
 
     def members(self) -> Members:
         """Teachers that are loaded. Raises TeacherError when they die as fast as they are replaced."""
@@ -217,6 +221,34 @@ def start_pool(teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: 
     """The pool as an actor, owned by the caller: it lives as long as the job's driver does."""
     manager = ray.remote(TeacherPool).options(num_cpus=0, max_concurrency=1, scheduling_strategy=here())
     return cast(ActorHandle, manager.remote(teacher, needs, pool, gpus, job))
+
+
+class Teachers:
+    """The pool of a job, or of several jobs in turn: one that asks for what the last one had finds it loaded."""
+
+    def __init__(self) -> None:
+        self._pool: ActorHandle | None = None
+        self._wish: tuple[Any, ...] = ()
+
+    def __enter__(self) -> "Teachers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def pool(self, teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float, job: str) -> ActorHandle:
+        """As `start_pool`; another pool, that of a job before, is ended first."""
+        wish = (teacher, needs, pool, gpus)
+        if self._pool is None or self._wish != wish:
+            self.end()
+            self._pool, self._wish = start_pool(teacher, needs, pool, gpus, job), wish
+        return self._pool
+
+    def end(self) -> None:
+        """End the pool, and its teachers with it."""
+        if self._pool is not None:
+            ray.kill(self._pool)
+            self._pool = None
 
 
 def unwrapped(answer: "ray.ObjectRef") -> Any:

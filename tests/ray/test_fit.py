@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -28,6 +29,7 @@ from betakd_ray.spec import (
 )
 from betakd_ray.storage import join, open_store
 from betakd_ray.sweep import Sweep
+from betakd_ray.teacher.pool import start_pool
 from betakd_ray.train.checkpoint import CheckpointStore
 from tests.s3 import SeaweedServer
 from tests.tiny import numbered_samples, save_tiny
@@ -200,7 +202,9 @@ def test_a_grid_asks_the_teacher_once_and_is_resumable(ray_cluster: str, models:
             output=OutputSpec(path=str(tmp_path / "out")),
         )
     )
-    rows = sweep.run()
+    with patch("betakd_ray.teacher.pool.start_pool", wraps=start_pool) as started:
+        rows = sweep.run()
+    assert started.call_count == 1  # and serves both cells
     assert [row["objective.energies"] for row in rows] == ["cosine_probs", "rkl"]
     assert all({"loss", "accuracy"} <= row.keys() for row in rows)
     busy = [_busy(tmp_path / "out" / "grid" / cell.job.name / "metrics.jsonl") for cell in sweep.cells]

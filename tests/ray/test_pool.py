@@ -64,6 +64,9 @@ def test_a_killed_teacher_is_replaced_and_no_batch_is_lost(ray_cluster: str, tea
         assert one.hidden
         assert np.array_equal(one.hidden.array, before.hidden.array)
     assert list(ray.get(pool.members.remote())) == [1]  # the first is gone, the second is there
+    os.kill(_pid(ray.get(pool.members.remote())[1]), signal.SIGKILL)  # while no student is there to notice
+    ray.get(pool.wait_until_ready.remote(150.0))  # the next job's
+    assert list(ray.get(pool.members.remote())) == [2]
 
 
 @pytest.mark.timeout(200)

@@ -29,9 +29,9 @@ def sample(key, answer="A circle.", image=None):
 class Job:
     """A reader of one shard, and what it told the job."""
 
-    def __init__(self, folder, samples, *, student_length=2048, teacher_length=None, **data):
+    def __init__(self, folder, samples, *, student_length=2048, teacher_length=None, epochs=2, **data):
         self.shard = written(folder, tar_bytes([member for each in samples for member in each]))
-        self.plan = Plan((self.shard,), epochs=2, seed=0, shuffle=True)
+        self.plan = Plan((self.shard,), epochs, seed=0, shuffle=True)
         self.bad: list[Quarantined] = []
         self.fatal = []
         spec = DataSpec.model_validate({"train": self.shard.url, "system_prompt": "", **data})
@@ -44,8 +44,9 @@ class Job:
         self.bad += bad
         return len(self.bad) / self.plan.samples
 
-    def rows(self, epoch=0):
-        blocks = self.reader.blocks(epoch, 0, np.zeros(self.shard.samples, dtype=bool))
+    def rows(self, epoch=0, done=()):
+        is_done = np.isin(np.arange(self.shard.samples), done)
+        blocks = self.reader.blocks(epoch, 0, is_done)
         return [row for block in blocks for row in block.to_pylist()]
 
 
@@ -115,3 +116,26 @@ def test_an_answer_that_teacher_and_student_cut_at_different_tokens_is_quarantin
     job = Job(tmp_path, [long, short], student_length=64, teacher_length=2048, max_bad_fraction=1)
     assert [row["key"] for row in job.rows()] == ["b"]
     assert "do not have the same answer tokens" in job.bad[0].reason
+
+
+def test_a_small_set_is_rendered_once_and_comes_as_if_it_were_read_again(tmp_path, monkeypatch):
+    samples = [sample("a"), sample("b", image=b"no image"), *(sample(f"c{i}", answer=f"{i}.") for i in range(6))]
+    job, anew = (Job(tmp_path, samples, max_bad_fraction=1, shuffle_buffer=3) for _ in range(2))
+    first = job.rows(epoch=0)
+    monkeypatch.setattr("betakd_ray.data.reader.KEPT_BYTES", 0)
+    expected, rest = anew.rows(epoch=1), anew.rows(epoch=1, done=(2, 5))
+    (tmp_path / "train-0.tar").unlink()
+    assert job.rows(epoch=1) == expected
+    assert [row["index"] for row in expected] != [row["index"] for row in first]
+    assert [(bad.epoch, bad.index, bad.key) for bad in job.bad] == [(0, 1, "b"), (1, 1, "b")]
+    assert job.rows(epoch=1, done=(2, 5)) == rest
+
+
+@pytest.mark.parametrize(("epochs", "limit"), [(1, 1 << 20), (2, 1000), (2, 11_000)])
+def test_what_is_read_once_or_is_large_is_not_kept(tmp_path, monkeypatch, epochs, limit):
+    monkeypatch.setattr("betakd_ray.data.reader.KEPT_BYTES", limit)
+    job = Job(tmp_path, [sample("a"), sample("b")], epochs=epochs)
+    job.rows(epoch=0)
+    (tmp_path / "train-0.tar").unlink()
+    with pytest.raises(DataError, match="train-0"):
+        job.rows(epoch=0)
