@@ -22,8 +22,9 @@ ACCELERATOR = "accelerator_type:"
 
 
 @contextmanager
-def connected(spec: Any) -> Iterator[None]:
-    """A connection to Ray: the one that is there, the one the spec names, or a local one while the job runs."""
+def connected(spec: Any, jobs: int = 1) -> Iterator[None]:
+    """A connection to Ray: the one that is there, the one the spec names, or a local one, with room for so many jobs
+    at a time."""
     _quiet()
     if ray.is_initialized():
         yield
@@ -31,7 +32,7 @@ def connected(spec: Any) -> Iterator[None]:
     address = spec.cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"address": address}
     if address in (None, "", "local"):
-        options = {"address": "local", "include_dashboard": False, "num_cpus": _logical_cpus(spec)}
+        options = {"address": "local", "include_dashboard": False, "num_cpus": _logical_cpus(spec, jobs)}
     try:
         ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
@@ -42,11 +43,11 @@ def connected(spec: Any) -> Iterator[None]:
         ray.shutdown()
 
 
-def _logical_cpus(spec: Any) -> int:
+def _logical_cpus(spec: Any, jobs: int) -> int:
     """For a local cluster: what the machine has, and at least a place for every reader, teacher and worker."""
     pools = spec.cluster
     workers = spec.training.workers.max if isinstance(spec, JobSpec) else 1
-    asked = pools.teacher.min * pools.teacher.cpus + workers * pools.student.cpus + pools.readers.cpus
+    asked = pools.teacher.min * pools.teacher.cpus + jobs * (workers * pools.student.cpus + pools.readers.cpus)
     return max(os.cpu_count() or 1, math.ceil(asked))
 
 

@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,7 +24,6 @@ from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from betakd_ray import errors
 from betakd_ray.audit import RESULT, tail_of, write_plan, write_tail
@@ -39,13 +38,14 @@ from betakd_ray.models.compatibility import check_features, check_vocabularies
 from betakd_ray.models.load import load_config, load_processor, require_images
 from betakd_ray.models.options import check_options
 from betakd_ray.models.student import check_adapters, student_config, student_processor
+from betakd_ray.progress import progress_line
 from betakd_ray.spec import VISUAL_ENERGIES, JobSpec, TeacherSpec, load_spec
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.pool import Teachers, here, unwrapped
 from betakd_ray.teacher.signal import Needs, TeacherFacts
 from betakd_ray.tracking import to_jsonl
-from betakd_ray.train.backend import FoundTorchConfig
+from betakd_ray.train.backend import Deaths, FoundTorchConfig, causes
 from betakd_ray.train.checkpoint import QUARANTINE, SPEC, CheckpointStore, output_errors
 from betakd_ray.train.feed import rows
 from betakd_ray.train.monitor import Monitor, give_up, report
@@ -109,6 +109,8 @@ class BetaKDJob:
     def __init__(self, spec: JobSpec) -> None:
         self.spec = spec
         self.run = join(spec.output.path, spec.name)
+        self._monitor: ActorHandle | None = None
+        self._is_stopping = False
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "BetaKDJob":
@@ -126,6 +128,12 @@ class BetaKDJob:
             return finished
         with connected(self.spec), ExitStack() as actors:
             return self._run(*views, teachers or actors.enter_context(Teachers()), actors)
+
+    def stop(self) -> None:
+        """Ask a `fit()`, in another thread or by a signal, to save and end; it then raises Interrupted."""
+        self._is_stopping = True
+        if self._monitor is not None:
+            self._monitor.stop.remote()
 
     def check(self) -> tuple[Plan, dict[str, Renderer]]:
         """Everything that can be known without a cluster: data, models, output. Raises UserError."""
@@ -222,11 +230,15 @@ class BetaKDJob:
         monitors = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here())
         monitor = cast(ActorHandle, monitors.remote(plan.samples, quarantined, spec.training.max_failures))
         actors.callback(ray.kill, monitor)
+        self._monitor = monitor
+        if self._is_stopping:
+            self.stop()  # as it was asked before there was anybody to tell
         pool = teacher = cache = None
         needs = Needs()
         if spec.teacher:
             needs = self.needs(spec.teacher)
-            pool = teachers.pool(spec.teacher, needs, spec.cluster.teacher, gpus["teacher"], spec.name)
+            lent = teachers.lent(spec.teacher, needs, spec.cluster.teacher, gpus["teacher"], spec.name)
+            pool, needs = actors.enter_context(lent)
             facts: TeacherFacts = unwrapped(pool.wait_until_ready.remote(spec.cluster.start_timeout_s))
             view = renderers.get("teacher", renderers["student"])
             cache = SignalCache.of(spec.teacher, facts, view.fingerprint, needs)
@@ -254,7 +266,7 @@ class BetaKDJob:
             signals=cache.read if cache else None,
             pairs_images=not VISUAL_ENERGIES.isdisjoint(spec.objective.channels),
         )
-        with _progress(monitor, config.total_steps, spec), _saved_on_sigterm(monitor):
+        with _progress(monitor, config.total_steps, spec), on_sigterm(self.stop):
             outcome = self._train(config, ray.put(reader), gpus["student"])
         if STOPPED in outcome:
             raise Interrupted(
@@ -334,17 +346,6 @@ class BetaKDJob:
         return result
 
 
-class Deaths(ray.train.UserCallback):
-    """Tells the monitor when the workers die, and of what."""
-
-    def __init__(self, monitor: ActorHandle) -> None:
-        self._monitor = monitor
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called by Ray Train before it restarts the workers."""
-        ray.get(self._monitor.workers_died.remote(_causes(worker_exceptions)))
-
-
 # ----------------------------------------------------------------------------------------------- what Ray runs
 
 
@@ -359,17 +360,17 @@ def _scratch() -> str:
 
 
 @contextmanager
-def _saved_on_sigterm(monitor: ActorHandle) -> Iterator[None]:
-    """A SIGTERM (of `ray job stop`, of a node that is drained) has the workers save and return; a second one kills."""
+def on_sigterm(stop: Callable[[], None]) -> Iterator[None]:
+    """A SIGTERM (of `ray job stop`, of a node that is drained) calls `stop`; a second one kills."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
 
-    def stop(*_: Any) -> None:
+    def handle(*_: Any) -> None:
         signal.signal(signal.SIGTERM, before)
-        monitor.stop.remote()
+        stop()
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, handle)
     try:
         yield
     finally:
@@ -390,16 +391,12 @@ def _explained(error: TrainingFailedError, spec: JobSpec) -> errors.BetaKDError:
     cause = getattr(error, "controller_failure", None)
     if not isinstance(cause, WorkerGroupStartupTimeoutError):
         workers = getattr(error, "worker_failures", None)
-        return TrainingError(f"{spec.name}: the student workers failed: {_causes(workers) if workers else error}")
+        return TrainingError(f"{spec.name}: the student workers failed: {causes(workers) if workers else error}")
     return ClusterError(
         f"cluster.student: {cause.num_workers} students found no place within cluster.start_timeout_s = "
         f"{spec.cluster.start_timeout_s:g}; free are {ray.available_resources()}. Wait for the other jobs, add nodes "
         "or lower training.workers, and run it again to go on from the last checkpoint."
     )
-
-
-def _causes(failures: dict[int, Exception]) -> str:
-    return "; ".join(f"rank {rank}: {failure}" for rank, failure in failures.items())
 
 
 def _require_same_job(run: str, there: JobSpec, asked: JobSpec) -> None:
@@ -424,23 +421,14 @@ def _require_same_job(run: str, there: JobSpec, asked: JobSpec) -> None:
 @contextmanager
 def _progress(monitor: ActorHandle, total_steps: int, spec: JobSpec) -> Iterator[None]:
     """A progress line fed from the monitor, on the driver's terminal."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[numbers]}"),
-    )
     stop = threading.Event()
-    with Progress(*columns, disable=not spec.tracking.progress) as progress:
-        task = progress.add_task(spec.name, total=total_steps, numbers="starting")
+    with progress_line(spec.name, total_steps, "starting", is_shown=spec.tracking.progress) as update:
 
         def show() -> None:
             latest = cast(dict[str, Any], ray.get(monitor.latest.remote()))
             if latest:
                 numbers = f"loss {latest['loss']:.4f} · {latest['samples_per_second']:.0f} samples/s"
-                progress.update(task, completed=latest["step"], numbers=numbers)
+                update(completed=latest["step"], numbers=numbers)
 
         def follow() -> None:
             while not stop.wait(1.0):

@@ -825,6 +825,7 @@ class SweepSpec(Spec):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = Field(
         default=(0,), description="each cell is run once a seed; the table has mean ± standard deviation"
     )
+    parallel: int = Field(default=1, ge=1, description="cells that run at a time, each with workers of its own")
     evaluation: QuestionsSpec | None = Field(default=None, description="what each cell's model is asked")
     output: OutputSpec = Field(default_factory=OutputSpec)
 

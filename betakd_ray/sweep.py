@@ -1,7 +1,8 @@
 """A grid of jobs on one cluster, and its table.
 
-Teachers stay loaded from cell to cell, and with `teacher.cache` in the template they answer once for the whole grid. A
-cell that is done is not done again, so that a sweep which was stopped goes on where it was.
+Teachers stay loaded from cell to cell, and with `teacher.cache` in the template they answer once for the whole grid.
+Several cells may run side by side. A cell that is done is not done again, so that a sweep which was stopped goes on
+where it was.
 """
 
 import hashlib
@@ -9,15 +10,17 @@ import json
 import re
 import statistics
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from betakd_ray.cluster import connected
-from betakd_ray.errors import SpecError, TrainingError
+from betakd_ray.errors import Interrupted, SpecError, TrainingError
 from betakd_ray.evaluation.run import RESULT, Evaluation
-from betakd_ray.job import BetaKDJob, JobResult
+from betakd_ray.job import BetaKDJob, JobResult, on_sigterm
+from betakd_ray.progress import progress_line
 from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, parse_spec, read_tree, set_field
 from betakd_ray.storage import join, open_store
 from betakd_ray.teacher.pool import Teachers
@@ -43,6 +46,8 @@ class Sweep:
         self.spec = spec
         self.folder = join(spec.output.path, spec.name)
         self.cells = list(_cells(spec, self.folder))
+        self._running: set[BetaKDJob] = set()
+        self._is_stopping = False
         names = [cell.job.name for cell in self.cells]
         if twice := {name for name in names if names.count(name) > 1}:
             raise SpecError(f"axes: two cells are both called {sorted(twice)[0]}; give values that differ in name")
@@ -50,24 +55,74 @@ class Sweep:
     def run(self) -> list[dict[str, Any]]:
         """A row a cell and seed: axes, seed, final metrics and the evaluation's; also saved, with the table.
 
-        A cell whose training fails has no row; the others are run, and then TrainingError names it.
+        A cell whose training fails has no row; the others are run, and then TrainingError names it. A UserError ends
+        the sweep, as does `stop()`, which is what a SIGTERM calls: cells that run then save first. Interrupted says so.
         """
-        rows, failed = [], {}
+        rows: dict[int, dict[str, Any]] = {}
+        failed = {}
         largest = max((cell.job for cell in self.cells), key=lambda job: job.training.workers.max)
-        with connected(largest), Teachers() as teachers:
-            for cell in self.cells:
-                try:
-                    result = BetaKDJob(cell.job).fit(teachers)
-                except TrainingError as error:
-                    failed[cell.job.name] = error
-                    teachers.end()  # whatever has befallen them is not handed on
-                    continue
-                rows.append({**cell.values, "seed": cell.seed, **self._scores(cell, result)})
-                self._store(ROWS, to_jsonl(rows))
-                self._store(TABLE, _markdown(self.table(rows)))
+        with (
+            connected(largest, self.spec.parallel),
+            Teachers() as teachers,
+            progress_line(self.spec.name, len(self.cells), "cells") as update,
+            ThreadPoolExecutor(self.spec.parallel) as executor,
+            on_sigterm(self.stop),
+        ):
+            try:
+                pending = self._submit(executor, teachers)
+                for done in as_completed(pending):
+                    at = pending[done]
+                    try:
+                        rows[at] = done.result()
+                    except TrainingError as error:
+                        failed[self.cells[at].job.name] = error
+                        continue
+                    update(completed=len(rows))
+                    ordered = [rows[each] for each in sorted(rows)]
+                    self._store(ROWS, to_jsonl(ordered))
+                    self._store(TABLE, _markdown(self.table(ordered)))
+            except BaseException:
+                self.stop()
+                raise
         if failed:
             raise TrainingError("; ".join(f"cell {name}: {error}" for name, error in failed.items()))
-        return rows
+        return [rows[each] for each in sorted(rows)]
+
+    def stop(self) -> None:
+        """Begin no more cells, and have those that run save and end."""
+        self._is_stopping = True
+        for job in list(self._running):
+            job.stop()
+
+    def _submit(self, executor: ThreadPoolExecutor, teachers: Teachers) -> dict["Future[dict[str, Any]]", int]:
+        """Each cell's row to come → its place. Of cells that ask one teacher of one set of samples, the first goes
+        ahead alone: the others find its answers in the cache."""
+        ahead: dict[str, Future[dict[str, Any]]] = {}
+        pending = {}
+        for at, cell in enumerate(self.cells):
+            teacher, leader = cell.job.teacher, None
+            if teacher and teacher.cache:
+                teachers.expect(teacher, BetaKDJob(cell.job).needs(teacher))
+                asked = teacher.model_dump_json() + cell.job.data.model_dump_json()
+                leader = ahead.get(asked)
+            future = executor.submit(self._row, cell, teachers, leader)
+            pending[future] = at
+            if teacher and teacher.cache:
+                ahead.setdefault(asked, future)
+        return pending
+
+    def _row(self, cell: Cell, teachers: Teachers, leader: "Future[dict[str, Any]] | None") -> dict[str, Any]:
+        if leader:
+            wait([leader])
+        job = BetaKDJob(cell.job)
+        self._running.add(job)
+        try:
+            if self._is_stopping:
+                raise Interrupted(f"{self.spec.name}: was asked to stop. Run it again to go on with the other cells.")
+            result = job.fit(teachers)
+            return {**cell.values, "seed": cell.seed, **self._scores(cell, result)}
+        finally:
+            self._running.discard(job)
 
     def table(self, rows: list[dict[str, Any]]) -> list[list[str]]:
         """Header and a line a cell: the axes, then mean ± standard deviation over seeds of each metric."""

@@ -89,12 +89,18 @@ def llava_samples(conversations: str, images: str | None, storage: StorageSpec) 
 
 
 def easy_vqa_samples(
-    split: Literal["train", "test"], *, limit: int | None = None, wrong_answers: float = 0.0, seed: int = 0
+    split: Literal["train", "test"],
+    *,
+    limit: int | None = None,
+    wrong_answers: float = 0.0,
+    instead: Literal["kind", "any"] = "kind",
+    seed: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """Questions of the easy-VQA package on 64×64 images of one shape, with one-word answers.
 
     `limit` takes a random subset. `wrong_answers` is the fraction of the samples whose answer is replaced by another
-    of its kind (yes/no, shapes, colours), all equally likely. Both follow `seed`. Raises DataError without the package.
+    one, all equally likely: of its kind (yes/no, shapes, colours), so that half of them tell nothing of a yes/no
+    question, or `any` (symmetric label noise). All follow `seed`. Raises DataError without the package.
     """
     package = _easy_vqa()
     questions, answers, image_ids = getattr(package, f"get_{split}_questions")()
@@ -106,7 +112,7 @@ def easy_vqa_samples(
     wrong = set(noise.sample(chosen, round(wrong_answers * len(chosen))))
     for number in chosen:
         answer = answers[number]
-        given = noise.choice(_other_answers(answer, package.get_answers())) if number in wrong else answer
+        given = noise.choice(_other_answers(answer, package.get_answers(), instead)) if number in wrong else answer
         yield {
             "id": f"{split}-{number:05d}",
             "conversations": [
@@ -237,9 +243,9 @@ def _easy_vqa() -> Any:
         raise DataError("the package easy_vqa is not here: pip install --no-deps easy-vqa==1.0") from error
 
 
-def _other_answers(answer: str, answers: Sequence[str]) -> list[str]:
-    """All other answers of the same kind, in a fixed order."""
-    return sorted(other for other in answers if other != answer and _kind(other) == _kind(answer))
+def _other_answers(answer: str, answers: Sequence[str], instead: Literal["kind", "any"]) -> list[str]:
+    """All other answers, or those of the same kind, in a fixed order."""
+    return sorted(each for each in answers if each != answer and (instead == "any" or _kind(each) == _kind(answer)))
 
 
 def _kind(answer: str) -> str:

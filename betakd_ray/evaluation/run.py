@@ -8,7 +8,6 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from betakd_ray.cluster import gpus_each, placement
 from betakd_ray.data.manifest import find_shards
@@ -20,6 +19,7 @@ from betakd_ray.evaluation.generate import answers
 from betakd_ray.models.device import find_device
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import freeze
+from betakd_ray.progress import progress_line
 from betakd_ray.spec import EvaluationSpec
 from betakd_ray.storage import join, open_store
 
@@ -87,13 +87,12 @@ class Evaluation:
         pending = {task.remote(self.spec, label, shards): label for label in self.spec.models}
         answered: dict[str, list[Answered]] = {}
         try:
-            with _progress() as progress:
-                line = progress.add_task(self.spec.name, total=len(pending))
+            with progress_line(self.spec.name, len(pending), "models") as update:
                 while pending:
                     for done in ray.wait(list(pending), timeout=1.0)[0]:
                         label = pending.pop(done)
                         answered[label] = _result(done, label)
-                        progress.advance(line)
+                        update(advance=1)
         finally:
             for unfinished in pending:
                 ray.cancel(unfinished, force=True)
@@ -163,14 +162,3 @@ def _result(done: Any, label: str) -> list[Answered]:
         raise error.cause from None
     except RayError as error:
         raise TrainingError(f"models.{label}: its process died ({error})") from error
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("models"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )

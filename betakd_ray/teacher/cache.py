@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import numpy as np
@@ -34,6 +34,8 @@ from betakd_ray.teacher.signal import WIRES, Needs, Signal, TeacherFacts, Wire
 
 FORMAT = 1
 FLUSH_BYTES = 32 << 20
+KEPT_BYTES = 128 << 20
+"""Of signals that a student worker keeps at hand: of a small set, rows are read epochs ahead of their answers."""
 SCHEMA = pa.schema([("index", pa.int32()), ("signal", pa.large_binary())])
 
 
@@ -83,24 +85,34 @@ class SignalCache:
 
 
 class CacheWriter:
-    """One student worker's side: gathers signals and writes them in the background."""
+    """One student worker's side: gathers signals and writes them in the background; keeps the first at hand."""
 
     def __init__(self, cache: SignalCache, shards: Sequence[Shard]) -> None:
         self._cache = cache
         self._shards = shards
         self._held: dict[int, dict[int, bytes]] = defaultdict(dict)
         self._bytes = 0
+        self._kept: dict[tuple[int, int], bytes] = {}
+        self._room = KEPT_BYTES
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cache")
         self._writing: Future[None] | None = None
 
     def add(self, ids: SampleIds, inputs: ModelInputs, signal: Signal) -> None:
         """Keep the answer to a micro-batch; samples whose answer is not valid are left out."""
-        for shard, index, one in zip(ids.shard, ids.index, split(signal, inputs), strict=True):
+        for shard, index, one in zip(ids.shard.tolist(), ids.index.tolist(), split(signal, inputs), strict=True):
             if one is not None:
-                self._held[int(shard)][int(index)] = one
+                self._held[shard][index] = one
                 self._bytes += len(one)
+                if self._room >= len(one):
+                    self._kept[shard, index] = one
+                    self._room -= len(one)
         if self._bytes >= FLUSH_BYTES:
             self._start()
+
+    def known(self, ids: SampleIds) -> list[bytes] | None:
+        """What was said of these samples in an earlier epoch, if all of it is still at hand."""
+        parts = [self._kept.get(place) for place in zip(ids.shard.tolist(), ids.index.tolist(), strict=True)]
+        return None if None in parts else cast(list[bytes], parts)
 
     def flush(self) -> None:
         """Return once everything is stored. Raises OSError if it cannot be."""

@@ -149,7 +149,7 @@ class TeacherClient:
         if elapsed < HEARTBEAT_S:
             return
         waiting = (self.waited_s - self._waited_at_beat) / elapsed
-        self._members = unwrapped(self.pool.heartbeat.remote(self.rank, waiting, self._answers))
+        self._members = unwrapped(self.pool.heartbeat.remote(self._name, waiting, self._answers))
         self._beat, self._waited_at_beat, self._answers = time.monotonic(), self.waited_s, 0
 
 
@@ -189,21 +189,23 @@ def scored(
 ) -> Iterator[tuple[Batch, Signal]]:
     """Each batch with the teacher's answer, in order, keeping `window` batches ahead with the teacher.
 
-    A batch that carries its signals is not sent; the answers to others go to the `cache`, if there is one.
+    A batch that carries its signals, or whose signals the `cache` has at hand, is not sent; the answers to others go
+    there.
     """
-    ahead: deque[tuple[Batch, Request | None]] = deque()
+    ahead: deque[tuple[Batch, Request | list[bytes]]] = deque()
 
     def first() -> tuple[Batch, Signal]:
         batch, request = ahead.popleft()
-        if request is None:
-            return batch, joined(batch.signals or [], batch.teacher, needs)
+        if isinstance(request, list):
+            return batch, joined(request, batch.teacher, needs)
         signal = client.result(request)
         if cache:
             cache.add(batch.ids, batch.teacher, signal)
         return batch, signal
 
     for batch in batches:
-        ahead.append((batch, None if batch.signals else client.submit(batch.teacher)))
+        known = batch.signals or (cache.known(batch.ids) if cache else None)
+        ahead.append((batch, known or client.submit(batch.teacher)))
         if len(ahead) > window:
             yield first()
     while ahead:

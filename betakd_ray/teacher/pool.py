@@ -5,7 +5,10 @@ sample that kills them, and between `min` and `max` grows while students wait an
 talk to the members directly (`TeacherClient`): one hop through the object store.
 """
 
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -68,7 +71,7 @@ class TeacherPool:
         self._members: Members = {}
         self._lease: Lease | None = None
         self._calm_since = time.monotonic()
-        self._reports: dict[int, tuple[float, float]] = {}
+        self._reports: dict[str, tuple[float, float]] = {}
         self._next = 0
         self.restarts = 0
         for _ in range(self._min):
@@ -167,7 +170,7 @@ class TeacherPool:
         if self._lease and time.monotonic() - self._lease.seen > self._lease_timeout_s:
             self.end_lease(self._lease.holder, is_alive=False)
 
-    def heartbeat(self, client: int, waiting: float, answers: int) -> Members:
+    def heartbeat(self, client: str, waiting: float, answers: int) -> Members:
         """A student reports the share of its time spent waiting for teachers, and how many answers it got; the pool
         resizes and says who is in."""
         if answers:
@@ -176,7 +179,8 @@ class TeacherPool:
         now = time.monotonic()
         self._reports[client] = (now, waiting)
         # A student that is silent may be gone, with the workers it was one of.
-        most = max(share for since, share in self._reports.values() if now - since < FORGET_AFTER_S)
+        self._reports = {name: report for name, report in self._reports.items() if now - report[0] < FORGET_AFTER_S}
+        most = max(share for _, share in self._reports.values())
         if most > SHRINK_BELOW:
             self._calm_since = now
         if most > GROW_ABOVE and not self._pending and len(self._members) < self._max:
@@ -224,31 +228,71 @@ def start_pool(teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: 
 
 
 class Teachers:
-    """The pool of a job, or of several jobs in turn: one that asks for what the last one had finds it loaded."""
+    """The pools of several jobs, one after the other or side by side: a job finds loaded what another has asked for."""
 
     def __init__(self) -> None:
-        self._pool: ActorHandle | None = None
-        self._wish: tuple[Any, ...] = ()
+        self._lock = threading.Lock()
+        self._expected: dict[tuple[str, int, int], Needs] = {}
+        self._loaned: list[Loan] = []
 
     def __enter__(self) -> "Teachers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.end()
+        for loan in self._loaned:
+            ray.kill(loan.pool)
+        self._loaned = []
 
-    def pool(self, teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float, job: str) -> ActorHandle:
-        """As `start_pool`; another pool, that of a job before, is ended first."""
-        wish = (teacher, needs, pool, gpus)
-        if self._pool is None or self._wish != wish:
-            self.end()
-            self._pool, self._wish = start_pool(teacher, needs, pool, gpus, job), wish
-        return self._pool
+    def expect(self, teacher: TeacherSpec, needs: Needs) -> None:
+        """A job to come will ask for this: let the teacher answer everyone's questions whenever it answers one."""
+        key = _question(teacher, needs)
+        self._expected[key] = self._expected.get(key, needs) | needs
 
-    def end(self) -> None:
-        """End the pool, and its teachers with it."""
-        if self._pool is not None:
-            ray.kill(self._pool)
-            self._pool = None
+    @contextmanager
+    def lent(
+        self, teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float, job: str
+    ) -> Iterator[tuple[ActorHandle, Needs]]:
+        """A pool, as of `start_pool`, and what it answers. One that saw a job fail is not lent again, and one that
+        nobody uses makes room for another."""
+        needs = self._expected.get(_question(teacher, needs), needs)
+        with self._lock:
+            wish = (teacher, needs, pool, gpus)
+            loan = next((loan for loan in self._loaned if loan.wish == wish and not loan.is_doubtful), None)
+            if loan is None:
+                self._end_unused()
+                loan = Loan(wish, start_pool(*wish, job))
+                self._loaned.append(loan)
+            loan.users += 1
+        try:
+            yield loan.pool, needs
+        except BaseException:
+            loan.is_doubtful = True
+            raise
+        finally:
+            with self._lock:
+                loan.users -= 1
+                if loan.is_doubtful:
+                    self._end_unused()
+
+    def _end_unused(self) -> None:
+        for loan in [loan for loan in self._loaned if not loan.users]:
+            ray.kill(loan.pool)  # and its teachers with it
+            self._loaned.remove(loan)
+
+
+@dataclass
+class Loan:
+    """A pool that jobs use."""
+
+    wish: tuple[TeacherSpec, Needs, TeacherPoolSpec, float]
+    pool: ActorHandle
+    users: int = 0
+    is_doubtful: bool = False
+
+
+def _question(teacher: TeacherSpec, needs: Needs) -> tuple[str, int, int]:
+    """Alike for jobs whose needs can be joined."""
+    return teacher.model_dump_json(), needs.top_k, needs.vocab
 
 
 def unwrapped(answer: "ray.ObjectRef") -> Any:

@@ -68,6 +68,19 @@ class Needs:
             features=weighting.features if isinstance(weighting, InstanceWeighting) else (),
         )
 
+    def __or__(self, other: "Needs") -> "Needs":
+        """What serves both of two jobs that ask for the same top-k signal, or for none."""
+        assert (self.top_k, self.vocab) == (other.top_k, other.vocab)
+        return Needs(
+            hidden=self.hidden or other.hidden,
+            top_k=self.top_k,
+            vocab=self.vocab,
+            visual=self.visual or other.visual,
+            attention=self.attention or other.attention,
+            salience=self.salience or other.salience,
+            features=tuple(sorted({*self.features, *other.features})),
+        )
+
     @property
     def wires(self) -> frozenset[str]:
         """The parts of a Signal that carry it, features aside."""

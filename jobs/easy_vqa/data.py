@@ -44,6 +44,7 @@ def captions() -> Iterator[dict[str, Any]]:
 SETS = {
     "captions": captions,
     "train": partial(easy_vqa_samples, "train", limit=6000, wrong_answers=0.5),
+    "noisy": partial(easy_vqa_samples, "train", limit=6000, wrong_answers=0.5, instead="any"),
     "noiseless": partial(easy_vqa_samples, "train", limit=6000),
     "clean": clean,
     "test": partial(easy_vqa_samples, "test", limit=3000),

@@ -151,18 +151,18 @@ def test_the_pool_grows_while_students_wait_and_shrinks_when_they_do_not(
     monkeypatch.setattr(pool_module, "SHRINK_AFTER_S", 0.5)
     pool = TeacherPool(teacher, NEEDS, TeacherPoolSpec(min=1, max=2, cpus=0.5), 0.0)
     pool.wait_until_ready(150.0)
-    assert len(pool.heartbeat(client=0, waiting=0.01, answers=1)) == 1
+    assert len(pool.heartbeat(client="a", waiting=0.01, answers=1)) == 1
     deadline = time.monotonic() + 60
-    while len(pool.heartbeat(client=1, waiting=0.5, answers=1)) < 2:  # the slowest student decides
+    while len(pool.heartbeat(client="b", waiting=0.5, answers=1)) < 2:  # the slowest student decides
         assert time.monotonic() < deadline
         time.sleep(0.2)
     for _ in range(5):
-        assert len(pool.heartbeat(client=1, waiting=0.5, answers=1)) == 2  # never above max
-    assert len(pool.heartbeat(client=1, waiting=0.0, answers=1)) == 2  # the calm begins here
+        assert len(pool.heartbeat(client="b", waiting=0.5, answers=1)) == 2  # never above max
+    assert len(pool.heartbeat(client="b", waiting=0.0, answers=1)) == 2  # the calm begins here
     time.sleep(0.6)
-    assert len(pool.heartbeat(client=1, waiting=0.0, answers=1)) == 1
+    assert len(pool.heartbeat(client="b", waiting=0.0, answers=1)) == 1
     time.sleep(0.6)
-    assert len(pool.heartbeat(client=1, waiting=0.0, answers=1)) == 1  # never below min
+    assert len(pool.heartbeat(client="b", waiting=0.0, answers=1)) == 1  # never below min
 
 
 @pytest.mark.timeout(200)

@@ -270,6 +270,15 @@ def test_wrong_answers_are_the_asked_fraction_and_of_the_same_kind():
     assert len(instead_of_red) >= 5
 
 
+def test_wrong_answers_may_be_any_other():
+    clean, noisy = answers(limit=4000), answers(limit=4000, wrong_answers=0.25, instead="any")
+    changed = [(clean[name][0], noisy[name][0]) for name in clean if clean[name] != noisy[name]]
+    assert len(changed) == 1000
+    instead_of_yes = Counter(after for before, after in changed if before == "yes")
+    assert len(instead_of_yes) == 12
+    assert instead_of_yes["no"] < 0.2 * instead_of_yes.total()
+
+
 def test_a_missing_easy_vqa_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
     with pytest.raises(DataError, match=r"pip install --no-deps easy-vqa==1\.0"):
