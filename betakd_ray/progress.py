@@ -49,7 +49,7 @@ _DISPLAY = _Display()
 
 @contextmanager
 def progress_line(label: str, total: int, numbers: str = "", *, is_shown: bool = True) -> Iterator[Update]:
-    """A line with a bar, until the block ends; `numbers` stand behind it. A line that ends before others is removed."""
+    """A line with a bar, until the block ends; `numbers` stand behind it. A line that ends before others vanishes."""
     if not is_shown:
         yield lambda **_: None
         return
@@ -59,4 +59,4 @@ def progress_line(label: str, total: int, numbers: str = "", *, is_shown: bool =
         yield partial(progress.update, line)
     finally:
         if _DISPLAY.close():
-            progress.remove_task(line)
+            progress.update(line, visible=False)

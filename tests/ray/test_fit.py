@@ -182,6 +182,7 @@ def test_a_grid_asks_the_teacher_once_and_is_resumable(ray_cluster: str, models:
         "data": {"train": str(tmp_path / "shards" / "*.tar"), "shuffle": False},
         "teacher": {"path": str(models / "teacher"), "cache": str(tmp_path / "signals")},
         "student": {"init": {"kind": "checkpoint", "path": str(models / "student")}},
+        "objective": {"energies": ["cosine_probs"]},
         "training": {
             "max_steps": 3,
             "global_batch_size": 8,
@@ -197,21 +198,22 @@ def test_a_grid_asks_the_teacher_once_and_is_resumable(ray_cluster: str, models:
         SweepSpec(
             name="grid",
             template=str(tmp_path / "template.yaml"),
-            axes={"objective.energies": ("cosine_probs", "rkl")},
+            axes={"objective.weighting": ("equal", "task", "instance")},
+            parallel=2,
             evaluation=QuestionsSpec(data=DataSpec(train=(str(tmp_path / "shards" / "*.tar"),)), max_new_tokens=2),
             output=OutputSpec(path=str(tmp_path / "out")),
         )
     )
     with patch("betakd_ray.teacher.pool.start_pool", wraps=start_pool) as started:
         rows = sweep.run()
-    assert started.call_count == 1  # and serves both cells
-    assert [row["objective.energies"] for row in rows] == ["cosine_probs", "rkl"]
+    assert started.call_count == 1  # and serves every cell, though only the last asks for features
+    assert [row["objective.weighting"] for row in rows] == ["equal", "task", "instance"]
     assert all({"loss", "accuracy"} <= row.keys() for row in rows)
     busy = [_busy(tmp_path / "out" / "grid" / cell.job.name / "metrics.jsonl") for cell in sweep.cells]
     assert min(busy[0]) > 0
-    assert max(busy[1]) == 0  # the second cell found every answer in the cache
+    assert max(busy[1] + busy[2]) == 0  # the others found every answer in the cache
     assert sweep.run() == rows
-    assert (tmp_path / "out" / "grid" / "table.md").read_text().count("\n") == 4
+    assert (tmp_path / "out" / "grid" / "table.md").read_text().count("\n") == 5
 
 
 def _busy(metrics: Path) -> list[float]:

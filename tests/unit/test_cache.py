@@ -222,3 +222,16 @@ def test_only_what_is_not_known_is_asked_and_that_is_kept(tmp_path):
     assert client.asked == 1
     writer.flush()
     assert sorted(cache(tmp_path).read(SHARDS[0])) == [3, 4, 5]
+
+
+def test_a_sample_that_comes_again_before_its_answer_could_be_read_is_not_asked_again(tmp_path, monkeypatch):
+    batches = [Batch(inputs(), inputs(), ids(*indexes), [], None) for indexes in ([0, 1, 2], [3, 4, 5]) * 2]
+    asked = []
+    for kept in (1 << 20, 100):
+        monkeypatch.setattr("betakd_ray.teacher.cache.KEPT_BYTES", kept)
+        client, writer = Client(), CacheWriter(cache(tmp_path), SHARDS)
+        answered = list(scored(iter(batches), client, window=1, needs=ALL, cache=writer))
+        for _, one in answered:
+            assert_same(one, signal())
+        asked.append(client.asked)
+    assert asked == [2, 4]

@@ -50,10 +50,12 @@ ALONE = [REFERENCE, Case(micro=4), Case(micro=2), Case(micro=2, zero=0), Case(mi
 TOKENS = [Case(micro=12, reduction="token", weighting="task"), Case(micro=2, reduction="token", weighting="task")]
 BF16 = [Case(micro=4, precision="bf16"), Case(micro=2, precision="bf16", zero=3)]
 PAIR = [Case(micro=3, zero=0), Case(micro=1, zero=1), Case(micro=2), Case(micro=1), Case(micro=1, zero=3), TOKENS[1]]
+QUARTET = [Case(micro=3), Case(micro=1, zero=0)]
 RESIZED = {
     1: {Case(micro=4, zero=zero): Case(micro=1, zero=zero) for zero in (1, 2, 3)} | {Case(micro=4, zero=0): PAIR[0]},
     2: {Case(micro=1): Case(micro=2), Case(micro=1, zero=3): Case(micro=4, zero=3)},
     3: {Case(micro=2, zero=zero): Case(micro=1, zero=zero) for zero in (2, 3)} | {Case(micro=4, zero=0): PAIR[0]},
+    4: {},
 }
 """Ranks → a case that goes on, and that of another number of ranks whose checkpoint it goes on from."""
 RANKS_BEFORE = {1: 2, 2: 1, 3: 2}
@@ -238,7 +240,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Case], li
     save_tiny(folder / "teacher", hidden=32, seed=1)
     save_tiny(folder / "student", hidden=16, seed=2)
     with pytest.MonkeyPatch.context() as patch:
-        for ranks, cases in ((2, PAIR), (1, [*ALONE, *TOKENS, *BF16]), (2, []), (3, [])):
+        for ranks, cases in ((2, PAIR), (1, [*ALONE, *TOKENS, *BF16]), (2, []), (3, []), (4, QUARTET)):
             on_this_machine(patch, ranks)
             mp.spawn(_rank, (ranks, folder, cases), nprocs=ranks)
             for case, result in torch.load(folder / f"steps-{ranks}-{len(cases)}.pt", weights_only=False).items():
@@ -266,7 +268,11 @@ def _assert_same(steps: list[Step], reference: list[Step]) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "case"),
-    [*((1, case) for case in ALONE[1:]), *((2, case) for case in PAIR if case.reduction == "sample")],
+    [
+        *((1, case) for case in ALONE[1:]),
+        *((2, case) for case in PAIR if case.reduction == "sample"),
+        *((4, case) for case in QUARTET),
+    ],
     ids=str,
 )
 def test_a_global_batch_gives_one_loss_and_one_gradient_on_any_ranks_micro_batches_and_zero_stage(steps, ranks, case):

@@ -1,13 +1,20 @@
 """Grids: their cells, and the table over seeds. Running one is for tests/ray."""
 
+import os
+import signal
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 
-from betakd_ray.errors import SpecError
+import betakd_ray.sweep as module
+from betakd_ray.errors import DataError, Interrupted, SpecError, TrainingError
+from betakd_ray.job import JobResult
 from betakd_ray.spec import SweepSpec, load_spec
-from betakd_ray.sweep import Sweep, short_name
+from betakd_ray.sweep import ROWS, Sweep, short_name
+from betakd_ray.tracking import from_jsonl
 
 JOBS = Path(__file__).parents[2] / "jobs"
 TEMPLATE = {
@@ -77,3 +84,83 @@ def test_values_have_short_names():
     assert short_name(["fkl", {"kind": "fd"}]) == "fkl+fd"
     assert short_name([]) == "none"
     assert short_name(0.5) == "0.5"
+
+
+# ---- what becomes of the cells, with jobs that are none ------------------------------------------------------------
+
+
+class Job:
+    """Stands for BetaKDJob."""
+
+    def __init__(self, name, end, begun):
+        self.name, self.end, self.begun = name, end, begun
+        self.stopped = threading.Event()
+        self.stop = self.stopped.set
+
+    def fit(self, _teachers):
+        self.begun.append(self.name)
+        self.end(self.stopped)
+        return JobResult(self.name, "run", "model", {"loss": 1.0}, 1, 1, 1, 0, 0, 0)
+
+
+def stopped(event):
+    assert event.wait(20)
+    raise Interrupted("saved")
+
+
+def failing(error):
+    def end(_):
+        raise error
+
+    return end
+
+
+@pytest.fixture
+def sweep(grid, monkeypatch):
+    """A sweep of five cells, two at a time, and the names of those that were begun; what a cell does, by its name."""
+
+    def make(**ends):
+        begun = []
+        monkeypatch.setattr(
+            module, "BetaKDJob", lambda spec: Job(spec.name, ends.get(spec.name, lambda _: None), begun)
+        )
+        monkeypatch.setattr(module, "connected", lambda *_: nullcontext())
+        axes = {"objective.energies": ["fkl", "rkl", "js", "tvd", "sfkl"]}
+        return grid(axes=axes, parallel=2), begun
+
+    return make
+
+
+def test_rows_are_in_the_order_of_the_grid_whichever_cell_ends_first(sweep, tmp_path):
+    others = threading.Event()
+    made, begun = sweep(fkl_seed0=lambda _: others.wait(20), sfkl_seed0=lambda _: others.set())
+    rows = made.run()
+    assert [row["objective.energies"] for row in rows] == ["fkl", "rkl", "js", "tvd", "sfkl"]
+    assert from_jsonl((tmp_path / "grid" / ROWS).read_text()) == rows
+    assert len(begun) == 5
+
+
+def test_a_cell_that_fails_is_named_when_the_others_are_done(sweep, tmp_path):
+    made, begun = sweep(rkl_seed0=failing(TrainingError("died")))
+    with pytest.raises(TrainingError, match=r"^cell rkl_seed0: died$"):
+        made.run()
+    assert len(begun) == 5
+    assert len(from_jsonl((tmp_path / "grid" / ROWS).read_text())) == 4
+
+
+def test_what_the_user_must_mend_ends_the_sweep_and_the_cell_beside_it_saves(sweep):
+    made, begun = sweep(fkl_seed0=stopped, rkl_seed0=failing(DataError("no shard")))
+    with pytest.raises(DataError, match="no shard"):
+        made.run()
+    assert sorted(begun) == ["fkl_seed0", "rkl_seed0"]
+
+
+def test_a_sigterm_has_the_cells_that_run_save_and_begins_no_others(sweep):
+    def end(event):
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopped(event)
+
+    made, begun = sweep(fkl_seed0=stopped, rkl_seed0=end)
+    with pytest.raises(Interrupted):
+        made.run()
+    assert sorted(begun) == ["fkl_seed0", "rkl_seed0"]

@@ -1,0 +1,88 @@
+"""Pools that jobs share, with pools that are none."""
+
+import pytest
+from ray.actor import ActorHandle
+
+import betakd_ray.teacher.pool as module
+from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
+from betakd_ray.teacher.pool import Teachers
+from betakd_ray.teacher.signal import Needs
+
+TEACHER, OTHER = TeacherSpec(path="org/teacher"), TeacherSpec(path="org/other")
+LOGITS = Needs(hidden=True)
+VISION = Needs(hidden=True, features=("teacher_vision",))
+
+
+class Pool(ActorHandle):
+    """A handle of nothing."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        pass
+
+
+@pytest.fixture
+def pools(monkeypatch):
+    """[what was started], [the numbers of those that were ended]"""
+    started, ended = [], []
+    monkeypatch.setattr(module, "start_pool", lambda *wish: started.append(wish) or Pool(len(started)))
+    monkeypatch.setattr(module.ray, "kill", lambda pool: ended.append(pool.number))
+    return started, ended
+
+
+def lent(teachers, teacher=TEACHER, needs=LOGITS):
+    return teachers.lent(teacher, needs, TeacherPoolSpec(), 0.0, "job")
+
+
+def test_jobs_side_by_side_and_one_after_the_other_share_a_pool(pools):
+    started, ended = pools
+    with Teachers() as teachers:
+        with lent(teachers) as (first, _), lent(teachers) as (second, _):
+            assert first is second
+        with lent(teachers) as (third, _):
+            assert third is first
+        assert not ended
+    assert (len(started), ended) == (1, [1])
+
+
+def test_another_teacher_takes_the_place_of_one_that_nobody_uses(pools):
+    _, ended = pools
+    with Teachers() as teachers:
+        with lent(teachers) as (first, _), lent(teachers, OTHER) as (second, _):
+            assert first is not second
+            assert not ended
+        with lent(teachers, OTHER):
+            assert not ended
+            with lent(teachers, needs=VISION):
+                assert ended == [first.number]
+    assert ended == [1, 2, 3]
+
+
+def test_a_pool_that_saw_a_job_fail_is_not_lent_again_and_ends_with_its_last_user(pools):
+    _, ended = pools
+    with Teachers() as teachers, lent(teachers) as (first, _):
+        with pytest.raises(RuntimeError), lent(teachers):
+            raise RuntimeError
+        assert not ended
+        with lent(teachers) as (second, _):
+            assert second is not first
+        assert not ended
+    assert ended == [1, 2]
+
+
+def test_what_is_expected_is_asked_for_at_once(pools):
+    started, _ = pools
+    with Teachers() as teachers:
+        for needs in (LOGITS, VISION, Needs(visual=True), Needs(top_k=4, vocab=9)):
+            teachers.expect(TEACHER, needs)
+        with lent(teachers) as (_, needs):
+            assert needs == Needs(hidden=True, visual=True, features=("teacher_vision",))
+        with lent(teachers, needs=Needs(visual=True)) as (_, again):
+            assert again == needs
+        with lent(teachers, needs=Needs(top_k=4, vocab=9)) as (_, needs):
+            assert needs == Needs(top_k=4, vocab=9)
+        with lent(teachers, OTHER) as (_, needs):
+            assert needs == LOGITS
+    assert len(started) == 3
