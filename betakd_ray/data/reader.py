@@ -3,8 +3,10 @@
 Apart from `stream`, so that the processes that only hand blocks on load none of this.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +22,7 @@ from betakd_ray.spec import DataSpec
 BLOCK_BYTES = 4 << 20
 """A block costs the executor tens of milliseconds, whatever is in it: make it worth that."""
 KEPT_BYTES = 128 << 20
-"""Of rows that a reading process keeps for later epochs, where the data are small enough for that."""
+"""Of rows that a reading process keeps of small sets, for later epochs and for later jobs."""
 
 
 class Row(NamedTuple):
@@ -54,7 +56,7 @@ class Refusal(NamedTuple):
 class Reader:
     """Reads one (epoch, shard) of the plan into blocks. Shipped once to every reading process.
 
-    A set that is small and read several times is rendered once a process: rows are kept, as far as KEPT_BYTES go.
+    A set that is small and read several times is rendered once a process, whichever of its jobs asks first.
     """
 
     plan: Plan
@@ -68,8 +70,6 @@ class Reader:
     """Looks up what the teacher is known to say of a shard's samples, by index."""
     pairs_images: bool = False
     """Whether image tokens are compared one by one, so that both models must make as many of an image."""
-    _kept: dict[int, list[Row | Refusal]] = field(default_factory=dict, init=False, repr=False)
-    """By shard, in the order of the shard."""
 
     def blocks(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[pa.Table]:
         """Blocks of some BLOCK_BYTES. Raises DataError for a damaged shard, DataUnreachable, TooManyBadSamples."""
@@ -103,27 +103,31 @@ class Reader:
 
     def _prepared(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[Row | Refusal]:
         """What becomes of each sample that is not done, in this epoch's order."""
-        if kept := self._kept.get(shard):
+        described = self.plan.shards[shard]
+        if kept := _KEPT.find(self._rendering, described):
             yield from self._shuffled((one for one in kept if not done[one.index]), epoch, shard)
             return
-        samples = read_shard_with_retry(self.plan.shards[shard], self.data.storage, skip=done)
-        room = 0 if done.any() else self._room()
-        keeping: list[Row | Refusal] = []
+        samples = read_shard_with_retry(described, self.data.storage, skip=done)
+        keeping: list[Row | Refusal] | None = [] if self._is_small and not done.any() else None
         for sample in self._shuffled(samples, epoch, shard):
             prepared = self._prepare(sample)
             yield prepared
-            if room > 0:
-                room -= prepared.bytes
+            if keeping is not None:
                 keeping.append(prepared)
-        if room > 0:
+        if keeping is not None:
             # Shuffled anew, it then comes as if it were read again.
-            self._kept[shard] = sorted(keeping, key=lambda one: one.index)
+            _KEPT.keep(self._rendering, described, sorted(keeping, key=lambda one: one.index))
 
-    def _room(self) -> int:
-        """Bytes that may still be kept."""
-        if self.plan.epochs == 1 or sum(shard.bytes for shard in self.plan.shards) > KEPT_BYTES:
-            return 0
-        return KEPT_BYTES - sum(one.bytes for kept in self._kept.values() for one in kept)
+    @property
+    def _is_small(self) -> bool:
+        """Before it is rendered, as far as can be told."""
+        return self.plan.epochs > 1 and sum(shard.bytes for shard in self.plan.shards) <= KEPT_BYTES
+
+    @cached_property
+    def _rendering(self) -> str:
+        """The same for all jobs whose rows are alike."""
+        views = {view: renderer.fingerprint for view, renderer in self.renderers.items()}
+        return repr((views, self.pairs_images, self.data.storage))
 
     def _prepare(self, sample: RawSample | BadSample) -> Row | Refusal:
         try:
@@ -147,6 +151,34 @@ class Reader:
         if not self.plan.shuffle:
             return samples
         return _shuffle(samples, self.data.shuffle_buffer, np.random.default_rng((self.plan.seed, epoch, shard)))
+
+
+class KeptRows:
+    """Rows of small sets, of this process's jobs; sets that were not asked for lately make room."""
+
+    def __init__(self) -> None:
+        self._sets: OrderedDict[str, dict[Shard, list[Row | Refusal]]] = OrderedDict()
+        self._bytes: dict[str, int] = {}
+
+    def find(self, rendering: str, shard: Shard) -> list[Row | Refusal] | None:
+        """In the order of the shard."""
+        if rendering not in self._sets:
+            return None
+        self._sets.move_to_end(rendering)
+        return self._sets[rendering].get(shard)
+
+    def keep(self, rendering: str, shard: Shard, rows: list[Row | Refusal]) -> None:
+        """If there is room, or can be made."""
+        size = sum(row.bytes for row in rows)
+        while sum(self._bytes.values()) + size > KEPT_BYTES and next(iter(self._sets), rendering) != rendering:
+            oldest, _ = self._sets.popitem(last=False)
+            del self._bytes[oldest]
+        if sum(self._bytes.values()) + size <= KEPT_BYTES:
+            self._sets.setdefault(rendering, {})[shard] = rows
+            self._bytes[rendering] = self._bytes.get(rendering, 0) + size
+
+
+_KEPT = KeptRows()
 
 
 def _shuffle(samples: Iterable[Any], buffer: int, rng: np.random.Generator) -> Iterator[Any]:

@@ -47,9 +47,9 @@ def _read(reader: ray.ObjectRef, epoch: int, shard: int, done: np.ndarray, size:
     yield from _fetched(reader).blocks(epoch, shard, np.unpackbits(done, count=size).astype(bool))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def _fetched(reader: ray.ObjectRef) -> Any:
-    """Once a process: a tokenizer takes up to a second to unpickle, and the reader may keep what it read."""
+    """Once a process: a tokenizer takes up to a second to unpickle. Jobs that run side by side share processes."""
     return ray.get(reader)
 
 

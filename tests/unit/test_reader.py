@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import betakd_ray.data.reader as module
 from betakd_ray.data.plan import Plan, Quarantined
 from betakd_ray.data.reader import Reader
 from betakd_ray.data.render import Renderer
+from betakd_ray.data.shards import Shard
 from betakd_ray.errors import DataError, DataUnreachable, TooManyBadSamples
 from betakd_ray.spec import DataSpec
 from tests.tars import flip, record, tar_bytes, written
@@ -118,24 +120,54 @@ def test_an_answer_that_teacher_and_student_cut_at_different_tokens_is_quarantin
     assert "do not have the same answer tokens" in job.bad[0].reason
 
 
+@pytest.fixture(autouse=True)
+def _nothing_kept(monkeypatch):
+    monkeypatch.setattr(module, "_KEPT", module.KeptRows())
+
+
 def test_a_small_set_is_rendered_once_and_comes_as_if_it_were_read_again(tmp_path, monkeypatch):
     samples = [sample("a"), sample("b", image=b"no image"), *(sample(f"c{i}", answer=f"{i}.") for i in range(6))]
-    job, anew = (Job(tmp_path, samples, max_bad_fraction=1, shuffle_buffer=3) for _ in range(2))
+    job, later = (Job(tmp_path, samples, max_bad_fraction=1, shuffle_buffer=3) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "KEPT_BYTES", 0)
+        expected, rest = job.rows(epoch=1), job.rows(epoch=1, done=(2, 5))
     first = job.rows(epoch=0)
-    monkeypatch.setattr("betakd_ray.data.reader.KEPT_BYTES", 0)
-    expected, rest = anew.rows(epoch=1), anew.rows(epoch=1, done=(2, 5))
     (tmp_path / "train-0.tar").unlink()
+    job.bad.clear()
     assert job.rows(epoch=1) == expected
     assert [row["index"] for row in expected] != [row["index"] for row in first]
-    assert [(bad.epoch, bad.index, bad.key) for bad in job.bad] == [(0, 1, "b"), (1, 1, "b")]
+    assert [(bad.epoch, bad.index, bad.key) for bad in job.bad] == [(1, 1, "b")]
     assert job.rows(epoch=1, done=(2, 5)) == rest
+    assert later.rows(epoch=1) == expected
 
 
-@pytest.mark.parametrize(("epochs", "limit"), [(1, 1 << 20), (2, 1000), (2, 11_000)])
+@pytest.mark.parametrize("other", [{"student_length": 64}, {"system_prompt": "Look."}])
+def test_what_another_template_rendered_is_not_taken(tmp_path, other):
+    Job(tmp_path, [sample("a")]).rows()
+    job = Job(tmp_path, [sample("a")], **other)
+    (tmp_path / "train-0.tar").unlink()
+    with pytest.raises(DataError, match="train-0"):
+        job.rows()
+
+
+@pytest.mark.parametrize(("epochs", "limit"), [(1, 1 << 20), (2, 1000)])
 def test_what_is_read_once_or_is_large_is_not_kept(tmp_path, monkeypatch, epochs, limit):
-    monkeypatch.setattr("betakd_ray.data.reader.KEPT_BYTES", limit)
+    monkeypatch.setattr(module, "KEPT_BYTES", limit)
     job = Job(tmp_path, [sample("a"), sample("b")], epochs=epochs)
     job.rows(epoch=0)
     (tmp_path / "train-0.tar").unlink()
     with pytest.raises(DataError, match="train-0"):
         job.rows(epoch=0)
+
+
+def test_sets_that_were_not_asked_for_lately_make_room(monkeypatch):
+    monkeypatch.setattr(module, "KEPT_BYTES", 100)
+    kept, shards = module.KeptRows(), [Shard(f"{n}.tar", 1, 1, "") for n in range(3)]
+    rows = [module.Refusal(0, "k" * 20, "r" * 20)]
+    for rendering, shard in (("a", 0), ("b", 0), ("b", 1), ("b", 2)):
+        kept.keep(rendering, shards[shard], rows)
+    assert kept.find("a", shards[0]) is None
+    assert [kept.find("b", shard) for shard in shards] == [rows, rows, None]  # a set does not make room for itself
+    kept.keep("c", shards[0], [*rows, *rows])
+    assert kept.find("b", shards[0]) is None
+    assert kept.find("c", shards[0]) == [*rows, *rows]
