@@ -4,6 +4,7 @@ One execution covers every epoch; what the ledger says is done is subtracted whe
 any number of workers replays nothing and loses nothing.
 """
 
+import time
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import Any
@@ -11,12 +12,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan
 from betakd_ray.spec import PoolSpec
+
+PAUSE_S = 0.02
+"""A block takes longer to read, and several are ready before the students ask for them."""
 
 
 class PlanSource(Datasource):
@@ -53,6 +58,15 @@ def _fetched(reader: ray.ObjectRef) -> Any:
     return ray.get(reader)
 
 
+class Pace(ExecutionCallback):
+    """A rest in each turn of Ray Data's executor. While the students are slower than the readers, it looks without one
+    whether they still are, which costs the driver's node half a core."""
+
+    def on_execution_step(self, executor: object) -> None:
+        """Called by Ray Data."""
+        time.sleep(PAUSE_S)
+
+
 def stream(reader: ray.ObjectRef, plan: Plan, ledger: Ledger, pool: PoolSpec) -> "ray.data.Dataset":
     """The rows that are still to be done, in plan order. Columns: epoch, shard, index, key, signal, and those of
     `to_arrow`."""
@@ -60,6 +74,8 @@ def stream(reader: ray.ObjectRef, plan: Plan, ledger: Ledger, pool: PoolSpec) ->
     # A long pause of the consumer (a checkpoint, an evaluation) is not a hang.
     context.execution_no_progress_timeout_s = -1
     context.enable_progress_bars = False
+    if Pace not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(Pace)
     source = PlanSource(reader, plan, ledger)
     return ray.data.read_datasource(
         source,
