@@ -172,13 +172,13 @@ def _cells(spec: SweepSpec, folder: str) -> Iterator[Cell]:
 
 
 def short_name(value: Any) -> str:
-    """How a value is called in a table and in a folder's name: its kind, if it has one."""
+    """How a value is called in a table and in a folder's name: by its kind, if it has one; a path by its end."""
     if isinstance(value, dict):
         rest = [f"{key}={short_name(inner)}" for key, inner in value.items() if key != "kind"]
         return ",".join([*([str(value["kind"])] if "kind" in value else []), *rest])
     if isinstance(value, list | tuple):
         return "+".join(short_name(inner) for inner in value) or "none"
-    return str(value)
+    return str(value).rstrip("/").rpartition("/")[2]
 
 
 def _spread(values: list[float]) -> str:

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from betakd_ray.cli import app
 from betakd_ray.energies import ENERGIES
-from betakd_ray.spec import VISUAL_ENERGIES, ObjectiveSpec
+from betakd_ray.spec import VISUAL_ENERGIES, ObjectiveSpec, SweepSpec
+from betakd_ray.sweep import Sweep
 
 ROOT = Path(__file__).parents[2]
 OBJECTIVE = ROOT / "docs/objective.md"
@@ -33,8 +34,12 @@ def test_an_example_runs(example):
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_a_section_is_valid_and_one_that_lists_options_lists_all_with_their_defaults(section):
+def test_a_section_is_valid_and_one_that_lists_options_lists_all_with_their_defaults(section, monkeypatch):
+    monkeypatch.chdir(ROOT)
     shown = yaml.safe_load(section)
+    if "axes" in shown:
+        assert len(Sweep(SweepSpec(**shown)).cells) == 24
+        return
     if "objective" in shown:
         ObjectiveSpec(**shown["objective"])
         return

@@ -84,6 +84,8 @@ def test_values_have_short_names():
     assert short_name(["fkl", {"kind": "fd"}]) == "fkl+fd"
     assert short_name([]) == "none"
     assert short_name(0.5) == "0.5"
+    assert short_name("s3://bucket/noisy/") == "noisy"
+    assert short_name(["shards/clean-*.tar"]) == "clean-*.tar"
 
 
 # ---- what becomes of the cells, with jobs that are none ------------------------------------------------------------
