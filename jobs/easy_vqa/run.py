@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     """From nothing to the table; what an earlier run finished is not done again."""
-    pack_once("train", "test")
+    pack_once("noisy", "test")
     distilled = load_spec(HERE / "distill.yaml")
     with connected(distilled):
         alone = without_teacher(distilled, "easy-vqa-ce")
