@@ -126,11 +126,14 @@ class BetaKDJob:
         views = self.check()
         if (finished := self._finished()) is not None:
             return finished
-        with connected(self.spec), ExitStack() as actors:
-            return self._run(*views, teachers or actors.enter_context(Teachers()), actors)
+        try:
+            with connected(self.spec), ExitStack() as actors:
+                return self._run(*views, teachers or actors.enter_context(Teachers()), actors)
+        finally:
+            self._monitor, self._is_stopping = None, False
 
     def stop(self) -> None:
-        """Ask a `fit()`, in another thread or by a signal, to save and end; it then raises Interrupted."""
+        """Ask a `fit()`, from another thread or a signal's handler, to save and end; it then raises Interrupted."""
         self._is_stopping = True
         if self._monitor is not None:
             self._monitor.stop.remote()

@@ -20,13 +20,14 @@ from betakd_ray.cluster import connected
 from betakd_ray.errors import Interrupted, SpecError, TrainingError
 from betakd_ray.evaluation.run import RESULT, Evaluation
 from betakd_ray.job import BetaKDJob, JobResult, on_sigterm
-from betakd_ray.progress import progress_line
+from betakd_ray.progress import Update, progress_line
 from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, parse_spec, read_tree, set_field
 from betakd_ray.storage import join, open_store
 from betakd_ray.teacher.pool import Teachers
 from betakd_ray.tracking import to_jsonl
 
 ROWS, TABLE = "rows.jsonl", "table.md"
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Cell:
     """Axis → the value's short name."""
     seed: int
     job: JobSpec
+
+    @property
+    def question(self) -> str | None:
+        """What its teacher is asked; None where the answers are not kept."""
+        teacher = self.job.teacher
+        return teacher.model_dump_json() + self.job.data.model_dump_json() if teacher and teacher.cache else None
 
 
 class Sweep:
@@ -52,38 +59,43 @@ class Sweep:
         if twice := {name for name in names if names.count(name) > 1}:
             raise SpecError(f"axes: two cells are both called {sorted(twice)[0]}; give values that differ in name")
 
-    def run(self) -> list[dict[str, Any]]:
+    def run(self) -> list[Row]:
         """A row a cell and seed: axes, seed, final metrics and the evaluation's; also saved, with the table.
 
         A cell whose training fails has no row; the others are run, and then TrainingError names it. A UserError ends
         the sweep, as does `stop()`, which is what a SIGTERM calls: cells that run then save first. Interrupted says so.
         """
-        rows: dict[int, dict[str, Any]] = {}
-        failed = {}
         largest = max((cell.job for cell in self.cells), key=lambda job: job.training.workers.max)
-        with (
-            connected(largest, self.spec.parallel),
-            Teachers() as teachers,
-            progress_line(self.spec.name, len(self.cells), "cells") as update,
-            ThreadPoolExecutor(self.spec.parallel) as executor,
-            on_sigterm(self.stop),
-        ):
-            try:
-                pending = self._submit(executor, teachers)
-                for done in as_completed(pending):
-                    at = pending[done]
-                    try:
-                        rows[at] = done.result()
-                    except TrainingError as error:
-                        failed[self.cells[at].job.name] = error
-                        continue
-                    update(completed=len(rows))
-                    ordered = [rows[each] for each in sorted(rows)]
-                    self._store(ROWS, to_jsonl(ordered))
-                    self._store(TABLE, _markdown(self.table(ordered)))
-            except BaseException:
-                self.stop()
-                raise
+        try:
+            with (
+                connected(largest, self.spec.parallel),
+                Teachers() as teachers,
+                progress_line(self.spec.name, len(self.cells), "cells") as update,
+                ThreadPoolExecutor(self.spec.parallel) as executor,
+                on_sigterm(self.stop),
+            ):
+                return self._collected(self._submit(executor, teachers), update)
+        finally:
+            self._is_stopping = False
+
+    def _collected(self, pending: dict["Future[Row]", int], update: Update) -> list[Row]:
+        rows: dict[int, Row] = {}
+        failed = {}
+        try:
+            for done in as_completed(pending):
+                at = pending[done]
+                try:
+                    rows[at] = done.result()
+                except TrainingError as error:
+                    failed[self.cells[at].job.name] = error
+                    continue
+                update(completed=len(rows))
+                ordered = [rows[each] for each in sorted(rows)]
+                self._store(ROWS, to_jsonl(ordered))
+                self._store(TABLE, _markdown(self.table(ordered)))
+        except BaseException:
+            self.stop()
+            raise
         if failed:
             raise TrainingError("; ".join(f"cell {name}: {error}" for name, error in failed.items()))
         return [rows[each] for each in sorted(rows)]
@@ -94,24 +106,22 @@ class Sweep:
         for job in list(self._running):
             job.stop()
 
-    def _submit(self, executor: ThreadPoolExecutor, teachers: Teachers) -> dict["Future[dict[str, Any]]", int]:
-        """Each cell's row to come → its place. Of cells that ask one teacher of one set of samples, the first goes
-        ahead alone: the others find its answers in the cache."""
-        ahead: dict[str, Future[dict[str, Any]]] = {}
+    def _submit(self, executor: ThreadPoolExecutor, teachers: Teachers) -> dict["Future[Row]", int]:
+        """Each cell's row to come → its place. Of cells with one question, the first goes ahead alone: the others find
+        the answers in the cache."""
+        for cell in self.cells:
+            if cell.question and cell.job.teacher:
+                teachers.expect(cell.job.teacher, BetaKDJob(cell.job).needs(cell.job.teacher))
+        leaders: dict[str | None, Future[Row]] = {}
         pending = {}
         for at, cell in enumerate(self.cells):
-            teacher, leader = cell.job.teacher, None
-            if teacher and teacher.cache:
-                teachers.expect(teacher, BetaKDJob(cell.job).needs(teacher))
-                asked = teacher.model_dump_json() + cell.job.data.model_dump_json()
-                leader = ahead.get(asked)
-            future = executor.submit(self._row, cell, teachers, leader)
+            future = executor.submit(self._row, cell, teachers, leaders.get(cell.question))
             pending[future] = at
-            if teacher and teacher.cache:
-                ahead.setdefault(asked, future)
+            if cell.question:
+                leaders.setdefault(cell.question, future)
         return pending
 
-    def _row(self, cell: Cell, teachers: Teachers, leader: "Future[dict[str, Any]] | None") -> dict[str, Any]:
+    def _row(self, cell: Cell, teachers: Teachers, leader: "Future[Row] | None") -> Row:
         if leader:
             wait([leader])
         job = BetaKDJob(cell.job)
@@ -124,7 +134,7 @@ class Sweep:
         finally:
             self._running.discard(job)
 
-    def table(self, rows: list[dict[str, Any]]) -> list[list[str]]:
+    def table(self, rows: list[Row]) -> list[list[str]]:
         """Header and a line a cell: the axes, then mean ± standard deviation over seeds of each metric."""
         axes = list(self.spec.axes)
         metrics = [name for name in rows[0] if name not in (*axes, "seed")]
