@@ -43,8 +43,8 @@ def captions() -> Iterator[dict[str, Any]]:
 
 SETS = {
     "captions": captions,
-    "noisy": partial(easy_vqa_samples, "train", limit=6000, wrong_answers=0.5, instead="any"),
-    "flipped": partial(easy_vqa_samples, "train", limit=6000, wrong_answers=0.5, instead="kind"),
+    "noisy": partial(easy_vqa_samples, "train", limit=6000, wrong_answers=0.5),
+    "symmetric": partial(easy_vqa_samples, "train", limit=6000, wrong_answers=0.5, instead="any"),
     "noiseless": partial(easy_vqa_samples, "train", limit=6000),
     "clean": clean,
     "test": partial(easy_vqa_samples, "test", limit=3000),

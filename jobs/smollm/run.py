@@ -26,7 +26,7 @@ LAYERS = 6
 
 def main() -> None:
     """From two packages to the table."""
-    pack_once("captions", "noiseless", "flipped", "test")
+    pack_once("captions", "noiseless", "noisy", "test")
     write_language_model(PARTS / "language_model")
     write_vision_tower(PARTS / "vision_tower", IMAGE_SIZE)
     warmup, teacher, distilled = (load_spec(HERE / f"{name}.yaml") for name in ("warmup", "teacher", "distill"))
