@@ -76,6 +76,12 @@ WORKER_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DEEPSPEED_LOG_LEVEL": "error",
 }
+ON_CPU = {
+    "DS_ACCELERATOR": "cpu",
+    # A step's tensors take the place of the last one's; else glibc gives their pages back, and each step faults anew.
+    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
+}
 
 
 @dataclass(frozen=True)
@@ -353,7 +359,7 @@ class BetaKDJob:
 
 
 def _accelerator(gpus: float) -> dict[str, str]:
-    return {} if gpus else {"DS_ACCELERATOR": "cpu"}
+    return {} if gpus else ON_CPU
 
 
 def _scratch() -> str:
