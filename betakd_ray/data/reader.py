@@ -108,13 +108,15 @@ class Reader:
             yield from self._shuffled((one for one in kept if not done[one.index]), epoch, shard)
             return
         samples = read_shard_with_retry(described, self.data.storage, skip=done)
-        keeping: list[Row | Refusal] | None = [] if self._is_small and not done.any() else None
+        room = KEPT_BYTES if self._is_small and not done.any() else 0
+        keeping: list[Row | Refusal] = []
         for sample in self._shuffled(samples, epoch, shard):
             prepared = self._prepare(sample)
             yield prepared
-            if keeping is not None:
+            if room > 0:
+                room -= prepared.bytes
                 keeping.append(prepared)
-        if keeping is not None:
+        if room > 0:
             # Shuffled anew, it then comes as if it were read again.
             _KEPT.keep(self._rendering, described, sorted(keeping, key=lambda one: one.index))
 

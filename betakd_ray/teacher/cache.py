@@ -25,6 +25,7 @@ import pyarrow.ipc
 import safetensors.numpy
 
 from betakd_ray.data.ledger import SampleIds
+from betakd_ray.data.plan import Plan
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import TeacherError
 from betakd_ray.models.inputs import ModelInputs
@@ -85,15 +86,16 @@ class SignalCache:
 
 
 class CacheWriter:
-    """One student worker's side: gathers signals and writes them in the background; keeps the first at hand."""
+    """One student worker's side: gathers signals and writes them in the background; if samples come again, it keeps
+    the first at hand."""
 
-    def __init__(self, cache: SignalCache, shards: Sequence[Shard]) -> None:
+    def __init__(self, cache: SignalCache, plan: Plan) -> None:
         self._cache = cache
-        self._shards = shards
+        self._shards = plan.shards
         self._held: dict[int, dict[int, bytes]] = defaultdict(dict)
         self._bytes = 0
         self._kept: dict[tuple[int, int], bytes] = {}
-        self._room = KEPT_BYTES
+        self._room = KEPT_BYTES if plan.epochs > 1 else 0
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cache")
         self._writing: Future[None] | None = None
 

@@ -55,7 +55,7 @@ class Worker:
             self.client = TeacherClient(
                 config.pool, self.learner.rank, self.spec.teacher.timeout_s, self.spec.cluster.start_timeout_s
             )
-        self.cache = CacheWriter(config.cache, config.plan.shards) if config.cache else None
+        self.cache = CacheWriter(config.cache, config.plan) if config.cache else None
         self.store = checkpoint.CheckpointStore(config.run, self.spec.output.storage)
         self.metrics = Metrics(self.spec, config.run) if self.learner.rank == 0 else None
         self.clock = Clock()

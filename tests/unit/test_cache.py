@@ -8,6 +8,7 @@ import torch
 
 from betakd_ray.data.collate import Batch
 from betakd_ray.data.ledger import SampleIds
+from betakd_ray.data.plan import Plan
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import TeacherError
 from betakd_ray.models.inputs import ModelInputs
@@ -17,6 +18,7 @@ from betakd_ray.teacher.client import TeacherClient, scored
 from betakd_ray.teacher.signal import Needs, Signal, TeacherFacts, Wire
 
 SHARDS = [Shard("/data/a-0.tar", 10, 999, "aa"), Shard("/data/a-1.tar", 10, 999, "bb")]
+PLAN = Plan(tuple(SHARDS), epochs=2, seed=0, shuffle=False)
 ROWS, TOKENS = [2, 1, 3], [2, 0, 4]
 """Answer rows and image tokens of three samples, the second text-only."""
 ALL = Needs(hidden=True, visual=True, features=("teacher_vision", "teacher_entropy"))
@@ -135,7 +137,7 @@ def test_what_does_not_fit_the_samples_is_an_error():
 
 
 def test_what_is_written_is_read_by_shard_and_index(tmp_path):
-    writer = CacheWriter(cache(tmp_path), SHARDS)
+    writer = CacheWriter(cache(tmp_path), PLAN)
     writer.add(ids(4, 7, 1), inputs(), signal())
     writer.add(ids(0, 9, 2, shard=1), inputs(), signal(valid=(True, False, True)))
     writer.flush()
@@ -186,7 +188,7 @@ def test_a_part_that_was_never_finished_is_not_read(tmp_path):
 
 def test_a_write_that_fails_is_not_silent(tmp_path):
     store = dataclasses.replace(cache(tmp_path), location=CacheSpec(path="/proc/nowhere"))
-    writer = CacheWriter(store, SHARDS)
+    writer = CacheWriter(store, PLAN)
     writer.add(ids(1, 2, 3), inputs(), signal())
     with pytest.raises(OSError, match="nowhere"):
         writer.flush()
@@ -207,7 +209,7 @@ class Client(TeacherClient):
 
 
 def test_only_what_is_not_known_is_asked_and_that_is_kept(tmp_path):
-    writer = CacheWriter(cache(tmp_path), SHARDS)
+    writer = CacheWriter(cache(tmp_path), PLAN)
     known = [part for part in split(signal(), inputs()) if part]
     batches = [
         Batch(inputs(), inputs(), ids(0, 1, 2), [], known),
@@ -229,7 +231,7 @@ def test_a_sample_that_comes_again_before_its_answer_could_be_read_is_not_asked_
     asked = []
     for kept in (1 << 20, 100):
         monkeypatch.setattr("betakd_ray.teacher.cache.KEPT_BYTES", kept)
-        client, writer = Client(), CacheWriter(cache(tmp_path), SHARDS)
+        client, writer = Client(), CacheWriter(cache(tmp_path), PLAN)
         answered = list(scored(iter(batches), client, window=1, needs=ALL, cache=writer))
         for _, one in answered:
             assert_same(one, signal())
