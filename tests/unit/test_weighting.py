@@ -93,11 +93,10 @@ def test_a_parameter_far_outside_the_bounds_comes_back(positivity, u):
 
 @each_positivity
 @each_learned
-@pytest.mark.parametrize("lr", [1e-2, 1.0])
-def test_a_vanishing_energy_stays_finite_for_ten_thousand_steps(kind, positivity, lr):
+def test_a_vanishing_energy_stays_finite_for_ten_thousand_steps(kind, positivity):
     weighting = build(kind=kind, positivity=positivity)
     features, has_image = inputs(1)
-    optimizer = torch.optim.AdamW(weighting.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weighting.parameters(), lr=1e-2, weight_decay=0.0)
     for step in range(10_000):
         energies = torch.tensor([[1.0, math.exp(-step / 50)]])  # in float32 it is zero half of the time
         optimizer.zero_grad(set_to_none=True)
