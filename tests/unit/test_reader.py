@@ -28,6 +28,11 @@ def sample(key, answer="A circle.", image=None):
     return [(f"{key}.json", record(conversations=turns)), (f"{key}.png", png() if image is None else image)]
 
 
+@pytest.fixture(autouse=True)
+def _nothing_kept(monkeypatch):
+    monkeypatch.setattr(module, "_KEPT", module.KeptRows())
+
+
 class Job:
     """A reader of one shard, and what it told the job."""
 
@@ -120,11 +125,6 @@ def test_an_answer_that_teacher_and_student_cut_at_different_tokens_is_quarantin
     assert "do not have the same answer tokens" in job.bad[0].reason
 
 
-@pytest.fixture(autouse=True)
-def _nothing_kept(monkeypatch):
-    monkeypatch.setattr(module, "_KEPT", module.KeptRows())
-
-
 def test_a_small_set_is_rendered_once_and_comes_as_if_it_were_read_again(tmp_path, monkeypatch):
     samples = [sample("a"), sample("b", image=b"no image"), *(sample(f"c{i}", answer=f"{i}.") for i in range(6))]
     job, later = (Job(tmp_path, samples, max_bad_fraction=1, shuffle_buffer=3) for _ in range(2))
@@ -150,9 +150,10 @@ def test_what_another_template_rendered_is_not_taken(tmp_path, other):
         job.rows()
 
 
-@pytest.mark.parametrize(("epochs", "limit"), [(1, 1 << 20), (2, 1000)])
+@pytest.mark.parametrize(("epochs", "limit"), [(1, 1 << 20), (2, 1000), (2, 11_000)])
 def test_what_is_read_once_or_is_large_is_not_kept(tmp_path, monkeypatch, epochs, limit):
     monkeypatch.setattr(module, "KEPT_BYTES", limit)
+    monkeypatch.setattr(module.Row, "bytes", 6000)  # two are above each limit but the first; their tar has 10,240
     job = Job(tmp_path, [sample("a"), sample("b")], epochs=epochs)
     job.rows(epoch=0)
     (tmp_path / "train-0.tar").unlink()
