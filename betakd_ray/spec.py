@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
@@ -464,6 +465,14 @@ class ManualWeighting(Spec):
     weights: dict[str, Annotated[float, Field(ge=0)]] | Literal["auto"] = "auto"
     auto_steps: int = Field(default=20, ge=1, description="steps whose mean scales set the weights, with `auto`")
 
+    @model_validator(mode="after")
+    def _auto(self) -> "ManualWeighting":
+        if self.weights != "auto" and self.auto_steps != type(self).model_fields["auto_steps"].default:
+            raise ValueError(
+                "auto_steps: counts the steps that set `weights: auto`; weights are given, so leave it out"
+            )
+        return self
+
 
 class _Learned(Spec):
     d: Positive = Field(
@@ -472,7 +481,9 @@ class _Learned(Spec):
         "vocabulary; with energies of order one it drowns the cross-entropy",
     )
     positivity: Literal["softplus", "exp"] = "softplus"
-    log_bound: Positive = Field(default=5.0, description="β stays inside [e^-bound, e^bound], smoothly")
+    log_bound: float = Field(
+        default=5.0, gt=0, le=20, description="β stays inside [e^-bound, e^bound], smoothly; e^20 is half a billion"
+    )
     weight_ce: bool = Field(default=False, description="give CE a β of its own (Kendall & Gal); the paper does not")
 
 
@@ -492,12 +503,32 @@ class InstanceWeighting(_Learned):
     features: Annotated[tuple[Feature, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ("teacher_vision",)
     hidden_size: int = Field(default=128, ge=1)
 
+    @model_validator(mode="after")
+    def _once(self) -> "InstanceWeighting":
+        if len(set(self.features)) != len(self.features):
+            raise ValueError(f"features: one stands twice in {list(self.features)}; give each once")
+        return self
+
 
 Weighting = Annotated[
     EqualWeighting | ManualWeighting | TaskWeighting | InstanceWeighting,
     Field(discriminator="kind"),
     BeforeValidator(_named),
 ]
+
+
+def check_weighting(weighting: Weighting, channels: Sequence[str], *, ce: bool) -> None:
+    """Raises ValueError where a weighting does not go with the energies, or with the cross-entropy."""
+    weights = weighting.weights if isinstance(weighting, ManualWeighting) else None
+    if isinstance(weights, dict) and set(weights) != set(channels):
+        raise ValueError(
+            f"weighting.weights names {sorted(weights)}, the energies are {sorted(channels)}: give one weight to each "
+            "energy"
+        )
+    if weights == "auto" and not ce:
+        raise ValueError("weighting.weights: `auto` scales each energy to the cross-entropy, and ce is false")
+    if isinstance(weighting, TaskWeighting | InstanceWeighting) and weighting.weight_ce and not ce:
+        raise ValueError("weighting.weight_ce gives the cross-entropy a β, and ce is false: drop one of the two")
 
 
 class ObjectiveSpec(Spec):
@@ -526,14 +557,7 @@ class ObjectiveSpec(Spec):
             raise ValueError(f"energies: a kind stands twice in {list(self.channels)}; give each once")
         if not self.ce and not self.energies:
             raise ValueError("ce is false and energies is empty: there is nothing to learn from. Add an energy")
-        weights = self.weighting.weights if isinstance(self.weighting, ManualWeighting) else None
-        if isinstance(weights, dict) and set(weights) != set(self.channels):
-            raise ValueError(
-                f"weighting.weights names {sorted(weights)}, the energies are {sorted(self.channels)}: give one weight "
-                "to each energy"
-            )
-        if weights == "auto" and not self.ce:
-            raise ValueError("weighting.weights: `auto` scales each energy to the cross-entropy, and ce is false")
+        check_weighting(self.weighting, self.channels, ce=self.ce)
         return self
 
 
@@ -545,7 +569,9 @@ class OptimizerSpec(Spec):
 
     lr: Positive = 4e-5
     projector_lr: Positive | None = Field(default=None, description="default: lr; the recipe's stage 1 has 1e-3")
-    beta_lr: Positive = Field(default=1e-3, description="for the parameters of β, in float32, without weight decay")
+    beta_lr: Positive = Field(
+        default=1e-3, description="for β's parameters and ctkd's θ, in float32, without weight decay"
+    )
     weight_decay: float = Field(default=0.0, ge=0)
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -828,6 +854,15 @@ class SweepSpec(Spec):
     parallel: int = Field(default=1, ge=1, description="cells that run at a time, each with workers of its own")
     evaluation: QuestionsSpec | None = Field(default=None, description="what each cell's model is asked")
     output: OutputSpec = Field(default_factory=OutputSpec)
+
+    @model_validator(mode="after")
+    def _owns(self) -> "SweepSpec":
+        for path in (*self.fixed, *self.axes):
+            if path == "training.seed":
+                raise ValueError("training.seed: comes from `seeds`, over which the table has mean and deviation")
+            if path.partition(".")[0] in ("name", "output"):
+                raise ValueError(f"{path}: a cell is named by its values, under the sweep's output; leave it out")
+        return self
 
 
 class PackSpec(Spec):

@@ -16,15 +16,26 @@ mixed-precision cast.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from betakd_ray.spec import VISUAL_ENERGIES, Feature, InstanceWeighting, ManualWeighting, TaskWeighting, Weighting
+from betakd_ray.spec import (
+    VISUAL_ENERGIES,
+    Feature,
+    InstanceWeighting,
+    ManualWeighting,
+    TaskWeighting,
+    Weighting,
+    check_weighting,
+)
 
 UNIT_SOFTPLUS = math.log(math.e - 1)
 """softplus of this is 1."""
+LEAST_SLOPE = 0.01
+"""Of β's bound, towards the inside."""
 
 CE = "ce"
 
@@ -35,9 +46,12 @@ class BetaWeighting(nn.Module):
     `channels` names the energies, without the cross-entropy; `ce` says whether that is a channel too. For `instance`,
     `feature_sizes` gives the width of each feature the spec names; `teacher_vision` of a text-only sample is replaced
     by a learned vector. Where no channel has a β to learn (plain fine-tuning), no features are needed.
+
+    Raises ValueError where the spec and the channels do not go together, or a feature has no size.
     """
 
     learned: Tensor
+    learned_at: Tensor
     weights: Tensor
     scales: Tensor
     observed: Tensor
@@ -51,17 +65,23 @@ class BetaWeighting(nn.Module):
         feature_sizes: Mapping[Feature, int] | None = None,
     ) -> None:
         super().__init__()
+        check_weighting(spec, channels, ce=ce)
         self.spec = spec
         self.channels: tuple[str, ...] = (CE, *channels) if ce else tuple(channels)
         weight_ce = isinstance(spec, TaskWeighting | InstanceWeighting) and spec.weight_ce
         is_learned = isinstance(spec, TaskWeighting | InstanceWeighting)
         weighted = [is_learned and (name != CE or weight_ce) for name in self.channels]
         self.register_buffer("learned", torch.tensor(weighted), persistent=False)
+        # Places, as a mask's would have to be counted by the host.
+        self.register_buffer("learned_at", torch.tensor(weighted).nonzero().flatten(), persistent=False)
         count = sum(weighted)
         if isinstance(spec, TaskWeighting):
             self.u = nn.Parameter(torch.zeros(count))
         elif isinstance(spec, InstanceWeighting) and count:
-            sizes = {name: (feature_sizes or {})[name] for name in spec.features}
+            sizes = {name: size for name, size in (feature_sizes or {}).items() if name in spec.features}
+            if missing := [name for name in spec.features if name not in sizes]:
+                raise ValueError(f"feature_sizes has no {missing}: give the width of each of weighting.features")
+            sizes = {name: sizes[name] for name in spec.features}
             self.text_only = nn.Parameter(torch.zeros(sizes.get("teacher_vision", 0)))
             # Each feature for itself, or a wide one would drown the others. Entropies come in nats and stay: of two
             # numbers, normalisation leaves only which is larger.
@@ -138,10 +158,14 @@ class BetaWeighting(nn.Module):
         return self.loss(beta, matrix, present).mean(), log
 
     def saturated(self, beta: Float[Tensor, "samples channels"]) -> Float[Tensor, " channels"]:
-        """Share of samples whose β is at its bounds: |log β| above 95% of `log_bound`. There it learns no more."""
+        """Share of samples whose β is at its bounds: |log β| above 95% of `log_bound`. There it hardly learns.
+
+        Of the samples that have the channel: those without it have NaN.
+        """
         if not isinstance(self.spec, TaskWeighting | InstanceWeighting):
             return beta.new_zeros(beta.shape[1])
-        return (beta.log().abs() > 0.95 * self.spec.log_bound).float().mean(dim=0)
+        is_at_bound = beta.log().abs() > 0.95 * self.spec.log_bound
+        return is_at_bound.sum(dim=0) / beta.isfinite().sum(dim=0).clamp_min(1)
 
     @torch.no_grad()
     def observe(self, energies: Float[Tensor, " channels"]) -> None:
@@ -152,13 +176,13 @@ class BetaWeighting(nn.Module):
         """
         if not isinstance(self.spec, ManualWeighting) or self.spec.weights != "auto":
             return
-        if self.observed >= self.spec.auto_steps:
-            return
-        self.scales += energies
-        self.observed += 1
-        if self.observed == self.spec.auto_steps:
-            ratios = self.scales[self.channels.index(CE)] / self.scales
-            self.weights.copy_(torch.where(self.scales > 0, ratios, 1.0))
+        # All of it on the device: a question asked by the host would wait for the step to end.
+        is_observing = self.observed < self.spec.auto_steps
+        self.observed += is_observing
+        self.scales += torch.where(is_observing, energies, 0.0)
+        is_last = is_observing & (self.observed == self.spec.auto_steps)
+        ratios = torch.where(self.scales > 0, self.scales[self.channels.index(CE)] / self.scales, 1.0)
+        self.weights.copy_(torch.where(is_last, ratios, self.weights))
 
     def _features(
         self, features: Mapping[str, Float[Tensor, "batch _"]], has_image: Bool[Tensor, " batch"]
@@ -171,18 +195,15 @@ class BetaWeighting(nn.Module):
         return torch.cat([self.norms[name](part) for name, part in zip(self.spec.features, parts, strict=True)], dim=1)
 
     def _positive(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """β = 1 at u = 0, and smoothly inside [e^-bound, e^bound].
-
-        A hard clamp has no gradient outside, and a parameter that once got there would never come back.
-        """
+        """β = 1 at u = 0, and smoothly inside [e^-bound, e^bound]."""
         assert isinstance(self.spec, TaskWeighting | InstanceWeighting)
         log_beta = u if self.spec.positivity == "exp" else _log_softplus(u + UNIT_SOFTPLUS)
-        return torch.exp(self.spec.log_bound * torch.tanh(log_beta / self.spec.log_bound))
+        return torch.exp(_Bounded.apply(log_beta, self.spec.log_bound))
 
     def _placed(
         self, beta: Float[Tensor, "batch channels"], values: Float[Tensor, "batch learned"]
     ) -> Float[Tensor, "batch channels"]:
-        return beta.clone().masked_scatter(self.learned.expand_as(beta), values)
+        return beta.index_copy(1, self.learned_at, values)
 
 
 def present_channels(
@@ -190,6 +211,28 @@ def present_channels(
 ) -> Bool[Tensor, "batch channels"]:
     """Which channels a sample has: none if it is not `valid`, none on image tokens without an image."""
     return torch.stack([valid & has_image if name in VISUAL_ENERGIES else valid for name in channels], dim=1)
+
+
+class _Bounded(torch.autograd.Function):
+    """bound · tanh(x / bound), with a way back.
+
+    Ten bounds away the slope of tanh is zero in float32, as a hard clamp's is at once, and a parameter that got so far
+    would stay. So a gradient whose descent leads inside has a slope of at least LEAST_SLOPE. One that leads outside
+    keeps tanh's own, or nothing would stop it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+        tanh = torch.tanh(x / bound)
+        ctx.save_for_backward(x, tanh)
+        return bound * tanh
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        x, tanh = ctx.saved_tensors
+        slope = 1 - tanh.square()
+        leads_inside = grad * x > 0
+        return grad * torch.where(leads_inside, slope.clamp_min(LEAST_SLOPE), slope), None
 
 
 def _log_softplus(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

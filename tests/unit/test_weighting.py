@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from pydantic import TypeAdapter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from betakd_ray.spec import Weighting
 from betakd_ray.weighting import BetaWeighting
@@ -78,17 +79,44 @@ def test_saturation_is_the_share_of_samples_at_the_bounds():
     weighting = build(kind="task", log_bound=5.0)
     betas = torch.tensor([[1.0, 1.0], [1.0, 147.0], [1.0, 0.0068], [1.0, 100.0]])
     assert weighting.saturated(betas).tolist() == [0.0, 0.5]
+    betas[0, 1] = math.nan  # a sample without the channel
+    assert weighting.saturated(betas)[1].item() == pytest.approx(2 / 3)
     assert build(kind="equal").saturated(betas).tolist() == [0.0, 0.0]
 
 
 @each_positivity
-@pytest.mark.parametrize("u", [-25.0, 25.0])
-def test_a_parameter_far_outside_the_bounds_comes_back(positivity, u):
-    weighting = at(build(kind="task", positivity=positivity), u)
+@each_learned
+@pytest.mark.parametrize(("first", "then"), [(0.0, 1.0), (1e3, 0.5)])
+def test_a_beta_that_was_driven_to_a_bound_comes_back(kind, positivity, first, then):
+    """Driven by Adam, and clipped, as in training; the raw number gets thousands away from the bound."""
+    weighting = build(kind=kind, positivity=positivity)
     features, has_image = inputs(1)
-    energies = torch.tensor([[1.0, 0.5]])
-    fit(weighting, lambda: weighting.loss(weighting.beta(features, has_image), energies).sum(), 2000, lr=0.1)
-    assert weighting.beta(features, has_image)[0, 1].item() == pytest.approx(1.0, rel=1e-2)
+    optimizer = torch.optim.AdamW(weighting.parameters(), lr=1e-2 if kind == "instance" else 0.5, weight_decay=0.0)
+    reached = []
+    for energy, steps in ((first, 600), (then, 1200)):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            energies = torch.tensor([[1.0, energy]])
+            weighting.loss(weighting.beta(features, has_image), energies).sum().backward()
+            torch.nn.utils.clip_grad_norm_(weighting.parameters(), 1.0)
+            optimizer.step()
+        reached.append(weighting.beta(features, has_image)[0, 1].item())
+    assert abs(math.log(reached[0])) > 3
+    assert 0.25 / then < reached[1] < 1 / then, "about d/(2ℓ); it still swings, as the rate does not decay"
+
+
+@pytest.mark.parametrize("u", [-1e4, -46.0, 46.0, 1e4])
+def test_far_outside_the_bounds_a_gradient_leads_back_and_none_farther_out(u):
+    weighting = at(build(kind="task", positivity="exp"), u)
+    gradients = []
+    for energy in (0.0, 1e9):
+        weighting.u.grad = None
+        weighting.loss(weighting.beta(*inputs(1)), torch.tensor([[0.0, energy]])).sum().backward()
+        gradients.append(weighting.u.grad.item())
+    grows, shrinks = gradients
+    back, out = (shrinks, grows) if u > 0 else (grows, shrinks)
+    assert back * u > 0, "descent lowers |u|"
+    assert out == 0
 
 
 @each_positivity
@@ -258,6 +286,42 @@ def test_beta_is_float32_for_half_precision_features(kind):
     features, has_image = inputs()
     halves = {name: feature.bfloat16() for name, feature in features.items()}
     assert build(kind=kind).beta(halves, has_image).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"kind": "instance", "features": ["teacher_entropy"]}, "feature_sizes has no .*teacher_entropy"),
+        ({"kind": "manual", "weights": {"rlk": 2.0}}, "names .*rlk.*the energies are .*fkl"),
+        ({"kind": "manual", "weights": "auto", "ce": False}, "ce is false"),
+        ({"kind": "task", "weight_ce": True, "ce": False}, "ce is false"),
+    ],
+)
+def test_what_does_not_go_together_is_said_at_once(options, match):
+    with pytest.raises(ValueError, match=match):
+        build(**options)
+
+
+class Unasked(TorchDispatchMode):
+    """Fails where the host would wait for the device, to learn a number or a size."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in {"_local_scalar_dense", "nonzero", "masked_select", "masked_scatter_backward", "is_nonzero"}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["equal", "manual", "task", "instance"])
+def test_the_host_never_waits_for_the_device(kind):
+    weighting = build(("fkl", "fd"), kind=kind)
+    features, has_image = inputs(2, [True, False])
+    energies = torch.rand(2, 3, requires_grad=True)
+    present = torch.tensor([[True, True, True], [True, True, False]])
+    with Unasked():
+        weighting.loss(weighting.beta(features, has_image), energies, present).sum().backward()
+        weighting.observe(energies.detach().mean(0))
+    with pytest.raises(AssertionError), Unasked():
+        energies.sum().item()
 
 
 # ---- manual ------------------------------------------------------------------------------------------------------
