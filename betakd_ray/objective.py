@@ -20,7 +20,8 @@ from betakd_ray.spec import Energy, ObjectiveSpec
 from betakd_ray.weighting import CE
 
 STATISTICS = ("student_entropy", "teacher_entropy", "matching_distance", "top1_agreement")
-"""Per row, averaged over samples like an energy; computed on logging steps only (paper Figures 5, 6)."""
+"""Per row, averaged over samples like an energy; computed on logging steps only (paper Figures 5, 6). All but the first
+ask for a teacher's logits."""
 
 RowEnergy = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """(teacher_logits, student_logits, moving numbers by channel) → [rows]."""
@@ -77,7 +78,7 @@ class RowLosses(NamedTuple):
     total: Float[Tensor, ""]
     """Carries gradients to the student's rows and to the lm_head."""
     values: Float[Tensor, "rows values"]
-    """A column per channel, then one per name in STATISTICS if those were asked for; detached."""
+    """A column per channel, then one per name in `RowObjective.measures` if those were asked for; detached."""
     moving_gradients: Mapping[str, Float[Tensor, ""]]
     """∂total/∂ each stateful channel's number."""
 
@@ -105,6 +106,7 @@ class RowObjective(nn.Module):
         self.lm_head = lm_head
         self.functions = [energy_function(energy) for energy in self.energies]
         self.top_k_vocab = top_k_vocab
+        self.measures = STATISTICS if teacher_head is not None or top_k_vocab else STATISTICS[:1]
         # Not a buffer: it is the teacher's, so it is neither saved nor rounded to the student's precision.
         self.teacher_head = teacher_head
 
@@ -162,10 +164,9 @@ class RowObjective(nn.Module):
 
     @staticmethod
     def statistics(compared: tuple[Tensor, Tensor] | None, student_logits: Tensor) -> list[Tensor]:
-        """Each of STATISTICS per row; zero where there is no teacher; of a top-k signal, those of its buckets."""
+        """Each of `measures` per row; of a top-k signal, those of its buckets."""
         if compared is None:
-            nothing = student_logits.new_zeros(student_logits.shape[0])
-            return [entropy(student_logits), nothing, nothing, nothing]
+            return [entropy(student_logits)]
         teacher_logits, student_logits = compared
         agree = teacher_logits.argmax(1) == student_logits.argmax(1)
         return [
@@ -267,7 +268,7 @@ class _ChunkedRows(torch.autograd.Function):
                 grad_bias += grad.sum(0)
         ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
         ctx.dtypes = (student_rows.dtype, weight.dtype, None if bias is None else bias.dtype)
-        columns = chunks.row_weights.shape[1] + (len(STATISTICS) if chunks.statistics else 0)
+        columns = chunks.row_weights.shape[1] + (len(chunks.objective.measures) if chunks.statistics else 0)
         result = torch.cat(values) if values else total.new_zeros((0, columns))
         ctx.mark_non_differentiable(result)
         return total, result

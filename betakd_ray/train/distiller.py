@@ -22,7 +22,7 @@ from betakd_ray.models.vlm import (
     parts,
     takes_images,
 )
-from betakd_ray.objective import STATISTICS, RowObjective, TeacherRows, segment_mean
+from betakd_ray.objective import RowObjective, TeacherRows, segment_mean
 from betakd_ray.spec import ObjectiveSpec
 from betakd_ray.teacher.signal import TeacherFacts
 from betakd_ray.weighting import CE
@@ -53,6 +53,8 @@ class Selection:
 class Distiller(nn.Module):
     """Student and objective in one forward. `facts` describe the teacher; None without one."""
 
+    on_rows: Tensor
+
     def __init__(
         self,
         student: PreTrainedModel,
@@ -74,6 +76,8 @@ class Distiller(nn.Module):
         teacher_head = facts.head.tensor(device) if facts and facts.head else None
         self.rows = RowObjective(objective, head, teacher_head, facts.top_k_vocab if facts else 0)
         self.channels: tuple[str, ...] = ((CE,) if objective.ce else ()) + objective.channels
+        on_rows = [self.channels.index(name) for name in self.rows.channels]
+        self.register_buffer("on_rows", torch.tensor(on_rows, dtype=torch.long, device=device), persistent=False)
         self.maps = nn.ModuleDict()
         """For each channel that needs one, a trained affine map from the teacher's width or heads to the student's."""
         if facts:
@@ -114,8 +118,7 @@ class Distiller(nn.Module):
         """
         hidden = hidden_rows(self.student, inputs, self.normalize, self.blank, pairs)
         counts = inputs.rows_per_sample
-        on_rows = [self.channels.index(name) for name in self.rows.channels]
-        row_weights = (weights[:, on_rows] / counts.clamp_min(1)[:, None])[inputs.row_sample]
+        row_weights = (weights[:, self.on_rows] / counts.clamp_min(1)[:, None])[inputs.row_sample]
         rows = self.rows(
             hidden.rows,
             teacher.rows if teacher else None,
@@ -126,14 +129,15 @@ class Distiller(nn.Module):
         )
         means = segment_mean(rows.values, inputs.row_sample, counts)
         energies = weights.new_zeros(weights.shape)
-        energies[:, on_rows] = means[:, : len(on_rows)].to(energies.dtype)
+        energies[:, self.on_rows] = means[:, : len(self.on_rows)].to(energies.dtype)
         loss = rows.total
         for name in [*self.maps, *({RELATION} & set(self.channels))]:
             distance = self._on_image_tokens(name, hidden, teacher, inputs, pairs)
             at = self.channels.index(name)
             loss = loss + (distance * weights[:, at]).sum()
             energies[:, at] = distance.detach()
-        return Distilled(loss, energies, rows.moving_gradients, means[:, -len(STATISTICS) :] if statistics else None)
+        measured = means[:, len(self.on_rows) :] if statistics else None
+        return Distilled(loss, energies, rows.moving_gradients, measured)
 
     def _on_image_tokens(
         self, name: str, hidden: Hidden, teacher: TeacherView | None, inputs: TensorInputs, pairs: Pairs | None
@@ -192,7 +196,7 @@ class Distilled(NamedTuple):
     moving_gradients: Mapping[str, Float[Tensor, ""]]
     """∂loss/∂ each stateful channel's number."""
     statistics: Float[Tensor, "batch statistics"] | None
-    """The columns of objective.STATISTICS, if asked for."""
+    """A column for each of the objective's `measures`, if asked for."""
 
 
 def _by_sample(visual: Float[Tensor, "tokens width"], inputs: TensorInputs) -> Float[Tensor, "batch most width"]:

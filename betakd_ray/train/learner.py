@@ -74,7 +74,7 @@ class Learner:
         ).to(self.device)
         self.curriculum = Curriculum(spec.objective.energies).to(self.device)
         self.beta_optimizer = beta_optimizer(self.weighting, self.curriculum, spec.optimizer, total_steps)
-        self.tally = Tally(len(self.distiller.channels), self.device)
+        self.tally = Tally(len(self.channels), len(self.distiller.rows.measures), self.device)
 
     @property
     def channels(self) -> tuple[str, ...]:

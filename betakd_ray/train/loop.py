@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import psutil
 import ray
 import ray.train
 import ray.train.collective
@@ -21,7 +22,6 @@ from betakd_ray import errors
 from betakd_ray.data.collate import Batch, collate
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Quarantined, ids_of, require_few
-from betakd_ray.objective import STATISTICS
 from betakd_ray.teacher.cache import CacheWriter
 from betakd_ray.teacher.client import TeacherClient, scored
 from betakd_ray.teacher.signal import Signal, TeacherFacts
@@ -200,7 +200,8 @@ class Worker:
             return
         record: dict[str, Any] = {"step": self.step, "time": time.time()}
         record |= {"loss": totals.loss.item(), "samples": self.samples}
-        quantiles = betas.quantile(torch.tensor(QUANTILES, device=betas.device), dim=0)
+        quantiles = betas.nanquantile(torch.tensor(QUANTILES, device=betas.device), dim=0)
+        quantiles = quantiles.nan_to_num()  # zero, as the mean is, of a channel that no sample has
         by_channel = {
             "energy": totals.energies,
             "weighted": totals.weighted,
@@ -212,7 +213,7 @@ class Worker:
             columns = zip(self.learner.channels, values.tolist(), strict=True)
             record |= {f"{kind}/{name}": value for name, value in columns}
         record |= {f"moving/{name}": value.item() for name, value in self.learner.curriculum.values().items()}
-        record |= dict(zip(STATISTICS, totals.statistics.tolist(), strict=True))
+        record |= dict(zip(self.learner.distiller.rows.measures, totals.statistics.tolist(), strict=True))
         engine = self.learner.engine
         record |= {"lr": engine.get_lr()[0], "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
         record |= {
@@ -337,6 +338,7 @@ class Clock:
 
 
 def _peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU of tensors, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

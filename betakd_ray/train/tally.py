@@ -1,13 +1,12 @@
 """Sums over a global batch: kept on the device, reduced over ranks once a step, read by the host on logging steps."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
-
-from betakd_ray.objective import STATISTICS
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,9 @@ class Totals:
 class Tally:
     """One step's sums on this rank."""
 
-    def __init__(self, channels: int, device: torch.device) -> None:
+    def __init__(self, channels: int, statistics: int, device: torch.device) -> None:
         self._channels = channels
+        self._statistics_count = statistics
         self._device = device
         self.clear()
 
@@ -38,7 +38,7 @@ class Tally:
         """Start the next step."""
         self._sums = torch.zeros(4, self._channels, device=self._device)
         self._loss = torch.zeros((), device=self._device)
-        self._statistics = torch.zeros(len(STATISTICS) + 1, device=self._device)
+        self._statistics = torch.zeros(self._statistics_count + 1, device=self._device)
         self._betas: list[Tensor] = []
 
     def add(
@@ -58,7 +58,7 @@ class Tally:
         if statistics is not None:
             valid = here.amax(dim=1)
             self._statistics += torch.cat([(statistics * valid[:, None]).sum(0), valid.sum()[None]])
-            self._betas.append(beta)
+            self._betas.append(torch.where(present, beta, math.nan))
 
     def reduced(self, applied: bool) -> Totals:
         """Collective: the global batch's means. Moves nothing to the host."""
@@ -71,7 +71,10 @@ class Tally:
         return Totals(loss, energies, weighted, beta, statistics[:-1] / statistics[-1].clamp_min(1), applied)
 
     def betas(self) -> Float[Tensor, "samples channels"]:
-        """Collective: β of every sample of the global batch. Only on steps that gathered statistics."""
+        """Collective: β of every sample of the global batch, NaN where it lacks the channel.
+
+        Only on steps that gathered statistics.
+        """
         mine = torch.cat(self._betas)
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)

@@ -205,9 +205,13 @@ def _skips_alike(learner: Learner, window: Window) -> None:
 
 
 def _held(learner: Learner) -> dict[str, torch.Tensor]:
-    """Copies of what this rank has of all that can learn. ZeRO 3's last parts end in memory that nobody writes to."""
-    found = {}
-    for name, parameter in [*learner.distiller.named_parameters(), *learner.weighting.named_parameters()]:
+    """Copies of what this rank has of all that can change. ZeRO 3's last parts end in memory that nobody writes to."""
+    found = {
+        f"{module}.{name}": value.clone()
+        for module in ("weighting", "curriculum")
+        for name, value in getattr(learner, module).state_dict().items()
+    }
+    for name, parameter in learner.distiller.named_parameters():
         part = getattr(parameter, "ds_tensor", None)
         if part is None:
             found[name] = parameter.detach().clone()

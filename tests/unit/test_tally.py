@@ -1,0 +1,46 @@
+"""Sums over a global batch, on two ranks of which one has a text-only sample."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from betakd_ray.train.tally import Tally
+from tests.learning import spawned
+
+ENERGIES = torch.tensor([[1.0, 0.5], [3.0, 0.0], [2.0, 1.5], [4.0, 2.5]])
+BETA = torch.tensor([[1.0, 2.0], [1.0, 99.0], [1.0, 4.0], [1.0, 6.0]])
+PRESENT = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
+STATISTICS = torch.tensor([[1.0], [2.0], [3.0], [6.0]])
+
+
+def _reduced():
+    tally = Tally(channels=2, statistics=1, device=torch.device("cpu"))
+    rank = dist.get_rank()
+    mine = slice(2 * rank, 2 * rank + 2)
+    tally.add(ENERGIES[mine], BETA[mine], PRESENT[mine], torch.tensor(0.25), STATISTICS[mine])
+    totals = tally.reduced(applied=True)
+    return totals, tally.betas()
+
+
+@pytest.fixture(scope="module")
+def reduced(tmp_path_factory):
+    return spawned(_reduced, tmp_path_factory.mktemp("tally"), ranks=2)
+
+
+def test_means_are_over_the_samples_that_have_the_channel(reduced):
+    totals, _ = reduced
+    assert totals.loss.item() == 0.5
+    assert totals.energies.tolist() == [2.5, 1.5]
+    assert totals.beta.tolist() == [1.0, 4.0]
+    assert totals.weighted.tolist() == pytest.approx([2.5, (1.0 + 6.0 + 15.0) / 3])
+    assert totals.statistics.tolist() == [3.0]
+
+
+def test_so_are_the_quantiles_of_beta(reduced):
+    _, betas = reduced
+    assert betas.shape == (4, 2)
+    assert betas.isnan().sum() == 1
+    assert math.isnan(betas[1, 1])
+    assert betas.nanquantile(0.5, dim=0).tolist() == [1.0, 4.0]
