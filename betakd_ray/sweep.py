@@ -1,8 +1,8 @@
 """A grid of jobs on one cluster, and its table.
 
-Teachers stay loaded from cell to cell, and with `teacher.cache` in the template they answer once for the whole grid.
-Several cells may run side by side. A cell that is done is not done again, so that a sweep which was stopped goes on
-where it was.
+Teachers stay loaded from cell to cell for as long as the next asks the same of them; with `teacher.cache` in the
+template they are loaded once, for what any cell asks, and answer once for the whole grid. Several cells may run side by
+side. A cell that is done is not done again, so that a sweep which was stopped goes on where it was.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from betakd_ray.evaluation.run import RESULT, Evaluation
 from betakd_ray.job import BetaKDJob, JobResult, on_sigterm
 from betakd_ray.progress import Update, progress_line
 from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, parse_spec, read_tree, set_field
-from betakd_ray.storage import join, open_store
+from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.pool import Teachers
 from betakd_ray.tracking import to_jsonl
 
@@ -97,7 +97,8 @@ class Sweep:
             self.stop()
             raise
         if failed:
-            raise TrainingError("; ".join(f"cell {name}: {error}" for name, error in failed.items()))
+            causes = "; ".join(f"cell {name}: {error}" for name, error in failed.items())
+            raise TrainingError(f"{causes}. The other {len(rows)} cells are in {join(self.folder, TABLE)}.")
         return [rows[each] for each in sorted(rows)]
 
     def stop(self) -> None:
@@ -165,7 +166,7 @@ class Sweep:
     def _store(self, name: str, content: str) -> None:
         filesystem, root = open_store(self.folder, self.spec.output.storage)
         filesystem.makedirs(root, exist_ok=True)
-        filesystem.pipe_file(join(root, name), content.encode())
+        replace_file(filesystem, join(root, name), content.encode())
 
 
 def _cells(spec: SweepSpec, folder: str) -> Iterator[Cell]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 import betakd_ray.sweep as module
 from betakd_ray.errors import DataError, Interrupted, SpecError, TrainingError
@@ -42,7 +43,7 @@ def grid(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "cells"), [("table1", 13), ("table2", 48), ("table3", 48), ("seeds", 72), ("weighting", 18)]
+    ("name", "cells"), [("table1", 13), ("table2", 48), ("table3", 48), ("seeds", 72), ("weighting", 15)]
 )
 def test_every_cell_of_a_shipped_grid_is_a_job(name, cells, monkeypatch):
     monkeypatch.chdir(JOBS.parent)
@@ -68,6 +69,14 @@ def test_a_wrong_cell_is_an_error_before_any_is_run(grid):
         grid(axes={**AXES, "objective.weighting": ["equal", "qual"]})
     with pytest.raises(SpecError, match="both called fkl_seed0"):
         grid(axes={"objective.energies": ["fkl", ["fkl"]]})
+
+
+@pytest.mark.parametrize("field", ["training.seed", "name", "output", "output.path"])
+@pytest.mark.parametrize("place", ["fixed", "axes"])
+def test_what_the_sweep_sets_itself_is_no_axis(grid, place, field):
+    value = 1 if place == "fixed" else [1, 2]
+    with pytest.raises(ValidationError, match=f"{field}: "):
+        grid(**{place: {field: value}})
 
 
 def test_the_table_has_mean_and_standard_deviation_over_seeds(grid):
@@ -144,7 +153,7 @@ def test_rows_are_in_the_order_of_the_grid_whichever_cell_ends_first(sweep, tmp_
 
 def test_a_cell_that_fails_is_named_when_the_others_are_done(sweep, tmp_path):
     made, begun = sweep(rkl_seed0=failing(TrainingError("died")))
-    with pytest.raises(TrainingError, match=r"^cell rkl_seed0: died$"):
+    with pytest.raises(TrainingError, match=r"^cell rkl_seed0: died\. The other 4 cells are in .*table\.md\.$"):
         made.run()
     assert len(begun) == 5
     assert len(from_jsonl((tmp_path / "grid" / ROWS).read_text())) == 4
