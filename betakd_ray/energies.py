@@ -307,19 +307,20 @@ def energy(
 ) -> Float[Tensor, " rows"]:
     """One energy by its name in a spec, with its options, for a training loop of your own.
 
-    `ctkd` needs `temperature=`, `taid` needs `t=`. Raises ValueError for a name that is none.
+    `ctkd` needs `temperature=`, `taid` needs `t=`. Raises ValueError for a name that is none, for logits whose shapes
+    differ, and TypeError for an option that the energy does not have, or lacks.
     """
     if name not in ENERGIES:
         raise ValueError(f"no energy {name!r} on logits; there are {', '.join(ENERGIES)}")
+    if teacher_logits.ndim != 2 or teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            f"teacher_logits are {list(teacher_logits.shape)} and student_logits {list(student_logits.shape)}: give "
+            "both as [rows, vocab], on the ids that the models have in common"
+        )
     return ENERGIES[name](teacher_logits, student_logits, **options)
 
 
-def cross_entropy(
-    student_logits: Float[Tensor, "rows vocab"],
-    targets: Int[Tensor, " rows"],
-    *,
-    student_temperature: float = 1.0,
-) -> Float[Tensor, " rows"]:
+def cross_entropy(student_logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """Negative log-likelihood of the target ids, in nats per row.
 
     CE_n = −log q_n(y_n)                                             (Beta-KD §3.1)
@@ -327,7 +328,7 @@ def cross_entropy(
     Every row counts: a target outside the vocabulary, such as the label −100, is an error (IndexError or RuntimeError
     from torch's gather), not a zero.
     """
-    log_q = _log_probs(student_logits, student_temperature)
+    log_q = _log_probs(student_logits, 1.0)
     return -log_q.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
 
 

@@ -1,5 +1,6 @@
 """Energies against plain loops over rows and ids, against finite differences, at agreement and at the extremes."""
 
+import inspect
 import math
 from functools import partial
 
@@ -460,9 +461,8 @@ def test_adaptive_kl_sends_tied_ids_to_the_head_in_their_order():
 
 def test_cross_entropy_is_the_negative_log_probability_of_the_target():
     student, targets = logits(), torch.tensor([0, 3, 6, 1, 1])
-    expected = [-math.log(softmax(z, S)[y]) for z, y in zip(student.tolist(), targets.tolist(), strict=True)]
-    actual = cross_entropy(student, targets, student_temperature=S)
-    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
+    expected = [-math.log(softmax(z)[y]) for z, y in zip(student.tolist(), targets.tolist(), strict=True)]
+    torch.testing.assert_close(cross_entropy(student, targets), torch.tensor(expected, dtype=torch.float64))
     assert gradcheck(lambda z: cross_entropy(z, targets), student.requires_grad_())
 
 
@@ -514,6 +514,10 @@ def test_an_energy_is_found_by_its_name_in_a_spec():
     )
     with pytest.raises(ValueError, match=r"no energy 'kl' .* fkl, rkl"):
         betakd_ray.energy("kl", teacher, student)
+    unchecked = inspect.unwrap(betakd_ray.energy)  # as users have it, without the shape checks of these tests
+    for other in (student[:1], student[:, :1], student[0]):  # all of them would broadcast
+        with pytest.raises(ValueError, match=r"teacher_logits are \[5, 7\] and student_logits \["):
+            unchecked("fkl", teacher, other)
 
 
 def test_feature_distance_is_the_mean_over_channels():
@@ -539,6 +543,23 @@ def test_relation_is_blind_to_scale_and_rotation():
     value, gradient = value_and_gradient(relation, teacher, 3 * teacher @ rotation)
     assert value.abs().max() < 1e-14
     assert gradient.abs().max() < 1e-14
+
+
+@pytest.mark.parametrize(("energy", "shape"), [(feature_distance, (6, 5)), (relation, (2, 6, 5))])
+def test_feature_energies_are_zero_at_agreement_and_finite_at_the_extremes(energy, shape):
+    features = torch.randn(shape)
+    value, gradient = value_and_gradient(energy, features, features.clone())
+    assert (value == 0).all()
+    assert (gradient == 0).all()
+    for teacher, student in [
+        (1e4 * features, -1e4 * features),
+        (features, torch.zeros(shape)),
+        (0 * features, features),
+    ]:
+        value, gradient = value_and_gradient(energy, teacher, student)
+        assert value.isfinite().all()
+        assert (value >= 0).all()
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize(("energy", "shape"), [(feature_distance, (6, 5)), (relation, (2, 6, 5))])
