@@ -293,7 +293,7 @@ def signal_bytes(needs: Needs, teacher: TeacherModel, sample: SampleSize) -> flo
     return (
         needs.hidden * rows * width
         + bool(needs.top_k) * rows * (4 * needs.top_k + 4 * (needs.top_k + 1))
-        + needs.visual * tokens * width
+        + (needs.visual + bool(needs.visual_layer)) * tokens * width
         + needs.attention * sample.pairs * teacher.heads * teacher.dtype.itemsize
         + needs.salience * tokens * 4
         + sum(features[name] for name in needs.features)

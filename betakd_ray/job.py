@@ -34,7 +34,7 @@ from betakd_ray.data.reader import Reader
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import ClusterError, DataError, Interrupted, OutputError, TrainingError
-from betakd_ray.models.compatibility import check_features, check_vocabularies
+from betakd_ray.models.compatibility import check_feature_layer, check_features, check_vocabularies
 from betakd_ray.models.load import load_config, load_processor, require_images
 from betakd_ray.models.options import check_options
 from betakd_ray.models.student import check_adapters, student_config, student_processor
@@ -169,6 +169,7 @@ class BetaKDJob:
         check_vocabularies(teacher_processor, processor)
         teacher = Renderer(teacher_processor, spec.data)
         check_features(spec.objective, teacher.image_tokens, student.image_tokens)
+        check_feature_layer(spec.objective, config, student_config(spec.student))
         return (
             {"student": student}
             if teacher.fingerprint == student.fingerprint

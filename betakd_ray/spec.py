@@ -401,10 +401,22 @@ class VisualEnergy(Energy):
     """A channel on image tokens; a text-only sample does not have it."""
 
 
+class FeatureLayer(Spec):
+    """A layer of each language model, counted from 1; its output is meant."""
+
+    teacher: int = Field(ge=1)
+    student: int = Field(ge=1)
+
+
 class FeatureDistance(VisualEnergy):
-    """Projector tokens, through a trained map from the teacher's width to the student's."""
+    """Features of image tokens, through a trained map from the teacher's width to the student's."""
 
     kind: Literal["fd"] = "fd"
+    layer: FeatureLayer | Literal["projector"] = Field(
+        default="projector",
+        description="what the projectors give, or, e.g. for {teacher: 16, student: 12}, what the language models make of "
+        "it up to there",
+    )
 
 
 class AlignAttention(VisualEnergy):
@@ -545,6 +557,12 @@ class ObjectiveSpec(Spec):
     @property
     def channels(self) -> tuple[str, ...]:
         return tuple(energy.kind for energy in self.energies)
+
+    @property
+    def feature_layer(self) -> FeatureLayer | None:
+        """Where `fd` compares, if that is not at the projector."""
+        layers = [energy.layer for energy in self.energies if isinstance(energy, FeatureDistance)]
+        return layers[0] if layers and isinstance(layers[0], FeatureLayer) else None
 
     @property
     def reads_attention(self) -> bool:

@@ -46,6 +46,19 @@ def check_features(objective: ObjectiveSpec, teacher_tokens: tuple[int, ...], st
         )
 
 
+def check_feature_layer(objective: ObjectiveSpec, teacher: Any, student: Any) -> None:
+    """Raises ModelError where `fd.layer` names a layer that a model, whose configuration this is, does not have."""
+    if objective.feature_layer is None:
+        return
+    for name, config in (("teacher", teacher), ("student", student)):
+        layer, layers = getattr(objective.feature_layer, name), config.get_text_config().num_hidden_layers
+        if layer > layers:
+            raise ModelError(
+                f"objective.energies: fd.layer.{name} is {layer}, and the {name}'s language model has {layers} layers: "
+                f"give 1 to {layers}"
+            )
+
+
 def _explain(token: str, teacher_id: int | None, student_id: int) -> str:
     seen = "another token has that id" if teacher_id is None else f"to id {teacher_id}"
     return (

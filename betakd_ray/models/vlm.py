@@ -8,7 +8,7 @@ causal language model is the same without images.
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -132,6 +132,8 @@ class Hidden:
     """At the answer rows, in order."""
     visual: Float[Tensor, "image_tokens width"] | None
     """Projector tokens, as the language model receives them."""
+    visual_layer: Float[Tensor, "image_tokens width"] | None = None
+    """What a layer of the language model makes of them."""
     attention: Float[Tensor, "pairs heads"] | None = None
     """Of the first layer, from each answer row to each image token of its sample."""
 
@@ -142,30 +144,36 @@ def hidden_rows(
     normalize: Normalization,
     blank: dict[str, Tensor] | None = None,
     pairs: Pairs | None = None,
+    layer: int | None = None,
 ) -> Hidden:
     """Run a model to its answer rows; no logits are computed.
 
     Rows of prompt, image and padding never reach the vocabulary. In training, a micro-batch without images sees
     `blank`, with a weight of zero: ranks must agree about which parameters have a gradient, and ZeRO-3's about which
     modules run, in which order. With `pairs`, their attention in the first layer comes along; the model then has to be
-    `with_attention_weights`.
+    `with_attention_weights`. With `layer`, counted from 1, its output at the image tokens does.
     """
     images = inputs.images or blank
     features = None
     if images:
         features = base_model(model).get_image_features(**normalize.of_images(images, model.dtype), return_dict=True)
     beside = _beside_features(model, inputs) | {"mm_encoder_outputs": {"image": features}} if inputs.images else {}
-    with _first_attention(model) if pairs else nullcontext([]) as weights:
+    layers = language_model(model).layers if pairs or layer else []
+    with (
+        _outputs_of(layers[0].self_attn if pairs else None) as attended,
+        _outputs_of(layers[layer - 1] if layer else None) as states,
+    ):
         output = base_model(model)(
             input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, use_cache=False, **beside
         )
     rows = output.last_hidden_state.flatten(0, 1)[inputs.answer_rows]
-    attention = _of_pairs(weights[0], pairs, inputs) if pairs else None
+    attention = _of_pairs(attended[0][1], pairs, inputs) if pairs else None
     if features is None:
-        return Hidden(rows, None, attention)
+        return Hidden(rows, None, attention=attention)
     if not inputs.images:
-        return Hidden(rows + 0.0 * _sum(features), None, attention)
-    return Hidden(rows, torch.cat(list(features.pooler_output)), attention)
+        return Hidden(rows + 0.0 * _sum(features), None, attention=attention)
+    visual_layer = _at_image_tokens(states[0], inputs) if layer else None
+    return Hidden(rows, torch.cat(list(features.pooler_output)), visual_layer, attention)
 
 
 def with_image_tokens(model: PreTrainedModel, input_ids: Tensor, images: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -205,11 +213,13 @@ def attention_heads(model: PreTrainedModel) -> int:
 
 
 @contextmanager
-def _first_attention(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Catches the first layer's weights [B, heads, L, L] of a forward."""
-    caught: list[Tensor] = []
-    layer = language_model(model).layers[0].self_attn
-    handle = layer.register_forward_hook(lambda _module, _inputs, output: caught.append(output[1]))
+def _outputs_of(module: nn.Module | None) -> Iterator[list[Any]]:
+    """Catches what a module returns in each forward; of none, nothing."""
+    caught: list[Any] = []
+    if module is None:
+        yield caught
+        return
+    handle = module.register_forward_hook(lambda _module, _inputs, output: caught.append(output))
     try:
         yield caught
     finally:
@@ -222,6 +232,15 @@ def _of_pairs(
     query = (inputs.answer_rows % weights.shape[-1])[pairs.row]
     key = inputs.visual_position[pairs.token]
     return weights[pairs.sample, :, query, key]
+
+
+def _at_image_tokens(
+    states: Float[Tensor, "batch length width"] | tuple[Tensor, ...], inputs: TensorInputs
+) -> Float[Tensor, "image_tokens width"]:
+    """Of what a layer returns; of a model that is spread over GPUs, its layer may be on another one."""
+    states = states[0] if isinstance(states, tuple) else states
+    at = (inputs.visual_sample.to(states.device), inputs.visual_position.to(states.device))
+    return states[at].to(inputs.input_ids.device)
 
 
 def freeze(model: nn.Module) -> nn.Module:

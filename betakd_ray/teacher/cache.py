@@ -171,6 +171,7 @@ def joined(parts: Sequence[bytes], inputs: ModelInputs, needs: Needs) -> Signal:
             raise TeacherError("teacher.cache holds signals of other lengths than these samples have; remove it")
     if not len(inputs.visual_sample):
         wires.pop("visual", None)
+        wires.pop("visual_layer", None)
     return Signal(
         valid=np.ones(len(parts), dtype=bool),
         **wires,
@@ -186,7 +187,8 @@ def _counts(name: str, inputs: ModelInputs) -> np.ndarray:
     """[B] how many rows of a part each sample has."""
     if name == "attention":
         return inputs.rows_per_sample * inputs.visual_per_sample
-    return inputs.visual_per_sample if name in ("visual", "salience") else inputs.rows_per_sample
+    on_image_tokens = name in ("visual", "visual_layer", "salience")
+    return inputs.visual_per_sample if on_image_tokens else inputs.rows_per_sample
 
 
 def _name(shard: Shard) -> str:

@@ -232,7 +232,7 @@ class Teachers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._expected: dict[tuple[str, int, int], Needs] = {}
+        self._expected: dict[tuple[str, tuple[int, ...]], Needs] = {}
         self._loaned: list[Loan] = []
 
     def __enter__(self) -> "Teachers":
@@ -290,9 +290,9 @@ class Loan:
     is_doubtful: bool = False
 
 
-def _question(teacher: TeacherSpec, needs: Needs) -> tuple[str, int, int]:
+def _question(teacher: TeacherSpec, needs: Needs) -> tuple[str, tuple[int, ...]]:
     """Alike for jobs whose needs can be joined."""
-    return teacher.model_dump_json(), needs.top_k, needs.vocab
+    return teacher.model_dump_json(), needs.choices
 
 
 def unwrapped(answer: "ray.ObjectRef") -> Any:

@@ -84,10 +84,11 @@ class TeacherScorer:
         start = time.perf_counter()
         tensors = TensorInputs.of(inputs, self.device)
         pairs = Pairs.of(inputs, self.device) if self.reads_attention else None
-        hidden = hidden_rows(self.model, tensors, self.normalize, pairs=pairs)
+        hidden = hidden_rows(self.model, tensors, self.normalize, pairs=pairs, layer=self.needs.visual_layer or None)
         valid = _finite(hidden.rows, tensors.row_sample, tensors.rows_per_sample)
-        if hidden.visual is not None:
-            valid &= _finite(hidden.visual, tensors.visual_sample, tensors.visual_per_sample) | ~tensors.has_image
+        for features in (hidden.visual, hidden.visual_layer):
+            if features is not None:
+                valid &= _finite(features, tensors.visual_sample, tensors.visual_per_sample) | ~tensors.has_image
         hidden = _without(hidden, ~valid, tensors, pairs)
         top_ids, top_log_probs = self._top_k(hidden.rows) if self.needs.top_k else (None, None)
         return Signal(
@@ -96,6 +97,7 @@ class TeacherScorer:
             top_ids=top_ids,
             top_log_probs=top_log_probs,
             visual=Wire.of(hidden.visual) if self.needs.visual and hidden.visual is not None else None,
+            visual_layer=Wire.of(hidden.visual_layer) if hidden.visual_layer is not None else None,
             attention=Wire.of(hidden.attention) if self.needs.attention and hidden.attention is not None else None,
             salience=Wire.of(_salience(hidden, pairs, tensors)) if self.needs.salience and pairs else None,
             features={name: self._feature(name, hidden, tensors) for name in self.needs.features},
@@ -146,8 +148,8 @@ def _without(hidden: Hidden, invalid: Tensor, inputs: TensorInputs, pairs: Pairs
 
     rows = cleared(hidden.rows, inputs.row_sample)
     assert rows is not None
-    visual = cleared(hidden.visual, inputs.visual_sample)
-    return Hidden(rows, visual, cleared(hidden.attention, pairs.sample if pairs else None))
+    visual, layer = (cleared(each, inputs.visual_sample) for each in (hidden.visual, hidden.visual_layer))
+    return Hidden(rows, visual, layer, cleared(hidden.attention, pairs.sample if pairs else None))
 
 
 def _salience(hidden: Hidden, pairs: Pairs, inputs: TensorInputs) -> Tensor:

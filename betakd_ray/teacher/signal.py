@@ -48,6 +48,8 @@ class Needs:
     vocab: int = 0
     """Ids that teacher and student have in common; for `top_k`."""
     visual: bool = False
+    visual_layer: int = 0
+    """A layer, counted from 1, whose output at the image tokens is asked for."""
     attention: bool = False
     salience: bool = False
     features: tuple[Feature, ...] = ()
@@ -57,40 +59,52 @@ class Needs:
         """From a spec, and the number of ids that the models have in common."""
         weighting = objective.weighting
         on_logits = any(channel not in VISUAL_ENERGIES for channel in objective.channels)
+        layer = objective.feature_layer
+        # All on image tokens compare what the projectors give, but for these.
+        elsewhere = {"align_attention", *(["fd"] if layer else [])}
         top_k = teacher.signal.k if isinstance(teacher.signal, TopKSignal) and on_logits else 0
         return cls(
             hidden=on_logits and not top_k,
             top_k=min(top_k, vocab - 1),
             vocab=vocab if top_k else 0,
-            visual=any(channel in VISUAL_ENERGIES - {"align_attention"} for channel in objective.channels),
+            visual=any(channel in VISUAL_ENERGIES - elsewhere for channel in objective.channels),
+            visual_layer=layer.teacher if layer else 0,
             attention="align_attention" in objective.channels,
             salience="align_topk" in objective.channels,
             features=weighting.features if isinstance(weighting, InstanceWeighting) else (),
         )
 
     def __or__(self, other: "Needs") -> "Needs":
-        """What serves both of two jobs that ask for the same top-k signal, or for none."""
-        assert (self.top_k, self.vocab) == (other.top_k, other.vocab)
+        """What serves both of two jobs. They ask for the same top-k signal, or for none, and for the same layer."""
+        assert self.choices == other.choices
         return Needs(
             hidden=self.hidden or other.hidden,
             top_k=self.top_k,
             vocab=self.vocab,
             visual=self.visual or other.visual,
+            visual_layer=self.visual_layer,
             attention=self.attention or other.attention,
             salience=self.salience or other.salience,
             features=tuple(sorted({*self.features, *other.features})),
         )
 
     @property
+    def choices(self) -> tuple[int, ...]:
+        """What jobs that are answered together have to agree about."""
+        return self.top_k, self.vocab, self.visual_layer
+
+    @property
     def wires(self) -> frozenset[str]:
         """The parts of a Signal that carry it, features aside."""
-        return frozenset([*self._flags, *(["top_ids", "top_log_probs"] if self.top_k else [])])
+        top = ["top_ids", "top_log_probs"] if self.top_k else []
+        return frozenset([*self._flags, *top, *(["visual_layer"] if self.visual_layer else [])])
 
     @property
     def tag(self) -> str:
         """Its parts by name, in one word."""
         top = [f"top{self.top_k}of{self.vocab}"] if self.top_k else []
-        return "+".join([*self._flags, *top, *sorted(self.features)])
+        layer = [f"layer{self.visual_layer}"] if self.visual_layer else []
+        return "+".join([*self._flags, *top, *layer, *sorted(self.features)])
 
     @property
     def _flags(self) -> list[str]:
@@ -128,6 +142,8 @@ class Signal:
     """[R, k + 1] their log-probabilities, and the log of what is left."""
     visual: Wire | None = None
     """[T, H_t]"""
+    visual_layer: Wire | None = None
+    """[T, H_t]"""
     attention: Wire | None = None
     """[P, heads] first-layer attention of each answer row to each image token of its sample."""
     salience: Wire | None = None
@@ -156,7 +172,7 @@ class Signal:
         )
 
 
-WIRES = ("hidden", "top_ids", "top_log_probs", "visual", "attention", "salience")
+WIRES = ("hidden", "top_ids", "top_log_probs", "visual", "visual_layer", "attention", "salience")
 """The fields of a Signal that are of one row a token, or pair of tokens."""
 
 

@@ -36,6 +36,7 @@ class TeacherView:
 
     rows: TeacherRows
     visual: Float[Tensor, "tokens teacher_width"] | None = None
+    visual_layer: Float[Tensor, "tokens teacher_width"] | None = None
     attention: Float[Tensor, "pairs teacher_heads"] | None = None
     salient: "Selection | None" = None
     """The image tokens that it looks at most."""
@@ -78,6 +79,7 @@ class Distiller(nn.Module):
         self.channels: tuple[str, ...] = ((CE,) if objective.ce else ()) + objective.channels
         on_rows = [self.channels.index(name) for name in self.rows.channels]
         self.register_buffer("on_rows", torch.tensor(on_rows, dtype=torch.long, device=device), persistent=False)
+        self.feature_layer = objective.feature_layer
         self.maps = nn.ModuleDict()
         """For each channel that needs one, a trained affine map from the teacher's width or heads to the student's."""
         if facts:
@@ -116,7 +118,8 @@ class Distiller(nn.Module):
         ℓ_ik is the mean of energy k over sample i's answer rows (for energies on image tokens: over those). `moving`
         has the present number of each stateful channel; `pairs` are asked for by `align_attention`.
         """
-        hidden = hidden_rows(self.student, inputs, self.normalize, self.blank, pairs)
+        layer = self.feature_layer.student if self.feature_layer else None
+        hidden = hidden_rows(self.student, inputs, self.normalize, self.blank, pairs, layer)
         counts = inputs.rows_per_sample
         row_weights = (weights[:, self.on_rows] / counts.clamp_min(1)[:, None])[inputs.row_sample]
         rows = self.rows(
@@ -147,10 +150,13 @@ class Distiller(nn.Module):
             return self._unused(name, hidden, len(inputs.input_ids))
         if name == RELATION and teacher.visual is not None:
             return relation(_by_sample(teacher.visual, inputs), _by_sample(hidden.visual, inputs))
-        if name == FD and teacher.visual is not None:
-            return self._mapped_distance(
-                FD, teacher.visual, hidden.visual, inputs.visual_sample, inputs.visual_per_sample
+        if name == FD:
+            theirs, ours = (
+                (teacher.visual_layer, hidden.visual_layer) if self.feature_layer else (teacher.visual, hidden.visual)
             )
+            assert theirs is not None
+            assert ours is not None
+            return self._mapped_distance(FD, theirs, ours, inputs.visual_sample, inputs.visual_per_sample)
         if name == TOP_K and teacher.visual is not None and teacher.salient is not None:
             at = teacher.salient
             return self._mapped_distance(

@@ -156,7 +156,8 @@ class Learner:
             sample = inputs.visual_sample[token]
             counts = np.bincount(sample, minlength=inputs.size)
             salient = Selection(*(to_device(array, self.device) for array in (token, sample, counts)))
-        return TeacherView(rows, _tensor(signal.visual, self.device), _tensor(signal.attention, self.device), salient)
+        on_images = (_tensor(wire, self.device) for wire in (signal.visual, signal.visual_layer, signal.attention))
+        return TeacherView(rows, *on_images, salient)
 
     def _share(self, inputs: TensorInputs, counts: GlobalCounts) -> Tensor:
         """[B] each sample's part of the global mean, by `objective.reduction`."""

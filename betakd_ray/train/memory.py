@@ -126,7 +126,8 @@ def _answer(model: Any, needs: Needs, inputs: ModelInputs, processor: Any) -> No
     """As the scorer does."""
     tensors = _tensors(inputs)
     pairs = Pairs.of(inputs, CPU) if needs.attention or needs.salience else None
-    rows = hidden_rows(model, tensors, Normalization.of(getattr(processor, "image_processor", None)), pairs=pairs).rows
+    normalize = Normalization.of(getattr(processor, "image_processor", None))
+    rows = hidden_rows(model, tensors, normalize, pairs=pairs, layer=needs.visual_layer or None).rows
     if needs.top_k or "teacher_entropy" in needs.features:
         chunk = project(rows[:CHUNK_ROWS], model.get_output_embeddings().weight)
         top_k(chunk.log_softmax(1), max(1, needs.top_k))
@@ -294,6 +295,7 @@ def _view(spec: JobSpec, teacher: TeacherModel | None, needs: Needs, inputs: Mod
             empty(needs.top_k, rows, needs.top_k + 1, dtype=torch.float32),
         ),
         empty(needs.visual and tokens, tokens, teacher.width),
+        empty(needs.visual_layer and tokens, tokens, teacher.width),
         empty(needs.attention and tokens, pairs, teacher.heads),
         salient,
     )

@@ -21,7 +21,7 @@ SHARDS = [Shard("/data/a-0.tar", 10, 999, "aa"), Shard("/data/a-1.tar", 10, 999,
 PLAN = Plan(tuple(SHARDS), epochs=2, seed=0, shuffle=False)
 ROWS, TOKENS = [2, 1, 3], [2, 0, 4]
 """Answer rows and image tokens of three samples, the second text-only."""
-ALL = Needs(hidden=True, visual=True, features=("teacher_vision", "teacher_entropy"))
+ALL = Needs(hidden=True, visual=True, visual_layer=3, features=("teacher_vision", "teacher_entropy"))
 
 
 def inputs() -> ModelInputs:
@@ -46,6 +46,7 @@ def signal(valid=(True, True, True)) -> Signal:
         valid=np.array(valid),
         hidden=Wire.of(torch.randn(sum(ROWS), 5, generator=generator).bfloat16()),
         visual=Wire.of(torch.randn(sum(TOKENS), 5, generator=generator)),
+        visual_layer=Wire.of(torch.randn(sum(TOKENS), 5, generator=generator)),
         features={
             "teacher_vision": torch.randn(3, 5, generator=generator).numpy(),
             "teacher_entropy": torch.randn(3, 2, generator=generator).numpy(),
@@ -72,7 +73,8 @@ def cache(folder, *, needs=ALL, view="view", fingerprint="weights", **teacher) -
 def assert_same(actual: Signal, expected: Signal) -> None:
     cpu = torch.device("cpu")
     assert actual.valid.tolist() == expected.valid.tolist()
-    for one, other in ((actual.hidden, expected.hidden), (actual.visual, expected.visual)):
+    for name in ("hidden", "visual", "visual_layer"):
+        one, other = getattr(actual, name), getattr(expected, name)
         assert one is not None
         assert other is not None
         assert one.dtype == other.dtype

@@ -133,3 +133,59 @@ def test_every_map_and_the_first_layer_have_a_gradient_with_and_without_images(d
     for parameter in (*distiller.maps.parameters(), queries):
         assert parameter.grad is not None
         assert parameter.grad.abs().sum() > 0
+
+
+# ---- fd at a layer -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def deep():
+    """Makes a distiller whose `fd` is at the first layer of a student of two."""
+
+    def make(*, checkpointing=False):
+        facts = TeacherFacts(head=None, visual_size=TEACHER_WIDTH, heads=1, feature_sizes={}, fingerprint="")
+        objective = ObjectiveSpec(energies=[{"kind": "fd", "layer": {"teacher": 9, "student": 1}}], ce=False)
+        student = tiny_model(seed=3)
+        if checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        return Distiller(student, tiny_processor(), objective, facts).train()
+
+    return make
+
+
+@pytest.fixture
+def deep_teacher(inputs):
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randn(len(inputs.visual_sample), TEACHER_WIDTH, generator=generator)
+    return TeacherView(rows=TeacherRows(), visual_layer=tokens)
+
+
+def test_fd_at_a_layer_compares_what_comes_out_of_it(deep, inputs, deep_teacher):
+    distiller, tensors = deep(), TensorInputs.of(inputs, CPU)
+    output = distiller(tensors, deep_teacher, None, torch.ones(3, 1), {})
+    with torch.no_grad():
+        states = distiller.student(
+            input_ids=tensors.input_ids,
+            attention_mask=tensors.attention_mask,
+            output_hidden_states=True,
+            **distiller.normalize.of_images(tensors.images, torch.float32),
+        ).hidden_states
+    mapped = distiller.maps["fd"](deep_teacher.visual_layer).detach()
+    for sample in samples_with_images():
+        at = inputs.visual_sample == sample
+        ours = states[1][sample, inputs.visual_position[at]]
+        assert output.energies[sample, 0].item() == pytest.approx(distance(mapped[at], ours), rel=1e-5)
+    assert output.energies[1, 0] == 0
+
+
+def test_its_gradient_stops_at_the_layer_and_is_the_same_with_checkpointing(deep, inputs, deep_teacher):
+    found = []
+    for checkpointing in (False, True):
+        distiller = deep(checkpointing=checkpointing)
+        distiller(TensorInputs.of(inputs, CPU), deep_teacher, None, torch.ones(3, 1), {}).loss.backward()
+        found.append([layer.mlp.up_proj.weight.grad for layer in distiller.student.model.language_model.layers])
+    (first, second), (first_again, second_again) = found
+    assert first.abs().sum() > 0
+    torch.testing.assert_close(first_again, first)
+    assert all(gradient is None or (gradient == 0).all() for gradient in (second, second_again))

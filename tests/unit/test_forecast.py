@@ -83,6 +83,7 @@ def test_data_can_be_assumed(tmp_path: Path) -> None:
     [
         ({"energies": ["fkl"], "weighting": "task"}, {}),
         ({"energies": ["fkl", "fd"], "weighting": "instance"}, {"dtype": "bfloat16"}),
+        ({"energies": ["fkl", {"kind": "fd", "layer": {"teacher": 1, "student": 2}}], "weighting": "equal"}, {}),
         ({"energies": ["fkl"]}, {"signal": {"kind": "top_k", "k": 8}}),
         ({"energies": ["align_attention", {"kind": "align_topk", "tokens": 2}], "weighting": "equal"}, {}),
     ],

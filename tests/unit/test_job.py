@@ -103,6 +103,13 @@ def test_different_tokenizers_are_an_error_that_names_a_token(home, tmp_path):
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_layer_that_a_model_does_not_have_is_an_error(home, tmp_path, role):
+    layer = {"teacher": 1, "student": 1, role: 3}
+    job = spec(home, tmp_path / "out", objective={"energies": [{"kind": "fd", "layer": layer}]})
+    refused(job, errors.ModelError, rf"fd\.layer\.{role} is 3, and the {role}'s language model has 2 layers")
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
 def test_a_model_that_writes_no_text_is_an_error(home, tmp_path, role):
     CLIPVisionConfig().save_pretrained(tmp_path / "clip")
     path = {"path": str(tmp_path / "clip")}

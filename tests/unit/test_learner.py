@@ -29,7 +29,12 @@ from tests.tiny import VOCAB, raw_sample, save_tiny
 
 pytestmark = pytest.mark.timeout(900)  # one fixture runs every engine
 BATCH, STEPS = 12, 3
-VISUAL = ["fd", "relation", "align_attention", {"kind": "align_topk", "tokens": 2}]
+VISUAL = [
+    {"kind": "fd", "layer": {"teacher": 2, "student": 1}},
+    "relation",
+    "align_attention",
+    {"kind": "align_topk", "tokens": 2},
+]
 # One of four samples has an image: some micro-batches have none, on some ranks.
 IMAGES = [True, False, False, False] * 3
 

@@ -99,6 +99,24 @@ def test_attention_is_the_first_layer_s_from_each_answer_row_to_each_image_token
     torch.testing.assert_close(signal.salience.tensor(CPU), torch.stack(salience), rtol=1e-4, atol=1e-6)
 
 
+def test_a_layer_s_output_is_that_of_the_image_tokens(folder, renderings, inputs):
+    renderer, found = renderings
+    signal = TeacherScorer(TeacherSpec(path=folder), Needs(visual_layer=1)).score(inputs)
+    assert signal.visual_layer
+    assert signal.visual is None
+    model = load_model(ModelSpec(path=folder), torch.float32)
+    expected = []
+    for one in found:
+        if one.pixels is None:
+            continue
+        pixels = Normalization.of(renderer.image_processor)(torch.from_numpy(one.pixels), torch.float32)
+        ids = torch.from_numpy(one.input_ids.astype(np.int64))
+        with torch.no_grad():
+            states = model(input_ids=ids[None], pixel_values=pixels, output_hidden_states=True).hidden_states
+        expected.append(states[1][0][ids == renderer.image_token_id])
+    torch.testing.assert_close(signal.visual_layer.tensor(CPU), torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
 def test_features_are_the_plain_loops(folder, inputs, logits):
     signal = TeacherScorer(TeacherSpec(path=folder), EVERYTHING).score(inputs)
     hidden, visual = (wire.tensor(CPU) for wire in (signal.hidden, signal.visual) if wire)
@@ -126,6 +144,21 @@ def test_top_k_are_the_largest_and_the_rest_of_the_common_ids(folder, inputs, lo
     torch.testing.assert_close(sent.sum(1), torch.ones(len(logits), dtype=torch.float64), rtol=1e-5, atol=0)
     torch.testing.assert_close(sent[:, :-1], probs.sort(1, descending=True).values[:, :5], rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(probs.gather(1, signal.top_ids.tensor(CPU).long()), sent[:, :-1], rtol=1e-4, atol=1e-7)
+
+
+def test_a_sample_whose_layer_is_not_finite_is_not_valid_either(folder, inputs):
+    teacher = TeacherScorer(TeacherSpec(path=folder), Needs(hidden=True, visual_layer=1))
+    at = (int(inputs.visual_sample[-1]), int(inputs.visual_position[-1]))
+
+    def poison(_module, _arguments, output):
+        output[at] = math.inf
+        return output
+
+    teacher.model.model.language_model.layers[0].register_forward_hook(poison)
+    signal = teacher.score(inputs)
+    assert signal.valid.tolist() == [True, True, False]
+    assert signal.visual_layer
+    assert signal.visual_layer.tensor(CPU).isfinite().all()
 
 
 def test_a_sample_whose_answer_is_not_finite_is_not_valid_and_the_others_are(folder, inputs, monkeypatch):
