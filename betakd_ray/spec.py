@@ -414,8 +414,8 @@ class FeatureDistance(VisualEnergy):
     kind: Literal["fd"] = "fd"
     layer: FeatureLayer | Literal["projector"] = Field(
         default="projector",
-        description="what the projectors give, or, e.g. for {teacher: 16, student: 12}, what the language models make of "
-        "it up to there",
+        description="what the projectors give, or, with e.g. {teacher: 16, student: 12}, what the language models make "
+        "of it up to there",
     )
 
 

@@ -156,8 +156,10 @@ class Learner:
             sample = inputs.visual_sample[token]
             counts = np.bincount(sample, minlength=inputs.size)
             salient = Selection(*(to_device(array, self.device) for array in (token, sample, counts)))
-        on_images = (_tensor(wire, self.device) for wire in (signal.visual, signal.visual_layer, signal.attention))
-        return TeacherView(rows, *on_images, salient)
+        visual, visual_layer, attention = (
+            _tensor(wire, self.device) for wire in (signal.visual, signal.visual_layer, signal.attention)
+        )
+        return TeacherView(rows, visual, visual_layer, attention, salient)
 
     def _share(self, inputs: TensorInputs, counts: GlobalCounts) -> Tensor:
         """[B] each sample's part of the global mean, by `objective.reduction`."""
