@@ -43,7 +43,7 @@ def grid(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "cells"), [("table1", 13), ("table2", 48), ("table3", 48), ("seeds", 72), ("weighting", 15)]
+    ("name", "cells"), [("table1", 13), ("table2", 48), ("table3", 48), ("seeds", 72), ("share", 24), ("weighting", 15)]
 )
 def test_every_cell_of_a_shipped_grid_is_a_job(name, cells, monkeypatch):
     monkeypatch.chdir(JOBS.parent)
