@@ -78,10 +78,10 @@ class BetaWeighting(nn.Module):
         if isinstance(spec, TaskWeighting):
             self.u = nn.Parameter(torch.zeros(count))
         elif isinstance(spec, InstanceWeighting) and count:
-            sizes = {name: size for name, size in (feature_sizes or {}).items() if name in spec.features}
-            if missing := [name for name in spec.features if name not in sizes]:
+            known = feature_sizes or {}
+            if missing := [name for name in spec.features if name not in known]:
                 raise ValueError(f"feature_sizes has no {missing}: give the width of each of weighting.features")
-            sizes = {name: sizes[name] for name in spec.features}
+            sizes = {name: known[name] for name in spec.features}
             self.text_only = nn.Parameter(torch.zeros(sizes.get("teacher_vision", 0)))
             # Each feature for itself, or a wide one would drown the others. Entropies come in nats and stay: of two
             # numbers, normalisation leaves only which is larger.
