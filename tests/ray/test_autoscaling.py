@@ -33,7 +33,7 @@ def test_the_cluster_grows_with_the_teachers_and_is_a_head_again_in_the_end(tmp_
         "teacher": {"path": str(tmp_path / "teacher")},
         "student": {"init": {"kind": "checkpoint", "path": str(tmp_path / "student")}},
         "objective": {"energies": ["fkl"], "weighting": "task"},
-        "training": {"epochs": 15, "global_batch_size": 8, "micro_batch_size": 4, "precision": "fp32", "log_every": 5},
+        "training": {"epochs": 60, "global_batch_size": 8, "micro_batch_size": 4, "precision": "fp32", "log_every": 5},
         "cluster": {
             "teacher": {**pools["teacher"], "min": 1, "max": TEACHERS},
             "student": pools["student"],
