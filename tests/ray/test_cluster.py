@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ray.job_submission import JobSubmissionClient
+from ray.job_submission import JobStatus, JobSubmissionClient
 from tenacity import Retrying, stop_after_delay, wait_fixed
 from typer.testing import CliRunner
 
@@ -132,14 +132,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     patch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "300")  # read by the nodes; Ray's own 3 s are too short to save in
     with nodes({pool: 2 for pool in POOLS}, gpus=1, **head) as started:
         dashboard = f"http://127.0.0.1:{port}"
-        Retrying(stop=stop_after_delay(120), wait=wait_fixed(1), reraise=True)(_submit_nothing, dashboard)
+        Retrying(stop=stop_after_delay(120), wait=wait_fixed(1), reraise=True)(_run_nothing, dashboard)
         yield Site(started, dashboard, folder)
     patch.undo()
 
 
-def _submit_nothing(dashboard: str) -> None:
-    """Raises until the cluster takes jobs, which is some seconds after its nodes are up."""
-    JobSubmissionClient(dashboard).submit_job(entrypoint="true")
+def _run_nothing(dashboard: str) -> None:
+    """Raises until the cluster runs jobs from this folder: a new one refuses its first, or loses it unstarted."""
+    client = JobSubmissionClient(dashboard)
+    job = client.submit_job(entrypoint="true", runtime_env={"working_dir": str(REPOSITORY)})
+    while not (status := client.get_job_status(job)).is_terminal():
+        time.sleep(0.2)
+    assert status == JobStatus.SUCCEEDED, client.get_job_info(job).message
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +166,7 @@ def submitted(site: Site) -> Submitted:
         time.sleep(0.2)
     print(f"two jobs, the first of them in two parts: {time.monotonic() - begin:.0f} s")
     output = {name: job.communicate()[0] for name, job in running.items()}
+    assert running.keys() == {"first", "second", "again"}, "\n".join(output.values())
     codes = {name: job.returncode for name, job in running.items()}
     return Submitted(site.folder, codes, output, status, site.said("logs", "first"), places)
 
