@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from betakd_ray.errors import Interrupted, TrainingError, UserError
 from betakd_ray.spec import DataSpec, EvaluationSpec, JobSpec, ModelSpec, PackSpec, StorageSpec, SweepSpec, load_spec
@@ -307,10 +307,11 @@ def print_scores(scores: dict[str, dict[str, float]]) -> None:
 
 def print_table(lines: list[list[str]]) -> None:
     """A header and lines."""
-    table = Table(*map(escape, lines[0]))
+    table = Table(*(Column(escape(name), overflow="fold") for name in lines[0]))
     for line in lines[1:]:
         table.add_row(*map(escape, line))
-    Console().print(table)
+    # A log has no edge: rich would cut the cells at 80 columns.
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)
 
 
 def print_sections(rows: Iterable[tuple[str, str, str]]) -> None:

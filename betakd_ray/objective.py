@@ -125,8 +125,10 @@ class RowObjective(nn.Module):
         `moving` has the present number of each stateful channel (see `curriculum`). Raises ValueError if there are
         energies and no teacher rows.
         """
-        if self.energies and teacher is None:
-            raise ValueError(f"energies {self.channels} compare with a teacher: give its rows")
+        if self.energies and not (teacher and self._has_logits(teacher)):
+            raise ValueError(
+                f"energies {self.channels} compare with a teacher: give its rows, and its head to hidden ones"
+            )
         chunks = _Chunks(self, teacher, targets, row_weights, moving or {}, statistics)
         total, values = _ChunkedRows.apply(student_rows, self.lm_head.weight, self.lm_head.bias, chunks)
         return RowLosses(total, values, chunks.moving_gradients)
@@ -135,18 +137,22 @@ class RowObjective(nn.Module):
         self, teacher: TeacherRows | None, rows: slice, student_logits: Tensor
     ) -> tuple[Tensor, Tensor] | None:
         """Teacher's and student's logits of one chunk on the same ids; for a top-k signal, on the same buckets."""
-        if teacher is None:
+        if teacher is None or not self._has_logits(teacher):
             return None
-        if teacher.top_ids is not None and teacher.top_log_probs is not None:
+        if teacher.top_ids is not None:
+            assert teacher.top_log_probs is not None
             ids = teacher.top_ids[rows].long()
             student_logits = student_logits[:, : self.top_k_vocab or None]
             buckets = torch.cat([student_logits.gather(1, ids), rest_of(student_logits, ids)], dim=1)
             return teacher.top_log_probs[rows].to(buckets.dtype), buckets
-        if teacher.hidden is None or self.teacher_head is None:
-            return None
+        assert teacher.hidden is not None
+        assert self.teacher_head is not None
         teacher_logits = project(teacher.hidden[rows], self.teacher_head)
         vocab = min(teacher_logits.shape[1], student_logits.shape[1])
         return teacher_logits[:, :vocab], student_logits[:, :vocab]
+
+    def _has_logits(self, teacher: TeacherRows) -> bool:
+        return teacher.top_ids is not None or (teacher.hidden is not None and self.teacher_head is not None)
 
     def values(
         self,

@@ -6,6 +6,7 @@ cluster. Secrets have no place in a spec: storage credentials come from the envi
 """
 
 import difflib
+import itertools
 import json
 import os
 import re
@@ -874,13 +875,25 @@ class SweepSpec(Spec):
     output: OutputSpec = Field(default_factory=OutputSpec)
 
     @model_validator(mode="after")
-    def _owns(self) -> "SweepSpec":
-        for path in (*self.fixed, *self.axes):
-            if path == "training.seed":
-                raise ValueError("training.seed: comes from `seeds`, over which the table has mean and deviation")
+    def _sets_each_field_once(self) -> "SweepSpec":
+        paths = [*self.fixed, *self.axes]
+        for path in paths:
+            if _overlap(path, "training.seed"):
+                raise ValueError(
+                    f"{path}: training.seed comes from `seeds`, over which the table has mean and deviation; name "
+                    "other fields"
+                )
             if path.partition(".")[0] in ("name", "output"):
                 raise ValueError(f"{path}: a cell is named by its values, under the sweep's output; leave it out")
+        for one, other in itertools.combinations(paths, 2):
+            if _overlap(one, other):
+                raise ValueError(f"{one} and {other}: one would undo the other; name each field once")
         return self
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one is the other, or has it in it."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 class PackSpec(Spec):

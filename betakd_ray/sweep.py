@@ -14,17 +14,18 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from betakd_ray.cluster import connected
 from betakd_ray.errors import Interrupted, SpecError, TrainingError
 from betakd_ray.evaluation.run import RESULT, Evaluation
 from betakd_ray.job import BetaKDJob, JobResult, on_sigterm
 from betakd_ray.progress import Update, progress_line
-from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, parse_spec, read_tree, set_field
+from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, TeacherSpec, parse_spec, read_tree, set_field
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.pool import Teachers
-from betakd_ray.tracking import to_jsonl
+from betakd_ray.teacher.signal import Needs
+from betakd_ray.tracking import from_jsonl, to_jsonl
 
 ROWS, TABLE = "rows.jsonl", "table.md"
 Row = dict[str, Any]
@@ -40,10 +41,9 @@ class Cell:
     job: JobSpec
 
     @property
-    def question(self) -> str | None:
-        """What its teacher is asked; None where the answers are not kept."""
-        teacher = self.job.teacher
-        return teacher.model_dump_json() + self.job.data.model_dump_json() if teacher and teacher.cache else None
+    def key(self) -> tuple[Any, ...]:
+        """What its row says of it."""
+        return (*self.values.values(), self.seed)
 
 
 class Sweep:
@@ -80,6 +80,7 @@ class Sweep:
 
     def _collected(self, pending: dict["Future[Row]", int], update: Update) -> list[Row]:
         rows: dict[int, Row] = {}
+        earlier = self._stored()
         failed = {}
         try:
             for done in as_completed(pending):
@@ -90,7 +91,8 @@ class Sweep:
                     failed[self.cells[at].job.name] = error
                     continue
                 update(completed=len(rows))
-                ordered = [rows[each] for each in sorted(rows)]
+                known = {place: row for place, row in earlier.items() if row.keys() == rows[at].keys()} | rows
+                ordered = [known[place] for place in sorted(known)]
                 self._store(ROWS, to_jsonl(ordered))
                 self._store(TABLE, _markdown(self.table(ordered)))
         except BaseException:
@@ -110,16 +112,17 @@ class Sweep:
     def _submit(self, executor: ThreadPoolExecutor, teachers: Teachers) -> dict["Future[Row]", int]:
         """Each cell's row to come → its place. Of cells with one question, the first goes ahead alone: the others find
         the answers in the cache."""
-        for cell in self.cells:
-            if cell.question and cell.job.teacher:
-                teachers.expect(cell.job.teacher, BetaKDJob(cell.job).needs(cell.job.teacher))
+        questions = [_question(cell.job) for cell in self.cells]
+        for question in questions:
+            if question:
+                teachers.expect(question.teacher, question.needs)
         leaders: dict[str | None, Future[Row]] = {}
         pending = {}
-        for at, cell in enumerate(self.cells):
-            future = executor.submit(self._row, cell, teachers, leaders.get(cell.question))
+        for at, (cell, question) in enumerate(zip(self.cells, questions, strict=True)):
+            future = executor.submit(self._row, cell, teachers, leaders.get(question and question.key))
             pending[future] = at
-            if cell.question:
-                leaders.setdefault(cell.question, future)
+            if question:
+                leaders.setdefault(question.key, future)
         return pending
 
     def _row(self, cell: Cell, teachers: Teachers, leader: "Future[Row] | None") -> Row:
@@ -132,6 +135,11 @@ class Sweep:
                 raise Interrupted(f"{self.spec.name}: was asked to stop. Run it again to go on with the other cells.")
             result = job.fit(teachers)
             return {**cell.values, "seed": cell.seed, **self._scores(cell, result)}
+        except TrainingError:
+            raise  # the other cells may do better
+        except BaseException:
+            self.stop()  # here, or this thread would begin another before the error is seen
+            raise
         finally:
             self._running.discard(job)
 
@@ -163,10 +171,38 @@ class Sweep:
             Evaluation(parse_spec(tree, EvaluationSpec)).run()
         return json.loads(filesystem.cat_file(path))["student"] | scores
 
+    def _stored(self) -> dict[int, Row]:
+        """Rows of an earlier run, by their cell's place: they stand until that cell has been looked at again."""
+        filesystem, root = open_store(self.folder, self.spec.output.storage)
+        path = join(root, ROWS)
+        if not filesystem.exists(path):
+            return {}
+        places = {cell.key: place for place, cell in enumerate(self.cells)}
+        rows = from_jsonl(cast(bytes, filesystem.cat_file(path)).decode())
+        keyed = {tuple(row.get(name) for name in (*self.spec.axes, "seed")): row for row in rows}
+        return {places[key]: row for key, row in keyed.items() if key in places}
+
     def _store(self, name: str, content: str) -> None:
         filesystem, root = open_store(self.folder, self.spec.output.storage)
         filesystem.makedirs(root, exist_ok=True)
         replace_file(filesystem, join(root, name), content.encode())
+
+
+class Question(NamedTuple):
+    """What a cell's teacher is asked."""
+
+    teacher: TeacherSpec
+    needs: Needs
+    key: str
+    """Alike where one cell's answers do for another."""
+
+
+def _question(job: JobSpec) -> Question | None:
+    """None where the answers are not kept."""
+    if job.teacher is None or job.teacher.cache is None:
+        return None
+    needs = BetaKDJob(job).needs(job.teacher)
+    return Question(job.teacher, needs, f"{job.teacher.model_dump_json()}{needs.choices}{job.data.model_dump_json()}")
 
 
 def _cells(spec: SweepSpec, folder: str) -> Iterator[Cell]:

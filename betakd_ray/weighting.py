@@ -47,13 +47,15 @@ class BetaWeighting(nn.Module):
     `feature_sizes` gives the width of each feature the spec names; `teacher_vision` of a text-only sample is replaced
     by a learned vector. Where no channel has a β to learn (plain fine-tuning), no features are needed.
 
-    Raises ValueError where the spec and the channels do not go together, or a feature has no size.
+    Raises ValueError where the spec and the channels do not go together, a channel stands twice, or a feature has no
+    size.
     """
 
     learned: Tensor
     learned_at: Tensor
     weights: Tensor
     scales: Tensor
+    seen: Tensor
     observed: Tensor
 
     def __init__(
@@ -68,6 +70,10 @@ class BetaWeighting(nn.Module):
         check_weighting(spec, channels, ce=ce)
         self.spec = spec
         self.channels: tuple[str, ...] = (CE, *channels) if ce else tuple(channels)
+        if len(set(self.channels)) < len(self.channels) or CE in channels:
+            raise ValueError(
+                f"channels are {list(channels)}: name each energy once, and say whether there is {CE} by ce="
+            )
         weight_ce = isinstance(spec, TaskWeighting | InstanceWeighting) and spec.weight_ce
         is_learned = isinstance(spec, TaskWeighting | InstanceWeighting)
         weighted = [is_learned and (name != CE or weight_ce) for name in self.channels]
@@ -99,6 +105,7 @@ class BetaWeighting(nn.Module):
             weights = torch.tensor([given.get(name, 1.0) for name in self.channels])
             self.register_buffer("weights", weights)
             self.register_buffer("scales", torch.zeros(len(self.channels)))
+            self.register_buffer("seen", torch.zeros(len(self.channels)))
             self.register_buffer("observed", torch.tensor(0))
 
     def beta(
@@ -113,7 +120,7 @@ class BetaWeighting(nn.Module):
         )
         beta = fixed.expand(batch, -1)
         if isinstance(self.spec, TaskWeighting):
-            return self._placed(beta, self._positive(self.u).expand(batch, -1))
+            return self._placed(beta, self._positive(self.u.expand(batch, -1)))
         if isinstance(self.spec, InstanceWeighting) and self.net is not None:
             return self._placed(beta, self._positive(self.net(self._features(features, has_image))))
         return beta
@@ -143,8 +150,13 @@ class BetaWeighting(nn.Module):
         `energies` maps each channel ("ce" among them) to its per-sample values; a sample without an
         image has no channel on image tokens, such as "fd".
         The result is differentiable with respect to the energies and to β's parameters. The log has each channel's
-        means over the samples that have it.
+        means over the samples that have it. Raises ValueError for energies other than the channels, or without a
+        feature that β needs.
         """
+        if set(energies) != set(self.channels):
+            raise ValueError(f"energies are {sorted(energies)}: give those of the channels, {sorted(self.channels)}")
+        if missing := self.needed.difference(features or ()):
+            raise ValueError(f"features has no {sorted(missing)}: β depends on {sorted(self.needed)}")
         matrix = torch.stack([energies[name] for name in self.channels], dim=1).float()
         if has_image is None:
             has_image = torch.ones(matrix.shape[0], dtype=torch.bool, device=matrix.device)
@@ -171,8 +183,9 @@ class BetaWeighting(nn.Module):
     def observe(self, energies: Float[Tensor, " channels"]) -> None:
         """Tell `manual: auto` the global batch's mean energies, once a step and alike on every rank.
 
-        After `auto_steps` steps each energy's weight becomes the ratio of CE's scale to its own, and stays. An energy
-        that was zero all along has no scale, and keeps weight 1.
+        After `auto_steps` steps each energy's weight becomes the ratio of CE's mean to its own, and stays. A mean is
+        over the steps in which there was something: a batch without an image says nothing of `fd`. An energy that was
+        zero all along has no scale, and keeps weight 1.
         """
         if not isinstance(self.spec, ManualWeighting) or self.spec.weights != "auto":
             return
@@ -180,9 +193,18 @@ class BetaWeighting(nn.Module):
         is_observing = self.observed < self.spec.auto_steps
         self.observed += is_observing
         self.scales += torch.where(is_observing, energies, 0.0)
+        self.seen += is_observing & (energies > 0)
         is_last = is_observing & (self.observed == self.spec.auto_steps)
-        ratios = torch.where(self.scales > 0, self.scales[self.channels.index(CE)] / self.scales, 1.0)
+        means = self.scales / self.seen.clamp_min(1)
+        ratios = torch.where(means > 0, means[self.channels.index(CE)] / means, 1.0)
         self.weights.copy_(torch.where(is_last, ratios, self.weights))
+
+    @property
+    def needed(self) -> frozenset[Feature]:
+        """The features that β depends on."""
+        return frozenset(
+            self.spec.features if isinstance(self.spec, InstanceWeighting) and self.net is not None else ()
+        )
 
     def _features(
         self, features: Mapping[str, Float[Tensor, "batch _"]], has_image: Bool[Tensor, " batch"]
@@ -218,7 +240,8 @@ class _Bounded(torch.autograd.Function):
 
     Ten bounds away the slope of tanh is zero in float32, as a hard clamp's is at once, and a parameter that got so far
     would stay. So a gradient whose descent leads inside has a slope of at least LEAST_SLOPE. One that leads outside
-    keeps tanh's own, or nothing would stop it.
+    keeps tanh's own, or nothing would stop it. `x` has an entry a sample: of a sum over samples, the sign would depend
+    on how the global batch is cut.
     """
 
     @staticmethod

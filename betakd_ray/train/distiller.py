@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +27,7 @@ from betakd_ray.spec import ObjectiveSpec
 from betakd_ray.teacher.signal import TeacherFacts
 from betakd_ray.weighting import CE
 
+T = TypeVar("T")
 FD, RELATION, ATTENTION, TOP_K = "fd", "relation", "align_attention", "align_topk"
 
 
@@ -133,7 +134,9 @@ class Distiller(nn.Module):
         means = segment_mean(rows.values, inputs.row_sample, counts)
         energies = weights.new_zeros(weights.shape)
         energies[:, self.on_rows] = means[:, : len(self.on_rows)].to(energies.dtype)
-        loss = rows.total
+        # Without a channel on rows, a batch of texts would reach all of the language model, by what stands for its
+        # images, and one of images only what they pass through.
+        loss = rows.total if len(self.on_rows) else rows.total + 0.0 * hidden.rows.sum()
         for name in [*self.maps, *({RELATION} & set(self.channels))]:
             distance = self._on_image_tokens(name, hidden, teacher, inputs, pairs)
             at = self.channels.index(name)
@@ -148,25 +151,23 @@ class Distiller(nn.Module):
         """One energy on image tokens, per sample; zero without an image."""
         if hidden.visual is None or teacher is None:
             return self._unused(name, hidden, len(inputs.input_ids))
-        if name == RELATION and teacher.visual is not None:
-            return relation(_by_sample(teacher.visual, inputs), _by_sample(hidden.visual, inputs))
+        if name == RELATION:
+            return relation(_by_sample(_asked(teacher.visual), inputs), _by_sample(hidden.visual, inputs))
         if name == FD:
             theirs, ours = (
                 (teacher.visual_layer, hidden.visual_layer) if self.feature_layer else (teacher.visual, hidden.visual)
             )
-            assert theirs is not None
-            assert ours is not None
-            return self._mapped_distance(FD, theirs, ours, inputs.visual_sample, inputs.visual_per_sample)
-        if name == TOP_K and teacher.visual is not None and teacher.salient is not None:
-            at = teacher.salient
             return self._mapped_distance(
-                TOP_K, teacher.visual[at.token], hidden.visual[at.token], at.sample, at.per_sample
+                FD, _asked(theirs), _asked(ours), inputs.visual_sample, inputs.visual_per_sample
             )
-        assert name == ATTENTION
-        assert teacher.attention is not None
-        assert hidden.attention is not None
-        assert pairs is not None
-        return self._mapped_distance(ATTENTION, teacher.attention, hidden.attention, pairs.sample, pairs.per_sample)
+        if name == TOP_K:
+            at = _asked(teacher.salient)
+            theirs, ours = _asked(teacher.visual)[at.token], hidden.visual[at.token]
+            return self._mapped_distance(TOP_K, theirs, ours, at.sample, at.per_sample)
+        at = _asked(pairs)
+        return self._mapped_distance(
+            ATTENTION, _asked(teacher.attention), _asked(hidden.attention), at.sample, at.per_sample
+        )
 
     def _mapped_distance(
         self,
@@ -209,3 +210,9 @@ def _by_sample(visual: Float[Tensor, "tokens width"], inputs: TensorInputs) -> F
     """Image tokens as a table, with zeros where a sample has fewer: they add nothing to a Gram matrix."""
     table = visual.new_zeros(len(inputs.input_ids) * inputs.most_visual, visual.shape[1])
     return table.index_copy(0, inputs.visual_slot, visual).view(len(inputs.input_ids), inputs.most_visual, -1)
+
+
+def _asked(part: T | None) -> T:
+    """A part that is there, as the objective asked for it."""
+    assert part is not None
+    return part

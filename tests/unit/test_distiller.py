@@ -1,5 +1,6 @@
 """The energies on image tokens, per sample, against plain loops over the student's own states."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -19,14 +20,19 @@ from tests.tiny import IDS, IMAGE, IMAGE_SIZE, IMAGE_TOKENS, PAD, tiny_model, ti
 CPU = torch.device("cpu")
 WIDTH, TEACHER_WIDTH, HEADS, TEACHER_HEADS = 16, 6, 2, 3
 VISUAL = ["fd", "align_attention", {"kind": "align_topk", "tokens": 2}, "relation"]
+LAYER = {"kind": "fd", "layer": {"teacher": 9, "student": 1}}
 LENGTHS, IMAGES = [12, 7, 15], [1, 0, 2]
 
 
 @pytest.fixture(scope="module")
 def inputs():
+    return stacked(IMAGES)
+
+
+def stacked(image_counts):
     generator = np.random.default_rng(0)
     renderings = []
-    for length, images in zip(LENGTHS, IMAGES, strict=True):
+    for length, images in zip(LENGTHS, image_counts, strict=True):
         ids = generator.integers(len(IDS), 300, length).astype(np.int32)
         ids[1 : 1 + images * IMAGE_TOKENS] = IDS[IMAGE]
         answer = np.zeros(length, dtype=bool)
@@ -126,13 +132,35 @@ def test_a_text_only_sample_has_none_of_them(energies):
         assert energies[name][1] == 0
 
 
-def test_every_map_and_the_first_layer_have_a_gradient_with_and_without_images(distiller, inputs, teacher):
+def test_every_map_and_the_first_layer_learn_from_images(distiller, inputs, teacher):
     pairs = Pairs.of(inputs, CPU)
     distiller(TensorInputs.of(inputs, CPU), teacher, pairs, torch.ones(3, 5), {}).loss.backward()
     queries = distiller.student.model.language_model.layers[0].self_attn.q_proj.weight
     for parameter in (*distiller.maps.parameters(), queries):
         assert parameter.grad is not None
         assert parameter.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("ce", [True, False])
+@pytest.mark.parametrize(
+    "energies", [["fd"], ["relation"], [LAYER], ["align_attention", "align_topk"]], ids=lambda each: str(each[0])
+)
+def test_the_same_parameters_have_a_gradient_with_and_without_images(inputs, teacher, energies, ce):
+    """Ranks whose batches differ would else wait for each other's gradients."""
+    facts = TeacherFacts(head=None, visual_size=TEACHER_WIDTH, heads=TEACHER_HEADS, feature_sizes={}, fingerprint="")
+    objective = ObjectiveSpec(energies=energies, ce=ce, weighting="equal")
+    view = dataclasses.replace(teacher, rows=TeacherRows(), visual_layer=teacher.visual)
+    found = []
+    for batch, told in ((inputs, view), (stacked([0, 0, 0]), TeacherView(rows=TeacherRows()))):
+        torch.manual_seed(0)
+        student = with_attention_weights(tiny_model(seed=3))
+        distiller = Distiller(student, tiny_processor(), objective, facts).train()
+        weights = torch.ones(batch.size, len(distiller.channels))
+        pairs = Pairs.of(batch, CPU) if "align_attention" in energies else None
+        distiller(TensorInputs.of(batch, CPU), told, pairs, weights, {}).loss.backward()
+        found.append({name for name, each in distiller.named_parameters() if each.grad is not None})
+    assert found[0] == found[1]
+    assert found[0]
 
 
 # ---- fd at a layer -------------------------------------------------------------------------------------------------
@@ -144,7 +172,7 @@ def deep():
 
     def make(*, checkpointing=False):
         facts = TeacherFacts(head=None, visual_size=TEACHER_WIDTH, heads=1, feature_sizes={}, fingerprint="")
-        objective = ObjectiveSpec(energies=[{"kind": "fd", "layer": {"teacher": 9, "student": 1}}], ce=False)
+        objective = ObjectiveSpec(energies=[LAYER], ce=False)
         student = tiny_model(seed=3)
         if checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})

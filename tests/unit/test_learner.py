@@ -29,8 +29,11 @@ from tests.tiny import VOCAB, raw_sample, save_tiny
 
 pytestmark = pytest.mark.timeout(900)  # one fixture runs every engine
 BATCH, STEPS = 12, 3
+FD = {
+    "sample": {"kind": "fd", "layer": {"teacher": 2, "student": 1}},
+    "token": "fd",  # at the projectors: by the way, in the cases of the other reduction
+}
 VISUAL = [
-    {"kind": "fd", "layer": {"teacher": 2, "student": 1}},
     "relation",
     "align_attention",
     {"kind": "align_topk", "tokens": 2},
@@ -87,7 +90,7 @@ def _spec(folder: Path, case: Case, ranks: int) -> Any:
             "teacher": {"path": str(folder / "teacher")},
             "student": {"init": {"kind": "checkpoint", "path": str(folder / "student")}},
             "objective": {
-                "energies": ["fkl", "cosine_probs", "ctkd", "taid", *VISUAL],
+                "energies": ["fkl", "cosine_probs", "ctkd", "taid", FD[case.reduction], *VISUAL],
                 "weighting": case.weighting,
                 "reduction": case.reduction,
             },

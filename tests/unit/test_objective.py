@@ -143,10 +143,12 @@ def test_the_gradient_of_a_moving_number_is_that_of_the_whole_logits(chunk_rows,
     torch.testing.assert_close(gradients["ctkd"], expected)
 
 
-def test_energies_without_a_teacher_s_rows_are_an_error():
+@pytest.mark.parametrize("teacher", [None, TeacherRows()])
+def test_energies_without_a_teacher_s_rows_are_an_error(teacher):
+    """And not the cross-entropy, with their weights."""
     case = Case(["fkl"])
-    with pytest.raises(ValueError, match="compare with a teacher"):
-        case.objective(case.rows, None, case.targets, case.weights)
+    with pytest.raises(ValueError, match="compare with a teacher: give its rows"):
+        case.objective(case.rows, teacher, case.targets, case.weights)
 
 
 # ---- top-k signals -----------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ def test_layers_are_dealt_out_in_runs_of_about_as_many_bytes_and_the_rest_is_fir
         Needs(hidden=True, visual=True, features=("teacher_vision", "teacher_answer", "teacher_entropy")),
         Needs(attention=True, salience=True),
         Needs(top_k=4, vocab=VOCAB),
+        Needs(visual_layer=3),
     ],
     ids=str,
 )

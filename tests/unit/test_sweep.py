@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 import betakd_ray.sweep as module
+from betakd_ray.cli import print_table
 from betakd_ray.errors import DataError, Interrupted, SpecError, TrainingError
 from betakd_ray.job import JobResult
 from betakd_ray.spec import SweepSpec, load_spec
@@ -79,6 +80,20 @@ def test_what_the_sweep_sets_itself_is_no_axis(grid, place, field):
         grid(**{place: {field: value}})
 
 
+@pytest.mark.parametrize(
+    ("axes", "fixed"),
+    [
+        ({"objective": [{"energies": ["fkl"]}], "objective.weighting": ["task"]}, {}),
+        ({"objective.weighting": ["task"]}, {"objective.weighting": "equal"}),
+        ({"objective.weighting.kind": ["task"]}, {"objective": {"energies": ["fkl"]}}),
+        ({"training": [{"seed": 3}]}, {}),
+    ],
+)
+def test_no_field_is_set_twice(grid, axes, fixed):
+    with pytest.raises(ValidationError, match=r"name each field once|training\.seed comes from"):
+        grid(axes=axes, fixed=fixed)
+
+
 def test_the_table_has_mean_and_standard_deviation_over_seeds(grid):
     sweep = grid(axes={"objective.energies": ["fkl", "rkl"]}, seeds=[0, 1])
     rows = [
@@ -86,6 +101,13 @@ def test_the_table_has_mean_and_standard_deviation_over_seeds(grid):
         for name, seed, accuracy in [("fkl", 0, 0.5), ("fkl", 1, 0.7), ("rkl", 0, 0.25)]
     ]
     assert sweep.table(rows) == [["objective.energies", "accuracy"], ["fkl", "0.6 ± 0.14"], ["rkl", "0.25"]]
+
+
+def test_a_wide_table_is_whole_in_a_log(capsys):
+    line = [f"instance,features=teacher_vision,d={number}" for number in range(8)]
+    print_table([[f"objective.weighting.{number}" for number in range(8)], line])
+    printed = capsys.readouterr().out.splitlines()
+    assert sum(all(cell in row for cell in line) for row in printed) == 1
 
 
 def test_values_have_short_names():
@@ -149,6 +171,18 @@ def test_rows_are_in_the_order_of_the_grid_whichever_cell_ends_first(sweep, tmp_
     assert [row["objective.energies"] for row in rows] == ["fkl", "rkl", "js", "tvd", "sfkl"]
     assert from_jsonl((tmp_path / "grid" / ROWS).read_text()) == rows
     assert len(begun) == 5
+
+
+def test_rows_of_a_run_that_was_stopped_stand_until_their_cells_have_been_looked_at(sweep, tmp_path):
+    first = sweep()[0].run()
+    made, _ = sweep(rkl_seed0=failing(DataError("no shard")))
+    with pytest.raises(DataError):
+        made.run()
+    assert from_jsonl((tmp_path / "grid" / ROWS).read_text()) == first
+    smaller, _ = sweep()
+    smaller.cells = smaller.cells[:2]
+    assert smaller.run() == first[:2]
+    assert from_jsonl((tmp_path / "grid" / ROWS).read_text()) == first[:2]
 
 
 def test_a_cell_that_fails_is_named_when_the_others_are_done(sweep, tmp_path):

@@ -88,7 +88,7 @@ def test_saturation_is_the_share_of_samples_at_the_bounds():
 @each_learned
 @pytest.mark.parametrize(("first", "then"), [(0.0, 1.0), (1e3, 0.5)])
 def test_a_beta_that_was_driven_to_a_bound_comes_back(kind, positivity, first, then):
-    """Driven by Adam, and clipped, as in training; the raw number gets thousands away from the bound."""
+    """Driven by Adam, and clipped, as in training."""
     weighting = build(kind=kind, positivity=positivity)
     features, has_image = inputs(1)
     optimizer = torch.optim.AdamW(weighting.parameters(), lr=1e-2 if kind == "instance" else 0.5, weight_decay=0.0)
@@ -117,6 +117,23 @@ def test_far_outside_the_bounds_a_gradient_leads_back_and_none_farther_out(u):
     back, out = (shrinks, grows) if u > 0 else (grows, shrinks)
     assert back * u > 0, "descent lowers |u|"
     assert out == 0
+
+
+@each_positivity
+@pytest.mark.parametrize("u", [-20.0, -0.5, 0.5, 20.0])
+@pytest.mark.parametrize("energies", [(0.004, 0.0), (0.002, 0.004), (140.0, 10.0)])
+def test_the_gradient_is_the_same_however_the_batch_is_cut(positivity, u, energies):
+    """Also where one sample leads β towards its bound and the other away from it."""
+    weighting = at(build(kind="task", positivity=positivity), u)
+    values = torch.tensor([[1.0, each] for each in energies])
+    found = []
+    for batch in (1, 2):
+        weighting.u.grad = None
+        for part in values.split(batch):
+            weighting.loss(weighting.beta(*inputs(batch)), part).sum().backward()
+        found.append(weighting.u.grad.item())
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] != 0
 
 
 @each_positivity
@@ -295,11 +312,26 @@ def test_beta_is_float32_for_half_precision_features(kind):
         ({"kind": "manual", "weights": {"rlk": 2.0}}, "names .*rlk.*the energies are .*fkl"),
         ({"kind": "manual", "weights": "auto", "ce": False}, "ce is false"),
         ({"kind": "task", "weight_ce": True, "ce": False}, "ce is false"),
+        ({"kind": "task", "channels": ("fkl", "fkl")}, "name each energy once"),
+        ({"kind": "task", "channels": ("ce", "fkl")}, "name each energy once"),
     ],
 )
 def test_what_does_not_go_together_is_said_at_once(options, match):
     with pytest.raises(ValueError, match=match):
         build(**options)
+
+
+@pytest.mark.parametrize("names", [("ce",), ("ce", "fkl", "rkl"), ("fkl",)])
+def test_a_loop_of_your_own_gives_the_energies_of_the_channels(names):
+    energies = {name: torch.rand(2) for name in names}
+    with pytest.raises(ValueError, match=r"energies are .*give those of the channels, \['ce', 'fkl'\]"):
+        build(kind="task")(energies)
+
+
+def test_a_loop_of_your_own_gives_the_features_that_beta_needs():
+    energies = {"ce": torch.rand(2), "fkl": torch.rand(2)}
+    with pytest.raises(ValueError, match=r"features has no .*teacher_vision"):
+        build(kind="instance")(energies)
 
 
 class Unasked(TorchDispatchMode):
@@ -345,6 +377,13 @@ def test_auto_weights_come_from_the_first_steps_and_stay():
     assert weighting.weights.tolist() == [1.0, 4.0, 1.0], "6 / 1.5; an energy without a scale keeps 1"
     weighting.observe(torch.tensor([100.0, 1.0, 1.0]))
     assert weighting.weights.tolist() == [1.0, 4.0, 1.0]
+
+
+def test_auto_weights_do_not_count_a_step_in_which_no_sample_had_the_channel():
+    weighting = build(("fd",), kind="manual", weights="auto", auto_steps=4)
+    for distance in (2.0, 0.0, 2.0, 0.0):
+        weighting.observe(torch.tensor([1.0, distance]))
+    assert weighting.weights.tolist() == [1.0, 0.5]
 
 
 def test_auto_weights_survive_a_checkpoint():
