@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from copy import deepcopy
 from dataclasses import dataclass
@@ -95,6 +95,10 @@ class Sweep:
                 ordered = [known[place] for place in sorted(known)]
                 self._store(ROWS, to_jsonl(ordered))
                 self._store(TABLE, _markdown(self.table(ordered)))
+        except Interrupted as interrupted:
+            self.stop()
+            wait(pending)
+            raise _cause(pending) or interrupted from None
         except BaseException:
             self.stop()
             raise
@@ -186,6 +190,12 @@ class Sweep:
         filesystem, root = open_store(self.folder, self.spec.output.storage)
         filesystem.makedirs(root, exist_ok=True)
         replace_file(filesystem, join(root, name), content.encode())
+
+
+def _cause(pending: Iterable["Future[Row]"]) -> BaseException | None:
+    """What stopped a sweep from inside: a cell that it stopped may have been heard of first."""
+    errors = (future.exception() for future in pending)
+    return next((error for error in errors if error and not isinstance(error, Interrupted | TrainingError)), None)
 
 
 class Question(NamedTuple):
