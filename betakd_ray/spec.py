@@ -487,7 +487,9 @@ class ManualWeighting(Spec):
         return self
 
 
-class _Learned(Spec):
+class LearnedWeighting(Spec):
+    """β of a channel is learned beside the student, as its precision."""
+
     d: Positive = Field(
         default=1.0,
         description="a channel's share β·ℓ settles at d/2. The literal dim(a) = V belongs to energies summed over the "
@@ -500,7 +502,7 @@ class _Learned(Spec):
     weight_ce: bool = Field(default=False, description="give CE a β of its own (Kendall & Gal); the paper does not")
 
 
-class TaskWeighting(_Learned):
+class TaskWeighting(LearnedWeighting):
     """One learned β per channel, shared by all samples (homoscedastic)."""
 
     kind: Literal["task"] = "task"
@@ -509,7 +511,7 @@ class TaskWeighting(_Learned):
 Feature = Literal["teacher_vision", "teacher_answer", "teacher_entropy"]
 
 
-class InstanceWeighting(_Learned):
+class InstanceWeighting(LearnedWeighting):
     """One β per channel and sample, predicted from the teacher's features (Eq. 14)."""
 
     kind: Literal["instance"] = "instance"
@@ -540,7 +542,7 @@ def check_weighting(weighting: Weighting, channels: Sequence[str], *, ce: bool) 
         )
     if weights == "auto" and not ce:
         raise ValueError("weighting.weights: `auto` scales each energy to the cross-entropy, and ce is false")
-    if isinstance(weighting, TaskWeighting | InstanceWeighting) and weighting.weight_ce and not ce:
+    if isinstance(weighting, LearnedWeighting) and weighting.weight_ce and not ce:
         raise ValueError("weighting.weight_ce gives the cross-entropy a β, and ce is false: drop one of the two")
 
 

@@ -26,6 +26,7 @@ from betakd_ray.spec import (
     VISUAL_ENERGIES,
     Feature,
     InstanceWeighting,
+    LearnedWeighting,
     ManualWeighting,
     TaskWeighting,
     Weighting,
@@ -74,9 +75,7 @@ class BetaWeighting(nn.Module):
             raise ValueError(
                 f"channels are {list(channels)}: name each energy once, and say whether there is {CE} by ce="
             )
-        weight_ce = isinstance(spec, TaskWeighting | InstanceWeighting) and spec.weight_ce
-        is_learned = isinstance(spec, TaskWeighting | InstanceWeighting)
-        weighted = [is_learned and (name != CE or weight_ce) for name in self.channels]
+        weighted = [isinstance(spec, LearnedWeighting) and (name != CE or spec.weight_ce) for name in self.channels]
         self.register_buffer("learned", torch.tensor(weighted), persistent=False)
         # Places, as a mask's would have to be counted by the host.
         self.register_buffer("learned_at", torch.tensor(weighted).nonzero().flatten(), persistent=False)
@@ -135,7 +134,7 @@ class BetaWeighting(nn.Module):
         if present is not None:
             energies = torch.where(present, energies, 0.0)  # or an absent NaN reaches β's gradient as 0 · NaN
         total = beta * energies
-        if isinstance(self.spec, TaskWeighting | InstanceWeighting):
+        if isinstance(self.spec, LearnedWeighting):
             total = total - (self.spec.d / 2) * torch.where(self.learned, beta.log(), 0.0)
         return (total if present is None else torch.where(present, total, 0.0)).sum(dim=1)
 
@@ -174,7 +173,7 @@ class BetaWeighting(nn.Module):
 
         Of the samples that have the channel: those without it have NaN.
         """
-        if not isinstance(self.spec, TaskWeighting | InstanceWeighting):
+        if not isinstance(self.spec, LearnedWeighting):
             return beta.new_zeros(beta.shape[1])
         is_at_bound = beta.log().abs() > 0.95 * self.spec.log_bound
         return is_at_bound.sum(dim=0) / beta.isfinite().sum(dim=0).clamp_min(1)
@@ -218,7 +217,7 @@ class BetaWeighting(nn.Module):
 
     def _positive(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """β = 1 at u = 0, and smoothly inside [e^-bound, e^bound]."""
-        assert isinstance(self.spec, TaskWeighting | InstanceWeighting)
+        assert isinstance(self.spec, LearnedWeighting)
         log_beta = u if self.spec.positivity == "exp" else _log_softplus(u + UNIT_SOFTPLUS)
         return torch.exp(_Bounded.apply(log_beta, self.spec.log_bound))
 

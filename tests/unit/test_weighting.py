@@ -194,7 +194,6 @@ def test_the_gradient_splits_into_the_student_s_and_the_betas(kind, positivity):
         for parameter in weighting.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     weighting.double()
-    weighting._buffers["learned"] = weighting.learned.bool()
     features, has_image = inputs(4, [True, False, True, True])
     energies = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
     raw = weighting.u.expand(4, -1) if kind == "task" else None
