@@ -80,9 +80,9 @@ class Sweep:
 
     def _collected(self, pending: dict["Future[Row]", int], update: Update) -> list[Row]:
         rows: dict[int, Row] = {}
-        earlier = self._stored()
         failed = {}
         try:
+            earlier = self._stored()
             for done in as_completed(pending):
                 at = pending[done]
                 try:
