@@ -21,9 +21,11 @@ from typing import Any, cast
 import ray
 import ray.train
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from betakd_ray import errors
 from betakd_ray.audit import RESULT, tail_of, write_plan, write_tail
@@ -69,6 +71,8 @@ UPLOADED = "/working_dir_files/"
 """In the path of the folder that a submitted job runs in."""
 STARTS = 4
 """Times that Ray Train tries to place the students; they share `cluster.start_timeout_s`."""
+ATTEMPTS = 3
+"""Times that a job begins before processes that watch over it have died too often."""
 _LOG = logging.getLogger(__name__)
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -133,8 +137,8 @@ class BetaKDJob:
         if (finished := self._finished()) is not None:
             return finished
         try:
-            with connected(self.spec), ExitStack() as actors:
-                return self._run(*views, teachers or actors.enter_context(Teachers()), actors)
+            with connected(self.spec):
+                return self._outliving_processes(views, teachers)
         finally:
             self._monitor, self._is_stopping = None, False
 
@@ -223,6 +227,31 @@ class BetaKDJob:
             return JobResult(**json.loads(filesystem.cat_file(path))) if filesystem.exists(path) else None
 
     # ------------------------------------------------------------------------------------------------ run
+
+    def _outliving_processes(self, views: tuple[Plan, dict[str, Renderer]], teachers: Teachers | None) -> JobResult:
+        """Teachers and students are replaced where they die. A process that watches over them (the pool, the monitor,
+        Ray Train's controller) is not: the job begins again from its last checkpoint, as it does when it is run again.
+        """
+        attempts = Retrying(
+            retry=retry_if_exception_type(RayActorError),
+            stop=stop_after_attempt(ATTEMPTS),
+            before_sleep=lambda state: _LOG.warning(
+                "%s: begins again from its last checkpoint, as a process that watches over it died: %s",
+                self.spec.name, state.outcome and state.outcome.exception(),
+            ),
+            reraise=True,
+        )  # fmt: skip
+        try:
+            return attempts(self._attempt, *views, teachers)
+        except RayActorError as error:
+            raise TrainingError(
+                f"{self.spec.name}: processes that watch over the job died {ATTEMPTS} times. Run it again to go on "
+                f"from the last checkpoint. The last time: {error}"
+            ) from error
+
+    def _attempt(self, plan: Plan, renderers: dict[str, Renderer], teachers: Teachers | None) -> JobResult:
+        with ExitStack() as actors:
+            return self._run(plan, renderers, teachers or actors.enter_context(Teachers()), actors)
 
     def _run(self, plan: Plan, renderers: dict[str, Renderer], teachers: Teachers, actors: ExitStack) -> JobResult:
         """`actors` end with the run: a handle that lingers in a reference cycle would keep its node."""
@@ -325,9 +354,9 @@ class BetaKDJob:
         try:
             outcome = trainer.fit().return_value or {}
         except TrainingFailedError as error:
-            _raise_noted(config.monitor)
+            _raise_cause(config, is_failed=True)
             raise _explained(error, spec) from error
-        _raise_noted(config.monitor)
+        _raise_cause(config)
         return outcome
 
     def _conclude(self, outcome: dict[str, Any], plan: Plan) -> JobResult:
@@ -390,9 +419,12 @@ def on_sigterm(stop: Callable[[], None]) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ what went wrong
 
 
-def _raise_noted(monitor: ActorHandle) -> None:
-    """The error a worker noted as beyond mending, as itself."""
-    if failure := ray.get(monitor.failure.remote()):
+def _raise_cause(config: WorkerConfig, *, is_failed: bool = False) -> None:
+    """What ended the training, where the monitor knows it; a dead pool, which no restart of the students mends."""
+    failure = ray.get(config.monitor.failure.remote())
+    if (failure or is_failed) and config.pool is not None:
+        ray.get(config.pool.is_lent.remote())  # raises if it died
+    if failure:
         kind, message = failure
         raise getattr(errors, kind, TrainingError)(message)
 

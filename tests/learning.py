@@ -36,6 +36,8 @@ def spawned(work: Callable[..., Any], folder: Path, *arguments: Any, ranks: int 
         on_this_machine(patch, ranks)
         store = folder / f"store-{work.__name__}-{ranks}"
         mp.spawn(_rank, (ranks, store, work, arguments), nprocs=ranks)
+        left = [*Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_*")]
+    assert not left, "shared memory outlives the learner"
     return torch.load(store.with_suffix(".pt"), weights_only=False)
 
 

@@ -1,5 +1,6 @@
 """One rank's student: models, optimizers and β, from a window of scored micro-batches to one step. Knows no Ray."""
 
+import os
 import random
 from dataclasses import dataclass
 from datetime import timedelta
@@ -65,6 +66,7 @@ class Learner:
         _seed(spec.training.seed)
         self.distiller = self._distiller(facts)
         self.engine = self._engine(total_steps)
+        self._unname_shared_memory()
         _bound_collectives(timeout)
         self.weighting = BetaWeighting(
             spec.objective.weighting,
@@ -235,6 +237,16 @@ class Learner:
             dist_init_required=False,
         )
         return engine
+
+    def _unname_shared_memory(self) -> None:
+        """Collective: have the buffers of DeepSpeed's CPU collectives, 66 MB a rank, end with their processes.
+
+        It never removes them. Every rank has them open by now, so that nobody needs their names.
+        """
+        dist.barrier(group=self.host_group)  # pyright: ignore[reportArgumentType]
+        place = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
+        name = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *place, str(self.rank)])
+        Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def _tensor(wire: Wire | None, device: torch.device) -> Tensor | None:

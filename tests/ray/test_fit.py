@@ -31,6 +31,7 @@ from betakd_ray.storage import join, open_store
 from betakd_ray.sweep import Sweep
 from betakd_ray.teacher.pool import start_pool
 from betakd_ray.train.checkpoint import CheckpointStore
+from tests.nodes import title
 from tests.s3 import SeaweedServer
 from tests.tiny import numbered_samples, save_tiny
 
@@ -124,7 +125,7 @@ def _the_result_loads_without_this_package(spec: JobSpec, result: JobResult) -> 
 
 
 @pytest.mark.timeout(600)
-def test_a_killed_driver_and_a_killed_worker_lose_and_double_nothing(
+def test_a_killed_driver_pool_and_worker_lose_and_double_nothing(
     s3: SeaweedServer, ray_cluster: str, models: Path, tmp_path: Path
 ) -> None:
     spec = _spec(s3, models, "killed")
@@ -144,10 +145,14 @@ def test_a_killed_driver_and_a_killed_worker_lose_and_double_nothing(
     assert driver.wait() == -signal.SIGKILL  # it was still at work
 
     with ThreadPoolExecutor(max_workers=1) as executor:
+        before = _processes("TeacherPool")
         running = executor.submit(BetaKDJob(spec).fit)
+        while not (pools := [pool for pool in _processes("TeacherPool") if pool not in before]):
+            time.sleep(0.05)
+        pools[0].kill()
         second = _wait_for_a_checkpoint(spec, after=first, has_ended=running.done)
         assert not running.done()
-        _student_workers()[0].kill()
+        _processes("RayTrainWorker")[0].kill()
         result = running.result()
 
     assert result.steps > second
@@ -169,9 +174,9 @@ def _wait_for_a_checkpoint(spec: JobSpec, after: int, has_ended: Callable[[], bo
     raise AssertionError("the job ended before another checkpoint")
 
 
-def _student_workers() -> list[psutil.Process]:
+def _processes(role: str) -> list[psutil.Process]:
     mine = psutil.Process().children(recursive=True)
-    return [process for process in mine if "RayTrainWorker" in " ".join(process.cmdline())]
+    return [process for process in mine if role in title(process)]
 
 
 @pytest.mark.timeout(300)

@@ -4,19 +4,22 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
+from ray.exceptions import ActorDiedError
 from transformers import CLIPVisionConfig
 from typer.testing import CliRunner
 
 from betakd_ray import errors
 from betakd_ray.cli import app
 from betakd_ray.data.pack import pack
-from betakd_ray.job import BetaKDJob
+from betakd_ray.job import BetaKDJob, JobResult
 from betakd_ray.spec import JobSpec, parse_spec
 from betakd_ray.train import worker
 from betakd_ray.train.checkpoint import CheckpointStore
@@ -25,6 +28,7 @@ from betakd_ray.train.monitor import Monitor
 from tests.tiny import save_tiny
 
 SAMPLES = 12
+DONE = JobResult("job", "run", "model", {"loss": 1.0}, 1, 1, 1, 0, 0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +219,43 @@ def _raised(outcome):
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
+
+
+# ---- processes that watch over the job -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def attempts(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[BetaKDJob, list[int]]]:
+    """Makes a job whose first so many runs lose a process; and what it began."""
+
+    def make(deaths: int) -> tuple[BetaKDJob, list[int]]:
+        began: list[int] = []
+        job = BetaKDJob(spec(home, tmp_path))
+
+        def run(*_: Any) -> JobResult:
+            began.append(len(began))
+            if len(began) <= deaths:
+                raise ActorDiedError
+            return DONE
+
+        monkeypatch.setattr(job, "_run", run)
+        monkeypatch.setattr("betakd_ray.job.connected", lambda _: nullcontext())
+        return job, began
+
+    return make
+
+
+def test_a_job_that_loses_its_pool_or_monitor_begins_again(attempts: Any, caplog: pytest.LogCaptureFixture) -> None:
+    job, began = attempts(deaths=2)
+    assert job.fit() == DONE
+    assert began == [0, 1, 2]
+    assert caplog.text.count("job: begins again from its last checkpoint") == 2
+
+
+def test_a_job_that_loses_them_again_and_again_says_so(attempts: Any) -> None:
+    job, began = attempts(deaths=99)
+    with pytest.raises(
+        errors.TrainingError, match=r"job: processes that watch over the job died 3 times\. Run it again"
+    ):
+        job.fit()
+    assert began == [0, 1, 2]
