@@ -239,9 +239,9 @@ class Learner:
         return engine
 
     def _unname_shared_memory(self) -> None:
-        """Collective: have the buffers of DeepSpeed's CPU collectives, 66 MB a rank, end with their processes.
+        """Collective: have the shared memory of DeepSpeed's CPU collectives, 66 MB a rank, end with its processes.
 
-        It never removes them. Every rank has them open by now, so that nobody needs their names.
+        DeepSpeed itself leaves it behind. Every rank has it open by now, so nobody needs its name.
         """
         dist.barrier(group=self.host_group)  # pyright: ignore[reportArgumentType]
         place = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
