@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -174,15 +175,22 @@ def test_rows_are_in_the_order_of_the_grid_whichever_cell_ends_first(sweep, tmp_
 
 
 def test_rows_of_a_run_that_was_stopped_stand_until_their_cells_have_been_looked_at(sweep, tmp_path):
+    file = tmp_path / "grid" / ROWS
     first = sweep()[0].run()
-    made, _ = sweep(rkl_seed0=failing(DataError("no shard")))
+    before = file.stat().st_mtime_ns
+
+    def fail_when_another_is_stored(_):
+        while file.stat().st_mtime_ns == before:
+            time.sleep(0.01)
+        raise DataError("no shard")
+
     with pytest.raises(DataError):
-        made.run()
-    assert from_jsonl((tmp_path / "grid" / ROWS).read_text()) == first
+        sweep(rkl_seed0=fail_when_another_is_stored)[0].run()
+    assert from_jsonl(file.read_text()) == first
     smaller, _ = sweep()
     smaller.cells = smaller.cells[:2]
     assert smaller.run() == first[:2]
-    assert from_jsonl((tmp_path / "grid" / ROWS).read_text()) == first[:2]
+    assert from_jsonl(file.read_text()) == first[:2]
 
 
 def test_a_cell_that_fails_is_named_when_the_others_are_done(sweep, tmp_path):
