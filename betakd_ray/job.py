@@ -137,7 +137,7 @@ class BetaKDJob:
         if (finished := self._finished()) is not None:
             return finished
         try:
-            with connected(self.spec):
+            with connected(self.spec), on_sigterm(self._interrupt):
                 return self._outliving_processes(views, teachers)
         finally:
             self._monitor, self._is_stopping = None, False
@@ -147,6 +147,10 @@ class BetaKDJob:
         self._is_stopping = True
         if self._monitor is not None:
             self._monitor.stop.remote()
+
+    def _interrupt(self) -> None:
+        """`stop()` for a job that does not train yet, or no more: there is nothing to save."""
+        raise Interrupted(f"{self.spec.name}: was asked to stop, and lost nothing. Run it again to go on.")
 
     def check(self) -> tuple[Plan, dict[str, Renderer]]:
         """Everything that can be known without a cluster: data, models, output. Raises UserError."""

@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -250,6 +253,23 @@ def test_a_job_that_loses_its_pool_or_monitor_begins_again(attempts: Any, caplog
     assert job.fit() == DONE
     assert began == [0, 1, 2]
     assert caplog.text.count("job: begins again from its last checkpoint") == 2
+
+
+def test_a_job_that_is_to_end_while_its_teachers_load_asks_to_be_resumed(
+    attempts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, _ = attempts(deaths=0)
+
+    def load(*_: Any) -> JobResult:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+        return DONE
+
+    monkeypatch.setattr(job, "_run", load)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(errors.Interrupted, match="lost nothing"):
+        job.fit()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_job_that_loses_them_again_and_again_says_so(attempts: Any) -> None:
