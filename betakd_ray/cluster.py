@@ -14,6 +14,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from betakd_ray.errors import ClusterError
+from betakd_ray.sigterm import kept_sigterm
 from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec
 
 PLURALS = {"GPU": "GPUs", "CPU": "CPUs"}
@@ -34,7 +35,8 @@ def connected(spec: Any, jobs: int = 1) -> Iterator[None]:
     if address in (None, "", "local"):
         options = {"address": "local", "include_dashboard": False, "num_cpus": _logical_cpus(spec, jobs)}
     try:
-        ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        with kept_sigterm():
+            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         raise ClusterError(f"cluster.address: no Ray cluster answers at {address}: {error}") from error
     try:

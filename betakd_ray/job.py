@@ -9,9 +9,8 @@ JobSpec ──► BetaKDJob.fit()
 import json
 import logging
 import os
-import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,6 +40,7 @@ from betakd_ray.models.load import load_config, load_processor, require_images
 from betakd_ray.models.options import check_options
 from betakd_ray.models.student import check_adapters, student_config, student_processor
 from betakd_ray.progress import progress_line
+from betakd_ray.sigterm import on_sigterm
 from betakd_ray.spec import VISUAL_ENERGIES, JobSpec, TeacherSpec, load_spec
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.cache import SignalCache
@@ -137,7 +137,7 @@ class BetaKDJob:
         if (finished := self._finished()) is not None:
             return finished
         try:
-            with connected(self.spec), on_sigterm(self._interrupt):
+            with on_sigterm(self._interrupt), connected(self.spec):
                 return self._outliving_processes(views, teachers)
         finally:
             self._monitor, self._is_stopping = None, False
@@ -400,24 +400,6 @@ def _scratch() -> str:
     folder = Path(os.environ.get("BETAKD_CACHE", Path.home() / ".cache" / "betakd")) / "ray-train"
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
-
-
-@contextmanager
-def on_sigterm(stop: Callable[[], None]) -> Iterator[None]:
-    """A SIGTERM (of `ray job stop`, of a node that is drained) calls `stop`; a second one kills."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
-
-    def handle(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, before)
-        stop()
-
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # ------------------------------------------------------------------------------------------ what went wrong

@@ -104,6 +104,7 @@ class Storm(AbstractContextManager["Storm"]):
 
     def end_driver(self) -> None:
         """As `ray job stop` does, and a node that is drained: it saves, and says that it wants to be resumed."""
+        self._wait(self._hears)
         self._driver.terminate()
         code = self._driver.wait(timeout=PATIENCE_S)
         assert code in (RESUME_ME, 0), f"the driver ended with {code}: {self.log}"
@@ -117,6 +118,12 @@ class Storm(AbstractContextManager["Storm"]):
         environment = {**os.environ, "RAY_ADDRESS": self.nodes.address, "PYTHONPATH": str(REPOSITORY)}
         with open(self._folder / "log", "ab") as log:
             return subprocess.Popen(command, cwd=self._folder, env=environment, stdout=log, stderr=log)
+
+    def _hears(self) -> bool:
+        """Whether the driver handles SIGTERM, which Python itself does not while it starts."""
+        status = Path(f"/proc/{self._driver.pid}/status").read_text()
+        caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+        return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
     def _wait_for_progress(self) -> bool:
         """Until another checkpoint is there; false if the job ends before."""
