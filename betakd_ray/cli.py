@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from betakd_ray.errors import Interrupted, TrainingError, UserError
-from betakd_ray.sigterm import to_the_end
+from betakd_ray.sigterm import answering_sigterm
 from betakd_ray.spec import DataSpec, EvaluationSpec, JobSpec, ModelSpec, PackSpec, StorageSpec, SweepSpec, load_spec
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -52,7 +52,7 @@ def job(call: Callable[..., Any]) -> None:
         with explained():
             call(spec, overrides)
 
-    with to_the_end():
+    with answering_sigterm():
         typer.run(main)
 
 
@@ -326,5 +326,5 @@ def print_sections(rows: Iterable[tuple[str, str, str]]) -> None:
 
 def main() -> None:
     """The `betakd` command."""
-    with to_the_end():
+    with answering_sigterm():
         app()

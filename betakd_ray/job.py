@@ -24,7 +24,6 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from betakd_ray import errors
 from betakd_ray.audit import RESULT, tail_of, write_plan, write_tail
@@ -71,8 +70,6 @@ UPLOADED = "/working_dir_files/"
 """In the path of the folder that a submitted job runs in."""
 STARTS = 4
 """Times that Ray Train tries to place the students; they share `cluster.start_timeout_s`."""
-ATTEMPTS = 3
-"""Times that a job begins before processes that watch over it have died too often."""
 _LOG = logging.getLogger(__name__)
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -236,22 +233,24 @@ class BetaKDJob:
         """Teachers and students are replaced where they die. A process that watches over them (the pool, the monitor,
         Ray Train's controller) is not: the job begins again from its last checkpoint, as it does when it is run again.
         """
-        attempts = Retrying(
-            retry=retry_if_exception_type(RayActorError),
-            stop=stop_after_attempt(ATTEMPTS),
-            before_sleep=lambda state: _LOG.warning(
-                "%s: begins again from its last checkpoint, as a process that watches over it died: %s",
-                self.spec.name, state.outcome and state.outcome.exception(),
-            ),
-            reraise=True,
-        )  # fmt: skip
-        try:
-            return attempts(self._attempt, *views, teachers)
-        except RayActorError as error:
-            raise TrainingError(
-                f"{self.spec.name}: processes that watch over the job died {ATTEMPTS} times. Run it again to go on "
-                f"from the last checkpoint. The last time: {error}"
-            ) from error
+        store = CheckpointStore(self.run, self.spec.output.storage)
+        deaths = 0
+        while True:
+            begun_at = store.latest()
+            try:
+                return self._attempt(*views, teachers)
+            except RayActorError as error:
+                deaths = 1 + (deaths if store.latest() == begun_at else 0)
+                if deaths > self.spec.training.max_failures:
+                    raise TrainingError(
+                        f"{self.spec.name}: processes that watch over the job died {deaths} times with no new "
+                        "checkpoint in between (the limit is training.max_failures). Run it again to go on from the "
+                        f"last one. The last time: {error}"
+                    ) from error
+                _LOG.warning(
+                    "%s: begins again from its last checkpoint, as a process that watches over it died: %s",
+                    self.spec.name, error,
+                )  # fmt: skip
 
     def _attempt(self, plan: Plan, renderers: dict[str, Renderer], teachers: Teachers | None) -> JobResult:
         with ExitStack() as actors:

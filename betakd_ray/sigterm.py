@@ -38,7 +38,7 @@ def kept_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def to_the_end() -> Iterator[None]:
+def answering_sigterm() -> Iterator[None]:
     """Of a process: wherever it is, a SIGTERM that nobody else handles ends it with the exit code that says to run it
     again; once its work is done, no SIGTERM changes its exit code while Ray and Python take their leave."""
 
@@ -55,12 +55,11 @@ def to_the_end() -> Iterator[None]:
 
 @contextmanager
 def _restored() -> Iterator[Any]:
-    """The present handler, or None where a thread other than the main one may not set any."""
-    if threading.current_thread() is not threading.main_thread():
-        yield None
-        return
-    before = signal.getsignal(signal.SIGTERM)
+    """The present handler; None where it cannot be set again: not Python's own, or this is not the main thread."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM) if is_main else None
     try:
         yield before
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)

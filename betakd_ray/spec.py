@@ -641,7 +641,10 @@ class TrainingSpec(Spec):
     log_every: int = Field(default=10, ge=1, description="steps")
     max_skipped_steps: int = Field(default=5, ge=1, description="non-finite steps in a row that stop the job")
     max_failures: int = Field(
-        default=3, ge=0, description="restarts of the student workers in a row, with no new checkpoint in between"
+        default=3,
+        ge=0,
+        description="restarts in a row with no new checkpoint in between: of the student workers, and of the job where "
+        "a process that watches over it died",
     )
     collective_timeout_s: Positive = Field(default=600.0, description="a rank silent for so long is taken for dead")
 

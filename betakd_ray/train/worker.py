@@ -5,6 +5,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
 from betakd_ray import errors
 from betakd_ray.data.plan import Plan
@@ -46,6 +47,22 @@ def train_worker(config: dict[str, WorkerConfig]) -> dict[str, Any]:
     except (errors.OutputUnreachable, errors.DataUnreachable):
         raise  # the restart that Ray Train now makes may find the store back
     except (errors.UserError, errors.TrainingError) as error:
-        # Noted first: the restart that Ray Train now makes finds it and ends at once.
-        ray.get(worker.monitor.fail.remote(errors.kind(error), str(error)))
+        _give_up(worker, error)
         raise
+    except RayActorError as error:
+        if worker.pool is not None and _has_died(worker.pool):
+            _give_up(worker, errors.TeacherError(f"the teachers' pool died: {error}"))
+        raise
+
+
+def _give_up(worker: WorkerConfig, error: errors.BetaKDError) -> None:
+    """The restart that Ray Train now makes finds it, and ends at once."""
+    ray.get(worker.monitor.fail.remote(errors.kind(error), str(error)))
+
+
+def _has_died(actor: ActorHandle) -> bool:
+    try:
+        ray.get(actor.__ray_ready__.remote())
+    except RayActorError:
+        return True
+    return False

@@ -22,7 +22,7 @@ from tests.nodes import Nodes
 from tests.s3_proxy import FaultyS3
 
 REPOSITORY = Path(__file__).parents[2]
-TEACHER, STUDENT = "TeacherScorer", "RayTrainWorker"
+TEACHER, POOL, STUDENT, MONITOR = "TeacherScorer", "TeacherPool", "RayTrainWorker", "ray::Monitor"
 RESUME_ME = os.EX_TEMPFAIL
 NOTICE_S = 15
 """That a spot node has; clouds give 30 to 120."""
@@ -50,7 +50,7 @@ class Storm(AbstractContextManager["Storm"]):
         for event in events:
             if not self._wait_for_progress():
                 break  # the job was quicker
-            time.sleep(self._random.uniform(0, 2))
+            time.sleep(self._random.uniform(0, 0.5))
             getattr(self, event)()
             self.befell[event] += 1
         while (code := self._end()) == RESUME_ME:
@@ -71,8 +71,14 @@ class Storm(AbstractContextManager["Storm"]):
     def kill_teacher(self) -> None:
         self._signal(TEACHER, signal.SIGKILL)
 
+    def kill_pool(self) -> None:
+        self._signal(POOL, signal.SIGKILL)
+
     def kill_worker(self) -> None:
         self._signal(STUDENT, signal.SIGKILL)
+
+    def kill_monitor(self) -> None:
+        self._signal(MONITOR, signal.SIGKILL)
 
     def stop_worker(self) -> None:
         """It hangs, as in a driver's call that never returns; the others notice in their next collective."""

@@ -17,10 +17,12 @@ from tests.s3 import SeaweedServer, served
 from tests.s3_proxy import FaultyS3
 from tests.tiny import numbered_samples, save_tiny
 
-SAMPLES, EPOCHS, BATCH = 150, 2, 6
+SAMPLES, EPOCHS, BATCH = 600, 2, 6
 EVENTS = (
     "kill_teacher",
+    "kill_pool",
     "kill_worker",
+    "kill_monitor",
     "lose_teacher_node",
     "lose_student_node",
     "reclaim_student_node",
@@ -46,7 +48,7 @@ def data(s3: SeaweedServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(folder / "teacher", hidden=32, seed=1)
     save_tiny(folder / "student", hidden=16, seed=2)
     storage = StorageSpec(endpoint_url=s3.endpoint_url)
-    pack(numbered_samples(SAMPLES, broken=40), f"s3://{s3.bucket}/shards", samples_per_shard=17, storage=storage)
+    pack(numbered_samples(SAMPLES, broken=40), f"s3://{s3.bucket}/shards", samples_per_shard=67, storage=storage)
     return folder
 
 
@@ -80,6 +82,7 @@ def test_a_storm_changes_nothing(
         spec = _spec(s3, proxy.endpoint_url, data, f"storm-{seed}", workers=workers)
         with Storm(spec, cluster, seed, proxy) as storm:
             storm.run(events)
+        assert storm.befell.total() == len(events), f"only {dict(storm.befell)} befell it: the job is too short"
         print(f"seed {seed}: {dict(storm.befell)}; of the store: {dict(proxy.faults_injected)}")
     spec = _spec(s3, s3.endpoint_url, data, f"storm-{seed}", workers=workers)
     found = audit(join(spec.output.path, spec.name), spec.output.storage)
