@@ -128,7 +128,7 @@ def _spec(s3: SeaweedServer, endpoint_url: str, data: Path, name: str, workers: 
                 "workers": workers,
                 "precision": "fp32",
                 "log_every": 1,
-                "checkpoint_every": 5,
+                "checkpoint_every": 10,
                 "max_failures": 20,
                 "collective_timeout_s": 40,
             },
