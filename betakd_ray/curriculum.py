@@ -24,6 +24,8 @@ Scalar = Float[Tensor, ""]
 
 KNOBS = {"ctkd": "temperature", "taid": "t"}
 """The argument of each stateful energy that moves."""
+LEARNED = frozenset({"ctkd"})
+"""Those whose number a gradient moves."""
 
 
 class Temperature(nn.Module):

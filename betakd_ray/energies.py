@@ -155,7 +155,11 @@ def adaptive_kl(
 
     The head is the smallest set of the teacher's likeliest ids whose mass reaches `head_mass`, at least one id; the
     tail is the rest; g_h and g_t are Σ|p − q| over each, taken as constants. Zero where g_h + g_t = 0.
+
+    Raises ValueError unless 0 < head_mass < 1.
     """
+    if not 0 < head_mass < 1:
+        raise ValueError(f"head_mass is {head_mass}, expected a probability strictly between 0 and 1")
     log_p = _log_probs(teacher_logits, teacher_temperature)
     log_q = _log_probs(student_logits, student_temperature)
     head_gap, tail_gap = _head_and_tail_gaps(log_p.detach().exp(), log_q.detach().exp(), head_mass)
@@ -198,13 +202,18 @@ def taid(
 
     sg is stop-gradient: the student is drawn to the target, never the target to the student.
     `reference=True` returns −Σ r log q instead: H(r) more, the same gradient in the student.
+
+    Raises ValueError unless 0 ≤ t ≤ 1 (a tensor is not looked at: that would wait for the device).
     """
+    if not isinstance(t, Tensor) and not 0 <= t <= 1:
+        raise ValueError(f"t is {t}, expected a number from 0 (the student) to 1 (the teacher)")
     teacher_logits, student_logits = _upcast(teacher_logits, student_logits)
-    if isinstance(t, Tensor):
-        t = t.to(student_logits.dtype)
-    # At t = 0 and t = 1 a masked-out id gives 0·(−inf), which is not a number.
-    masked = _masked_out(teacher_logits, student_logits)
-    target_logits = torch.lerp(student_logits.detach(), teacher_logits, t).masked_fill(masked, -math.inf)
+    t = torch.as_tensor(t, dtype=student_logits.dtype, device=student_logits.device)
+    # An id that one side masks out is out of the target as well, unless that side has no part in it. Set aside: lerp
+    # subtracts, and −inf − (−inf) is not a number, nor is 0 · (−inf).
+    teacher_out, student_out = (logits == -math.inf for logits in (teacher_logits, student_logits))
+    ends = student_logits.detach().masked_fill(student_out, 0.0), teacher_logits.masked_fill(teacher_out, 0.0)
+    target_logits = torch.lerp(*ends, t).masked_fill(teacher_out & (t > 0) | student_out & (t < 1), -math.inf)
     log_r = _log_probs(target_logits, 1.0)
     log_q = _log_probs(student_logits, 1.0)
     return _soft_cross_entropy(log_r, log_q) if reference else _kl(log_r, log_q)
@@ -308,7 +317,7 @@ def energy(
     """One energy by its name in a spec, with its options, for a training loop of your own.
 
     `ctkd` needs `temperature=`, `taid` needs `t=`. Raises ValueError for a name that is none, for logits whose shapes
-    differ, and TypeError for an option that the energy does not have, or lacks.
+    differ and for an option out of its range, and TypeError for one that the energy does not have, or lacks.
     """
     if name not in ENERGIES:
         raise ValueError(f"no energy {name!r} on logits; there are {', '.join(ENERGIES)}")
@@ -393,6 +402,8 @@ def _tempered(logits: Float[Tensor, "rows vocab"], temperature: Tensor | float) 
         # The derivative in T multiplies the gradient of an id by its logit: −inf must not take part.
         masked = logits == -math.inf
         return (logits.masked_fill(masked, 0.0) / temperature).masked_fill_(masked, -math.inf)
+    if temperature <= 0:
+        raise ValueError(f"a temperature is {temperature}, expected a positive number")
     return logits if temperature == 1.0 else logits / temperature
 
 

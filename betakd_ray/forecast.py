@@ -103,8 +103,7 @@ class Forecast:
 
     @property
     def total_steps(self) -> int:
-        steps = self.plan.samples // self.spec.training.global_batch_size
-        return min(steps, self.spec.training.max_steps or steps)
+        return self.spec.training.steps(self.plan.samples)
 
     @property
     def tail(self) -> int:

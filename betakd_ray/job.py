@@ -40,7 +40,7 @@ from betakd_ray.models.options import check_options
 from betakd_ray.models.student import check_adapters, student_config, student_processor
 from betakd_ray.progress import progress_line
 from betakd_ray.sigterm import on_sigterm
-from betakd_ray.spec import VISUAL_ENERGIES, JobSpec, TeacherSpec, load_spec
+from betakd_ray.spec import VISUAL_ENERGIES, JobSpec, ManualWeighting, TeacherSpec, load_spec
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.pool import Teachers, here, unwrapped
@@ -154,6 +154,7 @@ class BetaKDJob:
         renderers = self.renderers()
         plan = self.plan(find_shards(self.spec.data.train, self.spec.data.storage))
         self._claim_output()
+        self._warn(plan)
         write_plan(self.run, self.spec.output.storage, plan)
         return plan, renderers
 
@@ -191,6 +192,14 @@ class BetaKDJob:
                 f"one training.global_batch_size of {spec.training.global_batch_size}. Lower it, or add data or epochs."
             )
         return plan
+
+    def _warn(self, plan: Plan) -> None:
+        weighting, steps = self.spec.objective.weighting, self.spec.training.steps(plan.samples)
+        if isinstance(weighting, ManualWeighting) and weighting.weights == "auto" and steps <= weighting.auto_steps:
+            _LOG.warning(
+                "%s: objective.weighting.auto_steps = %d, and the job has %d steps: its weights stay 1",
+                self.spec.name, weighting.auto_steps, steps,
+            )  # fmt: skip
 
     def was_here(self) -> bool:
         """Whether this very job began before. Raises OutputError if it was another one, or the folder will not last."""
@@ -285,7 +294,6 @@ class BetaKDJob:
             view = renderers.get("teacher", renderers["student"])
             cache = SignalCache.of(spec.teacher, facts, view.fingerprint, needs)
             teacher = ray.put(facts)
-        steps = plan.samples // spec.training.global_batch_size
         config = WorkerConfig(
             spec=spec,
             run=self.run,
@@ -293,7 +301,7 @@ class BetaKDJob:
             monitor=monitor,
             image_token_id={view: renderer.image_token_id for view, renderer in renderers.items()},
             pad_token_id=renderers["student"].pad_token_id,
-            total_steps=min(steps, spec.training.max_steps or steps),
+            total_steps=spec.training.steps(plan.samples),
             pool=pool,
             teacher=teacher,
             needs=needs,

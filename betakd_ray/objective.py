@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from betakd_ray.curriculum import KNOBS
+from betakd_ray.curriculum import KNOBS, LEARNED
 from betakd_ray.energies import ENERGIES, cross_entropy, entropy, matching_distance
 from betakd_ray.spec import Energy, ObjectiveSpec
 from betakd_ray.weighting import CE
@@ -80,7 +80,7 @@ class RowLosses(NamedTuple):
     values: Float[Tensor, "rows values"]
     """A column per channel, then one per name in `RowObjective.measures` if those were asked for; detached."""
     moving_gradients: Mapping[str, Float[Tensor, ""]]
-    """∂total/∂ each stateful channel's number."""
+    """∂total/∂ each number that is learned."""
 
 
 class RowObjective(nn.Module):
@@ -201,8 +201,9 @@ class _Chunks:
         self.row_weights = row_weights
         self.statistics = statistics
         # Leaves of their own: what moves them is not this objective's business.
-        self.moving = {name: value.detach().requires_grad_() for name, value in moving.items()}
-        self.moving_gradients = {name: torch.zeros_like(value) for name, value in moving.items()}
+        self.moving = {name: value.detach().requires_grad_(name in LEARNED) for name, value in moving.items()}
+        self.learned = {name: value for name, value in self.moving.items() if value.requires_grad}
+        self.moving_gradients = {name: torch.zeros_like(value) for name, value in self.learned.items()}
 
     def slices(self) -> Iterator[slice]:
         """Of `chunk_rows` rows each."""
@@ -225,9 +226,9 @@ class _Chunks:
         return total, values
 
     def gradient(self, rows: slice, total: Tensor, logits: Tensor) -> Tensor:
-        """∂total/∂logits; the moving numbers' is added up aside."""
-        gradient, *moving = torch.autograd.grad(total, [logits, *self.moving.values()], allow_unused=True)
-        for name, part in zip(self.moving, moving, strict=True):
+        """∂total/∂logits; the learned numbers' is added up aside."""
+        gradient, *learned = torch.autograd.grad(total, [logits, *self.learned.values()], allow_unused=True)
+        for name, part in zip(self.learned, learned, strict=True):
             if part is not None:
                 self.moving_gradients[name] += part
         return gradient.masked_fill_(self.absent(rows), 0.0)

@@ -487,6 +487,10 @@ class ManualWeighting(Spec):
         return self
 
 
+LARGEST_LOG_BOUND = 20.0
+"""e^20 is half a billion."""
+
+
 class LearnedWeighting(Spec):
     """β of a channel is learned beside the student, as its precision."""
 
@@ -497,7 +501,7 @@ class LearnedWeighting(Spec):
     )
     positivity: Literal["softplus", "exp"] = "softplus"
     log_bound: float = Field(
-        default=5.0, gt=0, le=20, description="β stays inside [e^-bound, e^bound], smoothly; e^20 is half a billion"
+        default=5.0, gt=0, le=LARGEST_LOG_BOUND, description="β stays inside [e^-bound, e^bound], smoothly"
     )
     weight_ce: bool = Field(default=False, description="give CE a β of its own (Kendall & Gal); the paper does not")
 
@@ -647,6 +651,11 @@ class TrainingSpec(Spec):
         "a process that watches over it died",
     )
     collective_timeout_s: Positive = Field(default=600.0, description="a rank silent for so long is taken for dead")
+
+    def steps(self, samples: int) -> int:
+        """Optimizer steps of a job that reads so many samples, over all its epochs."""
+        steps = samples // self.global_batch_size
+        return min(steps, self.max_steps or steps)
 
     def accumulation(self, workers: int) -> int:
         """Micro-batches that each of so many workers adds up for one step."""

@@ -7,6 +7,7 @@ side. A cell that is done is not done again, so that a sweep which was stopped g
 
 import hashlib
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from itertools import product
 from typing import Any, NamedTuple, cast
 
 from betakd_ray.cluster import connected
+from betakd_ray.data.manifest import find_shards
 from betakd_ray.errors import Interrupted, SpecError, TrainingError
 from betakd_ray.evaluation.run import RESULT, Evaluation
 from betakd_ray.job import BetaKDJob, JobResult
@@ -29,6 +31,8 @@ from betakd_ray.teacher.signal import Needs
 from betakd_ray.tracking import from_jsonl, to_jsonl
 
 ROWS, TABLE = "rows.jsonl", "table.md"
+LONGEST_NAME = 200
+"""Of a job; a folder's may have 255 bytes."""
 Row = dict[str, Any]
 
 
@@ -90,12 +94,9 @@ class Sweep:
                     rows[at] = done.result()
                 except TrainingError as error:
                     failed[self.cells[at].job.name] = error
-                    continue
+                earlier.pop(at, None)
                 update(completed=len(rows))
-                known = {place: row for place, row in earlier.items() if row.keys() == rows[at].keys()} | rows
-                ordered = [known[place] for place in sorted(known)]
-                self._store(ROWS, to_jsonl(ordered))
-                self._store(TABLE, _markdown(self.table(ordered)))
+                self._save(earlier, rows)
         except Interrupted as interrupted:
             self.stop()
             wait(pending)
@@ -149,25 +150,29 @@ class Sweep:
             self._running.discard(job)
 
     def table(self, rows: list[Row]) -> list[list[str]]:
-        """Header and a line a cell: the axes, then mean ± standard deviation over seeds of each metric."""
-        axes = list(self.spec.axes)
-        metrics = [name for name in rows[0] if name not in (*axes, "seed")]
-        lines = [[*axes, *metrics]]
+        """Header and a line a cell: the axes, how many of the seeds are there, if there are several, then mean ±
+        standard deviation over them of each metric."""
+        axes, seeds = list(self.spec.axes), len(self.spec.seeds)
+        metrics = [name for row in rows[:1] for name in row if name not in (*axes, "seed")]
+        lines = [[*axes, *(["seeds"] if seeds > 1 else []), *metrics]]
         for values in dict.fromkeys(tuple(row[axis] for axis in axes) for row in rows):
             cell = [row for row in rows if tuple(row[axis] for axis in axes) == values]
-            lines.append([*values, *(_spread([row[name] for row in cell]) for name in metrics)])
+            count = [f"{len(cell)} of {seeds}"] if seeds > 1 else []
+            lines.append([*values, *count, *(_spread([row[name] for row in cell]) for name in metrics)])
         return lines
 
     def _scores(self, cell: Cell, result: JobResult) -> dict[str, float]:
         scores = {"loss": result.metrics["loss"]}
-        if self.spec.evaluation is None:
+        questions = self.spec.evaluation
+        if questions is None:
             return scores
         filesystem, root = open_store(result.path, cell.job.output.storage)
-        name = f"evaluation-{hashlib.sha256(self.spec.evaluation.model_dump_json().encode()).hexdigest()[:8]}"
+        checksums = [shard.checksum for shard in find_shards(questions.data.train, questions.data.storage)]
+        name = f"evaluation-{hashlib.sha256(f'{questions.model_dump_json()}{checksums}'.encode()).hexdigest()[:8]}"
         path = join(root, name, RESULT)
         if not filesystem.exists(path):
             tree = {
-                **self.spec.evaluation.model_dump(),
+                **questions.model_dump(),
                 "name": name,
                 "models": {"student": {"path": result.model, "storage": cell.job.output.storage}},
                 "cluster": cell.job.cluster,
@@ -186,6 +191,14 @@ class Sweep:
         rows = from_jsonl(cast(bytes, filesystem.cat_file(path)).decode())
         keyed = {tuple(row.get(name) for name in (*self.spec.axes, "seed")): row for row in rows}
         return {places[key]: row for key, row in keyed.items() if key in places}
+
+    def _save(self, earlier: dict[int, Row], rows: dict[int, Row]) -> None:
+        """Rows of an earlier run stay, unless they have other columns."""
+        columns = next((row.keys() for row in rows.values()), None)
+        known = {place: row for place, row in earlier.items() if columns in (None, row.keys())} | rows
+        ordered = [known[place] for place in sorted(known)]
+        self._store(ROWS, to_jsonl(ordered))
+        self._store(TABLE, _markdown(self.table(ordered)))
 
     def _store(self, name: str, content: str) -> None:
         filesystem, root = open_store(self.folder, self.spec.output.storage)
@@ -224,24 +237,36 @@ def _cells(spec: SweepSpec, folder: str) -> Iterator[Cell]:
             tree = deepcopy(template)
             for path, value in [*spec.fixed.items(), *zip(spec.axes, values, strict=True), ("training.seed", seed)]:
                 set_field(tree, path, value)
-            tree["name"] = re.sub(r"[^A-Za-z0-9._-]", "-", "_".join([*names.values(), f"seed{seed}"]))
+            tree["name"] = _job_name("_".join([*names.values(), f"seed{seed}"]))
             tree["output"] = {"path": folder, "storage": spec.output.storage.model_dump()}
             yield Cell(names, seed, parse_spec(tree, source=f"{spec.name}, cell {tree['name']}"))
 
 
 def short_name(value: Any) -> str:
-    """How a value is called in a table and in a folder's name: by its kind, if it has one; a path by its end."""
+    """How a value is called in a table and in a job's name: by its kind, if it has one; a path by its end."""
     if isinstance(value, dict):
         rest = [f"{key}={short_name(inner)}" for key, inner in value.items() if key != "kind"]
         return ",".join([*([str(value["kind"])] if "kind" in value else []), *rest])
     if isinstance(value, list | tuple):
         return "+".join(short_name(inner) for inner in value) or "none"
-    return str(value).rstrip("/").rpartition("/")[2]
+    text = str(value) or "none"
+    return text if " " in text else text.rstrip("/").rpartition("/")[2]
+
+
+def _job_name(text: str) -> str:
+    """Something a folder may be called; what is too long for one ends in a hash of the whole."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", text)
+    if not name[0].isalnum():
+        name = f"x{name}"
+    if len(name) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return name
 
 
 def _spread(values: list[float]) -> str:
-    mean = f"{statistics.fmean(values):.4g}"
-    return f"{mean} ± {statistics.stdev(values):.2g}" if len(values) > 1 else mean
+    mean = f"{sum(values) / len(values):.4g}"
+    has_spread = len(values) > 1 and all(map(math.isfinite, values))  # a loss need not be
+    return f"{mean} ± {statistics.stdev(values):.2g}" if has_spread else mean
 
 
 def _markdown(lines: list[list[str]]) -> str:

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from betakd_ray.spec import (
+    LARGEST_LOG_BOUND,
     VISUAL_ENERGIES,
     Feature,
     InstanceWeighting,
@@ -118,11 +119,13 @@ class BetaWeighting(nn.Module):
             else torch.ones_like(self.learned, dtype=torch.float32)
         )
         beta = fixed.expand(batch, -1)
-        if isinstance(self.spec, TaskWeighting):
-            return self._placed(beta, self._positive(self.u.expand(batch, -1)))
-        if isinstance(self.spec, InstanceWeighting) and self.net is not None:
-            return self._placed(beta, self._positive(self.net(self._features(features, has_image))))
-        return beta
+        # Autocast would run the network in bfloat16.
+        with torch.autocast(has_image.device.type, enabled=False):
+            if isinstance(self.spec, TaskWeighting):
+                return self._placed(beta, self._positive(self.u.expand(batch, -1)))
+            if isinstance(self.spec, InstanceWeighting) and self.net is not None:
+                return self._placed(beta, self._positive(self.net(self._features(features, has_image))))
+            return beta
 
     def loss(
         self,
@@ -184,7 +187,8 @@ class BetaWeighting(nn.Module):
 
         After `auto_steps` steps each energy's weight becomes the ratio of CE's mean to its own, and stays. A mean is
         over the steps in which there was something: a batch without an image says nothing of `fd`. An energy that was
-        zero all along has no scale, and keeps weight 1.
+        zero all along has no scale, and keeps weight 1; one that was next to zero gets the largest that any learned
+        weight may have.
         """
         if not isinstance(self.spec, ManualWeighting) or self.spec.weights != "auto":
             return
@@ -196,6 +200,7 @@ class BetaWeighting(nn.Module):
         is_last = is_observing & (self.observed == self.spec.auto_steps)
         means = self.scales / self.seen.clamp_min(1)
         ratios = torch.where(means > 0, means[self.channels.index(CE)] / means, 1.0)
+        ratios = ratios.clamp(math.exp(-LARGEST_LOG_BOUND), math.exp(LARGEST_LOG_BOUND))
         self.weights.copy_(torch.where(is_last, ratios, self.weights))
 
     @property

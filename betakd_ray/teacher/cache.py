@@ -2,9 +2,9 @@
 
     CACHE / KEY / PARTS / SHARD / *.arrow        rows of (index, signal)
 
-KEY is a hash of the teacher's weights and of all that shapes its view of a sample, so a changed teacher, template or
-image size can never be a wrong hit; energies, temperatures and weightings are not in it. PARTS says what was kept, e.g.
-hidden+visual: a job is served by any folder that has at least what it needs.
+KEY is a hash of the teacher's weights and code and of all that shapes its view of a sample, so a changed teacher,
+template or image size can never be a wrong hit; energies, temperatures and weightings are not in it. PARTS says what
+was kept, e.g. hidden+visual: a job is served by any folder that has at least what it needs.
 
 Reading tasks look signals up by shard, so that they reach the students with their samples; students write what they had
 to ask for. A part written twice, by two attempts at one step, is read once.

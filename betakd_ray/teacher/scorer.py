@@ -1,8 +1,10 @@
 """One teacher: a frozen model that answers micro-batches. A plain class; the pool makes it an actor."""
 
 import hashlib
+import inspect
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -161,15 +163,26 @@ def _salience(hidden: Hidden, pairs: Pairs, inputs: TensorInputs) -> Tensor:
 
 
 def _fingerprint(model: Any) -> str:
-    """A hash of the configuration, quantisation and all, and of names, dtypes and bytes of what the model holds."""
+    """A hash of the configuration, quantisation and all, of the code, which may have come with the checkpoint, and of
+    names, dtypes and bytes of what the model holds."""
     config = model.config.to_dict()
     for of_this_copy in ("_name_or_path", "transformers_version"):
         config.pop(of_this_copy, None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name in sorted({type(module).__module__ for module in model.modules()}):
+        if not name.startswith("torch."):
+            digest.update(_source(name).encode())
     for name, tensor in _plain(model.state_dict()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _source(module: str) -> str:
+    try:
+        return inspect.getsource(sys.modules[module])
+    except (OSError, TypeError):  # it is compiled
+        return module
 
 
 def _plain(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

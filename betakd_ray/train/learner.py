@@ -145,7 +145,7 @@ class Learner:
         for name, value in moving.items():
             if value.requires_grad:
                 value.backward(output.moving_gradients[name] / scale * reversal(progress))
-        self.tally.add(energies, beta.detach(), present, loss.detach(), output.statistics)
+        self.tally.add(energies, beta.detach(), present, share, loss.detach(), output.statistics)
 
     def _view(self, inputs: ModelInputs, signal: Signal) -> TeacherView:
         rows = TeacherRows(

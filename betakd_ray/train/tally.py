@@ -15,7 +15,7 @@ class Totals:
 
     loss: Float[Tensor, ""]
     energies: Float[Tensor, " channels"]
-    """Mean of each channel over the samples that have it."""
+    """Mean of each channel over the samples that have it, each counted as `objective.reduction` does."""
     weighted: Float[Tensor, " channels"]
     """Mean of β·ℓ likewise."""
     beta: Float[Tensor, " channels"]
@@ -46,11 +46,12 @@ class Tally:
         energies: Float[Tensor, "batch channels"],
         beta: Float[Tensor, "batch channels"],
         present: Bool[Tensor, "batch channels"],
+        share: Float[Tensor, " batch"],
         loss: Float[Tensor, ""],
         statistics: Float[Tensor, "batch statistics"] | None,
     ) -> None:
-        """A micro-batch. `loss` is already this micro-batch's share of the global mean."""
-        here = present.to(energies.dtype)
+        """A micro-batch. `share` is each sample's part of the global mean, and `loss` the sum of what they have."""
+        here = torch.where(present, share[:, None], 0.0)
         self._sums += torch.stack(
             [part.sum(0) for part in (energies * here, energies * beta * here, beta * here, here)]
         )
@@ -66,9 +67,9 @@ class Tally:
         dist.all_reduce(flat)
         sums = flat[: self._sums.numel()].view_as(self._sums)
         statistics = flat[self._sums.numel() + 1 :]
-        energies, weighted, beta = sums[:3] / sums[3].clamp_min(1)
+        energies, weighted, beta = sums[:3] / _divisor(sums[3])
         loss = flat[self._sums.numel()]
-        return Totals(loss, energies, weighted, beta, statistics[:-1] / statistics[-1].clamp_min(1), applied)
+        return Totals(loss, energies, weighted, beta, statistics[:-1] / _divisor(statistics[-1]), applied)
 
     def betas(self) -> Float[Tensor, "samples channels"]:
         """Collective: β of every sample of the global batch, NaN where it lacks the channel.
@@ -79,3 +80,8 @@ class Tally:
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
         return torch.cat(everyone)
+
+
+def _divisor(shares: Tensor) -> Tensor:
+    """What sums are divided by: 1 where nobody had a part in them."""
+    return torch.where(shares > 0, shares, 1.0)

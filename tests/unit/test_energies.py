@@ -398,6 +398,21 @@ def test_a_teacher_of_minus_infinity_is_a_probability_of_zero(name):
     torch.testing.assert_close(gradient, expected_gradient)
 
 
+@pytest.mark.parametrize("t", [0.0, 0.4, 0.5, 0.6, 1.0])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_target_between_student_and_teacher_has_no_id_that_its_side_masks_out(side, t):
+    pair = [logits(), logits()]
+    floor = [each.clone() for each in pair]
+    pair[side][:, 3], floor[side][:, 3] = -INF, -1e5
+    value, gradient = value_and_gradient(partial(taid, t=t), *pair)
+    if side and t == 1:  # all of the teacher's, which the student cannot reach
+        assert (value == INF).all()
+        return
+    expected_value, expected_gradient = value_and_gradient(partial(taid, t=t), *floor)
+    torch.testing.assert_close(value, expected_value)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
 @pytest.mark.parametrize("name", ["fkl", "rkl", "adaptive_kl"])
 def test_a_divergence_that_is_infinite_says_so(name):
     teacher, student = logits(), logits()
@@ -447,6 +462,23 @@ def test_energies_leave_their_inputs_as_they_were(energy):
 def test_a_weight_outside_zero_and_one_is_refused(name, option, weight):
     with pytest.raises(ValueError, match=f"{option} is {weight}, expected a number strictly between 0 and 1"):
         ENERGIES[name](logits(), logits(), **{option: weight})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fkl", {"teacher_temperature": 0.0}),
+        ("tvd", {"student_temperature": -1.0}),
+        ("ctkd", {"temperature": -2.0}),
+        ("adaptive_kl", {"head_mass": 1.0}),
+        ("taid", {"t": 1.5}),
+        ("taid", {"t": -0.5}),
+    ],
+)
+def test_an_option_out_of_its_range_is_refused(name, options):
+    (value,) = options.values()
+    with pytest.raises(ValueError, match=f"is {value}, expected a"):
+        ENERGIES[name](logits(), logits(), **options)
 
 
 def test_adaptive_kl_sends_tied_ids_to_the_head_in_their_order():

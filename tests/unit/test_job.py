@@ -75,6 +75,15 @@ def test_a_job_that_can_work_is_checked_without_ray(home, tmp_path):
     assert list(renderers) == ["student"]  # teacher and student see samples alike
 
 
+@pytest.mark.parametrize(("auto_steps", "said"), [(1, ""), (2, "auto_steps = 2, and the job has 2 steps")])
+def test_weights_that_would_never_be_set_are_told_of(home, tmp_path, caplog, auto_steps, said):
+    objective = {"energies": "fkl", "weighting": {"kind": "manual", "auto_steps": auto_steps}}
+    training = {"max_steps": 2, "global_batch_size": 4, "micro_batch_size": 4}
+    BetaKDJob(spec(home, tmp_path / "out", objective=objective, training=training)).check()
+    assert said in caplog.text
+    assert bool(said) == bool(caplog.text)
+
+
 def test_no_shard_is_an_error(home, tmp_path):
     refused(spec(home, tmp_path / "out", data={"train": str(home / "none-*.tar")}), errors.DataError, "none-")
 

@@ -1,6 +1,7 @@
 """The real engine, without Ray: one global batch is one step, however it falls on ranks and micro-batches."""
 
 import dataclasses
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -12,13 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from betakd_ray.data.collate import Batch, stack
 from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.render import Renderer, Rendering
+from betakd_ray.energies import energy
 from betakd_ray.models.load import load_processor
-from betakd_ray.spec import ModelSpec, StorageSpec, parse_spec
+from betakd_ray.spec import ModelSpec, StorageSpec, TemperatureSchedule, parse_spec
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.teacher.signal import Needs, Wire
 from betakd_ray.train.checkpoint import CheckpointStore, save
@@ -294,6 +297,52 @@ def test_a_global_batch_gives_one_loss_and_one_gradient_on_any_ranks_micro_batch
 @pytest.mark.parametrize(("ranks", "case"), [(1, TOKENS[1]), (2, TOKENS[1])], ids=str)
 def test_so_does_the_mean_over_tokens(steps, ranks, case):
     _assert_same(steps[ranks, case], steps[1, TOKENS[0]])
+
+
+def _answers(steps, name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(logits [rows, V], targets [rows]) of each sample of the global batch, by transformers alone."""
+    folder = steps["folder"]
+    renderer, renderings = _renderings(folder, _spec(folder, REFERENCE, 1))
+    model = AutoModelForImageTextToText.from_pretrained(folder / name, dtype="float32").eval()
+    found = []
+    for rendering in renderings:
+        images = {}
+        if rendering.pixels is not None:
+            mean, std = (
+                torch.tensor(values).view(1, 3, 1, 1)
+                for values in (renderer.image_processor.image_mean, renderer.image_processor.image_std)
+            )
+            images["pixel_values"] = (torch.from_numpy(rendering.pixels) / 255 - mean) / std
+        ids = torch.from_numpy(rendering.input_ids.astype(np.int64))
+        with torch.no_grad():
+            logits = model(input_ids=ids[None], **images).logits[0]
+        at = torch.from_numpy(np.flatnonzero(rendering.answer_mask))
+        found.append((logits[at - 1], ids[at]))
+    return found
+
+
+def test_a_mean_is_over_samples_or_over_tokens(steps):
+    answers = _answers(steps, "student")
+    means = torch.tensor([nn.functional.cross_entropy(logits, targets) for logits, targets in answers])
+    tokens = torch.tensor([float(len(targets)) for _, targets in answers])
+    by_sample, by_token = means.mean().item(), (means * tokens).sum().item() / tokens.sum().item()
+    assert abs(by_sample - by_token) > 1e-3
+    assert steps[1, REFERENCE][0].energies[0].item() == pytest.approx(by_sample, rel=1e-4)
+    assert steps[1, TOKENS[0]][0].energies[0].item() == pytest.approx(by_token, rel=1e-4)
+
+
+def test_the_temperature_learns_against_the_student(steps):
+    pairs = list(zip(_answers(steps, "teacher"), _answers(steps, "student"), strict=True))
+
+    def distance(temperature: float) -> float:
+        return sum(
+            float(energy("ctkd", teacher.double(), student.double(), temperature=temperature).mean())
+            for (teacher, _), (student, _) in pairs
+        )
+
+    before = TemperatureSchedule()
+    start = before.start + before.range / (1 + math.exp(-before.theta))
+    assert distance(steps[1, REFERENCE][-1].moving["ctkd"]) > distance(start)
 
 
 def test_every_engine_exports_the_same_student(steps):

@@ -18,6 +18,32 @@ TOGETHER = [{"kind": "fkl", "student_temperature": 2.0}, "rkl", {"kind": "mse_lo
 CASES = {**{name: [name] for name in NAMES}, "together": [*TOGETHER, "cosine_probs"]}
 
 
+OPTIONS = [
+    ("fkl", {"teacher_temperature": 2.0, "student_temperature": 0.5, "reference": True}, {}),
+    ("rkl", {"teacher_temperature": 2.0, "student_temperature": 0.5}, {}),
+    ("sfkl", {"skew": 0.3, "student_temperature": 0.5, "reference": True}, {}),
+    ("srkl", {"skew": 0.3, "teacher_temperature": 2.0}, {}),
+    ("js", {"mixture": 0.3, "teacher_temperature": 2.0}, {}),
+    ("tvd", {"teacher_temperature": 2.0}, {}),
+    ("adaptive_kl", {"head_mass": 0.9, "student_temperature": 0.5}, {}),
+    ("ctkd", {"reference": True}, {"temperature": MOVING["ctkd"]}),
+    ("taid", {"reference": True}, {"t": MOVING["taid"]}),
+    ("mse_logits", {"standardize": True}, {}),
+    ("mse_probs", {"student_temperature": 0.5}, {}),
+    ("cosine_logits", {"standardize": True}, {}),
+    ("cosine_probs", {"teacher_temperature": 2.0}, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "moving"), OPTIONS)
+def test_a_channel_is_the_energy_with_the_options_of_its_spec(name, options, moving):
+    teacher, student = torch.randn(ROWS, VOCAB), torch.randn(ROWS, VOCAB)
+    (energy,) = ObjectiveSpec(energies=[{"kind": name, **options}], weighting="equal").energies
+    value = energy_function(energy)(teacher, student, MOVING)
+    assert torch.equal(value, ENERGIES[name](teacher, student, **options, **moving))
+    assert not torch.allclose(value, ENERGIES[name](teacher, student, **moving), rtol=1e-3)
+
+
 class Case:
     """A head, a teacher's head, rows and weights, all random."""
 
@@ -140,6 +166,7 @@ def test_the_gradient_of_a_moving_number_is_that_of_the_whole_logits(chunk_rows,
     monkeypatch.setattr("tests.unit.test_objective.MOVING", moving)
     expected = torch.autograd.grad(case.whole()[0], moving["ctkd"])[0]
     gradients = case.chunked().moving_gradients
+    assert set(gradients) == {"ctkd"}, "taid's t is not learned: its gradient would cost a backward pass"
     torch.testing.assert_close(gradients["ctkd"], expected)
 
 

@@ -1,6 +1,7 @@
 """The teacher's answer to a micro-batch, against the model's own full forward."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -184,6 +185,19 @@ def test_the_fingerprint_is_of_the_weights_and_made_only_for_a_cache(folder, tmp
     other = save_tiny(tmp_path / "other", seed=5)
     same = save_tiny(tmp_path / "same", seed=4)
     assert fingerprint(folder) == fingerprint(same) != fingerprint(other)
+
+
+def test_code_that_came_with_a_checkpoint_is_in_the_fingerprint(tmp_path, monkeypatch):
+    path = save_tiny(tmp_path / "model", seed=4)
+    code = {}
+    monkeypatch.setattr("betakd_ray.teacher.scorer.inspect.getsource", lambda module: code[module.__name__])
+
+    def fingerprint(projector):
+        code.update({module: "" for module in sys.modules})
+        code["transformers.models.llava.modeling_llava"] = projector
+        return TeacherScorer(TeacherSpec(path=path, cache=str(tmp_path)), EVERYTHING).facts().fingerprint  # type: ignore[arg-type]
+
+    assert fingerprint("gelu") == fingerprint("gelu") != fingerprint("relu")
 
 
 def test_what_else_transformers_asks_for_is_said_in_options(folder):

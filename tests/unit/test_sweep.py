@@ -1,5 +1,7 @@
 """Grids: their cells, and the table over seeds. Running one is for tests/ray."""
 
+import json
+import math
 import os
 import signal
 import threading
@@ -13,6 +15,7 @@ from pydantic import ValidationError
 
 import betakd_ray.sweep as module
 from betakd_ray.cli import print_table
+from betakd_ray.data.shards import Shard
 from betakd_ray.errors import DataError, Interrupted, SpecError, TrainingError
 from betakd_ray.job import JobResult
 from betakd_ray.spec import SweepSpec, load_spec
@@ -101,7 +104,14 @@ def test_the_table_has_mean_and_standard_deviation_over_seeds(grid):
         {"objective.energies": name, "seed": seed, "accuracy": accuracy}
         for name, seed, accuracy in [("fkl", 0, 0.5), ("fkl", 1, 0.7), ("rkl", 0, 0.25)]
     ]
-    assert sweep.table(rows) == [["objective.energies", "accuracy"], ["fkl", "0.6 ± 0.14"], ["rkl", "0.25"]]
+    assert sweep.table(rows) == [
+        ["objective.energies", "seeds", "accuracy"],
+        ["fkl", "2 of 2", "0.6 ± 0.14"],
+        ["rkl", "1 of 2", "0.25"],
+    ]
+    rows[0]["accuracy"] = math.nan
+    assert sweep.table(rows)[1] == ["fkl", "2 of 2", "nan"]
+    assert sweep.table([]) == [["objective.energies", "seeds"]]
 
 
 def test_a_wide_table_is_whole_in_a_log(capsys):
@@ -118,6 +128,15 @@ def test_values_have_short_names():
     assert short_name(0.5) == "0.5"
     assert short_name("s3://bucket/noisy/") == "noisy"
     assert short_name(["shards/clean-*.tar"]) == "clean-*.tar"
+    assert short_name("") == "none"
+    assert short_name("Answer yes/no.") == "Answer yes/no."
+
+
+@pytest.mark.parametrize("prompts", [["", "Answer yes/no."], ["-", "."], ["a" * 300, "a" * 300 + "b"]])
+def test_a_cell_has_a_name_that_a_folder_can_have(grid, prompts):
+    names = [cell.job.name for cell in grid(axes={"data.system_prompt": prompts}).cells]
+    assert len(set(names)) == 2
+    assert all(len(name) <= 200 for name in names)
 
 
 # ---- what becomes of the cells, with jobs that are none ------------------------------------------------------------
@@ -153,14 +172,14 @@ def failing(error):
 def sweep(grid, monkeypatch):
     """A sweep of five cells, two at a time, and the names of those that were begun; what a cell does, by its name."""
 
-    def make(**ends):
+    def make(evaluation=None, **ends):
         begun = []
         monkeypatch.setattr(
             module, "BetaKDJob", lambda spec: Job(spec.name, ends.get(spec.name, lambda _: None), begun)
         )
         monkeypatch.setattr(module, "connected", lambda *_: nullcontext())
         axes = {"objective.energies": ["fkl", "rkl", "js", "tvd", "sfkl"]}
-        return grid(axes=axes, parallel=2), begun
+        return grid(axes=axes, parallel=2, evaluation=evaluation), begun
 
     return make
 
@@ -199,6 +218,37 @@ def test_a_cell_that_fails_is_named_when_the_others_are_done(sweep, tmp_path):
         made.run()
     assert len(begun) == 5
     assert len(from_jsonl((tmp_path / "grid" / ROWS).read_text())) == 4
+
+
+def test_a_cell_that_fails_has_no_row_of_an_earlier_run(sweep, tmp_path):
+    first = sweep()[0].run()
+    made, _ = sweep(**{f"{name}_seed0": failing(TrainingError("died")) for name in ("fkl", "sfkl")})
+    with pytest.raises(TrainingError, match="The other 3 cells are in"):
+        made.run()
+    assert from_jsonl((tmp_path / "grid" / ROWS).read_text()) == first[1:4]
+
+
+def test_a_cell_is_asked_again_where_the_questions_are_others(sweep, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    class Asked:
+        def __init__(self, spec):
+            self.folder = Path(spec.output.path, spec.name)
+
+        def run(self):
+            asked.append(self.folder)
+            self.folder.mkdir(parents=True)
+            (self.folder / "evaluation.json").write_text(json.dumps({"student": {"accuracy": 0.5}}))
+
+    monkeypatch.setattr(module, "Evaluation", Asked)
+    for checksum, count in (("a", 1), ("a", 1), ("b", 2)):
+        shards = [Shard("test.tar", 1, 1, checksum)]
+        monkeypatch.setattr(module, "find_shards", lambda *_, shards=shards: shards)
+        made, _ = sweep(evaluation={"data": {"train": "test.tar"}})
+        made.cells = made.cells[:1]
+        assert made.run()[0]["accuracy"] == 0.5
+        assert len(asked) == count
 
 
 def test_what_the_user_must_mend_ends_the_sweep_and_the_cell_beside_it_saves(sweep):

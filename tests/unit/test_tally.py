@@ -12,6 +12,8 @@ from tests.learning import spawned
 ENERGIES = torch.tensor([[1.0, 0.5], [3.0, 0.0], [2.0, 1.5], [4.0, 2.5]])
 BETA = torch.tensor([[1.0, 2.0], [1.0, 99.0], [1.0, 4.0], [1.0, 6.0]])
 PRESENT = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
+SHARE = torch.tensor([0.4, 0.1, 0.3, 0.2])
+"""As of samples with four, one, three and two tokens, where all count alike."""
 STATISTICS = torch.tensor([[1.0], [2.0], [3.0], [6.0]])
 
 
@@ -19,7 +21,7 @@ def _reduced():
     tally = Tally(channels=2, statistics=1, device=torch.device("cpu"))
     rank = dist.get_rank()
     mine = slice(2 * rank, 2 * rank + 2)
-    tally.add(ENERGIES[mine], BETA[mine], PRESENT[mine], torch.tensor(0.25), STATISTICS[mine])
+    tally.add(ENERGIES[mine], BETA[mine], PRESENT[mine], SHARE[mine], torch.tensor(0.25), STATISTICS[mine])
     totals = tally.reduced(applied=True)
     return totals, tally.betas()
 
@@ -29,13 +31,13 @@ def reduced(tmp_path_factory):
     return spawned(_reduced, tmp_path_factory.mktemp("tally"), ranks=2)
 
 
-def test_means_are_over_the_samples_that_have_the_channel(reduced):
+def test_means_are_over_the_samples_that_have_the_channel_each_with_its_share(reduced):
     totals, _ = reduced
     assert totals.loss.item() == 0.5
-    assert totals.energies.tolist() == [2.5, 1.5]
-    assert totals.beta.tolist() == [1.0, 4.0]
-    assert totals.weighted.tolist() == pytest.approx([2.5, (1.0 + 6.0 + 15.0) / 3])
-    assert totals.statistics.tolist() == [3.0]
+    assert totals.energies.tolist() == pytest.approx([0.4 + 0.3 + 0.6 + 0.8, (0.2 + 0.45 + 0.5) / 0.9])
+    assert totals.beta.tolist() == pytest.approx([1.0, (0.8 + 1.2 + 1.2) / 0.9])
+    assert totals.weighted.tolist() == pytest.approx([2.1, (0.4 + 1.8 + 3.0) / 0.9])
+    assert totals.statistics.tolist() == pytest.approx([0.4 + 0.2 + 0.9 + 1.2])
 
 
 def test_so_are_the_quantiles_of_beta(reduced):

@@ -355,6 +355,18 @@ def test_the_host_never_waits_for_the_device(kind):
         energies.sum().item()
 
 
+@each_learned
+def test_beta_is_float32_also_under_autocast(kind):
+    weighting = build(kind=kind)
+    with torch.no_grad():
+        for parameter in weighting.parameters():
+            parameter.normal_()
+    features = inputs(4)
+    plain = weighting.beta(*features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(weighting.beta(*features), plain)
+
+
 # ---- manual ------------------------------------------------------------------------------------------------------
 
 
@@ -383,6 +395,13 @@ def test_auto_weights_do_not_count_a_step_in_which_no_sample_had_the_channel():
     for distance in (2.0, 0.0, 2.0, 0.0):
         weighting.observe(torch.tensor([1.0, distance]))
     assert weighting.weights.tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("ce", [2.0, 0.0])
+def test_auto_weights_are_finite_whatever_the_scales(ce):
+    weighting = build(("fkl",), kind="manual", weights="auto", auto_steps=1)
+    weighting.observe(torch.tensor([ce, 1e-39]))
+    assert weighting.weights.log().abs() == pytest.approx([0.0, 20.0])
 
 
 def test_auto_weights_survive_a_checkpoint():
