@@ -181,7 +181,7 @@ def _fingerprint(model: Any) -> str:
 def _source(module: str) -> str:
     try:
         return inspect.getsource(sys.modules[module])
-    except (OSError, TypeError):  # it is compiled
+    except (OSError, TypeError, KeyError):  # compiled, or made on the spot
         return module
 
 
