@@ -247,7 +247,8 @@ class BetaKDJob:
         while True:
             begun_at = store.latest()
             try:
-                return self._attempt(*views, teachers)
+                with ExitStack() as actors:
+                    return self._run(*views, teachers or actors.enter_context(Teachers()), actors)
             except RayActorError as error:
                 deaths = 1 + (deaths if store.latest() == begun_at else 0)
                 if deaths > self.spec.training.max_failures:
@@ -260,10 +261,6 @@ class BetaKDJob:
                     "%s: begins again from its last checkpoint, as a process that watches over it died: %s",
                     self.spec.name, error,
                 )  # fmt: skip
-
-    def _attempt(self, plan: Plan, renderers: dict[str, Renderer], teachers: Teachers | None) -> JobResult:
-        with ExitStack() as actors:
-            return self._run(plan, renderers, teachers or actors.enter_context(Teachers()), actors)
 
     def _run(self, plan: Plan, renderers: dict[str, Renderer], teachers: Teachers, actors: ExitStack) -> JobResult:
         """`actors` end with the run: a handle that lingers in a reference cycle would keep its node."""

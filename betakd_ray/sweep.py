@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple, cast
 
@@ -167,19 +168,25 @@ class Sweep:
         if questions is None:
             return scores
         filesystem, root = open_store(result.path, cell.job.output.storage)
-        checksums = [shard.checksum for shard in find_shards(questions.data.train, questions.data.storage)]
-        name = f"evaluation-{hashlib.sha256(f'{questions.model_dump_json()}{checksums}'.encode()).hexdigest()[:8]}"
-        path = join(root, name, RESULT)
+        path = join(root, self._evaluation, RESULT)
         if not filesystem.exists(path):
             tree = {
                 **questions.model_dump(),
-                "name": name,
+                "name": self._evaluation,
                 "models": {"student": {"path": result.model, "storage": cell.job.output.storage}},
                 "cluster": cell.job.cluster,
                 "output": {"path": result.path, "storage": cell.job.output.storage},
             }
             Evaluation(parse_spec(tree, EvaluationSpec)).run()
         return json.loads(filesystem.cat_file(path))["student"] | scores
+
+    @cached_property
+    def _evaluation(self) -> str:
+        """Its name under a cell's run: questions that are asked otherwise, or packed anew, have another."""
+        questions = self.spec.evaluation
+        assert questions
+        checksums = [shard.checksum for shard in find_shards(questions.data.train, questions.data.storage)]
+        return f"evaluation-{hashlib.sha256(f'{questions.model_dump_json()}{checksums}'.encode()).hexdigest()[:8]}"
 
     def _stored(self) -> dict[int, Row]:
         """Rows of an earlier run, by their cell's place: they stand until that cell has been looked at again."""

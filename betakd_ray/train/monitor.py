@@ -6,7 +6,7 @@ import ray
 from ray.actor import ActorHandle
 
 from betakd_ray.data.plan import Quarantined
-from betakd_ray.errors import TrainingError, UserError, kind
+from betakd_ray.errors import BetaKDError, TrainingError, kind
 
 
 class Monitor:
@@ -79,6 +79,6 @@ def report(monitor: ActorHandle, records: list[Quarantined]) -> float:
     return cast(float, ray.get(monitor.quarantine.remote(records)))
 
 
-def give_up(monitor: ActorHandle, error: UserError) -> None:
-    """An error that no restart will mend."""
+def give_up(monitor: ActorHandle, error: BetaKDError) -> None:
+    """An error that no restart will mend: the one that Ray Train makes finds it, and ends at once."""
     ray.get(monitor.fail.remote(kind(error), str(error)))

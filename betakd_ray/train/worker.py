@@ -12,6 +12,7 @@ from betakd_ray.data.plan import Plan
 from betakd_ray.spec import JobSpec
 from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.signal import Needs
+from betakd_ray.train.monitor import give_up
 
 STOPPED = "stopped_at"
 """In the outcome of a job that was asked to stop."""
@@ -47,17 +48,12 @@ def train_worker(config: dict[str, WorkerConfig]) -> dict[str, Any]:
     except (errors.OutputUnreachable, errors.DataUnreachable):
         raise  # the restart that Ray Train now makes may find the store back
     except (errors.UserError, errors.TrainingError) as error:
-        _give_up(worker, error)
+        give_up(worker.monitor, error)
         raise
     except RayActorError as error:
         if worker.pool is not None and _has_died(worker.pool):
-            _give_up(worker, errors.TeacherError(f"the teachers' pool died: {error}"))
+            give_up(worker.monitor, errors.TeacherError(f"the teachers' pool died: {error}"))
         raise
-
-
-def _give_up(worker: WorkerConfig, error: errors.BetaKDError) -> None:
-    """The restart that Ray Train now makes finds it, and ends at once."""
-    ray.get(worker.monitor.fail.remote(errors.kind(error), str(error)))
 
 
 def _has_died(actor: ActorHandle) -> bool:
