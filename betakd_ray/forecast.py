@@ -13,15 +13,16 @@ from itertools import islice
 import numpy as np
 from PIL import Image
 
+from betakd_ray.batch.inputs import ModelInputs
+from betakd_ray.batch.packing import stack
+from betakd_ray.batch.sample import Rendering
 from betakd_ray.cluster import check_feasible, connected
-from betakd_ray.data.collate import stack
 from betakd_ray.data.manifest import find_shards
 from betakd_ray.data.plan import Plan
-from betakd_ray.data.render import IMAGE, Renderer, Rendering, Unrenderable
+from betakd_ray.data.render import IMAGE, Renderer, Unrenderable
 from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard
 from betakd_ray.errors import DataError
 from betakd_ray.job import BetaKDJob
-from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec
 from betakd_ray.teacher.signal import Needs
 from betakd_ray.train.memory import StudentMemory, TeacherModel, student_memory, teacher_model

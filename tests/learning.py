@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from betakd_ray.data.collate import Batch, stack
+from betakd_ray.batch.packing import stack
 from betakd_ray.data.ledger import SampleIds
+from betakd_ray.data.rows import Batch
 from betakd_ray.data.shards import RawSample
 from betakd_ray.job import BetaKDJob
 from betakd_ray.spec import JobSpec

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from betakd_ray.data.collate import to_arrow
+from betakd_ray.batch.sample import Rendering
 from betakd_ray.data.plan import Plan, Quarantined, require_few
-from betakd_ray.data.render import Renderer, Rendering, Unrenderable
+from betakd_ray.data.render import Renderer, Unrenderable
+from betakd_ray.data.rows import to_arrow
 from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard_with_retry
 from betakd_ray.errors import DataUnreachable, UserError
 from betakd_ray.spec import DataSpec

@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,9 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import LlavaProcessor
 
+from betakd_ray.batch.images import ImageProcessing, Images
+from betakd_ray.batch.sample import Rendering
 from betakd_ray.data.shards import RawSample
 from betakd_ray.errors import ModelError
-from betakd_ray.models.images import PIXELS, ImageProcessing, Images
 from betakd_ray.spec import DataSpec
 
 IMAGE = "<image>"
@@ -43,23 +43,6 @@ Span = tuple[str, bool]
 
 class Unrenderable(Exception):
     """This sample cannot become a training example; the message is the reason kept in quarantine."""
-
-
-@dataclass(frozen=True)
-class Rendering:
-    """One sample as one model sees it."""
-
-    input_ids: NDArray[np.int32]
-    """[tokens], image tokens expanded."""
-    answer_mask: NDArray[np.bool_]
-    """[tokens], true on answer tokens and the end-of-sequence that closes each answer."""
-    images: Images = field(default_factory=dict)
-    """Empty for a text-only sample."""
-
-    @property
-    def pixels(self) -> NDArray[Any] | None:
-        """uint8 where normalising can wait, e.g. [images, 3, height, width] of LLaVA; else as the processor has it."""
-        return self.images.get(PIXELS)
 
 
 def vicuna_v1(turns: Sequence[dict[str, str]], system: str | None, eos: str) -> Iterator[Span]:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
+from betakd_ray.batch.images import PIXELS, Normalization
+from betakd_ray.batch.inputs import Pairs, TensorInputs
 from betakd_ray.errors import ModelError
-from betakd_ray.models.images import PIXELS, Normalization
-from betakd_ray.models.inputs import Pairs, TensorInputs
 from betakd_ray.spec import Part
 
 _NAMES: dict[Part, tuple[str, ...]] = {

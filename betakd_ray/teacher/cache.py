@@ -24,11 +24,11 @@ import pyarrow as pa
 import pyarrow.ipc
 import safetensors.numpy
 
+from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.plan import Plan
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import TeacherError
-from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.spec import CacheSpec, TeacherSpec
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.signal import WIRES, Needs, Signal, TeacherFacts, Wire

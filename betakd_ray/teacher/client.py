@@ -16,9 +16,9 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
-from betakd_ray.data.collate import Batch
+from betakd_ray.batch.inputs import ModelInputs
+from betakd_ray.data.rows import Batch
 from betakd_ray.errors import TeacherError
-from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.teacher.cache import CacheWriter, joined
 from betakd_ray.teacher.examination import Score, Unanswered, examine
 from betakd_ray.teacher.pool import Members, unwrapped

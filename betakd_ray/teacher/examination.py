@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.errors import TeacherError
-from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.teacher.signal import Signal
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs
 from betakd_ray.energies import entropy
 from betakd_ray.models.device import find_devices
-from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import (
     Hidden,

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from betakd_ray.models.inputs import to_device
+from betakd_ray.batch.inputs import to_device
 from betakd_ray.spec import VISUAL_ENERGIES, Feature, InstanceWeighting, ObjectiveSpec, TeacherSpec, TopKSignal
 
 FeatureSizes = dict[Feature, int]

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from betakd_ray.batch.images import ImageProcessing, Images
+from betakd_ray.batch.inputs import Pairs, TensorInputs, to_device
 from betakd_ray.energies import feature_distance, relation
-from betakd_ray.models.images import ImageProcessing, Images
-from betakd_ray.models.inputs import Pairs, TensorInputs, to_device
 from betakd_ray.models.vlm import (
     Hidden,
     Normalization,

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
+from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs, most_salient, to_device
 from betakd_ray.curriculum import Curriculum, reversal
-from betakd_ray.data.collate import Batch
+from betakd_ray.data.rows import Batch
 from betakd_ray.errors import TeacherError
 from betakd_ray.models.device import find_device
-from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs, most_salient, to_device
 from betakd_ray.models.student import build_student, student_processor
 from betakd_ray.models.vlm import with_attention_weights
 from betakd_ray.objective import TeacherRows

@@ -19,9 +19,9 @@ import ray.train.collective
 import torch
 
 from betakd_ray import errors
-from betakd_ray.data.collate import Batch, collate
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Quarantined, ids_of, require_few
+from betakd_ray.data.rows import Batch, collate
 from betakd_ray.teacher.cache import CacheWriter
 from betakd_ray.teacher.client import TeacherClient, scored
 from betakd_ray.teacher.signal import Signal, TeacherFacts

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
-from betakd_ray.models.images import ImageProcessing
-from betakd_ray.models.inputs import ModelInputs, Pairs, TensorInputs, most_salient
+from betakd_ray.batch.images import ImageProcessing
+from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs, most_salient
 from betakd_ray.models.load import model_skeleton
 from betakd_ray.models.quantization import quantization
 from betakd_ray.models.split import device_bytes

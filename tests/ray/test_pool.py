@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import ray
 
+from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.errors import TeacherError
-from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
 from betakd_ray.teacher import pool as pool_module
 from betakd_ray.teacher.client import TeacherClient

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from betakd_ray.data.collate import Batch
+from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.plan import Plan
+from betakd_ray.data.rows import Batch
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import TeacherError
-from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.spec import CacheSpec, TeacherSpec
 from betakd_ray.teacher.cache import CacheWriter, SignalCache, joined, split
 from betakd_ray.teacher.client import TeacherClient, scored

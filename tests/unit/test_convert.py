@@ -21,13 +21,13 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from betakd_ray.batch.images import Normalization
 from betakd_ray.cli import app
 from betakd_ray.data.render import Renderer
 from betakd_ray.errors import ModelError, OutputError
 from betakd_ray.models.assemble import with_row
 from betakd_ray.models.convert import convert
 from betakd_ray.models.export import export_mobilevlm
-from betakd_ray.models.images import Normalization
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.mobilevlm import MobileVLMForConditionalGeneration
 from betakd_ray.spec import DataSpec, ModelSpec

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from betakd_ray.data.collate import stack
-from betakd_ray.data.render import Rendering
-from betakd_ray.models.inputs import Pairs, TensorInputs, most_salient
+from betakd_ray.batch.inputs import Pairs, TensorInputs, most_salient
+from betakd_ray.batch.packing import stack
+from betakd_ray.batch.sample import Rendering
 from betakd_ray.models.vlm import hidden_rows, with_attention_weights
 from betakd_ray.objective import TeacherRows
 from betakd_ray.spec import ObjectiveSpec

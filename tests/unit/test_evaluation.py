@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
+from betakd_ray.batch.images import Normalization
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.shards import BadSample, RawSample
 from betakd_ray.evaluation.exact_match import Record, agreement, score
 from betakd_ray.evaluation.generate import answers, pad_left
-from betakd_ray.models.images import Normalization
 from betakd_ray.spec import DataSpec
 from tests.tiny import tiny_model, tiny_processor
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.errors import TeacherError
-from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.teacher.examination import Unanswered, examine
 from betakd_ray.teacher.signal import Signal, Wire
 

@@ -7,17 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-from betakd_ray.data.collate import collate, stack
+from betakd_ray.batch.images import ImageProcessing, Normalization
+from betakd_ray.batch.inputs import TensorInputs
+from betakd_ray.batch.packing import stack
 from betakd_ray.data.render import Renderer
+from betakd_ray.data.rows import collate
 from betakd_ray.data.shards import RawSample
 from betakd_ray.evaluation.generate import answers
-from betakd_ray.models.images import ImageProcessing, Normalization
-from betakd_ray.models.inputs import TensorInputs
 from betakd_ray.models.vlm import hidden_rows, lm_head, part_parameters, parts
 from betakd_ray.spec import DataSpec
 from tests.families import FAMILIES, build
 from tests.tiny import IMAGE
-from tests.unit.test_collate import assert_same_inputs, table
+from tests.unit.test_rows import assert_same_inputs, table
 
 CPU = torch.device("cpu")
 CONVERSATIONS = {

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from betakd_ray.batch.packing import stack
 from betakd_ray.cli import app
 from betakd_ray.cluster import Demand
-from betakd_ray.data.collate import stack
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.pack import pack
 from betakd_ray.errors import DataError, ModelError

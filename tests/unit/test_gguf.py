@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from betakd_ray.data.collate import stack
+from betakd_ray.batch.packing import stack
 from betakd_ray.data.pack import pack
 from betakd_ray.data.render import Renderer
 from betakd_ray.errors import ModelError

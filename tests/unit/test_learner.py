@@ -16,9 +16,11 @@ import torch.multiprocessing as mp
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from betakd_ray.data.collate import Batch, stack
+from betakd_ray.batch.packing import stack
+from betakd_ray.batch.sample import Rendering
 from betakd_ray.data.ledger import SampleIds
-from betakd_ray.data.render import Renderer, Rendering
+from betakd_ray.data.render import Renderer
+from betakd_ray.data.rows import Batch
 from betakd_ray.energies import energy
 from betakd_ray.models.load import load_processor
 from betakd_ray.spec import ModelSpec, StorageSpec, TemperatureSchedule, parse_spec

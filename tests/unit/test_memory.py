@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from betakd_ray.data.collate import Batch, stack
+from betakd_ray.batch.inputs import ModelInputs
+from betakd_ray.batch.packing import stack
 from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.render import Renderer
-from betakd_ray.models.inputs import ModelInputs
+from betakd_ray.data.rows import Batch
 from betakd_ray.models.load import load_processor
 from betakd_ray.models.student import student_processor
 from betakd_ray.spec import JobSpec, parse_spec

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, LlamaConfig, LlavaProcessor
 
-from betakd_ray.data.collate import stack
+from betakd_ray.batch.images import ImageProcessing, Normalization
+from betakd_ray.batch.inputs import TensorInputs
+from betakd_ray.batch.packing import stack
 from betakd_ray.data.render import Renderer
 from betakd_ray.errors import ModelError
 from betakd_ray.evaluation.generate import answers
-from betakd_ray.models.images import ImageProcessing, Normalization
-from betakd_ray.models.inputs import TensorInputs
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.mobilevlm import (
     MobileVLMConfig,

@@ -23,14 +23,14 @@ from transformers import (
     SiglipModel,
 )
 
-from betakd_ray.data.collate import stack
+from betakd_ray.batch.images import Normalization
+from betakd_ray.batch.inputs import TensorInputs
+from betakd_ray.batch.packing import stack
 from betakd_ray.data.pack import pack
 from betakd_ray.data.render import Renderer
 from betakd_ray.errors import ModelError
 from betakd_ray.forecast import forecast
 from betakd_ray.job import BetaKDJob
-from betakd_ray.models.images import Normalization
-from betakd_ray.models.inputs import TensorInputs
 from betakd_ray.models.mobilevlm import MobileVLMForConditionalGeneration
 from betakd_ray.models.student import build_student, student_config, student_processor
 from betakd_ray.models.vlm import hidden_rows, lm_head, part_parameters

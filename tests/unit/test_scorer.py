@@ -8,11 +8,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from betakd_ray.data.collate import stack
+from betakd_ray.batch.images import Normalization
+from betakd_ray.batch.inputs import ModelInputs
+from betakd_ray.batch.packing import stack
 from betakd_ray.data.render import Renderer
 from betakd_ray.errors import ModelError
-from betakd_ray.models.images import Normalization
-from betakd_ray.models.inputs import ModelInputs
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import lm_head
 from betakd_ray.spec import DataSpec, ModelSpec, TeacherSpec

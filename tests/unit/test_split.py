@@ -19,10 +19,10 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import expand_device_map
 
-from betakd_ray.data.collate import stack
+from betakd_ray.batch.images import Normalization
+from betakd_ray.batch.inputs import Pairs, TensorInputs
+from betakd_ray.batch.packing import stack
 from betakd_ray.data.render import Renderer
-from betakd_ray.models.images import Normalization
-from betakd_ray.models.inputs import Pairs, TensorInputs
 from betakd_ray.models.load import load_processor
 from betakd_ray.models.split import device_bytes, device_map
 from betakd_ray.models.vlm import freeze, hidden_rows, language_model, lm_head, with_attention_weights

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from betakd_ray.data.collate import stack
+from betakd_ray.batch.packing import stack
 from betakd_ray.data.pack import pack
 from betakd_ray.data.render import Renderer
 from betakd_ray.errors import ModelError

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from betakd_ray.data.collate import stack
+from betakd_ray.batch.images import Normalization
+from betakd_ray.batch.inputs import TensorInputs
+from betakd_ray.batch.packing import stack
 from betakd_ray.data.pack import pack
 from betakd_ray.data.render import Renderer, Unrenderable
 from betakd_ray.errors import ModelError
 from betakd_ray.evaluation.generate import answers
 from betakd_ray.job import BetaKDJob
-from betakd_ray.models.images import Normalization
-from betakd_ray.models.inputs import TensorInputs
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.student import build_student
 from betakd_ray.models.vlm import hidden_rows, lm_head, part_parameters, takes_images

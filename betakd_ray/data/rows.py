@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from betakd_ray.batch.images import Images
+from betakd_ray.batch.inputs import ModelInputs
+from betakd_ray.batch.packing import stack
+from betakd_ray.batch.sample import Rendering
 from betakd_ray.data.ledger import SampleIds
-from betakd_ray.data.render import Rendering
-from betakd_ray.models.images import Images, joined_images
-from betakd_ray.models.inputs import ModelInputs
 
 
 @dataclass(frozen=True)
@@ -40,33 +41,6 @@ def collate(rows: pa.Table, pad_token_id: int, image_token_id: dict[str, int]) -
     known = signals.to_pylist() if signals.null_count == 0 else None
     keys = rows.column("key").to_pylist()
     return Batch(views["student"], views.get("teacher", views["student"]), ids, keys, known)
-
-
-def stack(samples: list[Rendering], pad_token_id: int, image_token_id: int) -> ModelInputs:
-    """Pad renderings to one length and index their answer rows and image tokens."""
-    lengths = [len(sample.input_ids) for sample in samples]
-    shape = (len(samples), max(lengths))
-    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros(shape, dtype=np.int64)
-    answer_mask = np.zeros(shape, dtype=bool)
-    for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
-        input_ids[row, :length] = sample.input_ids
-        attention_mask[row, :length] = 1
-        answer_mask[row, :length] = sample.answer_mask
-    row_sample, position = np.nonzero(answer_mask[:, 1:])
-    visual_sample, visual_position = np.nonzero(input_ids == image_token_id)
-    images = joined_images([sample.images for sample in samples if sample.images])
-    return ModelInputs(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        images=images,
-        image_rows={name: np.array([len(sample.images.get(name, ())) for sample in samples]) for name in images},
-        answer_rows=row_sample * shape[1] + position,
-        row_sample=row_sample,
-        targets=input_ids[row_sample, position + 1],
-        visual_sample=visual_sample,
-        visual_position=visual_position,
-    )
 
 
 ARRAY = pa.struct(

@@ -5,9 +5,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from betakd_ray.data.collate import collate, stack, to_arrow
-from betakd_ray.data.render import Rendering
-from betakd_ray.models.inputs import Pairs, most_salient
+from betakd_ray.batch.inputs import Pairs, most_salient
+from betakd_ray.batch.packing import stack
+from betakd_ray.batch.sample import Rendering
+from betakd_ray.data.rows import collate, to_arrow
 
 PAD, IMAGE = 0, 4
 LENGTHS = [5, 9, 2, 7]

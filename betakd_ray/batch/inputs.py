@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from betakd_ray.models.images import PIXELS, Images
+from betakd_ray.batch.images import PIXELS, Images
 
 
 @dataclass(frozen=True)
