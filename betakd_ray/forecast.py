@@ -139,10 +139,11 @@ class Forecast:
 
     @property
     def held(self) -> float:
-        """In Ray's object store, of micro-batches that a student rank keeps with the teachers."""
-        if self.spec.teacher is None:
+        """Return bytes of the samples that a student rank has with the teachers: a whole step, and the window."""
+        teacher, training = self.spec.teacher, self.spec.training
+        if teacher is None:
             return 0.0
-        samples = self.spec.teacher.window * self.spec.training.micro_batch_size
+        samples = training.share(training.workers.min) + teacher.window * teacher.batch_tokens / self.teacher_sample.tokens
         return samples * (self.teacher_sample.bytes + self.signal)
 
     @property
@@ -151,7 +152,7 @@ class Forecast:
         they are made (ZeRO 2 and 3) or once, and weights gathered after the step or (ZeRO 3) for each use."""
         training, memory = self.spec.training, self.student
         ranks, stage = training.workers.min, training.zero_stage
-        times = training.accumulation(ranks)
+        times = training.accumulation(ranks, self.sample.tokens)
         reduced = memory.trained * (times if stage >= 2 else 1)
         gathered = memory.parameters * 2 * times if stage == 3 else memory.trained
         return (reduced + gathered) * (2 if training.precision == "bf16" else 4) * (ranks - 1) / ranks
@@ -361,7 +362,8 @@ def _first_samples(shard: Shard, spec: JobSpec, renderer: Renderer) -> list[Rend
 def _largest_batch(samples: Sequence[Rendering], spec: JobSpec, renderer: Renderer) -> ModelInputs:
     """A micro-batch of the longest sample."""
     longest = max(samples, key=lambda sample: len(sample.input_ids))
-    return _stacked([longest] * spec.training.micro_batch_size, renderer)
+    training = spec.training
+    return _stacked([longest] * training.samples_at_a_time(training.workers.min, len(longest.input_ids)), renderer)
 
 
 def _stacked(samples: list[Rendering], renderer: Renderer) -> ModelInputs:

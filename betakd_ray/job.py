@@ -44,7 +44,7 @@ from betakd_ray.spec import VISUAL_ENERGIES, JobSpec, ManualWeighting, TeacherSp
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.pool import Teachers, here, unwrapped
-from betakd_ray.teacher.signal import Needs, TeacherFacts
+from betakd_ray.teacher.parts import Needs, TeacherFacts
 from betakd_ray.tracking import to_jsonl
 from betakd_ray.train.backend import Deaths, FoundTorchConfig, causes
 from betakd_ray.train.checkpoint import QUARANTINE, SPEC, CheckpointStore, output_errors
@@ -56,6 +56,7 @@ FREE_TO_CHANGE = {
     "training": (
         "workers",
         "micro_batch_size",
+        "micro_batch_tokens",
         "checkpoint_every",
         "keep",
         "log_every",
@@ -63,7 +64,7 @@ FREE_TO_CHANGE = {
         "max_skipped_steps",
         "collective_timeout_s",
     ),
-    "teacher": ("cache", "window", "timeout_s"),
+    "teacher": ("cache", "window", "timeout_s", "batch_tokens"),
 }
 """Fields that may differ between two runs of one job."""
 UPLOADED = "/working_dir_files/"
@@ -281,26 +282,26 @@ class BetaKDJob:
         self._monitor = monitor
         if self._is_stopping:
             self.stop()  # as it was asked before there was anybody to tell
-        pool = teacher = cache = None
+        pool = facts = cache = None
         needs = Needs()
         if spec.teacher:
             needs = self.needs(spec.teacher)
             lent = teachers.lent(spec.teacher, needs, spec.cluster.teacher, gpus["teacher"], spec.name)
             pool, needs = actors.enter_context(lent)
-            facts: TeacherFacts = unwrapped(pool.wait_until_ready.remote(spec.cluster.start_timeout_s))
+            facts = cast(TeacherFacts, unwrapped(pool.wait_until_ready.remote(spec.cluster.start_timeout_s)))
             view = renderers.get("teacher", renderers["student"])
             cache = SignalCache.of(spec.teacher, facts, view.fingerprint, needs)
-            teacher = ray.put(facts)
         config = WorkerConfig(
             spec=spec,
             run=self.run,
             plan=plan,
             monitor=monitor,
-            image_token_id={view: renderer.image_token_id for view, renderer in renderers.items()},
+            image_token_id=renderers["student"].image_token_id,
+            teacher_image_token_id=renderers.get("teacher", renderers["student"]).image_token_id,
             pad_token_id=renderers["student"].pad_token_id,
             total_steps=spec.training.steps(plan.samples),
             pool=pool,
-            teacher=teacher,
+            facts=facts,
             needs=needs,
             cache=cache,
         )

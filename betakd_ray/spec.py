@@ -627,13 +627,25 @@ class WorkersSpec(Spec):
         return self
 
 
+DEFAULT_MICRO_BATCH = 8
+"""Samples."""
+
+
 class TrainingSpec(Spec):
     """Steps, batches, precision and how often to checkpoint."""
 
     epochs: int = Field(default=1, ge=1)
     max_steps: int | None = Field(default=None, ge=1, description="stop early; default: all epochs")
     global_batch_size: int = Field(default=128, ge=1, description="samples a step, whatever the number of workers")
-    micro_batch_size: int = Field(default=8, ge=1, description="samples a worker holds at a time")
+    micro_batch_size: int | None = Field(
+        default=None, ge=1, description="samples a worker holds at a time; default: 8, or no limit with micro_batch_tokens"
+    )
+    micro_batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens a worker holds at a time, padding and image tokens included: samples of like lengths are "
+        "put together until it is reached",
+    )
     workers: WorkersSpec = WorkersSpec(max=1)
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -657,16 +669,30 @@ class TrainingSpec(Spec):
         steps = samples // self.global_batch_size
         return min(steps, self.max_steps or steps)
 
-    def accumulation(self, workers: int) -> int:
-        """Micro-batches that each of so many workers adds up for one step."""
-        return self.global_batch_size // (self.micro_batch_size * workers)
+    @property
+    def micro_batch_samples(self) -> int | None:
+        """Limit in samples of a micro-batch; None where only tokens limit it."""
+        return self.micro_batch_size or (None if self.micro_batch_tokens else DEFAULT_MICRO_BATCH)
+
+    def share(self, workers: int) -> int:
+        """Return the samples of a step that each of so many workers has, at the most."""
+        return -(-self.global_batch_size // workers)
+
+    def samples_at_a_time(self, workers: int, tokens: float) -> int:
+        """Return the samples of a micro-batch, at the most, where each sample has so many `tokens`."""
+        by_tokens = max(1, int(self.micro_batch_tokens / tokens)) if self.micro_batch_tokens else self.share(workers)
+        return min(by_tokens, self.micro_batch_samples or by_tokens, self.share(workers))
+
+    def accumulation(self, workers: int, tokens: float) -> int:
+        """Return the micro-batches that each of so many workers adds up for one step of samples of so many tokens."""
+        return -(-self.share(workers) // self.samples_at_a_time(workers, tokens))
 
     @model_validator(mode="after")
     def _owns(self) -> "TrainingSpec":
         taken = {
             "train_batch_size": "global_batch_size",
-            "train_micro_batch_size_per_gpu": "micro_batch_size",
-            "gradient_accumulation_steps": "micro_batch_size and workers",
+            "train_micro_batch_size_per_gpu": "micro_batch_size and micro_batch_tokens",
+            "gradient_accumulation_steps": "micro_batch_size, micro_batch_tokens and workers",
             "gradient_clipping": "optimizer.max_grad_norm",
             "bf16": "precision",
             "fp16": "precision",
@@ -684,14 +710,12 @@ class TrainingSpec(Spec):
         return self
 
     @model_validator(mode="after")
-    def _divides(self) -> "TrainingSpec":
-        for workers in range(self.workers.min, self.workers.max + 1):
-            share = self.micro_batch_size * workers
-            if self.global_batch_size % share:
-                raise ValueError(
-                    f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size × workers = "
-                    f"{self.micro_batch_size} × {workers} = {share}: change one of the three"
-                )
+    def _has_work_for_all(self) -> "TrainingSpec":
+        if self.global_batch_size < self.workers.max:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is less than one sample for each of up to "
+                f"{self.workers.max} workers: raise it, or lower workers"
+            )
         return self
 
 

@@ -19,8 +19,11 @@ FOLDER = "model"
 PREFIX = "student."
 
 
-def export(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any]) -> None:
-    """Collective: of a DeepSpeedEngine, write weights (safetensors), config, processor and model card to RUN/model."""
+def export(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any], group: dist.ProcessGroup) -> None:
+    """Collective: of a DeepSpeedEngine, write weights (safetensors), config, processor and model card to RUN/model.
+
+    The other ranks wait for rank 0's upload in `group`, which should be patient.
+    """
     state = _student_state(engine, spec)
     if dist.get_rank() == 0 and state is not None:
         distiller = cast(Distiller, engine.module)
@@ -31,7 +34,7 @@ def export(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any]) -> Non
                 model_card(spec, metrics, sees_images=takes_images(distiller.student)), encoding="utf-8"
             )
             _upload(Path(folder), join(run, FOLDER), spec.output.storage)
-    dist.barrier()
+    dist.barrier(group=group)
 
 
 def _save(model: PreTrainedModel, state: dict[str, Tensor], student: StudentSpec, folder: str) -> None:

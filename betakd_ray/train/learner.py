@@ -1,8 +1,8 @@
-"""One rank's student: models, optimizers and β, from a window of scored micro-batches to one step. Knows no Ray."""
+"""One rank's student: models, optimizers and β, from a step's micro-batches to one optimizer step. Knows no Ray."""
 
 import os
 import random
-from dataclasses import dataclass
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
-from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs, most_salient, to_device
+from betakd_ray.batch.inputs import TensorInputs
 from betakd_ray.curriculum import Curriculum, reversal
-from betakd_ray.data.rows import Batch
-from betakd_ray.errors import TeacherError
 from betakd_ray.models.device import find_device
 from betakd_ray.models.student import build_student, student_processor
 from betakd_ray.models.vlm import with_attention_weights
-from betakd_ray.objective import TeacherRows
 from betakd_ray.spec import AlignTopK, JobSpec
-from betakd_ray.teacher.signal import Signal, TeacherFacts, Wire
+from betakd_ray.teacher.parts import TeacherFacts, to_tensor
 from betakd_ray.train import checkpoint
-from betakd_ray.train.distiller import ATTENTION, Distilled, Distiller, Selection, TeacherView
+from betakd_ray.train.agreement import StepCounts
+from betakd_ray.train.clock import StepClock
+from betakd_ray.train.distiller import ATTENTION, Distilled, Distiller
 from betakd_ray.train.optim import beta_optimizer, deepspeed_config, schedule, student_optimizer
+from betakd_ray.train.prefetch import DeviceBatch, Loader
 from betakd_ray.train.tally import Tally, Totals
 from betakd_ray.train.unpickling import pickle_stages_by_value, tensors_only
 from betakd_ray.weighting import BetaWeighting, present_channels
@@ -35,39 +36,32 @@ if TYPE_CHECKING:
 else:
     DeepSpeedEngine = Any  # imported only where something trains: it takes seconds, and greets on the terminal
 
-Scored = tuple[Batch, Signal | None]
-Window = list[Scored]
-"""One step's micro-batches on this rank."""
-
-
-@dataclass(frozen=True)
-class GlobalCounts:
-    """What the global batch holds that takes part: the denominators of its means."""
-
-    samples: int
-    tokens: int
-    dropped: int
-    """Samples that their teacher cannot answer, or not with finite numbers: they take no part."""
-    is_due: bool
-    """Whether any rank finds it time to look up from training."""
+FOREVER = timedelta(days=365)
+"""For groups of processes whose collectives may wait for a teacher or a store; who is gone is found by `watch`."""
 
 
 class Learner:
     """Needs a process group. Every method named collective must be called by all ranks alike."""
 
-    def __init__(self, spec: JobSpec, facts: TeacherFacts | None, total_steps: int) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        facts: TeacherFacts | None,
+        total_steps: int,
+        teacher_head: NDArray[Any] | None = None,
+    ) -> None:
         self.spec = spec
         self.device = find_device()
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
-        self.accumulation = spec.training.accumulation(self.world_size)
-        # What is known on the host is agreed on there, without waiting for the device.
-        timeout = timedelta(seconds=spec.training.collective_timeout_s)
-        self.host_group = dist.new_group(backend="gloo", timeout=timeout)
         _seed(spec.training.seed)
-        self.distiller = self._distiller(facts)
+        self.distiller = self._distiller(facts, teacher_head)
         self.engine = self._engine(total_steps)
+        _bound_collectives(timedelta(seconds=spec.training.collective_timeout_s))
+        # What is known on the host is agreed on there, without waiting for the device, and with patience: a checkpoint
+        # takes as long as its slowest rank. The feed's group is for its own thread, which must meet no other collective.
+        self.host_group = dist.new_group(backend="gloo", timeout=FOREVER)
+        self.feed_group = dist.new_group(backend="gloo", timeout=FOREVER)
         self._unname_shared_memory()
-        _bound_collectives(timeout)
         self.weighting = BetaWeighting(
             spec.objective.weighting,
             spec.objective.channels,
@@ -82,62 +76,57 @@ class Learner:
     def channels(self) -> tuple[str, ...]:
         return self.distiller.channels
 
-    def agree(self, window: Window, *, is_due: bool = False) -> GlobalCounts | None:
-        """Collective: the global batch's counts; None once any rank lacks a full window.
+    @property
+    def loader(self) -> Loader:
+        """What makes this learner's device batches."""
+        salient = [energy.tokens for energy in self.spec.objective.energies if isinstance(energy, AlignTopK)]
+        return Loader(self.device, salient[0] if salient else 0, ATTENTION in self.channels)
 
-        Every rank learns them before the first backward, so the loss is a mean over the *global* batch, however its
-        samples fall on ranks and micro-batches. Raises TeacherError if no sample takes part.
+    def step(
+        self,
+        micro_batches: Iterable[DeviceBatch],
+        counts: StepCounts,
+        number: int,
+        progress: float,
+        *,
+        statistics: bool,
+        clock: StepClock | None = None,
+    ) -> Totals:
+        """Collective: one optimizer step on the `counts.micro_batches` micro-batches of this rank.
+
+        `number` counts the job's steps from 1; `progress` is the job's with this step done, up to 1. With `statistics`,
+        those of the objective come along. Only launches work where there is a GPU.
         """
-        samples = tokens = 0
-        for batch, signal in window:
-            valid = valid_samples(batch, signal)
-            samples += int(valid.sum())
-            tokens += int(batch.student.rows_per_sample[valid].sum())
-        counts = torch.tensor([samples, tokens, len(window) == self.accumulation, is_due], dtype=torch.float64)
-        dist.all_reduce(counts, group=self.host_group)
-        samples, tokens, full, due = (int(count) for count in counts.tolist())
-        if full < self.world_size:
-            return None
-        if samples == 0:
-            raise TeacherError(
-                "the teacher's answers are not finite for any sample of a global batch. In float16 it may overflow: "
-                "set teacher.dtype to bfloat16 or float32"
-            )
-        return GlobalCounts(samples, max(tokens, 1), self.spec.training.global_batch_size - samples, due > 0)
+        clock = clock or StepClock(self.device)
+        self.tally.clear(counts.most_samples)
+        _seed_step(self.spec.training.seed, number, self.rank)
+        with clock.phase("forward_backward"):
+            for at, batch in enumerate(micro_batches, 1):
+                # DeepSpeed reduces gradients over the ranks with the last micro-batch's backward.
+                self.engine.set_gradient_accumulation_boundary(at == counts.micro_batches)
+                self._backward(batch, counts, progress, statistics)
+        with clock.phase("optimizer"):
+            return self._update(progress)
 
-    def step(self, window: Window, counts: GlobalCounts, progress: float, *, statistics: bool) -> Totals:
-        """Collective: one optimizer step on a full window.
-
-        `progress` is the job's with this step done, up to 1. With `statistics`, those of the objective come along.
-        """
-        self.tally.clear()
-        for batch, signal in window:
-            self._backward(batch, signal, counts, progress, statistics)
-        return self._update(progress)
-
-    def _backward(
-        self, batch: Batch, signal: Signal | None, counts: GlobalCounts, progress: float, statistics: bool
-    ) -> None:
-        """Forward and backward of one micro-batch; DeepSpeed steps with the last of the window."""
-        inputs = TensorInputs.of(batch.student, self.device)
-        valid = to_device(valid_samples(batch, signal), self.device)
-        features = {name: to_device(value, self.device) for name, value in (signal.features if signal else {}).items()}
+    def _backward(self, batch: DeviceBatch, counts: StepCounts, progress: float, statistics: bool) -> None:
+        """Run forward and backward of one micro-batch."""
+        inputs = batch.inputs
+        features = {name: batch.teacher.parts[name] for name in self.weighting.needed} if batch.teacher else {}
         beta = self.weighting.beta(features, inputs.has_image)
-        present = present_channels(self.channels, valid, inputs.has_image)
+        present = present_channels(self.channels, batch.valid, inputs.has_image)
         share = self._share(inputs, counts)
         moving = self.curriculum.values()
-        # DeepSpeed divides by accumulation steps and ranks, and `share` already by the global batch.
-        scale = self.accumulation * self.world_size
+        # DeepSpeed takes the mean over ranks, and `share` is already that of the global batch.
+        scale = self.world_size
         output: Distilled = self.engine(
             inputs,
-            self._view(batch.student, signal) if signal else None,
-            Pairs.of(batch.student, self.device) if ATTENTION in self.channels else None,
+            batch.teacher,
+            batch.pairs,
             torch.where(present, beta.detach() * share[:, None] * scale, 0.0),
             {name: value.detach() for name, value in moving.items()},
             statistics,
         )
-        self.engine.backward(output.loss)
-        self.engine.step()
+        self.engine.backward(output.loss, scale_wrt_gas=False)
         energies = torch.where(present, output.energies, 0.0)
         loss = (self.weighting.loss(beta, energies, present) * share).sum()
         if loss.requires_grad:
@@ -147,30 +136,15 @@ class Learner:
                 value.backward(output.moving_gradients[name] / scale * reversal(progress))
         self.tally.add(energies, beta.detach(), present, share, loss.detach(), output.statistics)
 
-    def _view(self, inputs: ModelInputs, signal: Signal) -> TeacherView:
-        rows = TeacherRows(
-            *(_tensor(wire, self.device) for wire in (signal.hidden, signal.top_ids, signal.top_log_probs))
-        )
-        salient = None
-        if signal.salience:
-            (energy,) = (energy for energy in self.spec.objective.energies if isinstance(energy, AlignTopK))
-            token = most_salient(signal.salience.array, inputs, energy.tokens)
-            sample = inputs.visual_sample[token]
-            counts = np.bincount(sample, minlength=inputs.size)
-            salient = Selection(*(to_device(array, self.device) for array in (token, sample, counts)))
-        visual, visual_layer, attention = (
-            _tensor(wire, self.device) for wire in (signal.visual, signal.visual_layer, signal.attention)
-        )
-        return TeacherView(rows, visual, visual_layer, attention, salient)
-
-    def _share(self, inputs: TensorInputs, counts: GlobalCounts) -> Tensor:
-        """[B] each sample's part of the global mean, by `objective.reduction`."""
+    def _share(self, inputs: TensorInputs, counts: StepCounts) -> Tensor:
+        """Return [B] each sample's part of the global mean, by `objective.reduction`."""
         if self.spec.objective.reduction == "token":
-            return inputs.rows_per_sample.float() / counts.tokens
+            return inputs.rows_per_sample.float() / max(counts.tokens.answer, 1)
         return torch.full((len(inputs.input_ids),), 1 / counts.samples, device=self.device)
 
     def _update(self, progress: float) -> Totals:
-        """DeepSpeed has stepped by now, or skipped a gradient that is not finite; β then stays as it was, too."""
+        """Step the student's optimizer, then β's. A gradient that is not finite is skipped, and β stays as it was, too."""
+        self.engine.step()
         applied = self.engine.was_step_applied()
         totals = self.tally.reduced(applied)
         if self.beta_optimizer:
@@ -180,13 +154,22 @@ class Learner:
             self.curriculum.observe(dict(zip(self.channels, totals.energies, strict=True)), progress)
         return totals
 
+    def mean_and_max(self, numbers: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+        """Collective: return the mean of each number over the ranks, and the largest."""
+        mean = torch.tensor([*numbers.values()], device=self.device)
+        largest = mean.clone()
+        dist.all_reduce(mean)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        mean /= self.world_size
+        names = tuple(numbers)
+        return dict(zip(names, mean.tolist(), strict=True)), dict(zip(names, largest.tolist(), strict=True))
+
     # -------------------------------------------------------------------------------------------------- state
 
     def save(self, folder: Path) -> None:
         """Collective: this rank's files of a checkpoint."""
         pickle_stages_by_value()
         self.engine.save_checkpoint(str(folder), tag=checkpoint.ENGINE, exclude_frozen_parameters=True)
-        torch.save(_rng_state(), folder / f"rng-{self.rank}.pt")
         if self.rank == 0:
             torch.save(
                 {
@@ -197,23 +180,19 @@ class Learner:
                 folder / "beta.pt",
             )
 
-    def load(self, folder: Path, saved_ranks: int) -> None:
-        """Collective: the inverse, also of a checkpoint that `saved_ranks`, another number of ranks, wrote."""
+    def load(self, folder: Path) -> None:
+        """Collective: the inverse, also of a checkpoint that another number of ranks wrote."""
         checkpoint.load_engine(self.engine, folder)
         with tensors_only(folder.name):
             state = torch.load(folder / "beta.pt", weights_only=True, map_location=self.device)
-            is_same = saved_ranks == self.world_size
-            rng = torch.load(folder / f"rng-{self.rank}.pt", weights_only=True) if is_same else None
         self.weighting.load_state_dict(state["weighting"])
         self.curriculum.load_state_dict(state["curriculum"])
         if self.beta_optimizer:
             self.beta_optimizer.load_state_dict(state["beta_optimizer"])
-        if rng:
-            _set_rng_state(rng)
 
     # --------------------------------------------------------------------------------------------------- build
 
-    def _distiller(self, facts: TeacherFacts | None) -> Distiller:
+    def _distiller(self, facts: TeacherFacts | None, teacher_head: NDArray[Any] | None) -> Distiller:
         training = self.spec.training
         student = build_student(self.spec.student, torch.bfloat16 if training.precision == "bf16" else torch.float32)
         if training.gradient_checkpointing:
@@ -222,7 +201,8 @@ class Learner:
             with_attention_weights(student)
         processor = student_processor(self.spec.student)
         cast(nn.Module, student).to(self.device)  # transformers' decorator hides the type of its `to`
-        distiller = Distiller(student, processor, self.spec.objective, facts)
+        head = None if teacher_head is None else to_tensor(teacher_head, self.device)
+        distiller = Distiller(student, processor, self.spec.objective, facts, head)
         return distiller.to(self.device).train()
 
     def _engine(self, total_steps: int) -> DeepSpeedEngine:
@@ -249,15 +229,6 @@ class Learner:
         Path("/dev/shm", name).unlink(missing_ok=True)
 
 
-def _tensor(wire: Wire | None, device: torch.device) -> Tensor | None:
-    return wire.tensor(device) if wire else None
-
-
-def valid_samples(batch: Batch, signal: Signal | None) -> np.ndarray:
-    """[B] which samples of a micro-batch take part."""
-    return np.ones(batch.student.size, dtype=bool) if signal is None else signal.valid
-
-
 def _bound_collectives(timeout: timedelta) -> None:
     """For DeepSpeed's groups as for ours: it makes them with torch's default, half an hour, and has no option."""
     for group in distributed_c10d._world.pg_map:
@@ -265,18 +236,12 @@ def _bound_collectives(timeout: timedelta) -> None:
 
 
 def _seed(seed: int) -> None:
-    """The same initial weights on every rank."""
+    """Give every rank the same initial weights."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def _rng_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+def _seed_step(seed: int, step: int, rank: int) -> None:
+    """Give each rank dropout masks of its own in each step, and the same ones whenever the step is done again."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))

@@ -1,163 +1,189 @@
 """A student worker's life: build, resume, train, save."""
 
-import itertools
 import json
 import math
-import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import ray
 import ray.train
-import ray.train.collective
 import torch
+import torch.distributed as dist
 
 from betakd_ray import errors
-from betakd_ray.data.ledger import Ledger
+from betakd_ray.batch.packing import stack
+from betakd_ray.batch.sample import Sample
+from betakd_ray.data.ledger import Ledger, SampleIds
 from betakd_ray.data.plan import Quarantined, ids_of, require_few
-from betakd_ray.data.rows import Batch, collate
+from betakd_ray.data.rows import samples_of
+from betakd_ray.models.flops import peak_flops, student_flops
 from betakd_ray.teacher.cache import CacheWriter
-from betakd_ray.teacher.client import TeacherClient, scored
-from betakd_ray.teacher.signal import Signal, TeacherFacts
-from betakd_ray.tracking import METRICS, Metrics, from_jsonl, to_jsonl
+from betakd_ray.teacher.client import TeacherClient
+from betakd_ray.teacher.signals import SignalSource
+from betakd_ray.tracking import Metrics, from_jsonl, to_jsonl
 from betakd_ray.train import checkpoint
+from betakd_ray.train.agreement import TokenCounts, gather_over
+from betakd_ray.train.clock import PHASES, STALLS, StepClock
 from betakd_ray.train.export import export
-from betakd_ray.train.learner import GlobalCounts, Learner, Scored, Window, valid_samples
+from betakd_ray.train.feed import Collator, Feed, Refused, Step
+from betakd_ray.train.learner import Learner
+from betakd_ray.train.prefetch import Prefetch
 from betakd_ray.train.tally import Totals
+from betakd_ray.train.watch import Start, Watch
 from betakd_ray.train.worker import STOPPED, WorkerConfig
 
 COUNTS = ("samples", "dropped", "skipped", "skipped_in_a_row")
 """Of a worker, in a checkpoint's progress."""
 QUANTILES = (0.1, 0.5, 0.9)
 """Of β over a global batch."""
-LOOK_EVERY_S = 2.0
-"""How often the workers look up from training: is a node of theirs to go, is the job to end?"""
 
 
 class Worker:
-    """One rank: its learner, and what it needs from Ray around it."""
+    """One rank: its learner, its feed, and what it needs from Ray around them."""
 
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
         self.spec = config.spec
         self.training = config.spec.training
         self.total_steps = config.total_steps
-        facts: TeacherFacts | None = ray.get(config.teacher) if config.teacher else None
-        self.learner = Learner(self.spec, facts, self.total_steps)
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.start = cast(Start, ray.get(config.monitor.starts_from.remote()))
         self.client: TeacherClient | None = None
         if config.pool and self.spec.teacher:
             self.client = TeacherClient(
-                config.pool, self.learner.rank, self.spec.teacher.timeout_s, self.spec.cluster.start_timeout_s
+                config.pool,
+                self.rank,
+                self.ranks,
+                self.spec.teacher,
+                self.spec.cluster.start_timeout_s,
+                partial(stack, pad_token_id=config.pad_token_id, image_token_id=config.teacher_image_token_id),
             )
-        self.cache = CacheWriter(config.cache, config.plan) if config.cache else None
+        head = self.client.head() if self.client else None
+        self.learner = Learner(self.spec, config.facts, self.total_steps, head)
+        self.cache = CacheWriter(config.cache, config.plan.epochs) if config.cache else None
         self.store = checkpoint.CheckpointStore(config.run, self.spec.output.storage)
-        self.metrics = Metrics(self.spec, config.run) if self.learner.rank == 0 else None
-        self.clock = Clock()
-        self.ledger = config.plan.empty_ledger()
+        self.metrics = Metrics(self.spec, config.run) if self.rank == 0 else None
+        self.ledger = config.plan.empty_ledger() if self.rank == 0 else None
+        """Every sample that a committed step trained on; rank 0 keeps it for all."""
+        self.trained: list[SampleIds] = []
+        """This rank's samples since the last checkpoint."""
         self.step = self.saved_step = self.samples = self.dropped = self.skipped = self.skipped_in_a_row = 0
-        self.looked = time.monotonic()
-        self.leaving: list[str] = []
         self.skips: list[dict[str, Any]] = []
-        # New at every start of the workers, so that a save never meets the remains of another.
-        self.attempt = ray.train.collective.broadcast_from_rank_zero(os.urandom(4).hex())
+        self.clock = StepClock(self.learner.device)
+        self.usage = Usage()
+        self.saved_at, self.save_s = time.monotonic(), 0.0
 
     def run(self) -> dict[str, Any]:
         """The loop: one screen is one step of training."""
         self.resume()
-        for window in self.windows() if self.step < self.total_steps else ():
-            counts = self.learner.agree(window, is_due=time.monotonic() - self.looked > LOOK_EVERY_S)
-            if counts is None:
-                break
-            is_logged = self.is_logged(self.step + 1)
-            progress = (self.step + 1) / self.total_steps
-            totals = self.learner.step(window, counts, progress, statistics=is_logged)
-            self.step += 1
-            self.account(window, counts)
-            self.guard(totals, window)
-            if is_logged:
-                self.log(totals)
-            if self.step == self.total_steps:
-                break
-            wish = self.look() if counts.is_due else Wish()
-            if wish.save or self.step % self.training.checkpoint_every == 0:
+        with ExitStack() as threads:
+            feed, prefetch = self.feed(threads)
+            for step, batches in prefetch.steps():
+                self.clock.stalled(prefetch.take_stalls())
+                is_logged = self.is_logged(step.number)
+                progress = step.number / self.total_steps
+                totals = self.learner.step(
+                    batches, step.counts, step.number, progress, statistics=is_logged, clock=self.clock
+                )
+                self.clock.stalled(prefetch.take_stalls(), within="forward_backward")
+                self.account(step)
+                self.guard(totals, step)
+                if is_logged:
+                    self.log(totals, step)
+                if self.step < self.total_steps and (
+                    step.counts.save or self.step % self.training.checkpoint_every == 0
+                ):
+                    self.save()
+            if self.step != self.saved_step:
                 self.save()
-            if wish.stop:
+            if feed.was_stopped:
                 return {STOPPED: self.step}
-        if self.step != self.saved_step:
-            self.save()
-        return self.finish()
+            return self.finish()
 
     def is_logged(self, step: int) -> bool:
-        """Every `log_every` steps, the first and the last."""
+        """Return whether a step's numbers are logged: every `log_every` steps, the first and the last."""
         return step % self.training.log_every == 0 or step in (1, self.total_steps)
 
-    # -------------------------------------------------------------------------------------------- batches
+    # -------------------------------------------------------------------------------------------- what feeds it
 
-    def windows(self) -> Iterator[Window]:
-        """One step's micro-batches at a time, each with its signal; short, then empty, when the stream ends."""
-        stream: Iterator[Scored] = ((batch, None) for batch in self.batches())
-        if self.client and self.spec.teacher:
-            stream = scored(self.batches(), self.client, self.spec.teacher.window, self.config.needs, self.cache)
-        while True:
-            yield list(itertools.islice(stream, self.learner.accumulation))
+    def feed(self, threads: ExitStack) -> tuple[Feed, Prefetch]:
+        """Start what prepares this rank's steps; `threads` ends it."""
+        config, teacher = self.config, self.spec.teacher
+        self.watch = Watch(
+            config.monitor,
+            self.rank,
+            self.start.attempt,
+            self.training.collective_timeout_s,
+            lambda: f"step {self.step + 1}, its feed at {feed.activities.present or 'rest'}",
+        )
+        tokens = teacher.batch_tokens if teacher else 0
+        feed = Feed(
+            self.rows(),
+            SignalSource(self.client, tokens, config.cache, self.cache, config.plan.shards),
+            Collator(
+                config.pad_token_id,
+                config.image_token_id,
+                config.needs,
+                config.facts,
+                self.training.micro_batch_samples,
+                self.training.micro_batch_tokens,
+            ),
+            gather_over(self.learner.feed_group),
+            rank=self.rank,
+            ranks=self.ranks,
+            global_batch=self.training.global_batch_size,
+            steps=range(self.step + 1, self.total_steps + 1),
+            control=self.watch,
+            window_tokens=teacher.window * tokens if teacher else 0,
+            on_refused=self.quarantine,
+        )
+        prefetch = Prefetch(feed, self.learner.loader)
+        for part in (self.client, self.cache, self.watch, prefetch):
+            if part is not None:
+                threads.callback(part.close)
+        return feed, prefetch
 
-    def batches(self) -> Iterator[Batch]:
-        """Micro-batches of this rank's part of the stream."""
+    def rows(self) -> Iterator[Sample]:
+        """Yield the samples of this rank's part of the stream, in its order."""
         shard = ray.train.get_dataset_shard("train")
         assert shard is not None
-        size = self.training.micro_batch_size
-        rows = iter(shard.iter_batches(batch_size=size, batch_format="pyarrow", drop_last=True, prefetch_batches=2))
-        while True:
-            start = time.perf_counter()
-            table = next(rows, None)
-            self.clock.data_s += time.perf_counter() - start
-            if table is None:
-                return
-            yield collate(table, self.config.pad_token_id, self.config.image_token_id)
+        for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+            yield from samples_of(cast(Any, table))
 
-    # ------------------------------------------------------------------------------------- after a step
-
-    def account(self, window: Window, counts: GlobalCounts) -> None:
-        """What the step used up."""
-        for batch, signal in window:
-            valid = valid_samples(batch, signal)
-            self.ledger.add(batch.ids.where(valid))
-            if signal and not valid.all():
-                self.quarantine(batch, signal)
-            self.clock.teacher_busy_s += signal.busy_s if signal else 0.0
-        self.samples += self.training.global_batch_size
-        self.clock.tokens += counts.tokens
-        self.dropped += counts.dropped
-
-    def quarantine(self, batch: Batch, signal: Signal) -> None:
-        """Samples that the teacher has no answer to. Raises TooManyBadSamples."""
+    def quarantine(self, refused: list[Refused]) -> None:
+        """Set samples aside that the teacher has no answer to. Raises TooManyBadSamples."""
         bad = [
-            Quarantined(
-                int(batch.ids.epoch[at]),
-                int(batch.ids.shard[at]),
-                int(batch.ids.index[at]),
-                batch.keys[at],
-                signal.reasons.get(int(at), "the teacher's output is not finite"),
-            )
-            for at in np.flatnonzero(~signal.valid)
+            Quarantined(sample.epoch, sample.shard, sample.index, sample.key, reason) for sample, reason in refused
         ]
         fraction = cast(float, ray.get(self.config.monitor.quarantine.remote(bad)))
         require_few(fraction, self.spec.data, self.config.plan, bad[-1])
 
-    def guard(self, totals: Totals, window: Window) -> None:
+    # ------------------------------------------------------------------------------------- after a step
+
+    def account(self, step: Step) -> None:
+        """Note what the step used up."""
+        self.step = step.number
+        self.trained.append(_ids(step.samples))
+        self.samples += step.counts.samples + step.counts.dropped
+        self.dropped += step.counts.dropped
+        self.usage.add(step)
+
+    def guard(self, totals: Totals, step: Step) -> None:
         """Note steps whose gradient was not finite. Raises NonFiniteLoss after `max_skipped_steps` in a row."""
         if totals.applied:
             self.skipped_in_a_row = 0
             return
         self.skipped += 1
         self.skipped_in_a_row += 1
-        self.note_skip(window)
+        self.note_skip(step)
         if self.skipped_in_a_row >= self.training.max_skipped_steps:
             last = self.store.latest()
             energies = zip(self.learner.channels, totals.energies.tolist(), strict=True)
@@ -168,38 +194,49 @@ class Worker:
                 "Start anew, under another name, with a lower optimizer.lr or precision fp32."
             )
 
-    def note_skip(self, window: Window) -> None:
-        """Collective: which samples were in the step that was skipped, in skipped.jsonl."""
+    def note_skip(self, step: Step) -> None:
+        """Collective: write which samples were in the step that was skipped, in skipped.jsonl."""
         plan = self.config.plan
         mine = [
-            {"epoch": int(epoch), "shard": plan.shards[shard].url, "index": int(index), "key": key}
-            for batch, _ in window
-            for epoch, shard, index, key in zip(
-                batch.ids.epoch, batch.ids.shard, batch.ids.index, batch.keys, strict=True
-            )
+            {"epoch": each.epoch, "shard": plan.shards[each.shard].url, "index": each.index, "key": each.key}
+            for each in step.samples
         ]
-        everyone = checkpoint.gather(mine)
+        everyone = checkpoint.gather(mine, self.learner.host_group)
         if self.metrics:
             self.skips.append({"step": self.step, "samples": [sample for part in everyone for sample in part]})
             self.metrics.write(checkpoint.SKIPPED, to_jsonl(self.skips))
 
-    def look(self) -> "Wish":
-        """Collective: what the cluster and the driver want of the job."""
-        self.looked = time.monotonic()
-        preemption = ray.train.get_preemption_info()
-        leaving = preemption.preempted_node_ids if preemption else []
-        is_new, self.leaving = leaving != self.leaving, leaving
-        stopping = ray.get(self.config.monitor.is_stopping.remote()) if self.metrics else None
-        stop = cast(bool, ray.train.collective.broadcast_from_rank_zero(stopping))
-        return Wish(save=stop or (is_new and bool(leaving)), stop=stop)
-
-    def log(self, totals: Totals) -> None:
-        """Collective: numbers of this step (paper Figures 4–6, Table 6) and of the time since the last log."""
+    def log(self, totals: Totals, step: Step) -> None:
+        """Collective: record this step's numbers (paper Figures 4–6, Table 6), and the time's since the last record."""
         betas = self.learner.tally.betas()
+        seconds = self.clock.read()
+        mean, slowest = self.learner.mean_and_max({**seconds, "teacher_busy": self.usage.teacher_busy_s})
+        usage, self.usage = self.usage, Usage()
         if self.metrics is None:
             return
-        record: dict[str, Any] = {"step": self.step, "time": time.time()}
-        record |= {"loss": totals.loss.item(), "samples": self.samples}
+        with self.clock.phase("log"):
+            record: dict[str, Any] = {"step": self.step, "time": time.time()}
+            record |= {"loss": totals.loss.item(), "samples": self.samples}
+            record |= self.of_channels(totals, betas)
+            record |= {f"moving/{name}": value.item() for name, value in self.learner.curriculum.values().items()}
+            record |= dict(zip(self.learner.distiller.rows.measures, totals.statistics.tolist(), strict=True))
+            engine = self.learner.engine
+            record |= {"lr": engine.get_lr()[0], "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
+            record |= {
+                "dropped_samples": self.dropped,
+                "skipped_steps": self.skipped,
+                "quarantined_samples": self.watch.quarantined,
+                "queue_depth": self.client.in_flight if self.client else 0,
+                "checkpoint_age_s": time.monotonic() - self.saved_at,
+                "checkpoint_s": self.save_s,
+                "peak_memory_gb": _peak_memory(self.learner.device) / 1e9,
+            }
+            record |= usage.rates(mean, slowest, self.ranks) | self.utilisation(usage, mean["elapsed"])
+            self.metrics.log(record)
+            self.config.monitor.log.remote(record)
+
+    def of_channels(self, totals: Totals, betas: torch.Tensor) -> dict[str, float]:
+        """Return each channel's energy, share of the loss and β."""
         quantiles = betas.nanquantile(torch.tensor(QUANTILES, device=betas.device), dim=0)
         quantiles = quantiles.nan_to_num()  # zero, as the mean is, of a channel that no sample has
         by_channel = {
@@ -209,46 +246,51 @@ class Worker:
             **{f"beta_p{round(100 * q)}": row for q, row in zip(QUANTILES, quantiles, strict=True)},
             "beta_saturated": self.learner.weighting.saturated(betas),
         }
-        for kind, values in by_channel.items():
-            columns = zip(self.learner.channels, values.tolist(), strict=True)
-            record |= {f"{kind}/{name}": value for name, value in columns}
-        record |= {f"moving/{name}": value.item() for name, value in self.learner.curriculum.values().items()}
-        record |= dict(zip(self.learner.distiller.rows.measures, totals.statistics.tolist(), strict=True))
-        engine = self.learner.engine
-        record |= {"lr": engine.get_lr()[0], "grad_norm": float(engine.get_global_grad_norm() or 0.0)}
-        record |= {
-            "dropped_samples": self.dropped,
-            "skipped_steps": self.skipped,
-            "quarantined_samples": ray.get(self.config.monitor.count_quarantined.remote()),
-            **self.clock.record(self.samples, self.client),
+        return {
+            f"{kind}/{name}": value
+            for kind, values in by_channel.items()
+            for name, value in zip(self.learner.channels, values.tolist(), strict=True)
         }
-        record["peak_memory_gb"] = _peak_memory(self.learner.device) / 1e9
-        self.metrics.log(record)
-        self.config.monitor.log.remote(record)
+
+    def utilisation(self, usage: "Usage", elapsed_s: float) -> dict[str, float]:
+        """Return the share of the devices' peak that the student's arithmetic took, where the peak is known."""
+        peak = peak_flops(self.learner.device)
+        if peak is None:
+            return {}
+        flops = student_flops(self.learner.distiller.student, usage.tokens.real, usage.images)
+        return {"flops_utilisation": flops / elapsed_s / (peak * self.ranks)}
 
     # ---------------------------------------------------------------------------- checkpoint and result
 
     def save(self) -> None:
-        """Collective: a checkpoint of everything a resume needs."""
-        if self.cache:
-            self.cache.flush()
-        self.merge_ledgers()
+        """Collective: make a checkpoint of everything that a resume needs."""
         start = time.monotonic()
-        checkpoint.save(self.store, self.step, self.attempt, self.training.keep, self.write)
+        with self.clock.phase("save"):
+            if self.cache:
+                self.cache.flush()
+            self.merge_trained()
+            group = self.learner.host_group
+            checkpoint.save(self.store, self.step, self.start.attempt, self.training.keep, self.write, group)
         self.saved_step = self.step
-        self.clock.saved(time.monotonic() - start)
+        self.saved_at, self.save_s = time.monotonic(), time.monotonic() - start
         if self.metrics:
             self.config.monitor.committed.remote()
 
-    def merge_ledgers(self) -> None:
-        """Collective: every rank's ledger becomes everyone's."""
-        for part in checkpoint.gather(self.ledger.to_json()):
-            self.ledger.merge(Ledger.from_json(part))
+    def merge_trained(self) -> None:
+        """Collective: add every rank's samples since the last checkpoint to rank 0's ledger.
+
+        Raises TrainingError where a sample would be trained on a second time.
+        """
+        mine, self.trained = SampleIds.joined(self.trained), []
+        everyone = checkpoint.gather(mine, self.learner.host_group)
+        if self.ledger is not None:
+            for ids in everyone:
+                self.ledger.add(ids)
 
     def write(self, folder: Path) -> None:
-        """Collective: this rank's files of a checkpoint."""
+        """Collective: write this rank's files of a checkpoint."""
         self.learner.save(folder)
-        if self.metrics is None:
+        if self.metrics is None or self.ledger is None:
             return
         progress = {name: getattr(self, name) for name in COUNTS}
         quarantined = cast(list[Quarantined], ray.get(self.config.monitor.quarantined.remote()))
@@ -259,86 +301,90 @@ class Worker:
         (folder / checkpoint.LEDGER).write_text(self.ledger.to_json())
         (folder / checkpoint.QUARANTINE).write_text(to_jsonl(quarantined))
         (folder / checkpoint.SKIPPED).write_text(to_jsonl(self.skips))
-        (folder / METRICS).write_text(to_jsonl(self.metrics.history))
         (folder / checkpoint.SPEC).write_text(self.spec.model_dump_json(indent=2))
         self.metrics.flush()
 
     def resume(self) -> None:
-        """Collective: continue from the newest committed checkpoint, if there is one."""
-        # One rank looks, or a commit that arrives just now could part them.
-        manifest = ray.train.collective.broadcast_from_rank_zero(self.store.latest() if self.metrics else None)
-        if manifest is None:
+        """Collective: continue from the checkpoint that the stream of rows was made for, if there is one.
+
+        Another may have been committed meanwhile, by workers of an earlier start that had not ended yet: its samples
+        are in this stream, and would be trained on twice.
+        """
+        if self.start.checkpoint is None:
             return
-        with self.store.on_disk(manifest, self.attempt) as folder:
-            self.learner.load(folder, manifest.world_size)
-            self.ledger = Ledger.from_json((folder / checkpoint.LEDGER).read_text())
+        manifest = self.store.named(self.start.checkpoint)
+        with self.store.on_disk(manifest, self.start.attempt, self.learner.host_group) as folder:
+            self.learner.load(folder)
             progress = json.loads((folder / checkpoint.PROGRESS).read_text())
             if self.metrics:
-                self.metrics.restore((folder / METRICS).read_text())
+                self.ledger = Ledger.from_json((folder / checkpoint.LEDGER).read_text())
+                self.metrics.resume(manifest.step)
                 self.skips = from_jsonl((folder / checkpoint.SKIPPED).read_text())
         self.step = self.saved_step = manifest.step
         for name in COUNTS:
             setattr(self, name, progress[name])
-        self.clock = Clock(self.samples)
 
     def finish(self) -> dict[str, Any]:
         """Collective: export the student; rank 0 returns the outcome."""
-        last = self.metrics.history[-1] if self.metrics and self.metrics.history else {}
-        export(self.learner.engine, self.spec, self.config.run, last)
-        if self.metrics is None:
+        last = self.metrics.last if self.metrics else {}
+        export(self.learner.engine, self.spec, self.config.run, last, self.learner.host_group)
+        if self.metrics is None or self.ledger is None:
             return {}
         self.metrics.close()
         return {"steps": self.step, "metrics": last, "consumed": self.ledger.count, "skipped_steps": self.skipped}
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What is wanted of the workers before the next step."""
+class Usage:
+    """What the steps since the last record used up."""
 
-    save: bool = False
-    stop: bool = False
+    def __init__(self) -> None:
+        self.steps = self.samples = self.images = 0
+        self.tokens = TokenCounts()
+        self.teacher_busy_s = 0.0
+        """Of this rank's samples."""
 
+    def add(self, step: Step) -> None:
+        """Add a step."""
+        self.steps += 1
+        self.samples += step.counts.samples
+        self.images += step.counts.images
+        self.tokens += step.counts.tokens
+        self.teacher_busy_s += step.teacher_busy_s
 
-class Clock:
-    """Where the time between two logs went, and the last checkpoint's."""
+    def rates(self, mean: dict[str, float], slowest: dict[str, float], ranks: int) -> dict[str, float]:
+        """Return rates, shares of the time and seconds a step, from every rank's seconds: their mean and the largest.
 
-    def __init__(self, samples: int = 0) -> None:
-        self.data_s = self.teacher_busy_s = 0.0
-        self.tokens = 0
-        self._since = time.perf_counter()
-        self._samples = samples
-        self._waited_s = 0.0
-        self._saved = time.monotonic()
-        self._save_s = 0.0
-
-    def saved(self, duration_s: float) -> None:
-        """A checkpoint is committed."""
-        self._saved, self._save_s = time.monotonic(), duration_s
-
-    def record(self, samples: int, client: TeacherClient | None) -> dict[str, float]:
-        """Rates and shares since the last call, which this resets."""
-        elapsed = time.perf_counter() - self._since
-        waited = client.waited_s if client else 0.0
-        teacher_s = waited - self._waited_s
+        The shares `data_wait`, `teacher_wait` and `compute` are of the time of the training's threads.
+        """
+        elapsed, tokens = mean["elapsed"], self.tokens
+        every = tokens.real + tokens.padding
         record = {
-            "samples_per_second": (samples - self._samples) / elapsed,
-            "tokens_per_second": self.tokens / elapsed,
-            "data_wait": self.data_s / elapsed,
-            "teacher_wait": teacher_s / elapsed,
-            "teacher_busy": self.teacher_busy_s / elapsed,
-            "compute": 1 - (self.data_s + teacher_s) / elapsed,
-            "queue_depth": client.queue_depth if client else 0,
-            "checkpoint_age_s": time.monotonic() - self._saved,
-            "checkpoint_s": self._save_s,
+            "samples_per_second": self.samples / elapsed,
+            "tokens_per_second": tokens.real / elapsed,
+            "answer_tokens_per_second": tokens.answer / elapsed,
+            "tokens/prompt": tokens.prompt / self.steps,
+            "tokens/image": tokens.image / self.steps,
+            "tokens/answer": tokens.answer / self.steps,
+            "tokens/padding": tokens.padding / self.steps,
+            "padding_share": tokens.padding / max(every, 1),
+            "data_wait": mean["data_wait"] / elapsed,
+            "teacher_wait": mean["teacher_wait"] / elapsed,
+            "teacher_busy": mean["teacher_busy"] * ranks / elapsed,
+            "compute": (mean["forward_backward"] + mean["optimizer"]) / elapsed,
         }
-        self.data_s = self.teacher_busy_s = 0.0
-        self.tokens = 0
-        self._since, self._samples, self._waited_s = time.perf_counter(), samples, waited
+        for phase in (*PHASES, *STALLS):
+            record[f"time/{phase}"] = mean[phase] / self.steps
+            record[f"time_max/{phase}"] = slowest[phase] / self.steps
         return record
 
 
+def _ids(samples: Sequence[Sample]) -> SampleIds:
+    places = np.array([(each.epoch, each.shard, each.index) for each in samples], np.int32).reshape(-1, 3)
+    return SampleIds(*places.T)
+
+
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU of tensors, else of the process."""
+    """Return bytes: on a GPU of tensors, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

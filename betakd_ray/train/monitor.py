@@ -1,5 +1,7 @@
 """The one small actor that outlives student restarts and knows how the job stands: progress, quarantine, fate."""
 
+import os
+import time
 from typing import Any, cast
 
 import ray
@@ -7,6 +9,7 @@ from ray.actor import ActorHandle
 
 from betakd_ray.data.plan import Quarantined
 from betakd_ray.errors import BetaKDError, TrainingError, kind
+from betakd_ray.train.watch import Orders, Roll, Start
 
 
 class Monitor:
@@ -21,6 +24,23 @@ class Monitor:
         self._latest: dict[str, Any] = {}
         self._failure: tuple[str, str] | None = None
         self._is_stopping = False
+        self._roll = Roll()
+        self._start = Start()
+
+    def resuming_from(self, checkpoint: str | None) -> None:
+        """Note which checkpoint the rows of a new start of the workers were made for."""
+        self._start = Start(checkpoint, os.urandom(4).hex())
+        self._roll.begin(self._start.attempt)
+
+    def starts_from(self) -> Start:
+        """Return what the newest start of the workers goes by."""
+        return self._start
+
+    def beat(self, attempt: str, rank: int, activity: str, limit_s: float) -> Orders:
+        """Note that a student worker is well; return what is asked of the job."""
+        now = time.monotonic()
+        self._roll.heard(attempt, rank, activity, limit_s, now)
+        return Orders(self._is_stopping, len(self._quarantined), self._roll.silent(limit_s, now))
 
     def quarantine(self, records: list[Quarantined]) -> float:
         """Note bad samples (a shard read twice counts once); returns their share of the plan."""
@@ -34,10 +54,6 @@ class Monitor:
     def log(self, record: dict[str, Any]) -> None:
         """The newest metrics."""
         self._latest = record
-
-    def count_quarantined(self) -> int:
-        """How many samples are bad so far."""
-        return len(self._quarantined)
 
     def fail(self, kind: str, message: str) -> None:
         """An error that no restart will mend; the first one stands."""
@@ -64,10 +80,6 @@ class Monitor:
     def stop(self) -> None:
         """The driver was asked to end: the workers shall save and return."""
         self._is_stopping = True
-
-    def is_stopping(self) -> bool:
-        """Whether it was."""
-        return self._is_stopping
 
     def latest(self) -> dict[str, Any]:
         """The newest metrics, or {}."""

@@ -32,10 +32,11 @@ class Tally:
         self._channels = channels
         self._statistics_count = statistics
         self._device = device
-        self.clear()
+        self.clear(0)
 
-    def clear(self) -> None:
-        """Start the next step."""
+    def clear(self, most_samples: int) -> None:
+        """Start the next step, of which no rank has more than `most_samples` samples."""
+        self._most_samples = most_samples
         self._sums = torch.zeros(4, self._channels, device=self._device)
         self._loss = torch.zeros((), device=self._device)
         self._statistics = torch.zeros(self._statistics_count + 1, device=self._device)
@@ -72,11 +73,13 @@ class Tally:
         return Totals(loss, energies, weighted, beta, statistics[:-1] / _divisor(statistics[-1]), applied)
 
     def betas(self) -> Float[Tensor, "samples channels"]:
-        """Collective: β of every sample of the global batch, NaN where it lacks the channel.
+        """Collective: β of every sample of the global batch, NaN where it lacks the channel, and in rows that fill up.
 
         Only on steps that gathered statistics.
         """
-        mine = torch.cat(self._betas)
+        mine = torch.full((self._most_samples, self._channels), math.nan, device=self._device)
+        known = torch.cat(self._betas)[: self._most_samples]  # beyond them there are only stand-ins
+        mine[: len(known)] = known
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
         return torch.cat(everyone)

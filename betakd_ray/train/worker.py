@@ -11,7 +11,7 @@ from betakd_ray import errors
 from betakd_ray.data.plan import Plan
 from betakd_ray.spec import JobSpec
 from betakd_ray.teacher.cache import SignalCache
-from betakd_ray.teacher.signal import Needs
+from betakd_ray.teacher.parts import Needs, TeacherFacts
 from betakd_ray.train.monitor import give_up
 
 STOPPED = "stopped_at"
@@ -26,12 +26,14 @@ class WorkerConfig:
     run: str
     plan: Plan
     monitor: ActorHandle
-    image_token_id: dict[str, int]
+    image_token_id: int
+    """The student's."""
+    teacher_image_token_id: int
     pad_token_id: int
     total_steps: int
     pool: ActorHandle | None = None
-    teacher: "ray.ObjectRef | None" = None
-    """TeacherFacts, fetched once a node."""
+    facts: TeacherFacts | None = None
+    """None without a teacher."""
     needs: Needs = field(default_factory=Needs)
     cache: SignalCache | None = None
 

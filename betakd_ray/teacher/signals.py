@@ -1,0 +1,198 @@
+"""A student worker's samples → what the teacher says of each, as far ahead of their use as they come.
+
+A sample's signal is read from the cache where it is kept, and asked of the teachers otherwise. Samples that are not
+known go to the teachers in groups that are made for the teacher: of like lengths, up to its token budget, and whatever
+micro-batches the student will make of them. Groups depend on the order of the samples and on what the cache holds, and
+never on how fast anybody is.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from betakd_ray.batch.packing import cut
+from betakd_ray.batch.sample import Rendering, Sample
+from betakd_ray.data.shards import Shard
+from betakd_ray.errors import TeacherError
+from betakd_ray.teacher.cache import CacheWriter, SignalCache, differs
+from betakd_ray.teacher.parts import Answer, Signal
+
+CHUNK_GROUPS = 2
+"""Groups are cut from so many groups' worth of consecutive samples: enough to find some of like lengths."""
+MAX_IN_FLIGHT = 64
+"""Groups that one student worker has with the teachers at a time, at most."""
+FETCH_AT_A_TIME = 32
+"""Samples whose stored signals are read together: neighbours in a file become one range."""
+COMPARED = 4
+"""Stored signals that are compared with a live answer at the start of a run."""
+RECENT = 32
+"""Answers whose latency is remembered."""
+
+
+class Said(NamedTuple):
+    """What became known of a sample."""
+
+    signal: Signal | None
+    """None where the teacher cannot answer."""
+    reason: str = ""
+    """Why there is no signal."""
+    busy_s: float = 0.0
+    """The sample's part of the time that its teacher computed."""
+
+
+@dataclass
+class Pending:
+    """A sample on its way to the student."""
+
+    sample: Sample
+    said: "Future[Said]" = field(default_factory=Future)
+
+
+class Scores(Protocol):
+    """What is needed of a `TeacherClient`."""
+
+    def score(self, group: Sequence[Rendering]) -> Answer: ...
+
+
+class SignalSource:
+    """Finds the signals of one rank's samples. Without a teacher (`client` None) every signal is empty.
+
+    `add` is called by one thread; the futures it returns are resolved by others.
+    """
+
+    def __init__(
+        self,
+        client: Scores | None,
+        batch_tokens: int = 0,
+        cache: SignalCache | None = None,
+        writer: CacheWriter | None = None,
+        shards: Sequence[Shard] = (),
+    ) -> None:
+        self._client = client
+        self._batch_tokens = batch_tokens
+        self._cache, self._writer, self._shards = cache, writer, shards
+        self._scorers = ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="score")
+        self._readers = ThreadPoolExecutor(8, thread_name_prefix="fetch")
+        self._unknown: list[Pending] = []
+        self._unknown_tokens = 0
+        self._stored: list[Pending] = []
+        self._to_compare = COMPARED
+        self._lock = threading.Lock()
+        self._latencies: deque[float] = deque(maxlen=RECENT)
+
+    @property
+    def is_filling(self) -> bool:
+        """Return whether samples wait here for others to make a group with: more must be added, or `flush` called."""
+        return bool(self._unknown or self._stored)
+
+    @property
+    def latency_s(self) -> float:
+        """Return the seconds that the quickest of the recent answers took.
+
+        The quickest, as one that queued took the longer the more was asked for; 0.0 before the first.
+        """
+        with self._lock:
+            return min(self._latencies, default=0.0)
+
+    def add(self, sample: Sample) -> Pending:
+        """Take the next sample of the stream; return it with the future of its signal."""
+        pending = Pending(sample)
+        if self._client is None:
+            pending.said.set_result(Said({}))
+        elif (known := self._kept(sample)) is not None:
+            pending.said.set_result(Said(known))
+        elif sample.stored is not None and self._cache is not None:
+            self._stored.append(pending)
+            if len(self._stored) >= FETCH_AT_A_TIME:
+                self._fetch_stored()
+        else:
+            self._unknown.append(pending)
+            self._unknown_tokens += len(sample.teacher.input_ids)
+            if self._unknown_tokens >= CHUNK_GROUPS * self._batch_tokens:
+                self._send_unknown()
+        return pending
+
+    def flush(self) -> None:
+        """Send and fetch what waits for company."""
+        self._fetch_stored()
+        self._send_unknown()
+
+    def close(self) -> None:
+        """Begin nothing more. What is with the teachers is not waited for."""
+        self._scorers.shutdown(wait=False, cancel_futures=True)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def _kept(self, sample: Sample) -> Signal | None:
+        if self._writer is None:
+            return None
+        return self._writer.known(self._shards[sample.shard], sample.member)
+
+    def _send_unknown(self) -> None:
+        waiting, self._unknown, self._unknown_tokens = self._unknown, [], 0
+        lengths = [len(pending.sample.teacher.input_ids) for pending in waiting]
+        for group in cut(lengths, max_tokens=self._batch_tokens):
+            self._scorers.submit(self._score, [waiting[at] for at in group])
+
+    def _score(self, group: list[Pending]) -> None:
+        assert self._client is not None
+        start = time.monotonic()
+        try:
+            answer = self._client.score([pending.sample.teacher for pending in group])
+            with self._lock:
+                self._latencies.append(time.monotonic() - start)
+            for at, (pending, signal) in enumerate(zip(group, answer.signals, strict=True)):
+                if signal is not None and self._writer is not None:
+                    self._writer.add(self._shards[pending.sample.shard], pending.sample.member, signal)
+                reason = "" if signal is not None else answer.reasons.get(at, "the teacher's output is not finite")
+                pending.said.set_result(Said(signal, reason, answer.busy_s / len(group)))
+        except BaseException as error:  # handed to whoever asks for the signal, which is where it must end the job
+            _fail(group, error)
+
+    def _fetch_stored(self) -> None:
+        waiting, self._stored = self._stored, []
+        if waiting:
+            self._readers.submit(self._fetch, waiting)
+
+    def _fetch(self, waiting: list[Pending]) -> None:
+        assert self._cache is not None
+        try:
+            places = [pending.sample.stored for pending in waiting]
+            signals = self._cache.fetch([place for place in places if place is not None])
+            self._compare(waiting, signals)
+            for pending, signal in zip(waiting, signals, strict=True):
+                pending.said.set_result(Said(signal))
+        except BaseException as error:  # as above
+            _fail(waiting, error)
+
+    def _compare(self, waiting: list[Pending], signals: Sequence[Signal]) -> None:
+        """Ask the teachers about a few samples whose answers are kept. Raises TeacherError where the two differ.
+
+        A teacher that was changed behind its fingerprint (other kernels, another quantisation library, a damaged
+        device) would go unnoticed for as long as its old answers are read.
+        """
+        with self._lock:
+            count = min(self._to_compare, len(waiting))
+            self._to_compare -= count
+        if not count:
+            return
+        assert self._client is not None
+        assert self._cache is not None
+        answer = self._client.score([pending.sample.teacher for pending in waiting[:count]])
+        for pending, stored, live in zip(waiting, signals, answer.signals, strict=False):
+            difference = None if live is None else differs(live, stored)
+            if difference:
+                raise TeacherError(
+                    f"teacher.cache: the stored answer to sample {pending.sample.key} is not what the teacher says now "
+                    f"({difference}); the cache's key is {self._cache.key}. Remove that folder of the cache, or find "
+                    "out what changed: the teacher's weights, its kernels or its dtype."
+                )
+
+
+def _fail(pendings: Sequence[Pending], error: BaseException) -> None:
+    for pending in pendings:
+        if not pending.said.done():
+            pending.said.set_exception(error)

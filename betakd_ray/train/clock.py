@@ -1,0 +1,66 @@
+"""Where the time of a rank's steps goes: on a GPU by the device's own clock, without waiting for it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+PHASES = ("forward_backward", "optimizer", "save", "log")
+"""What the training does itself; the rest of its time it waits for the feed (`STALLS`)."""
+STALLS = ("data_wait", "teacher_wait", "collate", "agree", "copy")
+"""What a feed may be at while the training waits for it."""
+
+
+class StepClock:
+    """Seconds of each phase since the last `read`.
+
+    On a GPU, forward, backward and optimizer are measured between events on the training's stream: the host runs ahead
+    of the device, and its own clock would show only how long launching takes. The events are read when a record is
+    made, long after they have happened.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._stalls = dict.fromkeys(STALLS, 0.0)
+        self._since = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure a block as part of a phase."""
+        on_device = self._is_cuda and name in ("forward_backward", "optimizer")
+        begun = time.perf_counter()
+        start = _event() if on_device else None
+        try:
+            yield
+        finally:
+            if start is not None:
+                self._events.append((name, start, _event()))
+            else:
+                self._seconds[name] += time.perf_counter() - begun
+
+    def stalled(self, seconds: dict[str, float], *, within: str = "") -> None:
+        """Add the time that the training waited for its feed; `within` names the phase in which it did."""
+        for cause, duration in seconds.items():
+            self._stalls[cause] += duration
+            if within and not self._is_cuda:
+                self._seconds[within] -= duration
+
+    def read(self) -> dict[str, float]:
+        """Return the seconds of each phase and stall, and "elapsed" since the last call; start anew."""
+        for name, start, end in self._events:
+            end.synchronize()
+            self._seconds[name] += start.elapsed_time(end) / 1e3
+        now = time.perf_counter()
+        seconds = {**self._seconds, **self._stalls, "elapsed": now - self._since}
+        self._seconds, self._stalls = dict.fromkeys(PHASES, 0.0), dict.fromkeys(STALLS, 0.0)
+        self._events, self._since = [], now
+        return seconds
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
