@@ -24,7 +24,7 @@ from betakd_ray.models.vlm import (
 )
 from betakd_ray.objective import RowObjective, TeacherRows, segment_mean
 from betakd_ray.spec import ObjectiveSpec
-from betakd_ray.teacher.signal import TeacherFacts
+from betakd_ray.teacher.parts import TeacherFacts
 from betakd_ray.weighting import CE
 
 T = TypeVar("T")
@@ -35,12 +35,15 @@ FD, RELATION, ATTENTION, TOP_K = "fd", "relation", "align_attention", "align_top
 class TeacherView:
     """What the teacher says of a micro-batch, on the student's device: as much as the objective needs."""
 
-    rows: TeacherRows
-    visual: Float[Tensor, "tokens teacher_width"] | None = None
-    visual_layer: Float[Tensor, "tokens teacher_width"] | None = None
-    attention: Float[Tensor, "pairs teacher_heads"] | None = None
+    parts: Mapping[str, Tensor]
+    """Part → its values over the micro-batch's places, as `teacher.parts` has them."""
     salient: "Selection | None" = None
     """The image tokens that it looks at most."""
+
+    @property
+    def rows(self) -> TeacherRows:
+        """Return what it says of each answer row."""
+        return TeacherRows(*(self.parts.get(name) for name in ("hidden", "top_ids", "top_log_probs")))
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,13 @@ class Distiller(nn.Module):
         processor: Any,
         objective: ObjectiveSpec,
         facts: TeacherFacts | None,
+        teacher_head: Float[Tensor, "vocab teacher_width"] | None = None,
         blank: Images | None = None,
     ) -> None:
-        """`blank` is the processor's black image; made here unless given."""
+        """Wrap a student; `teacher_head` is the teacher's lm_head, where its hidden states travel.
+
+        `blank` is the processor's black image; made here unless given.
+        """
         super().__init__()
         self.student = student
         head = lm_head(student)
@@ -75,7 +82,6 @@ class Distiller(nn.Module):
         if takes_images(student):
             blank = blank or ImageProcessing(processor).blank()
             self.blank = {name: to_device(array, device) for name, array in blank.items()}
-        teacher_head = facts.head.tensor(device) if facts and facts.head else None
         self.rows = RowObjective(objective, head, teacher_head, facts.top_k_vocab if facts else 0)
         self.channels: tuple[str, ...] = ((CE,) if objective.ce else ()) + objective.channels
         on_rows = [self.channels.index(name) for name in self.rows.channels]
@@ -84,7 +90,7 @@ class Distiller(nn.Module):
         self.maps = nn.ModuleDict()
         """For each channel that needs one, a trained affine map from the teacher's width or heads to the student's."""
         if facts:
-            width = (facts.visual_size, head.weight.shape[1])
+            width = (facts.width, head.weight.shape[1])
             sizes = {FD: width, TOP_K: width, ATTENTION: (facts.heads, attention_heads(student))}
             self.maps.update(
                 {
@@ -152,21 +158,18 @@ class Distiller(nn.Module):
         if hidden.visual is None or teacher is None:
             return self._unused(name, hidden, len(inputs.input_ids))
         if name == RELATION:
-            return relation(_by_sample(_asked(teacher.visual), inputs), _by_sample(hidden.visual, inputs))
+            return relation(_by_sample(teacher.parts["visual"], inputs), _by_sample(hidden.visual, inputs))
         if name == FD:
-            theirs, ours = (
-                (teacher.visual_layer, hidden.visual_layer) if self.feature_layer else (teacher.visual, hidden.visual)
-            )
-            return self._mapped_distance(
-                FD, _asked(theirs), _asked(ours), inputs.visual_sample, inputs.visual_per_sample
-            )
+            theirs = teacher.parts["visual_layer" if self.feature_layer else "visual"]
+            ours = _required(hidden.visual_layer) if self.feature_layer else hidden.visual
+            return self._mapped_distance(FD, theirs, ours, inputs.visual_sample, inputs.visual_per_sample)
         if name == TOP_K:
-            at = _asked(teacher.salient)
-            theirs, ours = _asked(teacher.visual)[at.token], hidden.visual[at.token]
+            at = _required(teacher.salient)
+            theirs, ours = teacher.parts["visual"][at.token], hidden.visual[at.token]
             return self._mapped_distance(TOP_K, theirs, ours, at.sample, at.per_sample)
-        at = _asked(pairs)
+        at = _required(pairs)
         return self._mapped_distance(
-            ATTENTION, _asked(teacher.attention), _asked(hidden.attention), at.sample, at.per_sample
+            ATTENTION, teacher.parts["attention"], _required(hidden.attention), at.sample, at.per_sample
         )
 
     def _mapped_distance(
@@ -212,7 +215,7 @@ def _by_sample(visual: Float[Tensor, "tokens width"], inputs: TensorInputs) -> F
     return table.index_copy(0, inputs.visual_slot, visual).view(len(inputs.input_ids), inputs.most_visual, -1)
 
 
-def _asked(part: T | None) -> T:
-    """A part that is there, as the objective asked for it."""
+def _required(part: T | None) -> T:
+    """Return a part that is there, as the objective asked for it."""
     assert part is not None
     return part

@@ -11,7 +11,7 @@ from betakd_ray import errors
 from betakd_ray.data.plan import Plan
 from betakd_ray.spec import JobSpec
 from betakd_ray.teacher.cache import SignalCache
-from betakd_ray.teacher.signal import Needs
+from betakd_ray.teacher.parts import Needs
 from betakd_ray.train.monitor import give_up
 
 STOPPED = "stopped_at"
