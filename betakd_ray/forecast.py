@@ -24,7 +24,7 @@ from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard
 from betakd_ray.errors import DataError
 from betakd_ray.job import BetaKDJob
 from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec
-from betakd_ray.teacher.signal import Needs
+from betakd_ray.teacher.parts import PARTS, Needs, value_bytes
 from betakd_ray.train.memory import StudentMemory, TeacherModel, student_memory, teacher_model
 
 SAMPLED = 64
@@ -287,18 +287,10 @@ class SampleSize:
 
 
 def signal_bytes(needs: Needs, teacher: TeacherModel, sample: SampleSize) -> float:
-    """Of a teacher's answer to a mean sample; see `Signal`."""
-    width = teacher.width * teacher.dtype.itemsize
-    rows, tokens = sample.answer_tokens, sample.image_tokens
-    features = {"teacher_vision": 4 * teacher.width, "teacher_answer": 4 * teacher.width, "teacher_entropy": 8}
-    return (
-        needs.hidden * rows * width
-        + bool(needs.top_k) * rows * (4 * needs.top_k + 4 * (needs.top_k + 1))
-        + (needs.visual + bool(needs.visual_layer)) * tokens * width
-        + needs.attention * sample.pairs * teacher.heads * teacher.dtype.itemsize
-        + needs.salience * tokens * 4
-        + sum(features[name] for name in needs.features)
-    )
+    """Return the bytes of a teacher's answer to a mean sample."""
+    facts = teacher.facts(needs)
+    places = {"row": sample.answer_tokens, "token": sample.image_tokens, "pair": sample.pairs, "sample": 1.0}
+    return sum(places[PARTS[name].axis] * value_bytes(name, needs, facts) for name in needs.parts)
 
 
 def forecast(job: BetaKDJob, assumed: AssumedData | None = None, tflops: float | None = None) -> Forecast:

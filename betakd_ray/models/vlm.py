@@ -7,6 +7,7 @@ causal language model is the same without images.
 """
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -214,12 +215,19 @@ def attention_heads(model: PreTrainedModel) -> int:
 
 @contextmanager
 def _outputs_of(module: nn.Module | None) -> Iterator[list[Any]]:
-    """Catches what a module returns in each forward; of none, nothing."""
+    """Catch what a module returns in each forward that this thread runs; of no module, nothing."""
     caught: list[Any] = []
     if module is None:
         yield caught
         return
-    handle = module.register_forward_hook(lambda _module, _inputs, output: caught.append(output))
+    thread = threading.get_ident()
+
+    def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        # A teacher over several GPUs is run by several threads at once, and each registers a hook of its own.
+        if threading.get_ident() == thread:
+            caught.append(output)
+
+    handle = module.register_forward_hook(catch)
     try:
         yield caught
     finally:

@@ -1,25 +1,30 @@
-"""One teacher: a frozen model that answers micro-batches. A plain class; the pool makes it an actor."""
+"""One teacher: a frozen model that answers groups of samples. A plain class; the pool makes it an actor.
+
+Several groups are in hand at a time, each in a thread of its own: while one is computed, the next is copied to the
+device and the last one's answer is copied back and pickled. Only the computing takes turns.
+"""
 
 import hashlib
 import inspect
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs
-from betakd_ray.energies import entropy
 from betakd_ray.models.device import find_devices
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import (
-    Hidden,
     Normalization,
     attention_heads,
     freeze,
@@ -27,18 +32,17 @@ from betakd_ray.models.vlm import (
     lm_head,
     with_attention_weights,
 )
-from betakd_ray.objective import project, segment_mean, top_k
-from betakd_ray.spec import Feature, TeacherSpec
-from betakd_ray.teacher.signal import Needs, Signal, TeacherFacts, Wire
+from betakd_ray.objective import segment_mean
+from betakd_ray.spec import TeacherSpec
+from betakd_ray.teacher.parts import PARTS, Forward, GroupAnswer, Needs, TeacherFacts, to_wire
 
-CHUNK_ROWS = 1024
-"""Rows whose teacher logits exist at a time, for what is made of logits here."""
+QUIET_POLL_S = 0.1
 
 
 class TeacherScorer:
     """Holds the teacher on this process's devices, over all GPUs if it has several (`models.split`).
 
-    Raises ModelError if it cannot be loaded.
+    Raises ModelError if it cannot be loaded. Every method may be called from any thread.
     """
 
     def __init__(self, spec: TeacherSpec, needs: Needs) -> None:
@@ -48,31 +52,60 @@ class TeacherScorer:
         self.device = devices[0]
         dtype = spec.dtype if spec.dtype == "auto" else getattr(torch, spec.dtype)
         self.model: Any = freeze(load_model(spec, dtype, devices))
-        self.reads_attention = needs.attention or needs.salience
-        if self.reads_attention:
+        if needs.reads_attention:
             with_attention_weights(self.model)
         self.normalize = Normalization.of(getattr(load_processor(spec), "image_processor", None))
-        self.head: Tensor = lm_head(self.model).weight
+        self.lm_head: Tensor = lm_head(self.model).weight
+        # A teacher over n GPUs has its layers in a row, so that n groups can be under way, each on another GPU.
+        self._permits = threading.Semaphore(len(devices))
+        self._work = Work()
+        self._local = threading.local()
+        self._head_lock = threading.Lock()
+        self._head_reference: Any = None
 
     def facts(self) -> TeacherFacts:
-        """What students fetch once."""
-        width = self.head.shape[1]
-        sizes: dict[Feature, int] = {"teacher_vision": width, "teacher_answer": width, "teacher_entropy": 2}
-        fingerprint = _fingerprint(self.model) if self.is_cached else ""
-        head = Wire.of(self.head) if self.needs.hidden else None
+        """Return what students fetch once."""
         return TeacherFacts(
-            head,
-            visual_size=width,
+            width=self.lm_head.shape[1],
             heads=attention_heads(self.model),
-            feature_sizes=sizes,
-            fingerprint=fingerprint,
+            dtype=str(self.lm_head.dtype).removeprefix("torch."),
+            fingerprint=_fingerprint(self.model) if self.is_cached else "",
             top_k_vocab=self.needs.vocab,
         )
 
-    def score(self, inputs: ModelInputs) -> Signal:
-        """The teacher's forward on one micro-batch, reduced to what the objective needs."""
+    def head(self) -> NDArray[Any] | None:
+        """Return the lm_head's weight [V_t, H_t] as it travels; None where no hidden states are asked for."""
+        return to_wire(self.lm_head) if "hidden" in self.needs else None
+
+    def head_reference(self) -> list[Any]:
+        """Return [the head in Ray's object store], put there once: it goes to each node once, and past no third one."""
+        import ray  # only in an actor: all else here runs without it
+
+        with self._head_lock:
+            if self._head_reference is None:
+                self._head_reference = ray.put(self.head())
+        return [self._head_reference]  # in a list, or Ray would send what it refers to
+
+    def health(self) -> float:
+        """Return the seconds for which the teacher has worked on the group that it computes; 0.0 while there is none.
+
+        What waits for its turn does not count, and neither does a group's way in and out.
+        """
+        return self._work.seconds()
+
+    def drain(self, quiet_s: float) -> None:
+        """Return once no group has been in hand for so long: whoever asked this teacher has heard that it is leaving."""
+        quiet_since = time.monotonic()
+        while time.monotonic() - quiet_since < quiet_s:
+            if self._work.in_hand:
+                quiet_since = time.monotonic()
+            time.sleep(min(QUIET_POLL_S, quiet_s))
+
+    def score(self, inputs: ModelInputs) -> GroupAnswer:
+        """Return what the job needs of the teacher's forward on a group of samples."""
         try:
-            return self._score(inputs)
+            with self._work.taken():
+                return self._score(inputs)
         except RuntimeError:
             # After some errors a GPU answers no more. A process that raises is taken for well: this one ends, then.
             try:
@@ -82,84 +115,136 @@ class TeacherScorer:
             raise
 
     @torch.inference_mode()
-    def _score(self, inputs: ModelInputs) -> Signal:
-        start = time.perf_counter()
-        tensors = TensorInputs.of(inputs, self.device)
-        pairs = Pairs.of(inputs, self.device) if self.reads_attention else None
-        hidden = hidden_rows(self.model, tensors, self.normalize, pairs=pairs, layer=self.needs.visual_layer or None)
-        valid = _finite(hidden.rows, tensors.row_sample, tensors.rows_per_sample)
-        for features in (hidden.visual, hidden.visual_layer):
-            if features is not None:
-                valid &= _finite(features, tensors.visual_sample, tensors.visual_per_sample) | ~tensors.has_image
-        hidden = _without(hidden, ~valid, tensors, pairs)
-        top_ids, top_log_probs = self._top_k(hidden.rows) if self.needs.top_k else (None, None)
-        return Signal(
-            valid=valid.cpu().numpy(),
-            hidden=Wire.of(hidden.rows) if self.needs.hidden else None,
-            top_ids=top_ids,
-            top_log_probs=top_log_probs,
-            visual=Wire.of(hidden.visual) if self.needs.visual and hidden.visual is not None else None,
-            visual_layer=Wire.of(hidden.visual_layer) if hidden.visual_layer is not None else None,
-            attention=Wire.of(hidden.attention) if self.needs.attention and hidden.attention is not None else None,
-            salience=Wire.of(_salience(hidden, pairs, tensors)) if self.needs.salience and pairs else None,
-            features={name: self._feature(name, hidden, tensors) for name in self.needs.features},
-            busy_s=time.perf_counter() - start,
+    def _score(self, inputs: ModelInputs) -> GroupAnswer:
+        tensors, pairs, copied = self._receive(inputs)
+        with self._permits:
+            self._work.begin()
+            try:
+                if copied is not None:
+                    copied.wait()  # the device waits for the copy, and the host does not
+                is_finite, values = answer(self.model, self.needs, tensors, pairs, self.normalize)
+                computed = torch.cuda.current_stream(self.device).record_event() if copied is not None else None
+            except BaseException:
+                self._work.end()
+                raise
+        # The next group's kernels are queued from here on, behind this one's.
+        if computed is not None:
+            computed.synchronize()
+        busy_s = self._work.end()
+        is_finite, values = self._send(is_finite, values)
+        return GroupAnswer(
+            {name: to_wire(value) for name, value in values.items()},
+            inputs.rows_per_sample,
+            inputs.visual_per_sample,
+            is_finite.numpy(),
+            busy_s,
         )
 
-    def _feature(self, name: Feature, hidden: Hidden, inputs: TensorInputs) -> np.ndarray:
-        """h(x): one vector a sample, float32."""
-        if name == "teacher_entropy":
-            feature = self._entropies(hidden, inputs)
-        elif name == "teacher_answer":
-            feature = segment_mean(hidden.rows.float(), inputs.row_sample, inputs.rows_per_sample)
-        elif hidden.visual is None:
-            feature = hidden.rows.new_zeros((len(inputs.input_ids), self.head.shape[1]), dtype=torch.float32)
+    def _receive(self, inputs: ModelInputs) -> "tuple[TensorInputs, Pairs | None, torch.cuda.Event | None]":
+        """Copy a group to the device; on a GPU, beside the computing of another, and the event says when it is done."""
+        if self.device.type != "cuda":
+            return *self._tensors(inputs), None
+        stream, computing = self._copies(), torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(stream):
+            tensors, pairs = self._tensors(inputs)
+            for tensor in tree_leaves([vars(tensors), vars(pairs) if pairs else {}]):
+                if isinstance(tensor, Tensor):
+                    tensor.record_stream(computing)  # or its memory would be used again before it was read
+            return tensors, pairs, stream.record_event()
+
+    def _tensors(self, inputs: ModelInputs) -> tuple[TensorInputs, Pairs | None]:
+        pairs = Pairs.of(inputs, self.device) if self.needs.reads_attention else None
+        return TensorInputs.of(inputs, self.device), pairs
+
+    def _send(self, is_finite: Tensor, values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Copy an answer that is computed to the host: from a GPU through pinned memory, all parts at once."""
+        if self.device.type != "cuda":
+            return is_finite, values
+        stream = self._copies()
+        with torch.cuda.stream(stream):
+            copied = {name: _to_pinned(value, stream) for name, value in {**values, "": is_finite}.items()}
+        stream.synchronize()
+        return copied.pop(""), copied
+
+    def _copies(self) -> "torch.cuda.Stream":
+        """Return this thread's stream for copies."""
+        if not hasattr(self._local, "stream"):
+            self._local.stream = torch.cuda.Stream(self.device)
+        return self._local.stream
+
+
+def answer(
+    model: Any, needs: Needs, inputs: TensorInputs, pairs: Pairs | None, normalize: Normalization
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run a teacher on a group of B samples.
+
+    Returns [B] whether what it said of a sample is finite, and the parts that are needed. What it said of other samples
+    does not depend on one that is not finite, whose values mean nothing.
+    """
+    hidden = hidden_rows(model, inputs, normalize, pairs=pairs, layer=needs.layer or None)
+    forward = Forward(hidden, inputs, pairs, model.get_output_embeddings().weight, needs)
+    is_finite = torch.ones(len(inputs.input_ids), dtype=torch.bool, device=inputs.input_ids.device)
+    for part in PARTS.values():
+        if not part.must_be_finite or (values := part.compute(forward)) is None:
+            continue
+        if part.axis == "row":
+            is_finite &= _all_finite(values, inputs.row_sample, inputs.rows_per_sample)
         else:
-            feature = segment_mean(hidden.visual.float(), inputs.visual_sample, inputs.visual_per_sample)
-        return feature.cpu().numpy()
-
-    def _top_k(self, rows: Tensor) -> tuple[Wire, Wire]:
-        """[R, k] ids and [R, k + 1] log-probabilities, the last of all the rest."""
-        ids, log_probs = [], []
-        for chunk in rows.split(CHUNK_ROWS):
-            top, at, rest = top_k(project(chunk, self.head)[:, : self.needs.vocab].log_softmax(1), self.needs.top_k)
-            ids.append(at.int())
-            log_probs.append(torch.cat([top, rest], dim=1))
-        return Wire.of(torch.cat(ids)), Wire.of(torch.cat(log_probs))
-
-    def _entropies(self, hidden: Hidden, inputs: TensorInputs) -> Tensor:
-        """[B, 2] mean and maximum of H(p), in nats, over each sample's answer rows."""
-        rows = torch.cat([entropy(project(chunk, self.head)) for chunk in hidden.rows.split(CHUNK_ROWS)])
-        mean = segment_mean(rows[:, None], inputs.row_sample, inputs.rows_per_sample)
-        top = rows.new_zeros(len(inputs.input_ids)).scatter_reduce(0, inputs.row_sample, rows, "amax")
-        return torch.cat([mean, top[:, None]], dim=1)
+            is_finite &= _all_finite(values, inputs.visual_sample, inputs.visual_per_sample) | ~inputs.has_image
+    values = {name: PARTS[name].compute(forward) for name in PARTS if name in needs}
+    return is_finite, {name: value for name, value in values.items() if value is not None}
 
 
-def _finite(values: Tensor, sample: Tensor, counts: Tensor) -> Tensor:
-    """[B] whether every row of a sample is finite; false for a sample without rows."""
+def _all_finite(values: Tensor, sample: Tensor, counts: Tensor) -> Tensor:
+    """Return [B] whether every row of a sample is finite; false for a sample without rows."""
     return segment_mean(values.isfinite().all(dim=1, keepdim=True).float(), sample, counts)[:, 0] == 1
 
 
-def _without(hidden: Hidden, invalid: Tensor, inputs: TensorInputs, pairs: Pairs | None) -> Hidden:
-    """Zero in place of what an invalid sample has: weights of zero cannot silence what is not finite."""
-
-    def cleared(values: Tensor | None, sample: Tensor | None) -> Tensor | None:
-        if values is None or sample is None:
-            return values
-        return values.masked_fill(invalid[sample][:, None], 0.0)
-
-    rows = cleared(hidden.rows, inputs.row_sample)
-    assert rows is not None
-    visual, layer = (cleared(each, inputs.visual_sample) for each in (hidden.visual, hidden.visual_layer))
-    return Hidden(rows, visual, layer, cleared(hidden.attention, pairs.sample if pairs else None))
+def _to_pinned(tensor: Tensor, stream: "torch.cuda.Stream") -> Tensor:
+    tensor = tensor.contiguous()
+    tensor.record_stream(stream)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def _salience(hidden: Hidden, pairs: Pairs, inputs: TensorInputs) -> Tensor:
-    """[T] mean attention to each image token, over heads and the answer rows of its sample."""
-    assert hidden.attention is not None
-    received = torch.zeros(len(inputs.visual_sample), device=inputs.visual_sample.device)
-    received.index_add_(0, pairs.token, hidden.attention.float().mean(dim=1))
-    return received / inputs.rows_per_sample[inputs.visual_sample].clamp_min(1)
+class Work:
+    """What a teacher has in hand, and for how long it has worked on what it computes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._computing = 0
+        self._since = 0.0
+        self.in_hand = 0
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Count a group as in hand."""
+        with self._lock:
+            self.in_hand += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.in_hand -= 1
+
+    def begin(self) -> None:
+        """Note that a group is computed, or queued on the device behind others that are."""
+        with self._lock:
+            if not self._computing:
+                self._since = time.monotonic()
+            self._computing += 1
+
+    def end(self) -> float:
+        """Note that a group is done; return the seconds since it began, or since the one before it was done."""
+        with self._lock:
+            now = time.monotonic()
+            busy_s, self._since = now - self._since, now
+            self._computing -= 1
+            return busy_s
+
+    def seconds(self) -> float:
+        """Return the seconds since the group that is computed began; 0.0 without one."""
+        with self._lock:
+            return time.monotonic() - self._since if self._computing else 0.0
 
 
 def _fingerprint(model: Any) -> str:

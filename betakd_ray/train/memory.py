@@ -29,11 +29,10 @@ from betakd_ray.models.load import model_skeleton
 from betakd_ray.models.quantization import quantization
 from betakd_ray.models.split import device_bytes
 from betakd_ray.models.student import student_skeleton
-from betakd_ray.models.vlm import Normalization, attention_heads, freeze, hidden_rows, with_attention_weights
-from betakd_ray.objective import TeacherRows, project, top_k
+from betakd_ray.models.vlm import Normalization, attention_heads, freeze, with_attention_weights
 from betakd_ray.spec import AlignTopK, JobSpec, TeacherSpec
-from betakd_ray.teacher.scorer import CHUNK_ROWS
-from betakd_ray.teacher.signal import Needs, TeacherFacts, Wire
+from betakd_ray.teacher.parts import PARTS, Needs, TeacherFacts, places
+from betakd_ray.teacher.scorer import answer
 from betakd_ray.train.distiller import ATTENTION, Distiller, Selection, TeacherView
 from betakd_ray.train.optim import deepspeed_config
 
@@ -65,6 +64,11 @@ class TeacherModel:
     def peak(self) -> int:
         """On one GPU, as if all of a micro-batch's were on the fullest."""
         return self.largest_share + self.working
+
+    def facts(self, needs: Needs) -> TeacherFacts:
+        """Return what such a teacher will tell its students, the fingerprint of its weights aside."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return TeacherFacts(self.width, self.heads, dtype, top_k_vocab=needs.vocab)
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,14 @@ def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, processo
     """A teacher's sizes on so many GPUs, and what it takes to answer one micro-batch. Raises ModelError."""
     with _fake() as tally:
         model: Any = freeze(model_skeleton(spec, "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)))
-        if needs.attention or needs.salience:
+        if needs.reads_attention:
             with_attention_weights(model)
         weights = tally.live
         tally.peak = weights
         with torch.inference_mode():
-            _answer(model, needs, inputs, processor)
+            pairs = Pairs.of(inputs, CPU) if needs.reads_attention else None
+            normalize = Normalization.of(getattr(processor, "image_processor", None))
+            answer(model, needs, _tensors(inputs), pairs, normalize)
         head = model.get_output_embeddings().weight
         return TeacherModel(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -120,17 +126,6 @@ def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, processo
             working=tally.peak - weights,
             quantization=quantization(spec, model.config),
         )
-
-
-def _answer(model: Any, needs: Needs, inputs: ModelInputs, processor: Any) -> None:
-    """As the scorer does."""
-    tensors = _tensors(inputs)
-    pairs = Pairs.of(inputs, CPU) if needs.attention or needs.salience else None
-    normalize = Normalization.of(getattr(processor, "image_processor", None))
-    rows = hidden_rows(model, tensors, normalize, pairs=pairs, layer=needs.visual_layer or None).rows
-    if needs.top_k or "teacher_entropy" in needs.features:
-        chunk = project(rows[:CHUNK_ROWS], model.get_output_embeddings().weight)
-        top_k(chunk.log_softmax(1), max(1, needs.top_k))
 
 
 def student_memory(
@@ -146,10 +141,12 @@ def student_memory(
             student.gradient_checkpointing_enable({"use_reentrant": False})
         if ATTENTION in spec.objective.channels:
             with_attention_weights(student)
-        distiller = Distiller(student, processor, spec.objective, _facts(teacher, needs), blank).train()
+        facts = teacher.facts(needs) if teacher else None
+        teacher_head = _head(teacher) if teacher and "hidden" in needs else None
+        distiller = Distiller(student, processor, spec.objective, facts, teacher_head, blank).train()
         sizes = _sizes(distiller)
         working = _Working.of(distiller, spec, teacher, needs, inputs, tally)
-    head = teacher.vocab * teacher.width * teacher.dtype.itemsize if teacher and needs.hidden else 0
+    head = teacher.vocab * teacher.width * teacher.dtype.itemsize if teacher and "hidden" in needs else 0
     return replace(
         _held(spec, sizes, ranks),
         teacher_head=head,
@@ -256,49 +253,26 @@ class _Working:
         return cls(activations, tally.peak - held, tally.gradients_at_peak)
 
 
-def _facts(teacher: TeacherModel | None, needs: Needs) -> TeacherFacts | None:
-    if teacher is None:
-        return None
-    dtype = str(teacher.dtype).removeprefix("torch.")
-    # One element that stands for all of them: the real one has gigabytes.
-    size = np.uint16 if teacher.dtype.itemsize == 2 else np.float32
-    head = np.broadcast_to(np.zeros(1, size), (teacher.vocab, teacher.width))
-    return TeacherFacts(
-        head=Wire(head, dtype) if needs.hidden else None,
-        visual_size=teacher.width,
-        heads=teacher.heads,
-        feature_sizes={},
-        fingerprint="",
-        top_k_vocab=needs.vocab,
-    )
+def _head(teacher: TeacherModel) -> Tensor:
+    """Return one element that stands for all of the teacher's head: the real one has gigabytes."""
+    return torch.zeros(1, 1, dtype=teacher.dtype).expand(teacher.vocab, teacher.width)
 
 
 def _view(spec: JobSpec, teacher: TeacherModel | None, needs: Needs, inputs: ModelInputs) -> TeacherView | None:
     if teacher is None:
         return None
-
-    def empty(wanted: object, *size: int, dtype: torch.dtype = teacher.dtype) -> Tensor | None:
-        return torch.empty(*size, dtype=dtype) if wanted else None
-
-    rows, tokens = len(inputs.targets), len(inputs.visual_sample)
+    facts, parts = teacher.facts(needs), dict[str, Tensor]()
+    for name in needs.parts:
+        count, dtype = int(places(name, inputs).sum()), PARTS[name].dtype or facts.dtype
+        if count:
+            parts[name] = torch.empty(count, *PARTS[name].shape(needs, facts), dtype=getattr(torch, dtype))
     salient = None
-    if needs.salience:
+    if "salience" in needs:
         (energy,) = (energy for energy in spec.objective.energies if isinstance(energy, AlignTopK))
-        token = most_salient(np.zeros(tokens), inputs, energy.tokens)
+        token = most_salient(np.zeros(len(inputs.visual_sample)), inputs, energy.tokens)
         sample = inputs.visual_sample[token]
         salient = Selection(*map(torch.from_numpy, (token, sample, np.bincount(sample, minlength=inputs.size))))
-    pairs = int((inputs.rows_per_sample * inputs.visual_per_sample).sum())
-    return TeacherView(
-        TeacherRows(
-            empty(needs.hidden, rows, teacher.width),
-            empty(needs.top_k, rows, needs.top_k, dtype=torch.int32),
-            empty(needs.top_k, rows, needs.top_k + 1, dtype=torch.float32),
-        ),
-        empty(needs.visual and tokens, tokens, teacher.width),
-        empty(needs.visual_layer and tokens, tokens, teacher.width),
-        empty(needs.attention and tokens, pairs, teacher.heads),
-        salient,
-    )
+    return TeacherView(parts, salient)
 
 
 # ---------------------------------------------------------------------------------------------- counting

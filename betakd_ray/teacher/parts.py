@@ -1,0 +1,490 @@
+"""What travels from the teacher to the student: the one table of its parts, and how they are joined and cut.
+
+A sample's signal is a mapping from a part's name to an array. What the parts are stands in `PARTS` and nowhere else:
+which energies and features ask for one, on what it has a value (an answer row, an image token, a pair of both, or the
+sample), its shape and dtype there, and how it is computed from one forward of the teacher. What is asked of a teacher
+(`Needs`), what travels, the cache, the forecast, the memory estimate and the student all read the table. A new part is
+an entry here, and nothing else.
+
+For energies on logits the part is the final hidden state of each answer row, from which the student, holding a copy of
+the teacher's head, rebuilds the exact logits: at 7B some 8 kB a token instead of 64 kB of logits. `top_k` is smaller
+still, and biased. numpy has no bfloat16: such arrays travel as a view of uint16, which no part has of its own.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs, to_device
+from betakd_ray.energies import entropy
+from betakd_ray.errors import TeacherError
+from betakd_ray.models.vlm import Hidden
+from betakd_ray.objective import project, segment_mean, top_k
+from betakd_ray.spec import VISUAL_ENERGIES, Feature, InstanceWeighting, ObjectiveSpec, TeacherSpec, TopKSignal
+
+Signal = dict[str, NDArray[Any]]
+"""What the teacher says of one sample: part → [places, width], [places] or, of a part on the sample, [size].
+
+A sample without an image has no part on image tokens.
+"""
+Axis = Literal["row", "token", "pair", "sample"]
+"""What a part has a value on: an answer row, an image token, a pair of both, or the sample as a whole."""
+Asked = Callable[[TeacherSpec, ObjectiveSpec], bool]
+CHUNK_ROWS = 1024
+"""Rows whose teacher logits exist at a time, for what is made of logits."""
+NOT_FINITE = "the teacher's output is not finite"
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What a student must know of the teacher before the first batch. Small: the head travels by itself."""
+
+    width: int
+    """Of the hidden states, and so of the image tokens that the language model receives."""
+    heads: int
+    """Attention heads of a layer."""
+    dtype: str
+    """Of the hidden states, as torch calls it, e.g. bfloat16."""
+    fingerprint: str = ""
+    """A hash of configuration and weights, for the cache; empty if there is none."""
+    top_k_vocab: int = 0
+    """Ids that a top-k signal is about."""
+
+    @property
+    def feature_sizes(self) -> dict[Feature, int]:
+        """Return the width of each part that a weighting can take as a feature."""
+        return {name: math.prod(PARTS[name].shape(Needs(), self)) for name in FEATURES}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a job asks of its teacher."""
+
+    parts: frozenset[str] = frozenset()
+    top_k: int = 0
+    """How many probabilities `top_ids` and `top_log_probs` have of an answer row."""
+    vocab: int = 0
+    """Ids that teacher and student have in common; for `top_k`."""
+    layer: int = 0
+    """The layer, counted from 1, that `visual_layer` is the output of."""
+
+    @classmethod
+    def of(cls, teacher: TeacherSpec, objective: ObjectiveSpec, vocab: int) -> "Needs":
+        """Return what a spec needs; `vocab` is the number of ids that the models have in common."""
+        parts = frozenset(name for name, part in PARTS.items() if part.is_asked(teacher, objective))
+        has_top_k = "top_ids" in parts
+        layer = objective.feature_layer
+        return cls(
+            parts,
+            top_k=min(_k(teacher), vocab - 1) if has_top_k else 0,
+            vocab=vocab if has_top_k else 0,
+            layer=layer.teacher if layer else 0,
+        )
+
+    def __contains__(self, part: str) -> bool:
+        return part in self.parts
+
+    def __or__(self, other: "Needs") -> "Needs":
+        """Return what serves both of two jobs, which ask for the same top-k signal, or none, and the same layer."""
+        assert self.choices == other.choices
+        return Needs(self.parts | other.parts, self.top_k, self.vocab, self.layer)
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """What jobs that are answered together have to agree about."""
+        return self.top_k, self.vocab, self.layer
+
+    @property
+    def reads_attention(self) -> bool:
+        """Return whether a part is made of attention weights, which fused kernels do not give."""
+        return any(PARTS[name].reads_attention for name in self.parts)
+
+    @property
+    def tag(self) -> str:
+        """Return its parts by name, in one word; a part of another tag is another part to the cache."""
+        tags = (part.tag(self) if part.tag else name for name, part in PARTS.items() if name in self)
+        return "+".join(dict.fromkeys(tags))
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward of the teacher over a group of samples: what the parts are computed from."""
+
+    hidden: Hidden
+    inputs: TensorInputs
+    pairs: Pairs | None
+    """Where a part reads attention."""
+    head: Tensor
+    needs: Needs
+
+    @cached_property
+    def top(self) -> tuple[Tensor, Tensor]:
+        """Return [R, k] ids and [R, k + 1] log-probabilities, the last of all the rest."""
+        ids, log_probs = [], []
+        for chunk in self.hidden.rows.split(CHUNK_ROWS):
+            logits = project(chunk, self.head)[:, : self.needs.vocab]
+            top, at, rest = top_k(logits.log_softmax(1), self.needs.top_k)
+            ids.append(at.int())
+            log_probs.append(torch.cat([top, rest], dim=1))
+        return torch.cat(ids), torch.cat(log_probs)
+
+
+# --------------------------------------------------------------------------------------------- computing
+
+
+def _vision(forward: Forward) -> Tensor:
+    """Return [B, H] the mean image token of each sample; zeros where there is none."""
+    hidden, inputs = forward.hidden, forward.inputs
+    if hidden.visual is None:
+        return hidden.rows.new_zeros((len(inputs.input_ids), forward.head.shape[1]), dtype=torch.float32)
+    return segment_mean(hidden.visual.float(), inputs.visual_sample, inputs.visual_per_sample)
+
+
+def _answer(forward: Forward) -> Tensor:
+    """Return [B, H] the mean hidden state over each sample's answer rows."""
+    inputs = forward.inputs
+    return segment_mean(forward.hidden.rows.float(), inputs.row_sample, inputs.rows_per_sample)
+
+
+def _entropies(forward: Forward) -> Tensor:
+    """Return [B, 2] mean and maximum of H(p), in nats, over each sample's answer rows."""
+    inputs = forward.inputs
+    rows = torch.cat([entropy(project(chunk, forward.head)) for chunk in forward.hidden.rows.split(CHUNK_ROWS)])
+    mean = segment_mean(rows[:, None], inputs.row_sample, inputs.rows_per_sample)
+    top = rows.new_zeros(len(inputs.input_ids)).scatter_reduce(0, inputs.row_sample, rows, "amax")
+    return torch.cat([mean, top[:, None]], dim=1)
+
+
+def _salience(forward: Forward) -> Tensor | None:
+    """Return [T] the mean attention to each image token, over heads and the answer rows of its sample."""
+    hidden, pairs, inputs = forward.hidden, forward.pairs, forward.inputs
+    if hidden.attention is None or pairs is None:
+        return None
+    received = torch.zeros(len(inputs.visual_sample), device=inputs.visual_sample.device)
+    received.index_add_(0, pairs.token, hidden.attention.float().mean(dim=1))
+    return received / inputs.rows_per_sample[inputs.visual_sample].clamp_min(1)
+
+
+# ------------------------------------------------------------------------------------------------- asking
+
+
+def _k(teacher: TeacherSpec) -> int:
+    return teacher.signal.k if isinstance(teacher.signal, TopKSignal) else 0
+
+
+def _compares_logits(objective: ObjectiveSpec) -> bool:
+    return any(channel not in VISUAL_ENERGIES for channel in objective.channels)
+
+
+def _is_hidden_asked(teacher: TeacherSpec, objective: ObjectiveSpec) -> bool:
+    return _compares_logits(objective) and not _k(teacher)
+
+
+def _is_top_k_asked(teacher: TeacherSpec, objective: ObjectiveSpec) -> bool:
+    return _compares_logits(objective) and bool(_k(teacher))
+
+
+def _is_visual_asked(_: TeacherSpec, objective: ObjectiveSpec) -> bool:
+    asking = {"relation", "align_topk"} if objective.feature_layer else {"relation", "align_topk", "fd"}
+    return not asking.isdisjoint(objective.channels)
+
+
+def _is_layer_asked(_: TeacherSpec, objective: ObjectiveSpec) -> bool:
+    return objective.feature_layer is not None
+
+
+def _with_energy(kind: str) -> Asked:
+    return lambda _, objective: kind in objective.channels
+
+
+def _with_feature(name: str) -> Asked:
+    def is_asked(_: TeacherSpec, objective: ObjectiveSpec) -> bool:
+        weighting = objective.weighting
+        return isinstance(weighting, InstanceWeighting) and name in weighting.features
+
+    return is_asked
+
+
+# -------------------------------------------------------------------------------------------------- table
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that a teacher can say."""
+
+    name: str
+    axis: Axis
+    is_asked: Asked
+    """Whether a job needs it."""
+    compute: Callable[[Forward], Tensor | None]
+    """Its values over all samples of a forward: [places, *shape], or [B, *shape] of a part on the sample; None where no
+    sample has a place."""
+    shape: Callable[[Needs, TeacherFacts], tuple[int, ...]]
+    """Of one value."""
+    dtype: str | None = None
+    """As torch calls it; None for the teacher's own."""
+    tag: Callable[[Needs], str] | None = None
+    """How `Needs.tag` calls it, if not by its name."""
+    reads_attention: bool = False
+    must_be_finite: bool = False
+    """A sample is refused if this is not finite. All else is made of such parts."""
+    noise: float = 0.0
+    """Size up to which a value is taken for noise when two answers are compared."""
+
+
+def _wide(_: Needs, facts: TeacherFacts) -> tuple[int, ...]:
+    return (facts.width,)
+
+
+_TABLE = (
+    # The final hidden state of each answer row.
+    Part(
+        "hidden",
+        axis="row",
+        is_asked=_is_hidden_asked,
+        compute=lambda forward: forward.hidden.rows,
+        shape=_wide,
+        must_be_finite=True,
+    ),
+    # In its place, the k most probable ids of each answer row, most probable first …
+    Part(
+        "top_ids",
+        axis="row",
+        is_asked=_is_top_k_asked,
+        compute=lambda forward: forward.top[0],
+        shape=lambda needs, _: (needs.top_k,),
+        dtype="int32",
+        tag=lambda needs: f"top{needs.top_k}of{needs.vocab}",
+    ),
+    # … and their log-probabilities, with the log of all that is left in the last place.
+    Part(
+        "top_log_probs",
+        axis="row",
+        is_asked=_is_top_k_asked,
+        compute=lambda forward: forward.top[1],
+        shape=lambda needs, _: (needs.top_k + 1,),
+        dtype="float32",
+        tag=lambda needs: f"top{needs.top_k}of{needs.vocab}",
+    ),
+    # The projector's image tokens, as the language model receives them.
+    Part(
+        "visual",
+        axis="token",
+        is_asked=_is_visual_asked,
+        compute=lambda forward: forward.hidden.visual,
+        shape=_wide,
+        must_be_finite=True,
+    ),
+    # What a layer of the language model makes of them.
+    Part(
+        "visual_layer",
+        axis="token",
+        is_asked=_is_layer_asked,
+        compute=lambda forward: forward.hidden.visual_layer,
+        shape=_wide,
+        tag=lambda needs: f"layer{needs.layer}",
+        must_be_finite=True,
+    ),
+    # First-layer attention of each answer row to each image token of its sample, by head.
+    Part(
+        "attention",
+        axis="pair",
+        is_asked=_with_energy("align_attention"),
+        compute=lambda forward: forward.hidden.attention,
+        shape=lambda _, facts: (facts.heads,),
+        reads_attention=True,
+    ),
+    # Its mean over heads and answer rows.
+    Part(
+        "salience",
+        axis="token",
+        is_asked=_with_energy("align_topk"),
+        compute=_salience,
+        shape=lambda *_: (),
+        dtype="float32",
+        reads_attention=True,
+    ),
+    # Features that a weighting predicts β from, h(x): one vector a sample.
+    Part(
+        "teacher_vision",
+        axis="sample",
+        is_asked=_with_feature("teacher_vision"),
+        compute=_vision,
+        shape=_wide,
+        dtype="float32",
+    ),
+    Part(
+        "teacher_answer",
+        axis="sample",
+        is_asked=_with_feature("teacher_answer"),
+        compute=_answer,
+        shape=_wide,
+        dtype="float32",
+    ),
+    Part(
+        "teacher_entropy",
+        axis="sample",
+        is_asked=_with_feature("teacher_entropy"),
+        compute=_entropies,
+        shape=lambda *_: (2,),
+        dtype="float32",
+        noise=0.1,  # nats: a teacher that is sure has next to none
+    ),
+)
+PARTS: Mapping[str, Part] = {part.name: part for part in _TABLE}
+"""By name."""
+FEATURES = cast(tuple[Feature, ...], tuple(name for name, part in PARTS.items() if part.axis == "sample"))
+
+
+# -------------------------------------------------------------------------------------------- on the wire
+
+
+def to_wire(tensor: Tensor) -> NDArray[Any]:
+    """Return a tensor of any device as an array that numpy knows: bfloat16 as a view of uint16."""
+    tensor = tensor.detach().contiguous().cpu()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def to_tensor(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Return the tensor that `to_wire` was given, on `device`."""
+    tensor = to_device(array, device)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+
+def wire_dtype(part: str, facts: TeacherFacts) -> np.dtype[Any]:
+    """Return the dtype of a part's array."""
+    name = PARTS[part].dtype or facts.dtype
+    return np.dtype("uint16" if name == "bfloat16" else name)
+
+
+def value_bytes(part: str, needs: Needs, facts: TeacherFacts) -> int:
+    """Return the bytes of a part at one place, e.g. at one answer row."""
+    return math.prod(PARTS[part].shape(needs, facts)) * wire_dtype(part, facts).itemsize
+
+
+# --------------------------------------------------------------------------------- samples and their groups
+
+
+@dataclass(frozen=True)
+class GroupAnswer:
+    """What a teacher sends for a group of B samples: few and large arrays, which travel without a copy."""
+
+    arrays: dict[str, NDArray[Any]]
+    """Part → the values of all samples, one after the other."""
+    rows: NDArray[np.integer]
+    """[B] answer rows of each sample."""
+    tokens: NDArray[np.integer]
+    """[B] its image tokens."""
+    is_finite: NDArray[np.bool_]
+    """[B] false where an output of the teacher was not finite."""
+    busy_s: float = 0.0
+    """Seconds that the teacher computed."""
+
+    def signals(self) -> list[Signal | None]:
+        """Return each sample's signal, as views of the arrays; None where it is not finite."""
+        ends = {axis: np.cumsum(_counts(axis, self.rows, self.tokens)) for axis in ("row", "token", "pair", "sample")}
+        found: list[Signal | None] = []
+        for at, is_finite in enumerate(self.is_finite.tolist()):
+            signal: Signal = {}
+            for name, array in self.arrays.items():
+                axis = PARTS[name].axis
+                start, stop = (int(ends[axis][at - 1]) if at else 0), int(ends[axis][at])
+                if axis == "sample":
+                    signal[name] = array[at]
+                elif stop > start or axis == "row":
+                    signal[name] = array[start:stop]
+            found.append(signal if is_finite else None)
+        return found
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is known of a group of samples once a teacher was asked."""
+
+    signals: list[Signal | None]
+    """None where the teacher cannot answer; such a sample takes no part in training."""
+    reasons: dict[int, str] = field(default_factory=dict)
+    """Position in the group → why there is no signal."""
+    busy_s: float = 0.0
+    """Seconds that teachers computed."""
+
+    @classmethod
+    def of(cls, group: GroupAnswer) -> "Answer":
+        """Return the answer of one teacher."""
+        signals = group.signals()
+        reasons = {at: NOT_FINITE for at, signal in enumerate(signals) if signal is None}
+        return cls(signals, reasons, group.busy_s)
+
+    @classmethod
+    def joined(cls, parts: Iterable["Answer"]) -> "Answer":
+        """Return the answer to consecutive pieces of a group as one."""
+        signals: list[Signal | None] = []
+        reasons: dict[int, str] = {}
+        busy_s = 0.0
+        for part in parts:
+            reasons |= {len(signals) + at: reason for at, reason in part.reasons.items()}
+            signals += part.signals
+            busy_s += part.busy_s
+        return cls(signals, reasons, busy_s)
+
+
+def places(part: str, inputs: ModelInputs) -> NDArray[np.integer]:
+    """Return [B] how many values of a part each sample has."""
+    return _counts(PARTS[part].axis, inputs.rows_per_sample, inputs.visual_per_sample)
+
+
+def _counts(axis: Axis, rows: NDArray[np.integer], tokens: NDArray[np.integer]) -> NDArray[np.integer]:
+    if axis == "row":
+        return rows
+    if axis == "token":
+        return tokens
+    return rows * tokens if axis == "pair" else np.ones_like(rows)
+
+
+def join(signals: Sequence[Signal], inputs: ModelInputs, needs: Needs) -> dict[str, NDArray[Any]]:
+    """Return the parts of a micro-batch from its samples' signals, which may have more than is needed.
+
+    Parts on the sample are stacked, [B, size]; others are put one after the other. A part on image tokens is left out
+    if no sample has an image. Raises TeacherError, naming the part, if the signals do not fit the samples.
+    """
+    joined: dict[str, NDArray[Any]] = {}
+    for name in (name for name in PARTS if name in needs):
+        counts = places(name, inputs)
+        if not counts.any():
+            continue
+        arrays = []
+        for at, (signal, count) in enumerate(zip(signals, counts.tolist(), strict=True)):
+            array = signal.get(name)
+            if array is not None and PARTS[name].axis == "sample":
+                array = array[None]
+            found = 0 if array is None else len(array)
+            if found != count:
+                raise TeacherError(
+                    f"the teacher's signal has {found} values of {name!r}, and the sample has {count} places for them "
+                    f"(sample {at} of {len(signals)} in a micro-batch). If it was read from teacher.cache, remove that "
+                    "cache; if not, teacher and student do not see this sample alike."
+                )
+            if array is not None:
+                arrays.append(array)
+        joined[name] = np.concatenate(arrays)
+    return joined
+
+
+def empty_signal(needs: Needs, facts: TeacherFacts, rows: int, tokens: int) -> Signal:
+    """Return a signal of zeros, with the shapes and dtypes of a sample with so many answer rows and image tokens."""
+    signal: Signal = {}
+    for name in (name for name in PARTS if name in needs):
+        (count,) = _counts(PARTS[name].axis, np.array([rows]), np.array([tokens])).tolist()
+        shape = PARTS[name].shape(needs, facts)
+        if PARTS[name].axis == "sample":
+            signal[name] = np.zeros(shape, wire_dtype(name, facts))
+        elif count or PARTS[name].axis == "row":
+            signal[name] = np.zeros((count, *shape), wire_dtype(name, facts))
+    return signal
