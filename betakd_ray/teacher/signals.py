@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from betakd_ray.batch.packing import cut
 from betakd_ray.batch.sample import Rendering, Sample
@@ -52,6 +52,7 @@ class Pending:
     said: "Future[Said]" = field(default_factory=Future)
 
 
+@runtime_checkable
 class Scores(Protocol):
     """What is needed of a `TeacherClient`."""
 

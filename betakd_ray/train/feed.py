@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,6 +99,7 @@ class Collator:
         return MicroBatch(inputs, join(signals, inputs, self.needs) if self.facts else {})
 
 
+@runtime_checkable
 class Control(Protocol):
     """What the cluster and the driver ask of the job, as this rank knows it."""
 
@@ -248,11 +249,11 @@ class Feed:
                     self._ahead.pendings.append(pending)
                     self._ahead.bytes += _bytes(sample)
                     self._changed.notify_all()
-            self._source.flush()
         except Closed:
-            pass
+            return
         except BaseException as failure:  # raised again where the samples are waited for
             error = failure
+        self._source.flush()  # what came before an error is asked for all the same: a step may wait for it
         with self._changed:
             self._ahead.has_ended, self._ahead.error = True, error
             self._changed.notify_all()
