@@ -6,21 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from betakd_ray.batch.packing import stack
-from betakd_ray.data.ledger import SampleIds
-from betakd_ray.data.rows import Batch
+from betakd_ray.batch.sample import Rendering, Sample
+from betakd_ray.data.render import Renderer
 from betakd_ray.data.shards import RawSample
 from betakd_ray.job import BetaKDJob
 from betakd_ray.spec import JobSpec
+from betakd_ray.teacher.parts import Needs, Signal, TeacherFacts
 from betakd_ray.teacher.scorer import TeacherScorer
-from betakd_ray.teacher.signal import TeacherFacts
-from betakd_ray.train.learner import Learner, Window
+from betakd_ray.train.agreement import Proposal, StepCounts, TokenCounts, gather_over, shares
+from betakd_ray.train.feed import Collator, MicroBatch
+from betakd_ray.train.learner import Learner
+from betakd_ray.train.tally import Totals
 from tests.nodes import free_port
 
 
@@ -53,42 +55,76 @@ def _rank(rank: int, ranks: int, store: Path, work: Callable[..., Any], argument
 
 
 @dataclass(frozen=True)
+class Part:
+    """One rank's micro-batches of a global batch, and what all ranks have."""
+
+    batches: list[MicroBatch]
+    counts: StepCounts
+
+    @classmethod
+    def of(cls, learner: Learner, collator: Collator, samples: Sequence[tuple[Sample, Signal]]) -> "Part":
+        """Collective: this rank's share of the global batch `samples`, which every rank is given whole."""
+        sizes = shares(len(samples), learner.world_size, step=1)
+        start = sum(sizes[: learner.rank])
+        batches = collator.micro_batches(samples[start : start + sizes[learner.rank]])
+        proposal = Proposal(
+            taken=sizes[learner.rank],
+            valid=sizes[learner.rank],
+            micro_batches=len(batches),
+            tokens=TokenCounts(answer=sum(len(batch.inputs.targets) for batch in batches)),
+        )
+        counts = StepCounts.of(gather_over(learner.feed_group)(proposal.vector()))
+        return cls([*batches, *[collator.empty()] * (counts.micro_batches - len(batches))], counts)
+
+    def step(self, learner: Learner, number: int, progress: float, *, statistics: bool = False) -> Totals:
+        """Collective: one step on it."""
+        return learner.step(map(learner.loader, self.batches), self.counts, number, progress, statistics=statistics)
+
+
+def sample_of(number: int, student: Rendering, teacher: Rendering | None = None) -> Sample:
+    """A sample of nowhere in particular."""
+    return Sample(0, 0, number, number, str(number), student, teacher or student)
+
+
+def collator_of(spec: JobSpec, renderer: Renderer, needs: Needs, facts: TeacherFacts | None) -> Collator:
+    """As a worker makes it."""
+    limits = (spec.training.micro_batch_samples, spec.training.micro_batch_tokens)
+    return Collator(renderer.pad_token_id, renderer.image_token_id, needs, facts, *limits)
+
+
+@dataclass(frozen=True)
 class Study:
     """A learner, and one global batch that it can go over again and again."""
 
     learner: Learner
-    window: Window
+    part: Part
 
     @classmethod
     def of(cls, spec: JobSpec, samples: Sequence[RawSample]) -> "Study":
         """`samples` are the global batch; each rank takes its part of them."""
         job = BetaKDJob(spec)
         renderers = job.renderers()
-        teacher, facts = None, None
+        student = renderers["student"]
+        view = renderers.get("teacher", student)
+        seen = [view.render(sample) for sample in samples]
+        needs, facts, head = Needs(), None, None
+        signals: list[Signal] = [{} for _ in samples]
         if spec.teacher:
-            teacher = TeacherScorer(spec.teacher, job.needs(spec.teacher))
-            facts: TeacherFacts | None = teacher.facts()
-        micro, ranks = spec.training.micro_batch_size, dist.get_world_size()
-        window: Window = []
-        for start in range(dist.get_rank() * micro, len(samples), micro * ranks):
-            piece = samples[start : start + micro]
-            views = {
-                name: stack(list(map(each.render, piece)), each.pad_token_id, each.image_token_id)
-                for name, each in renderers.items()
-            }
-            seen = views.get("teacher", views["student"])
-            nowhere = np.zeros(len(piece), np.int32)
-            batch = Batch(views["student"], seen, SampleIds(nowhere, nowhere, nowhere), [])
-            window.append((batch, teacher.score(seen) if teacher else None))
-        return cls(Learner(spec, facts, total_steps=100), window)
+            needs = job.needs(spec.teacher)
+            teacher = TeacherScorer(spec.teacher, needs)
+            facts, head = teacher.facts(), teacher.head()
+            answer = teacher.score(stack(seen, view.pad_token_id, view.image_token_id))
+            signals = [signal for signal in answer.signals() if signal is not None]
+        learner = Learner(spec, facts, 100, head)
+        made = [sample_of(at, student.render(one), seen[at]) for at, one in enumerate(samples)]
+        collator = collator_of(spec, student, needs, facts)
+        return cls(learner, Part.of(learner, collator, list(zip(made, signals, strict=True))))
 
     def steps(self, count: int) -> list[float]:
         """The loss of each of so many steps."""
         losses = []
-        for _ in range(count):
-            counts = self.learner.agree(self.window)
-            assert counts
-            totals = self.learner.step(self.window, counts, 0.5, statistics=False)
+        for number in range(1, count + 1):
+            totals = self.part.step(self.learner, number, 0.5)
             assert totals.applied
             losses.append(totals.loss.item())
         return losses

@@ -17,19 +17,18 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from betakd_ray.batch.packing import stack
-from betakd_ray.batch.sample import Rendering
-from betakd_ray.data.ledger import SampleIds
+from betakd_ray.batch.sample import Rendering, Sample
 from betakd_ray.data.render import Renderer
-from betakd_ray.data.rows import Batch
 from betakd_ray.energies import energy
 from betakd_ray.models.load import load_processor
 from betakd_ray.spec import ModelSpec, StorageSpec, TemperatureSchedule, parse_spec
+from betakd_ray.teacher.parts import Needs, Signal
 from betakd_ray.teacher.scorer import TeacherScorer
-from betakd_ray.teacher.signal import Needs, Wire
 from betakd_ray.train.checkpoint import CheckpointStore, save
 from betakd_ray.train.export import export
-from betakd_ray.train.learner import Learner, Window
-from tests.learning import on_this_machine, spawned
+from betakd_ray.train.feed import Collator
+from betakd_ray.train.learner import Learner
+from tests.learning import Part, collator_of, on_this_machine, sample_of, spawned
 from tests.tiny import VOCAB, raw_sample, save_tiny
 
 pytestmark = pytest.mark.timeout(900)  # one fixture runs every engine
@@ -125,17 +124,29 @@ def _renderings(folder: Path, spec: Any) -> tuple[Renderer, list[Rendering]]:
     return renderer, [renderer.render(sample) for sample in samples]
 
 
-def _window(folder: Path, spec: Any, teacher: TeacherScorer) -> Window:
-    """This rank's micro-batches of the one global batch."""
-    renderer, renderings = _renderings(folder, spec)
-    micro, ranks = spec.training.micro_batch_size, dist.get_world_size()
-    pieces = [renderings[start : start + micro] for start in range(0, BATCH, micro)][dist.get_rank() :: ranks]
-    window: Window = []
-    for piece in pieces:
-        inputs = stack(piece, renderer.pad_token_id, renderer.image_token_id)
-        nowhere = torch.zeros(len(piece), dtype=torch.int32).numpy()
-        window.append((Batch(inputs, inputs, SampleIds(nowhere, nowhere, nowhere), []), teacher.score(inputs)))
-    return window
+@dataclass(frozen=True)
+class Taught:
+    """A learner and the one global batch with its signals."""
+
+    learner: Learner
+    collator: Collator
+    samples: list[tuple[Sample, Signal]]
+
+    @classmethod
+    def of(cls, folder: Path, spec: Any) -> "Taught":
+        renderer, renderings = _renderings(folder, spec)
+        needs = Needs.of(spec.teacher, spec.objective, VOCAB)
+        teacher = TeacherScorer(spec.teacher, needs)
+        learner = Learner(spec, teacher.facts(), 10, teacher.head())
+        answer = teacher.score(stack(renderings, renderer.pad_token_id, renderer.image_token_id))
+        signals = [signal for signal in answer.signals() if signal is not None]
+        samples = [sample_of(number, rendering) for number, rendering in enumerate(renderings)]
+        collator = collator_of(spec, renderer, needs, teacher.facts())
+        return cls(learner, collator, list(zip(samples, signals, strict=True)))
+
+    def part(self) -> Part:
+        """Collective: this rank's part of the global batch."""
+        return Part.of(self.learner, self.collator, self.samples)
 
 
 def _recorded(learner: Learner) -> dict[str, torch.Tensor]:
@@ -146,11 +157,10 @@ def _recorded(learner: Learner) -> dict[str, torch.Tensor]:
     engine_step = learner.engine.step
 
     def step() -> None:
-        if learner.engine.is_gradient_accumulation_boundary():
-            for name, parameter in learner.distiller.named_parameters():
-                if parameter.requires_grad:
-                    gradient = safe_get_full_grad(parameter)
-                    gradients[name] = torch.zeros_like(parameter) if gradient is None else gradient.clone()
+        for name, parameter in learner.distiller.named_parameters():
+            if parameter.requires_grad:
+                gradient = safe_get_full_grad(parameter)
+                gradients[name] = torch.zeros_like(parameter) if gradient is None else gradient.clone()
         engine_step()
 
     learner.engine.step = step
@@ -172,47 +182,39 @@ def _recorded(learner: Learner) -> dict[str, torch.Tensor]:
 def _learn(folder: Path, case: Case, resumed: Path | None = None) -> list[Step]:
     """STEPS steps from the start, the last of them after a checkpoint; or that last one, from its checkpoint."""
     spec = _spec(folder, case, dist.get_world_size())
-    teacher = TeacherScorer(spec.teacher, Needs.of(spec.teacher, spec.objective, VOCAB))
-    learner = Learner(spec, teacher.facts(), total_steps=10)
+    taught = Taught.of(folder, spec)
+    learner, part = taught.learner, taught.part()
     gradients = _recorded(learner)
-    window = _window(folder, spec, teacher)
     if resumed:
         store = CheckpointStore(str(resumed), StorageSpec())
         manifest = store.latest()
         assert manifest
-        with store.on_disk(manifest, attempt="resumed") as found:
-            learner.load(found, manifest.world_size)
+        with store.on_disk(manifest, "resumed", learner.host_group) as found:
+            learner.load(found)
     steps = []
     for number in range(STEPS - 1 if resumed else 0, STEPS):
         if number == STEPS - 1 and not resumed:
             store = CheckpointStore(str(folder / _name(dist.get_world_size(), case)), StorageSpec())
-            save(store, number, "first", keep=1, write=learner.save)
-        counts = learner.agree(window)
-        assert counts is not None
-        totals = learner.step(window, counts, (number + 1) / STEPS, statistics=True)
+            save(store, number, "first", keep=1, write=learner.save, group=learner.host_group)
+        totals = part.step(learner, number + 1, (number + 1) / STEPS, statistics=True)
         assert totals.applied
         norm = float(learner.engine.get_global_grad_norm() or 0.0)
         moving = {name: value.item() for name, value in learner.curriculum.values().items()}
         steps.append(Step(totals.loss.item(), totals.energies.clone(), dict(gradients), norm, moving))
     if not resumed:
-        export(learner.engine, spec, str(folder / _name(dist.get_world_size(), case)), {})
-    _skips_alike(learner, window)
-    assert learner.agree(window[:-1]) is None  # a rank without a full window ends the job for all
+        export(learner.engine, spec, str(folder / _name(dist.get_world_size(), case)), {}, learner.host_group)
+    _skips_alike(learner, part)
     return steps
 
 
-def _skips_alike(learner: Learner, window: Window) -> None:
+def _skips_alike(learner: Learner, part: Part) -> None:
     """A gradient that is not finite on one rank changes nothing on any."""
     before = _held(learner)
     if learner.rank == 0:
-        batch, signal = window[0]
-        assert signal
-        assert signal.hidden
-        bad = Wire(np.full_like(signal.hidden.array, np.nan), signal.hidden.dtype)
-        window = [(batch, dataclasses.replace(signal, hidden=bad)), *window[1:]]
-    counts = learner.agree(window)
-    assert counts
-    totals = learner.step(window, counts, 1.0, statistics=False)
+        first, *rest = part.batches
+        bad = first.signal | {"hidden": np.full_like(first.signal["hidden"], np.nan)}
+        part = Part([dataclasses.replace(first, signal=bad), *rest], part.counts)
+    totals = part.step(learner, STEPS + 1, 1.0)
     assert not totals.applied
     torch.testing.assert_close(_held(learner), before, rtol=0, atol=0)
 
@@ -396,17 +398,14 @@ def _left_alone(folder: Path) -> None:
     """The second rank agrees to a step and never takes it."""
     spec = _spec(folder, Case(micro=6), 2)
     spec = spec.model_copy(update={"training": spec.training.model_copy(update={"collective_timeout_s": 5.0})})
-    teacher = TeacherScorer(spec.teacher, Needs.of(spec.teacher, spec.objective, VOCAB))
-    learner = Learner(spec, teacher.facts(), total_steps=10)
-    window = _window(folder, spec, teacher)
-    counts = learner.agree(window)
-    assert counts
+    taught = Taught.of(folder, spec)
+    learner, part = taught.learner, taught.part()
     if learner.rank == 1:
         time.sleep(60)
         return
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match="Timed out waiting 5000ms"):
-        learner.step(window, counts, 0.1, statistics=False)
+        part.step(learner, 1, 0.1)
     (folder / "noticed").write_text(str(time.monotonic() - begin))
     os._exit(1)  # which ends the other, too
 
