@@ -14,7 +14,7 @@ from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.batch.sample import Rendering
 
 
-BATCH_COST = 128
+BATCH_COST = 96
 """What a batch costs beside its tokens, in tokens: launching its kernels takes as long as so many more would."""
 
 

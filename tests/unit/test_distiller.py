@@ -11,9 +11,8 @@ from betakd_ray.batch.inputs import Pairs, TensorInputs, most_salient
 from betakd_ray.batch.packing import stack
 from betakd_ray.batch.sample import Rendering
 from betakd_ray.models.vlm import hidden_rows, with_attention_weights
-from betakd_ray.objective import TeacherRows
 from betakd_ray.spec import ObjectiveSpec
-from betakd_ray.teacher.signal import TeacherFacts
+from betakd_ray.teacher.parts import TeacherFacts
 from betakd_ray.train.distiller import Distiller, Selection, TeacherView
 from tests.tiny import IDS, IMAGE, IMAGE_SIZE, IMAGE_TOKENS, PAD, tiny_model, tiny_processor
 
@@ -44,7 +43,7 @@ def stacked(image_counts):
 
 @pytest.fixture(scope="module")
 def distiller():
-    facts = TeacherFacts(head=None, visual_size=TEACHER_WIDTH, heads=TEACHER_HEADS, feature_sizes={}, fingerprint="")
+    facts = TeacherFacts(width=TEACHER_WIDTH, heads=TEACHER_HEADS, dtype="float32")
     student = with_attention_weights(tiny_model(seed=3))
     torch.manual_seed(0)
     return Distiller(student, tiny_processor(), ObjectiveSpec(energies=VISUAL), facts).eval()
@@ -57,9 +56,10 @@ def teacher(inputs):
     token = most_salient(torch.rand(tokens, generator=generator).numpy(), inputs, 2)
     sample = inputs.visual_sample[token]
     return TeacherView(
-        rows=TeacherRows(),
-        visual=torch.randn(tokens, TEACHER_WIDTH, generator=generator),
-        attention=torch.rand(pairs, TEACHER_HEADS, generator=generator),
+        {
+            "visual": torch.randn(tokens, TEACHER_WIDTH, generator=generator),
+            "attention": torch.rand(pairs, TEACHER_HEADS, generator=generator),
+        },
         salient=Selection(*(torch.from_numpy(each) for each in (token, sample, np.bincount(sample, minlength=3)))),
     )
 
@@ -90,14 +90,14 @@ def samples_with_images():
 
 
 def test_fd_is_the_mean_over_a_sample_s_image_tokens(distiller, inputs, teacher, hidden, energies):
-    mapped = distiller.maps["fd"](teacher.visual).detach()
+    mapped = distiller.maps["fd"](teacher.parts["visual"]).detach()
     for sample in samples_with_images():
         at = inputs.visual_sample == sample
         assert energies["fd"][sample].item() == pytest.approx(distance(mapped[at], hidden.visual[at]), rel=1e-5)
 
 
 def test_align_topk_is_fd_on_the_selected_tokens(distiller, inputs, teacher, hidden, energies):
-    mapped = distiller.maps["align_topk"](teacher.visual).detach()
+    mapped = distiller.maps["align_topk"](teacher.parts["visual"]).detach()
     for sample in samples_with_images():
         at = [token for token in teacher.salient.token.tolist() if inputs.visual_sample[token] == sample]
         assert len(at) == 2
@@ -107,7 +107,7 @@ def test_align_topk_is_fd_on_the_selected_tokens(distiller, inputs, teacher, hid
 def test_align_attention_is_the_mean_over_a_sample_s_rows_and_image_tokens(
     distiller, inputs, teacher, hidden, energies
 ):
-    mapped = distiller.maps["align_attention"](teacher.attention).detach()
+    mapped = distiller.maps["align_attention"](teacher.parts["attention"]).detach()
     owner = Pairs.of(inputs, CPU).sample
     for sample in samples_with_images():
         at = owner == sample
@@ -120,7 +120,7 @@ def test_relation_is_the_cosine_distance_of_each_sample_s_gram_matrices(inputs, 
     for sample in samples_with_images():
         at = inputs.visual_sample == sample
         grams = []
-        for features in (teacher.visual[at], hidden.visual[at]):
+        for features in (teacher.parts["visual"][at], hidden.visual[at]):
             unit = features.double()
             grams.append((unit @ unit.t()).flatten())
         cosine = (grams[0] @ grams[1] / grams[0].norm() / grams[1].norm()).item()
@@ -147,11 +147,11 @@ def test_every_map_and_the_first_layer_learn_from_images(distiller, inputs, teac
 )
 def test_the_same_parameters_have_a_gradient_with_and_without_images(inputs, teacher, energies, ce):
     """Ranks whose batches differ would else wait for each other's gradients."""
-    facts = TeacherFacts(head=None, visual_size=TEACHER_WIDTH, heads=TEACHER_HEADS, feature_sizes={}, fingerprint="")
+    facts = TeacherFacts(width=TEACHER_WIDTH, heads=TEACHER_HEADS, dtype="float32")
     objective = ObjectiveSpec(energies=energies, ce=ce, weighting="equal")
-    view = dataclasses.replace(teacher, rows=TeacherRows(), visual_layer=teacher.visual)
+    view = dataclasses.replace(teacher, parts=dict(teacher.parts) | {"visual_layer": teacher.parts["visual"]})
     found = []
-    for batch, told in ((inputs, view), (stacked([0, 0, 0]), TeacherView(rows=TeacherRows()))):
+    for batch, told in ((inputs, view), (stacked([0, 0, 0]), TeacherView({}))):
         torch.manual_seed(0)
         student = with_attention_weights(tiny_model(seed=3))
         distiller = Distiller(student, tiny_processor(), objective, facts).train()
@@ -171,7 +171,7 @@ def deep():
     """Makes a distiller whose `fd` is at the first layer of a student of two."""
 
     def make(*, checkpointing=False):
-        facts = TeacherFacts(head=None, visual_size=TEACHER_WIDTH, heads=1, feature_sizes={}, fingerprint="")
+        facts = TeacherFacts(width=TEACHER_WIDTH, heads=1, dtype="float32")
         objective = ObjectiveSpec(energies=[LAYER], ce=False)
         student = tiny_model(seed=3)
         if checkpointing:
@@ -186,7 +186,7 @@ def deep():
 def deep_teacher(inputs):
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randn(len(inputs.visual_sample), TEACHER_WIDTH, generator=generator)
-    return TeacherView(rows=TeacherRows(), visual_layer=tokens)
+    return TeacherView({"visual_layer": tokens})
 
 
 def test_fd_at_a_layer_compares_what_comes_out_of_it(deep, inputs, deep_teacher):
@@ -199,7 +199,7 @@ def test_fd_at_a_layer_compares_what_comes_out_of_it(deep, inputs, deep_teacher)
             output_hidden_states=True,
             **distiller.normalize.of_images(tensors.images, torch.float32),
         ).hidden_states
-    mapped = distiller.maps["fd"](deep_teacher.visual_layer).detach()
+    mapped = distiller.maps["fd"](deep_teacher.parts["visual_layer"]).detach()
     for sample in samples_with_images():
         at = inputs.visual_sample == sample
         ours = states[1][sample, inputs.visual_position[at]]

@@ -2,6 +2,7 @@
 
 from betakd_ray.data.plan import Quarantined
 from betakd_ray.train.monitor import Monitor
+from betakd_ray.train.watch import Roll
 
 
 def _bad(index: int) -> Quarantined:
@@ -12,7 +13,44 @@ def test_a_sample_that_is_read_twice_is_quarantined_once() -> None:
     monitor = Monitor(10, [_bad(1)], max_failures=3)
     assert monitor.quarantine([_bad(1), _bad(0)]) == 0.2
     assert [bad.index for bad in monitor.quarantined()] == [0, 1]
-    assert monitor.count_quarantined() == 2
+    assert monitor.beat("", 0, "", 60.0).quarantined == 2
+
+
+def test_a_rank_that_says_nothing_for_too_long_is_told_to_the_others_with_what_it_did() -> None:
+    roll = Roll()
+    roll.begin("a")
+    for second in range(0, 12, 2):
+        roll.heard("a", 0, "step 7", limit_s=10, now=second)
+        if second < 2:
+            roll.heard("a", 1, "step 7, its feed at teacher_wait", limit_s=10, now=second)
+        assert roll.silent(10, second) == ""
+    roll.heard("a", 0, "step 7", limit_s=10, now=12)
+    assert roll.silent(10, 12) == "rank 1 has said nothing for 12 s. It last was at: step 7, its feed at teacher_wait."
+    roll.begin("b")
+    roll.heard("a", 1, "late", limit_s=10, now=13)  # of workers that are gone
+    assert roll.silent(0, 100) == ""
+
+
+def test_no_rank_is_to_blame_where_the_monitor_itself_stood_still() -> None:
+    roll = Roll()
+    roll.begin("a")
+    for rank in (0, 1):
+        roll.heard("a", rank, "", limit_s=10, now=0)
+    roll.heard("a", 0, "", limit_s=10, now=100)  # both had beaten all the time, and wait in its queue
+    assert roll.silent(10, 100) == ""
+    for second in (104, 108, 112):
+        roll.heard("a", 0, "", limit_s=10, now=second)
+    assert roll.silent(10, 112).startswith("rank 1")
+
+
+def test_a_start_of_the_workers_has_a_name_and_the_checkpoint_that_its_rows_were_made_for() -> None:
+    monitor = Monitor(10, [], max_failures=0)
+    starts = []
+    for checkpoint in (None, "step-00000004-ab"):
+        monitor.resuming_from(checkpoint)
+        starts.append(monitor.starts_from())
+    assert [start.checkpoint for start in starts] == [None, "step-00000004-ab"]
+    assert starts[0].attempt != starts[1].attempt
 
 
 def test_deaths_without_progress_end_the_job_and_name_the_last_cause() -> None:
