@@ -24,6 +24,7 @@ from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard
 from betakd_ray.errors import DataError
 from betakd_ray.job import BetaKDJob
 from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec
+from betakd_ray.teacher.client import batch_tokens
 from betakd_ray.teacher.parts import PARTS, Needs, value_bytes
 from betakd_ray.train.memory import StudentMemory, TeacherModel, student_memory, teacher_model
 
@@ -139,10 +140,12 @@ class Forecast:
 
     @property
     def held(self) -> float:
-        """In Ray's object store, of micro-batches that a student rank keeps with the teachers."""
+        """Bytes in Ray's object store, of what a student rank keeps with the teachers: a step's share and a window."""
         if self.spec.teacher is None:
             return 0.0
-        samples = self.spec.teacher.window * self.spec.training.micro_batch_size
+        training = self.spec.training
+        groups = self.spec.teacher.window * batch_tokens(self.spec.teacher) / self.teacher_sample.tokens
+        samples = training.global_batch_size / training.workers.min + groups
         return samples * (self.teacher_sample.bytes + self.signal)
 
     @property
