@@ -43,8 +43,9 @@ from betakd_ray.sigterm import on_sigterm
 from betakd_ray.spec import VISUAL_ENERGIES, JobSpec, ManualWeighting, TeacherSpec, load_spec
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.cache import SignalCache
-from betakd_ray.teacher.pool import Teachers, here, unwrapped
 from betakd_ray.teacher.parts import Needs, TeacherFacts
+from betakd_ray.teacher.pool import Teachers, here
+from betakd_ray.teacher.remote import unwrapped
 from betakd_ray.tracking import to_jsonl
 from betakd_ray.train.backend import Deaths, FoundTorchConfig, causes
 from betakd_ray.train.checkpoint import QUARANTINE, SPEC, CheckpointStore, output_errors
@@ -311,7 +312,7 @@ class BetaKDJob:
             renderers,
             report=partial(report, monitor),
             give_up=partial(give_up, monitor),
-            signals=cache.read if cache else None,
+            signals=cache.locate if cache else None,
             pairs_images=not VISUAL_ENERGIES.isdisjoint(spec.objective.channels),
         )
         with _progress(monitor, config.total_steps, spec), on_sigterm(self.stop):

@@ -14,7 +14,7 @@ DESCRIPTIONS = {
     "betakd_data_wait_ratio": "share of their time that the students wait for data",
     "betakd_teacher_wait_ratio": "share of their time that the students wait for teachers",
     "betakd_teacher_busy_ratio": "teachers at work, on average",
-    "betakd_queue_depth": "micro-batches with the teachers",
+    "betakd_queue_depth": "groups of samples with the teachers",
     "betakd_teachers_wanted": "teachers that the pool asks the cluster for",
     "betakd_teachers_alive": "teachers that are loaded",
     "betakd_teachers_restarted": "teachers that were replaced",

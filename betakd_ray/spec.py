@@ -205,8 +205,20 @@ class TeacherSpec(ModelSpec):
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     signal: Signal = Field(default=HiddenSignal(), description="what travels for energies on logits")
-    window: int = Field(default=4, ge=1, description="micro-batches a student worker keeps with the teacher")
-    timeout_s: Positive = Field(default=600.0, description="a batch unanswered for so long is an error")
+    batch_tokens: int = Field(
+        default=8192,
+        ge=1,
+        description="tokens that a teacher scores at a time, padding included: samples of like lengths are put together "
+        "until it is reached. The default fits one GPU with a teacher that leaves a few GB free",
+    )
+    window: int = Field(
+        default=4, ge=0, description="groups that a student worker keeps with the teachers beyond those of one step"
+    )
+    timeout_s: Positive = Field(
+        default=600.0,
+        description="a teacher that works on one group for so long, or is silent, is replaced; waiting for its turn "
+        "does not count",
+    )
     cache: CacheSpec | None = Field(default=None, description="keep the teacher's answers here, for other jobs too")
     options: dict[str, Any] = Field(
         default_factory=dict, description="further keywords of transformers' from_pretrained, e.g. quantization_config"

@@ -27,8 +27,8 @@ from betakd_ray.progress import Update, progress_line
 from betakd_ray.sigterm import on_sigterm
 from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, TeacherSpec, parse_spec, read_tree, set_field
 from betakd_ray.storage import join, open_store, replace_file
-from betakd_ray.teacher.pool import Teachers
 from betakd_ray.teacher.parts import Needs
+from betakd_ray.teacher.pool import Teachers
 from betakd_ray.tracking import from_jsonl, to_jsonl
 
 ROWS, TABLE = "rows.jsonl", "table.md"

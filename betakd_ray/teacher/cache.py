@@ -1,43 +1,72 @@
 """What a teacher said, kept in object storage: one pass of the teacher serves every later epoch, and a whole sweep.
 
-    CACHE / KEY / PARTS / SHARD / *.arrow        rows of (index, signal)
+    CACHE / KEY / PARTS / *.signals        the signals of many samples, of whatever shards, one after the other
+    CACHE / KEY / PARTS / *.index          for each such file: (shard, member, offset, length) of what is in it
 
 KEY is a hash of the teacher's weights and code and of all that shapes its view of a sample, so a changed teacher,
 template or image size can never be a wrong hit; energies, temperatures and weightings are not in it. PARTS says what
 was kept, e.g. hidden+visual: a job is served by any folder that has at least what it needs.
 
-Reading tasks look signals up by shard, so that they reach the students with their samples; students write what they had
-to ask for. A part written twice, by two attempts at one step, is read once.
+Readers look up where a shard's samples are, in the small indexes, and hand the places on with the rows; students fetch
+the signals of the samples that they are about to use, and write those that they had to ask for. An index is written
+after its file, so what an index names is whole. A sample written twice, by two attempts at one step, is read once.
 """
 
 import hashlib
 import json
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import lru_cache
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
 
-from betakd_ray.batch.inputs import ModelInputs
-from betakd_ray.data.ledger import SampleIds
-from betakd_ray.data.plan import Plan
+from betakd_ray.batch.sample import Stored
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import TeacherError
 from betakd_ray.spec import CacheSpec, TeacherSpec
 from betakd_ray.storage import join, open_store, replace_file
-from betakd_ray.teacher.signal import WIRES, Needs, Signal, TeacherFacts, Wire
+from betakd_ray.teacher.parts import PARTS, Needs, Signal, TeacherFacts
 
-FORMAT = 1
-FLUSH_BYTES = 32 << 20
+FORMAT = 2
+FILE_BYTES = 64 << 20
+"""Of a file of signals: smaller ones are made only at the end of a run."""
 KEPT_BYTES = 128 << 20
-"""Of signals that a student worker keeps at hand: of a small set, rows are read epochs ahead of their answers."""
-SCHEMA = pa.schema([("index", pa.int32()), ("signal", pa.large_binary())])
+"""Limit of the signals that a student worker keeps in memory: of a small set, rows are read epochs ahead of their
+answers."""
+REFRESH_S = 30.0
+"""How old a process's list of indexes may be."""
+GAP_BYTES = 256 << 10
+"""Two ranges of a file that are no further apart are read as one: a request costs more than so many bytes."""
+RANGE_BYTES = 32 << 20
+"""Ranges are not joined beyond this, so that long ones are read side by side."""
+INDEX = pa.schema(
+    [
+        ("shard", pa.dictionary(pa.int32(), pa.string())),
+        ("member", pa.int32()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+    ]
+)
+
+
+class Entry(NamedTuple):
+    """A serialised signal, and whose it is."""
+
+    shard: str
+    member: int
+    content: bytes
 
 
 @dataclass(frozen=True)
@@ -50,147 +79,273 @@ class SignalCache:
 
     @classmethod
     def of(cls, spec: TeacherSpec, facts: TeacherFacts, view: str, needs: Needs) -> "SignalCache | None":
-        """From the teacher as loaded and the fingerprint of its renderer; None if the spec names no cache."""
+        """Return the cache of a teacher as it is loaded, for the renderer with the fingerprint `view`; None if the spec
+        names no cache."""
         if spec.cache is None:
             return None
         content = [FORMAT, facts.fingerprint, view, spec.attn_implementation]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
         return cls(spec.cache, key, needs)
 
-    def read(self, shard: Shard) -> dict[int, bytes]:
-        """Index in the shard → serialised signal, for the samples that are known."""
+    def locate(self, shard: Shard) -> Mapping[int, Stored]:
+        """Return where the signals of a shard's samples are: number of the sample in the shard's file → place.
+
+        Read from indexes that this process keeps, about 20 bytes a sample; new ones are looked for now and then.
+        """
+        found: dict[int, Stored] = {}
+        for part in _index(self).of(_name(shard)):
+            places = zip(part.offsets.tolist(), part.lengths.tolist(), strict=True)
+            stored = (Stored(part.file, offset, length) for offset, length in places)
+            found.update(zip(part.members.tolist(), stored, strict=True))
+        return found
+
+    def fetch(self, places: Sequence[Stored]) -> list[Signal]:
+        """Read signals by their places, and nothing else: neighbours as one range, ranges side by side.
+
+        Raises OSError, and TeacherError for what is no signal.
+        """
         filesystem, root = open_store(self.location.path, self.location.storage)
         folder = join(root, self.key)
-        known: dict[int, bytes] = {}
-        for parts in self._sufficient(filesystem, folder):
-            for path in filesystem.glob(join(folder, parts, _name(shard), "*.arrow")):
-                table = pyarrow.ipc.open_file(pa.BufferReader(filesystem.cat_file(path))).read_all()
-                known |= zip(table["index"].to_pylist(), table["signal"].to_pylist(), strict=True)
-        return known
+        ranges = _ranges(places)
+        paths = [join(folder, each.file) for each in ranges]
+        contents = filesystem.cat_ranges(
+            paths, [each.start for each in ranges], [each.stop for each in ranges], on_error="raise"
+        )
+        signals: dict[int, Signal] = {}
+        for each, path, content in zip(ranges, paths, contents, strict=True):
+            for at in each.at:
+                start = places[at].offset - each.start
+                try:
+                    signals[at] = safetensors.numpy.load(bytes(content[start : start + places[at].length]))
+                except SafetensorError as error:
+                    raise TeacherError(
+                        f"teacher.cache: {path} is damaged at byte {places[at].offset} ({error}). Remove it and the "
+                        ".index beside it; the teacher will be asked again."
+                    ) from error
+        return [signals[at] for at in range(len(places))]
 
-    def write(self, shard: Shard, signals: Mapping[int, bytes]) -> None:
-        """Add signals of one shard, as a file of its own: whole, or not there."""
-        sink = pa.BufferOutputStream()
-        table = pa.table({"index": list(signals), "signal": list(signals.values())}, schema=SCHEMA)
-        with pyarrow.ipc.new_file(sink, SCHEMA) as writer:
-            writer.write_table(table)
+    def write(self, entries: Sequence[Entry]) -> None:
+        """Add signals as a file of their own and its index. Raises OSError."""
         filesystem, root = open_store(self.location.path, self.location.storage)
-        folder = join(root, self.key, self.needs.tag, _name(shard))
+        folder, name = join(root, self.key, self.needs.tag), uuid4().hex
         filesystem.makedirs(folder, exist_ok=True)
-        replace_file(filesystem, join(folder, f"{uuid4().hex}.arrow"), sink.getvalue().to_pybytes())
+        replace_file(filesystem, join(folder, f"{name}.signals"), b"".join(entry.content for entry in entries))
+        lengths = np.array([len(entry.content) for entry in entries], np.int64)
+        table = pa.table(
+            {
+                "shard": pa.array([entry.shard for entry in entries]).dictionary_encode(),
+                "member": [entry.member for entry in entries],
+                "offset": np.cumsum(lengths) - lengths,
+                "length": lengths,
+            },
+            schema=INDEX,
+        )
+        sink = pa.BufferOutputStream()
+        with pyarrow.ipc.new_file(sink, INDEX) as writer:
+            writer.write_table(table)
+        replace_file(filesystem, join(folder, f"{name}.index"), sink.getvalue().to_pybytes())
 
-    def _sufficient(self, filesystem: Any, folder: str) -> list[str]:
-        """PARTS folders that have at least what is needed."""
-        found = [path.rstrip("/").rsplit("/", 1)[-1] for path in filesystem.glob(join(folder, "*"))]
-        return [parts for parts in found if set(self.needs.tag.split("+")) <= set(parts.split("+"))]
+    def has(self, parts: str) -> bool:
+        """Return whether a folder called PARTS has at least what is needed."""
+        return set(self.needs.tag.split("+")) <= set(parts.split("+"))
 
 
 class CacheWriter:
-    """One student worker's side: gathers signals and writes them in the background; if samples come again, it keeps
-    the first at hand."""
+    """One student worker's side: gathers signals and writes them in the background. Thread-safe.
 
-    def __init__(self, cache: SignalCache, plan: Plan) -> None:
+    With `keep`, for samples that come again, the first ones stay in memory as well.
+    """
+
+    def __init__(self, cache: SignalCache, *, keep: bool) -> None:
         self._cache = cache
-        self._shards = plan.shards
-        self._held: dict[int, dict[int, bytes]] = defaultdict(dict)
+        self._lock = threading.Lock()
+        self._held: list[Entry] = []
         self._bytes = 0
-        self._kept: dict[tuple[int, int], bytes] = {}
-        self._room = KEPT_BYTES if plan.epochs > 1 else 0
+        self._kept: dict[tuple[str, int], bytes] = {}
+        self._room = KEPT_BYTES if keep else 0
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="cache")
         self._writing: Future[None] | None = None
 
-    def add(self, ids: SampleIds, inputs: ModelInputs, signal: Signal) -> None:
-        """Keep the answer to a micro-batch; samples whose answer is not valid are left out."""
-        for shard, index, one in zip(ids.shard.tolist(), ids.index.tolist(), split(signal, inputs), strict=True):
-            if one is not None:
-                self._held[shard][index] = one
-                self._bytes += len(one)
-                if self._room >= len(one):
-                    self._kept[shard, index] = one
-                    self._room -= len(one)
-        if self._bytes >= FLUSH_BYTES:
-            self._start()
+    def add(self, shard: Shard, member: int, signal: Signal) -> None:
+        """Keep what the teacher said of a sample. Raises OSError if earlier signals could not be written."""
+        # As bytes: the arrays are views of a whole group's answer, which must not stay in the object store for them.
+        content = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in signal.items()})
+        entry = Entry(_name(shard), member, content)
+        with self._lock:
+            self._held.append(entry)
+            self._bytes += len(content)
+            if self._room >= len(content):
+                self._kept[entry.shard, member] = content
+                self._room -= len(content)
+            if self._bytes >= FILE_BYTES:
+                self._start()
 
-    def known(self, ids: SampleIds) -> list[bytes] | None:
-        """What was said of these samples in an earlier epoch, if all of it is still at hand."""
-        parts = [self._kept.get(place) for place in zip(ids.shard.tolist(), ids.index.tolist(), strict=True)]
-        return None if None in parts else cast(list[bytes], parts)
+    def known(self, shard: Shard, member: int) -> Signal | None:
+        """Return what was said of a sample in an earlier epoch, if it is still in memory."""
+        content = self._kept.get((_name(shard), member))
+        return None if content is None else safetensors.numpy.load(content)
 
     def flush(self) -> None:
-        """Return once everything is stored. Raises OSError if it cannot be."""
-        self._start()
-        self._finish()
+        """Return once everything is stored. Raises OSError if it cannot be.
+
+        For the end of a run: whatever is held becomes a file, however small.
+        """
+        with self._lock:
+            self._start()
+            self._finish()
+
+    def close(self) -> None:
+        """Store everything, and end the thread."""
+        try:
+            self.flush()
+        finally:
+            self._executor.shutdown(wait=False)
 
     def _start(self) -> None:
-        self._finish()
-        held, self._held, self._bytes = self._held, defaultdict(dict), 0
-        self._writing = self._executor.submit(self._write, held)
+        self._finish()  # at most one file is on its way, and one is being gathered
+        held, self._held, self._bytes = self._held, [], 0
+        if held:
+            self._writing = self._executor.submit(self._cache.write, held)
 
     def _finish(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
-
-    def _write(self, held: Mapping[int, Mapping[int, bytes]]) -> None:
-        for shard, signals in held.items():
-            self._cache.write(self._shards[shard], signals)
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
 
-def split(signal: Signal, inputs: ModelInputs) -> list[bytes | None]:
-    """Each sample's part of a micro-batch's signal, serialised; None where it is not valid."""
-    columns: dict[str, Sequence[np.ndarray]] = {}
-    for name in WIRES:
-        wire: Wire | None = getattr(signal, name)
-        if wire:
-            columns[f"{name}:{wire.dtype}"] = np.split(wire.array, np.cumsum(_counts(name, inputs))[:-1])
-    columns |= {f"feature:{name}": list(values) for name, values in signal.features.items()}
-    return [
-        safetensors.numpy.save({name: np.ascontiguousarray(column[at]) for name, column in columns.items()})
-        if valid
-        else None
-        for at, valid in enumerate(signal.valid)
-    ]
+# -------------------------------------------------------------------------------------------------- reading
 
 
-def joined(parts: Sequence[bytes], inputs: ModelInputs, needs: Needs) -> Signal:
-    """A micro-batch's signal from its samples': the inverse of `split`, for what is needed of it.
+class _Range(NamedTuple):
+    """A range of a file, and the positions of the signals in it."""
 
-    Raises TeacherError if the parts do not fit the samples.
-    """
-    samples = [safetensors.numpy.load(part) for part in parts]
-    columns: dict[str, list[np.ndarray]] = defaultdict(list)
-    for sample in samples:  # each may have more than is needed, and a text-only one has nothing on image tokens
-        for name, array in sample.items():
-            columns[name].append(array)
-    wires: dict[str, Any] = {
-        name.split(":")[0]: Wire(np.concatenate(column), name.split(":")[1])
-        for name, column in columns.items()
-        if name.split(":")[0] in needs.wires
-    }
-    for name, wire in wires.items():
-        if len(wire.array) != _counts(name, inputs).sum():
-            raise TeacherError("teacher.cache holds signals of other lengths than these samples have; remove it")
-    if not len(inputs.visual_sample):
-        wires.pop("visual", None)
-        wires.pop("visual_layer", None)
-    return Signal(
-        valid=np.ones(len(parts), dtype=bool),
-        **wires,
-        features={
-            name.removeprefix("feature:"): np.stack(column)  # type: ignore[misc]
-            for name, column in columns.items()
-            if name.startswith("feature:") and name.removeprefix("feature:") in needs.features
-        },
-    )
+    file: str
+    start: int
+    stop: int
+    at: list[int]
 
 
-def _counts(name: str, inputs: ModelInputs) -> np.ndarray:
-    """[B] how many rows of a part each sample has."""
-    if name == "attention":
-        return inputs.rows_per_sample * inputs.visual_per_sample
-    on_image_tokens = name in ("visual", "visual_layer", "salience")
-    return inputs.visual_per_sample if on_image_tokens else inputs.rows_per_sample
+def _ranges(places: Sequence[Stored]) -> list[_Range]:
+    ranges: list[_Range] = []
+    for at in sorted(range(len(places)), key=lambda at: places[at]):
+        place, last = places[at], ranges[-1] if ranges else None
+        stop = place.offset + place.length
+        if (
+            last is not None
+            and last.file == place.file
+            and place.offset - last.stop <= GAP_BYTES
+            and stop - last.start <= RANGE_BYTES
+        ):
+            ranges[-1] = _Range(last.file, last.start, max(last.stop, stop), [*last.at, at])
+        else:
+            ranges.append(_Range(place.file, place.offset, stop, [at]))
+    return ranges
 
 
+@dataclass(frozen=True)
+class _Indexed:
+    """What one file has of one shard."""
+
+    file: str
+    members: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+
+class _Index:
+    """All indexes of a cache, as far as this process has read them."""
+
+    def __init__(self, cache: SignalCache) -> None:
+        self._cache = cache
+        self._lock = threading.Lock()
+        self._read: set[str] = set()
+        self._by_shard: defaultdict[str, list[_Indexed]] = defaultdict(list)
+        self._listed = -REFRESH_S
+
+    def of(self, shard: str) -> list[_Indexed]:
+        """Return what is known of a shard, by its name."""
+        with self._lock:
+            if time.monotonic() - self._listed >= REFRESH_S:
+                self._refresh()
+                self._listed = time.monotonic()
+            return list(self._by_shard.get(shard, ()))
+
+    def _refresh(self) -> None:
+        location = self._cache.location
+        filesystem, root = open_store(location.path, location.storage)
+        listed = filesystem.glob(join(root, self._cache.key, "*", "*.index"))
+        new = [path for path in listed if path not in self._read and self._cache.has(path.split("/")[-2])]
+        if not new:
+            return
+        for path, content in filesystem.cat(new).items():
+            self._add("/".join(path.removesuffix(".index").split("/")[-2:]) + ".signals", content)
+        self._read.update(new)
+
+    def _add(self, file: str, content: bytes) -> None:
+        table = pyarrow.ipc.open_file(pa.BufferReader(content)).read_all()
+        shards = table["shard"].combine_chunks()
+        names, owners = shards.dictionary.to_pylist(), shards.indices.to_numpy()
+        members, offsets, lengths = (table[name].to_numpy() for name in ("member", "offset", "length"))
+        order = np.argsort(owners, kind="stable")
+        bounds = np.searchsorted(owners[order], np.arange(len(names) + 1))
+        for name, start, stop in zip(names, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            at = order[start:stop]
+            self._by_shard[name].append(_Indexed(file, members[at], offsets[at], lengths[at]))
+
+
+@lru_cache(maxsize=4)
+def _index(cache: SignalCache) -> _Index:
+    return _Index(cache)
+
+
+@lru_cache(maxsize=4096)
 def _name(shard: Shard) -> str:
-    """A folder name for a shard's content."""
+    """Return a name for a shard's content: it may be elsewhere the next time."""
     return f"{shard.url.rsplit('/', 1)[-1]}-{shard.samples}-{shard.bytes}-{shard.checksum}"
+
+
+# ------------------------------------------------------------------------------------------------ comparing
+
+ROUNDING = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+"""Relative difference up to which two answers of one teacher are alike. It computes them in groups of other sizes, with
+other kernels, and layer by layer the differences add up; another template or other weights give differences near 1."""
+
+
+def differs(live: Signal, stored: Signal, dtype: str = "bfloat16") -> str | None:
+    """Return which part of a stored signal is not what the teacher says now, and by how much; None if it is the same.
+
+    `dtype` is the one that the teacher computes in (`TeacherFacts.dtype`).
+    """
+    for name, now in live.items():
+        then = stored.get(name)
+        if then is None or then.shape != now.shape:
+            return f"{name}: of shape {None if then is None else then.shape} in the cache, and {now.shape} now"
+        difference = _missing_mass(live, stored) if name == "top_ids" else _difference(name, now, then)
+        if not difference <= ROUNDING[dtype]:
+            return f"{name}: a relative difference of {difference:.2g}, above {ROUNDING[dtype]:g} for {dtype}"
+    return None
+
+
+def _difference(name: str, now: NDArray[Any], then: NDArray[Any]) -> float:
+    """Return ‖now − then‖ / ‖then‖; log-probabilities are compared as probabilities, most of which are next to none."""
+    first, second = _numbers(now), _numbers(then)
+    if name == "top_log_probs":
+        first, second = np.exp(first), np.exp(second)
+    size = np.linalg.norm(second) + PARTS[name].noise * second.size**0.5
+    return float(np.linalg.norm(first - second) / max(size, 1e-12))
+
+
+def _missing_mass(live: Signal, stored: Signal) -> float:
+    """Return the probability, in the mean over rows, of stored ids that are not among those of now.
+
+    By their mass, as the last of them change places with the next at every rounding.
+    """
+    mass = np.exp(_numbers(stored["top_log_probs"])[:, :-1])
+    is_missing = ~(stored["top_ids"][:, :, None] == live["top_ids"][:, None, :]).any(axis=2)
+    return float((mass * is_missing).sum(axis=1).mean())
+
+
+def _numbers(array: NDArray[Any]) -> NDArray[np.float64]:
+    if array.dtype == np.uint16:
+        array = torch.from_numpy(array.copy()).view(torch.bfloat16).float().numpy()
+    return array.astype(np.float64)

@@ -1,60 +1,52 @@
-"""A batch that kills its teachers, halved until the samples at fault are found."""
+"""A group that kills its teachers, halved until the samples at fault are found."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-
-import numpy as np
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from betakd_ray.batch.inputs import ModelInputs
+from betakd_ray.batch.sample import Rendering
 from betakd_ray.errors import TeacherError
-from betakd_ray.teacher.signal import Signal
+from betakd_ray.teacher.parts import Answer, GroupAnswer
+from betakd_ray.teacher.ports import Unanswered
 
-
-class Unanswered(Exception):
-    """A teacher died, stayed silent, or (then it is not `is_deadly`) raised; the message says which."""
-
-    def __init__(self, reason: str, *, is_deadly: bool = True) -> None:
-        super().__init__(reason)
-        self.is_deadly = is_deadly
-
-
-Score = Callable[[ModelInputs], Signal]
+Stack = Callable[[Sequence[Rendering]], ModelInputs]
+Score = Callable[[ModelInputs], GroupAnswer]
 """Asks a teacher. Raises Unanswered, and that for no other reason than these inputs."""
 
 
-def examine(inputs: ModelInputs, score: Score) -> Signal:
-    """The answer to a batch, with the samples that no teacher survives marked as not valid, and why.
+def examine(group: Sequence[Rendering], stack: Stack, score: Score) -> Answer:
+    """Return the answer to a group, with no signal for the samples that no teacher survives, and the reason.
 
-    Asks some 2·log2(B) times for each such sample. Raises TeacherError where it must be the teacher that is at
-    fault: two samples in a row are refused before any is answered, or a blank sample is refused as well.
+    Asks some 2·log2(n) times for each such sample. Raises TeacherError where it must be the teacher that is at fault:
+    two samples in a row are refused before any is answered, or a blank sample is refused as well.
     """
-    return _Examination(score).of(inputs)
+    return _Examination(stack, score).of(group)
 
 
 @dataclass
 class _Examination:
+    stack: Stack
     score: Score
     answered: int = 0
     refused: int = 0
 
-    def of(self, inputs: ModelInputs) -> Signal:
+    def of(self, group: Sequence[Rendering]) -> Answer:
         try:
-            signal = self.score(inputs)
+            answer = self.score(self.stack(group))
         except Unanswered as reason:
-            if inputs.size == 1:
-                return self._refuse(inputs, str(reason))
-            half = inputs.size // 2
-            return Signal.joined([self.of(inputs.part(0, half)), self.of(inputs.part(half, inputs.size))])
-        self.answered += inputs.size
-        return signal
+            if len(group) == 1:
+                return self._refuse(group, str(reason))
+            half = len(group) // 2
+            return Answer.joined([self.of(group[:half]), self.of(group[half:])])
+        self.answered += len(group)
+        return Answer.of(answer)
 
-    def _refuse(self, inputs: ModelInputs, reason: str) -> Signal:
+    def _refuse(self, group: Sequence[Rendering], reason: str) -> Answer:
         self.refused += 1
         if self.refused > 1 and not self.answered:
             raise TeacherError(f"the teacher cannot score a batch, whichever sample of it is tried: {reason}")
         try:
-            # Its answer is thrown away, but has every shape that the student's step needs.
-            signal = self.score(inputs.blank())
+            self.score(self.stack(group).blank())
         except Unanswered as same:
             raise TeacherError(f"the teacher cannot score even a blank sample: {same}") from same
-        return replace(signal, valid=np.zeros(1, dtype=bool), reasons={0: f"the teacher cannot score it: {reason}"})
+        return Answer([None], {0: f"the teacher cannot score it: {reason}"})

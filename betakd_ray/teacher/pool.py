@@ -10,36 +10,51 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from betakd_ray.cluster import placement
 from betakd_ray.errors import ClusterError, TeacherError
 from betakd_ray.metrics import Gauges
 from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
+from betakd_ray.teacher.parts import Needs, TeacherFacts
+from betakd_ray.teacher.ports import Pending, Roster, Teacher, Unanswered
+from betakd_ray.teacher.remote import RemoteTeacher, placed
 from betakd_ray.teacher.scorer import TeacherScorer
-from betakd_ray.teacher.signal import Needs, TeacherFacts
 
 FORGET_AFTER_S = 60.0
+"""A student that is silent for so long may be gone, with the workers it was one of."""
 GROW_ABOVE = 0.10
 """Share of their time that students may wait for teachers before the pool grows."""
 SHRINK_BELOW = 0.02
 SHRINK_AFTER_S = 60.0
+QUIET_S = 12.0
+"""A teacher that leaves is ended, or lent, when it was asked nothing for so long: longer than two heartbeats, by which
+every student has heard of it."""
+NEXT_HOLDER_S = 5.0
+"""Who asked for a lease so lately still waits for it."""
 
-Members = dict[int, ActorHandle]
+Members = dict[int, Teacher]
 
 
 @dataclass(frozen=True)
 class Starting:
-    """A teacher that is being placed or loads its model."""
+    """A teacher that is not a member yet, and what is waited for: its model, or the end of what it has in hand."""
 
-    number: int
-    actor: ActorHandle
-    ready: "ray.ObjectRef"
+    teacher: Teacher
+    ready: Pending
+
+    def is_ready(self) -> bool:
+        """Raises Unanswered if it died meanwhile."""
+        try:
+            self.ready.result(timeout_s=0)
+        except TimeoutError:
+            return False
+        return True
 
 
 @dataclass
@@ -47,32 +62,38 @@ class Lease:
     """A teacher that one student has to itself."""
 
     holder: str
-    teacher: Starting
+    starting: Starting
     seen: float = field(default_factory=time.monotonic)
     """When its holder was last heard of."""
 
 
 class TeacherPool:
-    """Keeps the teachers alive. Runs as an actor without CPU or GPU of its own."""
+    """Keeps the teachers alive. Runs as an actor without CPU or GPU of its own.
+
+    Once it has given up, as teachers die as fast as they are replaced, every method raises that TeacherError.
+    """
 
     _scorer: type[TeacherScorer] = TeacherScorer
 
     def __init__(
         self, teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float, job: str = "teachers"
     ) -> None:
+        self._teacher, self._needs, self._spec, self._gpus = teacher, needs, pool, gpus
         self._gauges = Gauges(job)
         self._min, self._max = pool.min, max(pool.min, pool.max or pool.min)
         self._max_deaths = pool.max_restarts * self._max
         self._deaths = 0  # since a teacher last answered: on preemptible nodes they may die every hour, for days
-        self._start = ray.remote(self._scorer).options(**placement(pool, gpus))
-        self._arguments = (teacher, needs)
-        self._lease_timeout_s = 2 * teacher.timeout_s
         self._pending: dict[int, Starting] = {}
         self._members: Members = {}
+        self._version = 0
+        self._leaving: dict[int, Starting] = {}
+        self._left: set[int] = set()
         self._lease: Lease | None = None
+        self._asking: dict[str, float] = {}
         self._calm_since = time.monotonic()
         self._reports: dict[str, tuple[float, float]] = {}
         self._next = 0
+        self._failure: TeacherError | None = None
         self.restarts = 0
         for _ in range(self._min):
             self._add()
@@ -87,8 +108,8 @@ class TeacherPool:
             if len(self.members()) >= self._min:
                 number, teacher = next(iter(self._members.items()))
                 try:
-                    return cast(TeacherFacts, ray.get(teacher.facts.remote()))  # Ray does not type a handle's methods
-                except RayActorError as error:  # it was well when another job ended
+                    return teacher.facts()
+                except Unanswered as error:  # it was well when another job ended
                     self.lost(number, str(error))
             if time.monotonic() > deadline:
                 raise ClusterError(
@@ -96,89 +117,119 @@ class TeacherPool:
                     f"cluster.start_timeout_s = {timeout_s:g}. The cluster has {ray.cluster_resources()}; lower "
                     "cluster.teacher.min or its gpus, or add nodes."
                 )
-            ray.wait([starting.ready for starting in self._pending.values()], timeout=1.0)
+            time.sleep(0.1)
 
     def members(self) -> Members:
-        """Teachers that are loaded. Raises TeacherError when they die as fast as they are replaced."""
+        """Return the teachers that are loaded."""
+        if self._failure:
+            raise self._failure
         self._end_stale_lease()
         for number, starting in list(self._pending.items()):
-            if not ray.wait([starting.ready], timeout=0)[0]:
-                continue
-            del self._pending[number]
             try:
-                ray.get(starting.ready)
-                self._members[number] = starting.actor
-            except RayActorError as error:
-                self._replace(error)
+                if not starting.is_ready():
+                    continue
+                del self._pending[number]
+                self._join(starting.teacher)
+            except Unanswered as failure:
+                del self._pending[number]
+                self._replace(failure)
+        for number, starting in list(self._leaving.items()):
+            try:
+                if not starting.is_ready():
+                    continue
+            except Unanswered:
+                pass  # it is gone already
+            del self._leaving[number]
+            starting.teacher.kill()
         return self._members
 
-    def lost(self, number: int, reason: str) -> None:
-        """A student found a teacher dead or silent: take it out and start another."""
-        actor = self._members.pop(number, None)
-        if actor is None:
-            return
-        ray.kill(actor)
-        self._replace(TeacherError(reason))
+    def roster(self, version: int) -> Roster:
+        """Return who is in, to one that knows the members of `version`. Handles are many, and sent only if new."""
+        members = self.members()
+        is_expecting = bool(self._pending) or self._lease is not None
+        return Roster(self._version, None if version == self._version else dict(members), is_expecting)
 
-    def lease(self, holder: str) -> tuple[int, ActorHandle] | None:
-        """A teacher for `holder` alone, which nobody else can have sent anything to; None while there is none.
+    def lost(self, number: int, reason: str) -> bool:
+        """Take out a teacher that a student found dead or silent, and start another.
+
+        Returns false if it had been told to leave: its end says nothing of the groups that it had.
+        """
+        teacher = self._members.pop(number, None)
+        if teacher is not None:
+            self._version += 1
+            teacher.kill()
+            self._replace(Unanswered(reason))
+        return number not in self._left
+
+    def lease(self, holder: str) -> Teacher | None:
+        """Return a teacher for `holder` alone, to whom nobody else can have sent anything; None while there is none.
 
         To be asked for again and again. One is lent at a time, and taken back from a holder that falls silent.
         """
-        self._end_stale_lease()
+        self.members()
+        now = time.monotonic()
+        self._asking[holder] = now
         if self._lease is None:
             self._lease = Lease(holder, self._lendable())
         if self._lease.holder != holder:
             return None
-        self._lease.seen = time.monotonic()
-        if not ray.wait([self._lease.teacher.ready], timeout=0)[0]:
-            return None
+        self._lease.seen = now
         try:
-            ray.get(self._lease.teacher.ready)
-        except RayActorError as error:
+            return self._lease.starting.teacher if self._lease.starting.is_ready() else None
+        except Unanswered as failure:
             self._lease = None
-            self._replace(error)
+            self._replace(failure)
             return None
-        return self._lease.teacher.number, self._lease.teacher.actor
 
     def end_lease(self, holder: str, *, is_alive: bool) -> None:
-        """Given back, if there is one: a teacher that is well joins the others; a dead one is replaced, uncounted: its
-        batch is to blame."""
+        """Take back what `holder` has, if it has something.
+
+        A teacher that is well goes to the next who asks for one, or joins the others. A dead one is replaced and not
+        counted: the group it had is to blame.
+        """
+        self._asking.pop(holder, None)
         if self._lease is None or self._lease.holder != holder:
             return
         lease, self._lease = self._lease, None
-        if is_alive:
-            self._pending[lease.teacher.number] = lease.teacher
-        else:
-            ray.kill(lease.teacher.actor)
+        if not is_alive:
+            lease.starting.teacher.kill()
             self.restarts += 1
             self._add()
+            return
+        now = time.monotonic()
+        waiting = [name for name, asked in self._asking.items() if now - asked < NEXT_HOLDER_S]
+        if waiting:
+            self._lease = Lease(waiting[0], lease.starting)
+        else:
+            self._pending[lease.starting.teacher.number] = lease.starting
 
     def _lendable(self) -> Starting:
-        """A teacher that is starting anyway, or a new one in the place of a member, which first ends what it has."""
+        """Choose a teacher to lend: a member, which first ends what it has; if it is the only one, one that is starting
+        anyway. So a search among many teachers does not wait for a model to load at each of its steps."""
+        if len(self._members) > 1 or (self._members and not self._pending):
+            return self._sent_off(max(self._members))
         if not self._pending:
-            if self._members:
-                self._members.popitem()[1].__ray_terminate__.remote()
             self._add()
         return self._pending.pop(min(self._pending))
 
     def is_lent(self) -> bool:
-        """Whether one is, so that others may have to wait for theirs."""
+        """Return whether one is, so that others may have to wait for theirs."""
         return self._lease is not None
 
     def _end_stale_lease(self) -> None:
-        if self._lease and time.monotonic() - self._lease.seen > self._lease_timeout_s:
+        if self._lease and time.monotonic() - self._lease.seen > FORGET_AFTER_S:
             self.end_lease(self._lease.holder, is_alive=False)
 
-    def heartbeat(self, client: str, waiting: float, answers: int) -> Members:
-        """A student reports the share of its time spent waiting for teachers, and how many answers it got; the pool
-        resizes and says who is in."""
+    def heartbeat(self, client: str, waiting: float, answers: int, version: int = -1) -> Roster:
+        """Take a student's report of the share of its time spent waiting for teachers, and of how many answers it got;
+        resize, and say who is in."""
         if answers:
             self._deaths = 0
         self._show()
         now = time.monotonic()
+        if self._lease and self._lease.holder.partition("/")[0] == client:
+            self._lease.seen = now
         self._reports[client] = (now, waiting)
-        # A student that is silent may be gone, with the workers it was one of.
         self._reports = {name: report for name, report in self._reports.items() if now - report[0] < FORGET_AFTER_S}
         most = max(share for _, share in self._reports.values())
         if most > SHRINK_BELOW:
@@ -187,9 +238,21 @@ class TeacherPool:
             self._add()
         elif now - self._calm_since > SHRINK_AFTER_S and len(self._members) > self._min:
             self._calm_since = now
-            # Queued behind the requests it still holds, so none is lost.
-            self._members.popitem()[1].__ray_terminate__.remote()
-        return self.members()
+            leaving = self._sent_off(max(self._members))
+            self._leaving[leaving.teacher.number] = leaving
+        return self.roster(version)
+
+    def _sent_off(self, number: int) -> Starting:
+        """Take a member out; it is ready when it has answered all that it was asked, so none of it is lost."""
+        teacher = self._members.pop(number)
+        self._version += 1
+        self._left.add(number)
+        return Starting(teacher, teacher.drain(QUIET_S))
+
+    def _join(self, teacher: Teacher) -> None:
+        self._members[teacher.number] = teacher
+        self._left.discard(teacher.number)
+        self._version += 1
 
     def _show(self) -> None:
         alive = len(self._members)
@@ -202,15 +265,25 @@ class TeacherPool:
         )
 
     def _add(self) -> None:
-        actor = cast(ActorHandle, self._start.remote(*self._arguments))  # typed as a handle or the class
-        self._pending[self._next] = Starting(self._next, actor, actor.__ray_ready__.remote())
+        teacher = self._place(self._next)
+        self._pending[self._next] = Starting(teacher, teacher.ready())
         self._next += 1
 
-    def _replace(self, reason: Exception) -> None:
+    def _place(self, number: int) -> Teacher:
+        """Start a teacher, wherever there is a place for one."""
+        return RemoteTeacher(number, self._actors.remote(self._teacher, self._needs))
+
+    @cached_property
+    def _actors(self) -> Any:
+        return placed(self._scorer, placement(self._spec, self._gpus))
+
+    def _replace(self, failure: Unanswered) -> None:
         if self._deaths >= self._max_deaths:
-            # Ray's text ends with what the actor itself raised, if it did.
-            last = str(reason).strip().splitlines()[-1]
-            raise TeacherError(f"teachers keep dying (cluster.teacher.max_restarts is used up). The last one: {last}")
+            last = failure.detail.strip().splitlines()[-1]
+            self._failure = TeacherError(
+                f"teachers keep dying (cluster.teacher.max_restarts is used up). The last one: {last}"
+            )
+            raise self._failure
         self._deaths += 1
         self.restarts += 1
         self._add()
@@ -293,11 +366,3 @@ class Loan:
 def _question(teacher: TeacherSpec, needs: Needs) -> tuple[str, tuple[int, ...]]:
     """Alike for jobs whose needs can be joined."""
     return teacher.model_dump_json(), needs.choices
-
-
-def unwrapped(answer: "ray.ObjectRef") -> Any:
-    """What a call returned, or the error that it raised, as itself."""
-    try:
-        return ray.get(answer)
-    except RayTaskError as error:
-        raise error.cause from error

@@ -94,7 +94,7 @@ class TeacherScorer:
         return self._work.seconds()
 
     def drain(self, quiet_s: float) -> None:
-        """Return once no group has been in hand for so long: whoever asked this teacher has heard that it is leaving."""
+        """Return once no group has been in hand for so long, by when every student has heard that it is leaving."""
         quiet_since = time.monotonic()
         while time.monotonic() - quiet_since < quiet_s:
             if self._work.in_hand:

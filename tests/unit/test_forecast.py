@@ -18,8 +18,8 @@ from betakd_ray.errors import DataError, ModelError
 from betakd_ray.forecast import AssumedData, Forecast, SampleSize, feasibility, forecast, signal_bytes
 from betakd_ray.job import BetaKDJob
 from betakd_ray.spec import PoolSpec, StorageSpec, parse_spec
+from betakd_ray.teacher.parts import Needs
 from betakd_ray.teacher.scorer import TeacherScorer
-from betakd_ray.teacher.signal import WIRES, Needs
 from betakd_ray.train.memory import teacher_model
 from tests.tiny import IMAGE_TOKENS, VOCAB, numbered_samples, save_tiny
 
@@ -96,9 +96,8 @@ def test_the_teachers_answer_has_the_bytes_that_were_promised(tmp_path, objectiv
     renderer = job.renderers()["student"]
     inputs = stack([ASSUMED.rendering(renderer)] * 3, renderer.pad_token_id, renderer.image_token_id)
     needs = Needs.of(spec.teacher, spec.objective, VOCAB)
-    signal = TeacherScorer(spec.teacher, needs).score(inputs)
-    wires = [getattr(signal, name) for name in WIRES if getattr(signal, name)]
-    sent = sum(wire.array.nbytes for wire in wires) + sum(array.nbytes for array in signal.features.values())
+    answer = TeacherScorer(spec.teacher, needs).score(inputs)
+    sent = sum(array.nbytes for array in answer.arrays.values())
     model = teacher_model(spec.teacher, needs, inputs, renderer.processor)
     assert signal_bytes(needs, model, SampleSize.of(inputs)) == pytest.approx(sent / 3)
 
@@ -142,9 +141,10 @@ def test_ranks_send_their_gradients_and_weights_in_rings(tmp_path: Path, stage: 
     assert "gradients and weights from each rank, a step" in _table(found)
 
 
-def test_what_a_rank_keeps_with_the_teachers_is_a_window_of_micro_batches(tmp_path: Path) -> None:
-    found = forecast(_job(tmp_path, teacher={"window": 3}), ASSUMED)
-    assert found.held == pytest.approx(3 * 4 * (found.sample.bytes + found.signal))
+def test_what_a_rank_keeps_with_the_teachers_is_a_step_and_a_window_of_groups(tmp_path: Path) -> None:
+    found = forecast(_job(tmp_path, teacher={"window": 3, "batch_tokens": 4096}), ASSUMED)
+    samples = found.spec.training.global_batch_size + 3 * 4096 / found.sample.tokens
+    assert found.held == pytest.approx(samples * (found.sample.bytes + found.signal))
 
 
 def test_gpus_are_counted_where_the_spec_says_how_many(tmp_path: Path) -> None:

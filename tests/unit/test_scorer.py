@@ -2,6 +2,9 @@
 
 import math
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,16 +15,26 @@ from betakd_ray.batch.images import Normalization
 from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.batch.packing import stack
 from betakd_ray.data.render import Renderer
-from betakd_ray.errors import ModelError
+from betakd_ray.errors import ModelError, TeacherError
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import lm_head
 from betakd_ray.spec import DataSpec, ModelSpec, TeacherSpec
+from betakd_ray.teacher.parts import (
+    Answer,
+    Needs,
+    Signal,
+    empty_signal,
+    join,
+    places,
+    to_tensor,
+    to_wire,
+    value_bytes,
+)
 from betakd_ray.teacher.scorer import TeacherScorer
-from betakd_ray.teacher.signal import Needs
 from tests.tiny import VOCAB, raw_sample, save_tiny
 
 CPU = torch.device("cpu")
-EVERYTHING = Needs(hidden=True, visual=True, features=("teacher_vision", "teacher_answer", "teacher_entropy"))
+EVERYTHING = Needs(frozenset({"hidden", "visual", "teacher_vision", "teacher_answer", "teacher_entropy"}))
 IMAGES = [True, False, True]
 
 
@@ -68,21 +81,31 @@ def logits(folder, renderings):
     return torch.stack(rows)
 
 
+def teacher_of(folder, needs: Needs, **fields) -> TeacherScorer:
+    return TeacherScorer(TeacherSpec(path=folder, **fields), needs)
+
+
+def parts_of(teacher: TeacherScorer, inputs: ModelInputs) -> dict[str, torch.Tensor]:
+    """What a student makes of an answer in which every sample is well."""
+    signals = Answer.of(teacher.score(inputs)).signals
+    assert None not in signals
+    joined = join([signal for signal in signals if signal is not None], inputs, teacher.needs)
+    return {name: to_tensor(array, CPU) for name, array in joined.items()}
+
+
 def test_hidden_rows_and_head_give_the_model_s_own_logits(folder, inputs, logits):
-    teacher = TeacherScorer(TeacherSpec(path=folder), EVERYTHING)
-    facts, signal = teacher.facts(), teacher.score(inputs)
-    assert signal.hidden
-    assert facts.head
-    torch.testing.assert_close(signal.hidden.tensor(CPU) @ facts.head.tensor(CPU).t(), logits, rtol=1e-4, atol=1e-5)
-    assert signal.valid.all()
-    assert facts.fingerprint == ""
+    teacher = teacher_of(folder, EVERYTHING)
+    facts, head = teacher.facts(), teacher.head()
+    assert head is not None
+    found = parts_of(teacher, inputs)["hidden"] @ to_tensor(head, CPU).t()
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+    assert (facts.fingerprint, facts.dtype, facts.width) == ("", "float32", head.shape[1])
+    assert facts.feature_sizes == {"teacher_vision": facts.width, "teacher_answer": facts.width, "teacher_entropy": 2}
 
 
 def test_attention_is_the_first_layer_s_from_each_answer_row_to_each_image_token(folder, renderings, inputs):
     renderer, found = renderings
-    signal = TeacherScorer(TeacherSpec(path=folder), Needs(attention=True, salience=True)).score(inputs)
-    assert signal.attention
-    assert signal.salience
+    parts = parts_of(teacher_of(folder, Needs(frozenset({"attention", "salience"}))), inputs)
     model = load_model(ModelSpec(path=folder, attn_implementation="eager"), torch.float32)
     expected, salience = [], []
     for one in found:
@@ -96,15 +119,14 @@ def test_attention_is_the_first_layer_s_from_each_answer_row_to_each_image_token
         tokens = np.flatnonzero(one.input_ids == renderer.image_token_id)
         expected += [weights[:, n, m] for n in rows for m in tokens]
         salience += [weights[:, rows, m].mean() for m in tokens]
-    torch.testing.assert_close(signal.attention.tensor(CPU), torch.stack(expected), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(signal.salience.tensor(CPU), torch.stack(salience), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(parts["attention"], torch.stack(expected), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(parts["salience"], torch.stack(salience), rtol=1e-4, atol=1e-6)
 
 
 def test_a_layer_s_output_is_that_of_the_image_tokens(folder, renderings, inputs):
     renderer, found = renderings
-    signal = TeacherScorer(TeacherSpec(path=folder), Needs(visual_layer=1)).score(inputs)
-    assert signal.visual_layer
-    assert signal.visual is None
+    parts = parts_of(teacher_of(folder, Needs(frozenset({"visual_layer"}), layer=1)), inputs)
+    assert list(parts) == ["visual_layer"]
     model = load_model(ModelSpec(path=folder), torch.float32)
     expected = []
     for one in found:
@@ -115,40 +137,54 @@ def test_a_layer_s_output_is_that_of_the_image_tokens(folder, renderings, inputs
         with torch.no_grad():
             states = model(input_ids=ids[None], pixel_values=pixels, output_hidden_states=True).hidden_states
         expected.append(states[1][0][ids == renderer.image_token_id])
-    torch.testing.assert_close(signal.visual_layer.tensor(CPU), torch.cat(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(parts["visual_layer"], torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 
 def test_features_are_the_plain_loops(folder, inputs, logits):
-    signal = TeacherScorer(TeacherSpec(path=folder), EVERYTHING).score(inputs)
-    hidden, visual = (wire.tensor(CPU) for wire in (signal.hidden, signal.visual) if wire)
+    parts = parts_of(teacher_of(folder, EVERYTHING), inputs)
+    hidden, visual = parts["hidden"], parts["visual"]
     for sample in range(len(IMAGES)):
         rows = [n for n, owner in enumerate(inputs.row_sample) if owner == sample]
         tokens = [n for n, owner in enumerate(inputs.visual_sample) if owner == sample]
         vision = visual[tokens].mean(0) if tokens else torch.zeros(visual.shape[1])
-        torch.testing.assert_close(torch.from_numpy(signal.features["teacher_vision"][sample]), vision)
-        torch.testing.assert_close(torch.from_numpy(signal.features["teacher_answer"][sample]), hidden[rows].mean(0))
+        torch.testing.assert_close(parts["teacher_vision"][sample], vision)
+        torch.testing.assert_close(parts["teacher_answer"][sample], hidden[rows].mean(0))
         entropies = [-math.fsum(p * math.log(p) for p in logits[n].double().softmax(0).tolist()) for n in rows]
         expected = [math.fsum(entropies) / len(rows), max(entropies)]
-        assert signal.features["teacher_entropy"][sample].tolist() == pytest.approx(expected, rel=1e-4)
+        assert parts["teacher_entropy"][sample].tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_top_k_are_the_largest_and_the_rest_of_the_common_ids(folder, inputs, logits):
     common = VOCAB - 3
-    teacher = TeacherScorer(TeacherSpec(path=folder, signal="top_k"), Needs(top_k=5, vocab=common))  # type: ignore[arg-type]
-    signal = teacher.score(inputs)
-    assert teacher.facts().head is None
-    assert signal.hidden is None
-    assert signal.top_ids
-    assert signal.top_log_probs
+    needs = Needs(frozenset({"top_ids", "top_log_probs"}), top_k=5, vocab=common)
+    teacher = teacher_of(folder, needs, signal="top_k")
+    parts = parts_of(teacher, inputs)
+    assert teacher.head() is None
+    assert set(parts) == needs.parts
     probs = logits[:, :common].double().softmax(1)
-    sent = signal.top_log_probs.tensor(CPU).double().exp()
+    sent = parts["top_log_probs"].double().exp()
     torch.testing.assert_close(sent.sum(1), torch.ones(len(logits), dtype=torch.float64), rtol=1e-5, atol=0)
     torch.testing.assert_close(sent[:, :-1], probs.sort(1, descending=True).values[:, :5], rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(probs.gather(1, signal.top_ids.tensor(CPU).long()), sent[:, :-1], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(probs.gather(1, parts["top_ids"].long()), sent[:, :-1], rtol=1e-4, atol=1e-7)
 
 
-def test_a_sample_whose_layer_is_not_finite_is_not_valid_either(folder, inputs):
-    teacher = TeacherScorer(TeacherSpec(path=folder), Needs(hidden=True, visual_layer=1))
+def assert_only_is_refused(answer: Answer, refused: int, expected: Answer) -> None:
+    """The others' signals are as they were."""
+    assert answer.reasons == {refused: "the teacher's output is not finite"}
+    for at, (signal, whole) in enumerate(zip(answer.signals, expected.signals, strict=True)):
+        if at == refused:
+            assert signal is None
+            continue
+        assert signal is not None
+        assert whole is not None
+        assert signal.keys() == whole.keys()
+        for name, array in signal.items():
+            np.testing.assert_array_equal(array, whole[name])
+
+
+def test_a_sample_whose_layer_is_not_finite_has_no_signal_either(folder, inputs):
+    teacher = teacher_of(folder, Needs(frozenset({"hidden", "visual_layer"}), layer=1))
+    expected = Answer.of(teacher.score(inputs))
     at = (int(inputs.visual_sample[-1]), int(inputs.visual_position[-1]))
 
     def poison(_module, _arguments, output):
@@ -156,14 +192,12 @@ def test_a_sample_whose_layer_is_not_finite_is_not_valid_either(folder, inputs):
         return output
 
     teacher.model.model.language_model.layers[0].register_forward_hook(poison)
-    signal = teacher.score(inputs)
-    assert signal.valid.tolist() == [True, True, False]
-    assert signal.visual_layer
-    assert signal.visual_layer.tensor(CPU).isfinite().all()
+    assert_only_is_refused(Answer.of(teacher.score(inputs)), 2, expected)
 
 
-def test_a_sample_whose_answer_is_not_finite_is_not_valid_and_the_others_are(folder, inputs, monkeypatch):
-    teacher = TeacherScorer(TeacherSpec(path=folder), EVERYTHING)
+def test_a_sample_whose_answer_is_not_finite_has_no_signal_and_the_others_have_theirs(folder, inputs):
+    teacher = teacher_of(folder, EVERYTHING)
+    expected = Answer.of(teacher.score(inputs))
     first_row = int(inputs.answer_rows[0])
 
     def poison(_module, _arguments, output):
@@ -171,11 +205,101 @@ def test_a_sample_whose_answer_is_not_finite_is_not_valid_and_the_others_are(fol
         return output
 
     teacher.model.model.language_model.register_forward_hook(poison)
-    signal = teacher.score(inputs)
-    assert signal.valid.tolist() == [False, True, True]
-    assert signal.hidden
-    assert signal.hidden.tensor(CPU).isfinite().all()  # or a weight of zero would not silence it
-    assert all(np.isfinite(values).all() for values in signal.features.values())
+    assert_only_is_refused(Answer.of(teacher.score(inputs)), 0, expected)
+
+
+def test_a_sample_says_the_same_alone_as_in_a_group_and_has_no_part_on_image_tokens_it_lacks(
+    folder, renderings, inputs
+):
+    renderer, found = renderings
+    teacher = teacher_of(folder, EVERYTHING)
+    together = Answer.of(teacher.score(inputs)).signals
+    for one, expected in zip(found, together, strict=True):
+        alone = stack([one], renderer.pad_token_id, renderer.image_token_id)
+        (signal,) = Answer.of(teacher.score(alone)).signals
+        assert signal is not None
+        assert expected is not None
+        assert set(signal) == set(expected) == EVERYTHING.parts - ({"visual"} if one.pixels is None else set())
+        for name, array in signal.items():
+            np.testing.assert_allclose(array, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_groups_that_are_scored_at_once_get_their_own_answers(folder, renderings):
+    """Attention is caught by a hook, of which several threads then have one each."""
+    renderer, found = renderings
+    teacher = teacher_of(folder, Needs(frozenset({"hidden", "attention"})))
+    teacher._permits = threading.Semaphore(3)  # as a teacher over three GPUs
+    groups = [stack([found[0]] * count, renderer.pad_token_id, renderer.image_token_id) for count in (1, 2, 3)]
+    expected = [teacher.score(group) for group in groups]
+    with ThreadPoolExecutor(3) as executor:
+        for _ in range(5):
+            for one, other in zip(executor.map(teacher.score, groups), expected, strict=True):
+                for name, array in other.arrays.items():
+                    np.testing.assert_allclose(one.arrays[name], array, rtol=1e-5, atol=1e-6)
+
+
+def test_only_what_is_computed_counts_as_work(folder, inputs):
+    teacher = teacher_of(folder, EVERYTHING)
+    assert teacher.health() == 0.0
+    begun, may_end = threading.Event(), threading.Event()
+
+    def hold(*_):
+        begun.set()
+        may_end.wait(30)
+
+    handle = teacher.model.register_forward_pre_hook(hold)
+    hook = teacher.model.model.register_forward_pre_hook(hold)
+    with ThreadPoolExecutor(2) as executor:
+        first = executor.submit(teacher.score, inputs)
+        assert begun.wait(30)
+        second = executor.submit(teacher.score, inputs)  # waits for its turn
+        time.sleep(0.2)
+        assert 0.2 <= teacher.health() < 5
+        may_end.set()
+        # The second's time began when the first was done.
+        assert first.result().busy_s >= 0.2
+        assert second.result().busy_s < 0.2 + first.result().busy_s
+    handle.remove()
+    hook.remove()
+    assert teacher.health() == 0.0
+    teacher.drain(0.05)  # nothing is in hand, so it returns
+
+
+def test_the_parts_of_an_answer_fit_the_table(folder, inputs):
+    """What is said of sizes beforehand is what comes: memory and forecast read it."""
+    needs = Needs(EVERYTHING.parts | {"attention", "salience", "visual_layer"}, layer=2)
+    teacher = teacher_of(folder, needs)
+    facts = teacher.facts()
+    for at, signal in enumerate(Answer.of(teacher.score(inputs)).signals):
+        assert signal is not None
+        rows, tokens = int(inputs.rows_per_sample[at]), int(inputs.visual_per_sample[at])
+        empty = empty_signal(needs, facts, rows, tokens)
+        assert {name: (array.shape, array.dtype) for name, array in signal.items()} == {
+            name: (array.shape, array.dtype) for name, array in empty.items()
+        }
+        assert all(
+            array.nbytes == value_bytes(name, needs, facts) * places(name, inputs)[at] for name, array in signal.items()
+        )
+
+
+def test_signals_that_do_not_fit_their_samples_are_refused_by_the_part_s_name(folder, inputs):
+    needs = Needs(frozenset({"hidden", "visual"}))
+    signals: list[Signal] = [
+        dict(signal) for signal in Answer.of(teacher_of(folder, needs).score(inputs)).signals if signal
+    ]
+    short = [*signals[:2], signals[2] | {"hidden": signals[2]["hidden"][1:]}]
+    with pytest.raises(TeacherError, match="values of 'hidden', and the sample has"):
+        join(short, inputs, needs)
+    del signals[0]["visual"]
+    with pytest.raises(TeacherError, match="0 values of 'visual', and the sample has 4"):
+        join(signals, inputs, needs)
+
+
+def test_bfloat16_travels_as_it_is():
+    tensor = torch.randn(3, 5).bfloat16()
+    array = to_wire(tensor)
+    assert array.dtype == np.uint16
+    assert torch.equal(to_tensor(array, CPU), tensor)
 
 
 def test_the_fingerprint_is_of_the_weights_and_made_only_for_a_cache(folder, tmp_path):
