@@ -670,6 +670,8 @@ class TrainingSpec(Spec):
             "gradient_clipping": "optimizer.max_grad_norm",
             "bf16": "precision",
             "fp16": "precision",
+            "data_types": "this package (gradients are summed in float32)",
+            "communication_data_type": "this package (gradients are summed in float32)",
             "optimizer": "the optimizer section",
             "scheduler": "the optimizer section",
         }
@@ -681,6 +683,15 @@ class TrainingSpec(Spec):
             raise ValueError(f"deepspeed.zero_optimization: is {_short(zero)}, not a mapping")
         if "stage" in zero:
             raise ValueError("deepspeed.zero_optimization.stage: is set by zero_stage; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_float32_copies(self) -> "TrainingSpec":
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError(
+                "zero_stage is 0 and precision is bf16: there DeepSpeed sums gradients in bfloat16. Set zero_stage to "
+                "1, which with one worker takes no more memory, or precision to fp32"
+            )
         return self
 
     @model_validator(mode="after")
