@@ -708,6 +708,8 @@ class TrainingSpec(Spec):
             "gradient_clipping": "optimizer.max_grad_norm",
             "bf16": "precision",
             "fp16": "precision",
+            "data_types": "this package (gradients are summed in float32)",
+            "communication_data_type": "this package (gradients are summed in float32)",
             "optimizer": "the optimizer section",
             "scheduler": "the optimizer section",
         }
@@ -727,6 +729,15 @@ class TrainingSpec(Spec):
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is less than one sample for each of up to "
                 f"{self.workers.max} workers: raise it, or lower workers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_float32_copies(self) -> "TrainingSpec":
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError(
+                "zero_stage is 0 and precision is bf16: there DeepSpeed sums gradients in bfloat16. Set zero_stage to "
+                "1, which with one worker takes no more memory, or precision to fp32"
             )
         return self
 

@@ -27,6 +27,7 @@ from betakd_ray.data.rows import samples_of
 from betakd_ray.models.flops import peak_flops, student_flops
 from betakd_ray.teacher.cache import CacheWriter
 from betakd_ray.teacher.client import TeacherClient
+from betakd_ray.teacher.remote import RemotePool
 from betakd_ray.teacher.signals import SignalSource
 from betakd_ray.tracking import Metrics, from_jsonl, to_jsonl
 from betakd_ray.train import checkpoint
@@ -59,7 +60,7 @@ class Worker:
         self.client: TeacherClient | None = None
         if config.pool and self.spec.teacher:
             self.client = TeacherClient(
-                config.pool,
+                RemotePool(config.pool),
                 self.rank,
                 self.ranks,
                 self.spec.teacher,
@@ -87,13 +88,13 @@ class Worker:
         with ExitStack() as threads:
             feed, prefetch = self.feed(threads)
             for step, batches in prefetch.steps():
-                self.clock.stalled(prefetch.take_stalls())
+                self.note_stalls(prefetch)
                 is_logged = self.is_logged(step.number)
                 progress = step.number / self.total_steps
                 totals = self.learner.step(
                     batches, step.counts, step.number, progress, statistics=is_logged, clock=self.clock
                 )
-                self.clock.stalled(prefetch.take_stalls(), within="forward_backward")
+                self.note_stalls(prefetch, within="forward_backward")
                 self.account(step)
                 self.guard(totals, step)
                 if is_logged:
@@ -167,6 +168,13 @@ class Worker:
         require_few(fraction, self.spec.data, self.config.plan, bad[-1])
 
     # ------------------------------------------------------------------------------------- after a step
+
+    def note_stalls(self, prefetch: Prefetch, within: str = "") -> None:
+        """Note how long the training waited for its feed; the pool of teachers grows while students wait for it."""
+        stalls = prefetch.take_stalls()
+        self.clock.stalled(stalls, within=within)
+        if self.client and "teacher_wait" in stalls:
+            self.client.report_waiting(stalls["teacher_wait"])
 
     def account(self, step: Step) -> None:
         """Note what the step used up."""

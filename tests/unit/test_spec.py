@@ -154,12 +154,24 @@ def test_an_energy_that_needs_every_logit_refuses_a_top_k_signal(energy):
 
 @pytest.mark.parametrize(
     ("deepspeed", "owner"),
-    [({"fp16": {"enabled": True}}, "precision"), ({"zero_optimization": {"stage": 3}}, "zero_stage")],
+    [
+        ({"fp16": {"enabled": True}}, "precision"),
+        ({"zero_optimization": {"stage": 3}}, "zero_stage"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "float32"),
+        ({"communication_data_type": "bf16"}, "float32"),
+    ],
 )
 def test_the_deepspeed_mapping_is_for_what_the_spec_does_not_name(deepspeed, owner):
     with pytest.raises(SpecError, match=owner):
         parse_spec(tree(training={"deepspeed": deepspeed}))
     parse_spec(tree(training={"deepspeed": {"zero_optimization": {"overlap_comm": True}}}))
+
+
+def test_bf16_needs_a_zero_stage_that_sums_gradients_in_float32():
+    with pytest.raises(SpecError, match="zero_stage is 0 and precision is bf16.*Set zero_stage to 1"):
+        parse_spec(tree(training={"zero_stage": 0}))
+    for training in ({"zero_stage": 1}, {"zero_stage": 0, "precision": "fp32"}):
+        parse_spec(tree(training=training))
 
 
 def test_every_section_is_closed():
