@@ -49,7 +49,7 @@ from betakd_ray.teacher.remote import unwrapped
 from betakd_ray.tracking import to_jsonl
 from betakd_ray.train.backend import Deaths, FoundTorchConfig, causes
 from betakd_ray.train.checkpoint import QUARANTINE, SPEC, CheckpointStore, output_errors
-from betakd_ray.train.feed import rows
+from betakd_ray.train.source import rows
 from betakd_ray.train.monitor import Monitor, give_up, report
 from betakd_ray.train.worker import STOPPED, WorkerConfig, train_worker
 

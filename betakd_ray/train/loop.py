@@ -69,7 +69,7 @@ class Worker:
             )
         head = self.client.head() if self.client else None
         self.learner = Learner(self.spec, config.facts, self.total_steps, head)
-        self.cache = CacheWriter(config.cache, config.plan.epochs) if config.cache else None
+        self.cache = CacheWriter(config.cache, keep=config.plan.epochs > 1) if config.cache else None
         self.store = checkpoint.CheckpointStore(config.run, self.spec.output.storage)
         self.metrics = Metrics(self.spec, config.run) if self.rank == 0 else None
         self.ledger = config.plan.empty_ledger() if self.rank == 0 else None
@@ -274,8 +274,6 @@ class Worker:
         """Collective: make a checkpoint of everything that a resume needs."""
         start = time.monotonic()
         with self.clock.phase("save"):
-            if self.cache:
-                self.cache.flush()
             self.merge_trained()
             group = self.learner.host_group
             checkpoint.save(self.store, self.step, self.start.attempt, self.training.keep, self.write, group)

@@ -152,7 +152,7 @@ def student_memory(
         teacher_head=head,
         activations=working.activations,
         objective=working.peak - working.activations - working.gradients,
-        gradients=working.gradients or _held_gradients(spec, sizes, ranks),
+        gradients=working.gradients or _held_gradients(spec, sizes, ranks, inputs),
     )
 
 
@@ -203,10 +203,14 @@ def _held(spec: JobSpec, sizes: _Sizes, ranks: int) -> StudentMemory:
     )
 
 
-def _held_gradients(spec: JobSpec, sizes: _Sizes, ranks: int) -> int:
-    """Summed up from earlier micro-batches, where ZeRO keeps each rank's part of them."""
-    is_first = spec.training.accumulation(ranks) == 1
-    return 0 if is_first else sizes.trained * sizes.bytes // ranks
+def _accumulates(spec: JobSpec, ranks: int, inputs: ModelInputs) -> bool:
+    """Return whether a rank has more than one such micro-batch a step."""
+    return spec.training.share(ranks) > inputs.size
+
+
+def _held_gradients(spec: JobSpec, sizes: _Sizes, ranks: int, inputs: ModelInputs) -> int:
+    """Return bytes of gradients summed up from earlier micro-batches, where ZeRO keeps each rank's part of them."""
+    return 0 if not _accumulates(spec, ranks, inputs) else sizes.trained * sizes.bytes // ranks
 
 
 @dataclass(frozen=True)
@@ -241,7 +245,7 @@ class _Working:
         distiller.rows.register_forward_pre_hook(at_objective)
         tally.peak = held
         ranks = spec.training.workers.min
-        for _ in range(2 if stays and spec.training.accumulation(ranks) > 1 else 1):
+        for _ in range(2 if stays and _accumulates(spec, ranks, inputs) else 1):
             loss = distiller(
                 _tensors(inputs),
                 _view(spec, teacher, needs, inputs),

@@ -154,8 +154,8 @@ def deepspeed_config(spec: JobSpec, workers: int) -> dict[str, Any]:
     training = spec.training
     config = {
         # DeepSpeed wants a product that fits. With one nominal accumulation step, nothing of it divides a gradient.
-        "train_batch_size": training.micro_batch_size * workers,
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "train_batch_size": workers,
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0 if _is_plain(spec) else spec.optimizer.max_grad_norm,
         "zero_allow_untested_optimizer": True,

@@ -20,27 +20,27 @@ def test_a_rank_that_says_nothing_for_too_long_is_told_to_the_others_with_what_i
     roll = Roll()
     roll.begin("a")
     for second in range(0, 12, 2):
-        roll.heard("a", 0, "step 7", limit_s=10, now=second)
+        roll.heard("a", 0, "step 7", limit_s=10.0, now=float(second))
         if second < 2:
-            roll.heard("a", 1, "step 7, its feed at teacher_wait", limit_s=10, now=second)
-        assert roll.silent(10, second) == ""
-    roll.heard("a", 0, "step 7", limit_s=10, now=12)
-    assert roll.silent(10, 12) == "rank 1 has said nothing for 12 s. It last was at: step 7, its feed at teacher_wait."
+            roll.heard("a", 1, "step 7, its feed at teacher_wait", limit_s=10.0, now=float(second))
+        assert roll.silent(10.0, float(second)) == ""
+    roll.heard("a", 0, "step 7", limit_s=10.0, now=12.0)
+    assert roll.silent(10.0, 12.0) == "rank 1 has said nothing for 12 s. It last was at: step 7, its feed at teacher_wait."
     roll.begin("b")
-    roll.heard("a", 1, "late", limit_s=10, now=13)  # of workers that are gone
-    assert roll.silent(0, 100) == ""
+    roll.heard("a", 1, "late", limit_s=10.0, now=13.0)  # of workers that are gone
+    assert roll.silent(0.0, 100.0) == ""
 
 
 def test_no_rank_is_to_blame_where_the_monitor_itself_stood_still() -> None:
     roll = Roll()
     roll.begin("a")
     for rank in (0, 1):
-        roll.heard("a", rank, "", limit_s=10, now=0)
-    roll.heard("a", 0, "", limit_s=10, now=100)  # both had beaten all the time, and wait in its queue
-    assert roll.silent(10, 100) == ""
+        roll.heard("a", rank, "", limit_s=10.0, now=0.0)
+    roll.heard("a", 0, "", limit_s=10.0, now=100.0)  # both had beaten all the time, and wait in its queue
+    assert roll.silent(10.0, 100.0) == ""
     for second in (104, 108, 112):
-        roll.heard("a", 0, "", limit_s=10, now=second)
-    assert roll.silent(10, 112).startswith("rank 1")
+        roll.heard("a", 0, "", limit_s=10.0, now=float(second))
+    assert roll.silent(10.0, 112.0).startswith("rank 1")
 
 
 def test_a_start_of_the_workers_has_a_name_and_the_checkpoint_that_its_rows_were_made_for() -> None:
