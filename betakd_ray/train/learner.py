@@ -111,14 +111,16 @@ class Learner:
         `progress` is the job's with this step done, up to 1. With `statistics`, those of the objective come along.
         """
         self.tally.clear()
-        for batch, signal in window:
+        for number, (batch, signal) in enumerate(window, start=1):
+            self.engine.set_gradient_accumulation_boundary(number == len(window))
             self._backward(batch, signal, counts, progress, statistics)
+        self.engine.step()
         return self._update(progress)
 
     def _backward(
         self, batch: Batch, signal: Signal | None, counts: GlobalCounts, progress: float, statistics: bool
     ) -> None:
-        """Forward and backward of one micro-batch; DeepSpeed steps with the last of the window."""
+        """Forward and backward of one micro-batch."""
         inputs = TensorInputs.of(batch.student, self.device)
         valid = to_device(valid_samples(batch, signal), self.device)
         features = {name: to_device(value, self.device) for name, value in (signal.features if signal else {}).items()}
@@ -126,8 +128,8 @@ class Learner:
         present = present_channels(self.channels, valid, inputs.has_image)
         share = self._share(inputs, counts)
         moving = self.curriculum.values()
-        # DeepSpeed divides by accumulation steps and ranks, and `share` already by the global batch.
-        scale = self.accumulation * self.world_size
+        # DeepSpeed divides by the number of ranks, and `share` already by the global batch.
+        scale = self.world_size
         output: Distilled = self.engine(
             inputs,
             self._view(batch.student, signal) if signal else None,
@@ -136,8 +138,7 @@ class Learner:
             {name: value.detach() for name, value in moving.items()},
             statistics,
         )
-        self.engine.backward(output.loss)
-        self.engine.step()
+        self.engine.backward(output.loss, scale_wrt_gas=False)
         energies = torch.where(present, output.energies, 0.0)
         loss = (self.weighting.loss(beta, energies, present) * share).sum()
         if loss.requires_grad:
