@@ -19,10 +19,10 @@ FOLDER = "model"
 PREFIX = "student."
 
 
-def export(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any], group: dist.ProcessGroup) -> None:
+def export(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any], group: Any = None) -> None:
     """Collective: of a DeepSpeedEngine, write weights (safetensors), config, processor and model card to RUN/model.
 
-    The other ranks wait for rank 0's upload in `group`, which should be patient.
+    The other ranks wait for rank 0's upload in `group`, by default that of all ranks.
     """
     state = _student_state(engine, spec)
     if dist.get_rank() == 0 and state is not None:

@@ -172,8 +172,12 @@ def _sizes(distiller: Distiller) -> _Sizes:
     return _Sizes(sum(learning), frozen, distiller.student.dtype.itemsize)
 
 
+GRADIENT_BYTES = 4
+"""Of the sum over micro-batches, in every precision."""
+
+
 def _held(spec: JobSpec, sizes: _Sizes, ranks: int) -> StudentMemory:
-    """What DeepSpeed keeps between micro-batches, and takes for a step (its runtime/zero, 0.19)."""
+    """Return what DeepSpeed keeps between micro-batches, and takes for a step (its runtime/, 0.19)."""
     stage, is_half = spec.training.zero_stage, spec.training.precision == "bf16"
     zero: dict[str, Any] = deepspeed_config(spec, ranks)["zero_optimization"]
     share = ranks if stage else 1
@@ -183,21 +187,29 @@ def _held(spec: JobSpec, sizes: _Sizes, ranks: int) -> StudentMemory:
         weights = weights // ranks
         gathered = min(every, int(float(zero.get("stage3_max_live_parameters", 1e9)))) * sizes.bytes
     has_master = is_half or stage > 0
-    bucket = int(float(zero.get("reduce_bucket_size", 5e8))) * sizes.bytes * (1 + bool(zero.get("overlap_comm")))
-    is_flat = stage > 0 and zero.get("contiguous_gradients", True)
     part = sizes.trained // share
-    gradients = part * (sizes.bytes + (4 if is_half else 0))
+    buckets, copy = _buckets(stage, is_half, zero, sizes)
+    gradients = part * GRADIENT_BYTES
+    if stage == 1 and is_half:  # BF16_Optimizer has the whole sum on every rank, and a copy while it is reduced
+        step = sizes.trained * GRADIENT_BYTES + copy
+    elif stage == 3:
+        group = int(float(zero.get("sub_group_size", 1e9)))
+        step = gradients + buckets + max(copy, min(part, group) * GRADIENT_BYTES)
+    else:
+        step = max(gradients + buckets + copy, gradients)
+    is_early = sizes.trained > int(float(zero.get("reduce_bucket_size", 5e8)))
     return StudentMemory(
         parameters=every,
         trained=sizes.trained,
         weights=weights,
         optimizer=part * (ADAM_BYTES + (MASTER_BYTES if has_master else 0)),
         teacher_head=0,
-        buckets=gathered + (bucket if is_flat else 0),
+        # The first bucket is full while most activations are still there, unless one bucket holds all gradients.
+        buckets=gathered + buckets + (copy if is_early and stage > 1 else 0),
         gradients=0,
         activations=0,
         objective=0,
-        step=gradients,
+        step=step,
         # Of ZeRO-3's weights, only the float32 copy is saved.
         checkpoint=sizes.trained * (ADAM_BYTES + (MASTER_BYTES if has_master else 0) + (stage < 3) * sizes.bytes),
     )
@@ -208,9 +220,33 @@ def _accumulates(spec: JobSpec, ranks: int, inputs: ModelInputs) -> bool:
     return spec.training.share(ranks) > inputs.size
 
 
+def _buckets(stage: int, is_half: bool, zero: dict[str, Any], sizes: _Sizes) -> tuple[int, int]:
+    """Return the bytes of the buffers for gradients on their way to other ranks, and of a full one's float32 copy."""
+    elements = int(float(zero.get("reduce_bucket_size", 5e8)))
+    full = min(elements, sizes.trained)
+    if stage == 0 or not zero.get("contiguous_gradients", True):
+        return 0, 0
+    if stage == 1 and is_half:
+        # DeepSpeed's engine joins what fits into 5e8 elements.
+        return 0, sizes.trained * GRADIENT_BYTES if sizes.trained <= 5e8 else 0
+    if stage == 3:
+        return elements * GRADIENT_BYTES, full * GRADIENT_BYTES
+    return elements * sizes.bytes * (1 + bool(zero.get("overlap_comm"))), full * GRADIENT_BYTES if is_half else 0
+
+
 def _held_gradients(spec: JobSpec, sizes: _Sizes, ranks: int, inputs: ModelInputs) -> int:
-    """Return bytes of gradients summed up from earlier micro-batches, where ZeRO keeps each rank's part of them."""
-    return 0 if not _accumulates(spec, ranks, inputs) else sizes.trained * sizes.bytes // ranks
+    """Return the bytes of gradients that DeepSpeed, and not the parameters, keeps while a micro-batch is at its peak."""
+    stage, is_half = spec.training.zero_stage, spec.training.precision == "bf16"
+    if stage == 1 and is_half:
+        return sizes.trained * GRADIENT_BYTES
+    if stage == 3:
+        return sizes.trained * GRADIENT_BYTES // ranks
+    return 0 if not _accumulates(spec, ranks, inputs) else sizes.trained * GRADIENT_BYTES // ranks
+
+
+def _stay(spec: JobSpec) -> bool:
+    """Return whether gradients add up at their parameters, and not in a buffer of DeepSpeed's."""
+    return spec.training.zero_stage < 2 and spec.training.precision == "fp32"
 
 
 @dataclass(frozen=True)
@@ -233,7 +269,7 @@ class _Working:
         tally: "Tally",
     ) -> "_Working":
         """One forward and backward; two where gradients add up."""
-        stays = spec.training.zero_stage < 2
+        stays = _stay(spec)
         tally.follow_gradients(distiller, stays)
         held = tally.live
         activations = 0
