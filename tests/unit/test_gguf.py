@@ -22,8 +22,8 @@ from betakd_ray.models.compatibility import check_vocabularies
 from betakd_ray.models.load import load_config, load_model, load_processor
 from betakd_ray.models.student import build_student, student_processor
 from betakd_ray.spec import DataSpec, JobSpec, ModelSpec, StudentSpec, TeacherSpec, parse_spec
+from betakd_ray.teacher.parts import Needs, to_tensor
 from betakd_ray.teacher.scorer import TeacherScorer
-from betakd_ray.teacher.signal import Needs
 from betakd_ray.train.export import _save
 from tests.tiny import BOS, CHAT_TEMPLATE, EOS, PAD, numbered_samples, raw_sample
 
@@ -233,12 +233,11 @@ def test_a_student_learns_by_adapters_and_is_saved_with_them(folder, tmp_path):
 
 
 def test_a_teacher_answers_with_it(folder, batch):
-    teacher = TeacherScorer(model_spec(folder, TeacherSpec), Needs(hidden=True))
-    signal, head = teacher.score(batch), teacher.facts().head
-    assert signal.valid.all()
-    assert signal.hidden
-    assert head
-    found = signal.hidden.tensor(CPU) @ head.tensor(CPU).t()
+    teacher = TeacherScorer(model_spec(folder, TeacherSpec), Needs(frozenset({"hidden"})))
+    answer, head = teacher.score(batch), teacher.head()
+    assert answer.is_finite.all()
+    assert head is not None
+    found = to_tensor(answer.arrays["hidden"], CPU) @ to_tensor(head, CPU).t()
     with torch.no_grad():
         whole = llama()(torch.from_numpy(batch.input_ids), attention_mask=torch.from_numpy(batch.attention_mask)).logits
     torch.testing.assert_close(found, whole.flatten(0, 1)[batch.answer_rows], rtol=1e-5, atol=1e-5)
@@ -249,7 +248,7 @@ def test_a_changed_file_is_another_teacher_to_the_cache(tmp_path):
         (tmp_path / name).mkdir()
         save_gguf(tmp_path / name / NAME, llama(options.pop("seed", 0)), **options)
         spec = model_spec(tmp_path / name, TeacherSpec, cache=str(tmp_path))
-        return TeacherScorer(spec, Needs(hidden=True)).facts().fingerprint
+        return TeacherScorer(spec, Needs(frozenset({"hidden"}))).facts().fingerprint
 
     first, same, other = fingerprint("first"), fingerprint("same"), fingerprint("other", seed=1)
     packed = fingerprint("packed", kind=gguf.GGMLQuantizationType.Q8_0)

@@ -28,8 +28,8 @@ from betakd_ray.models.split import device_bytes, device_map
 from betakd_ray.models.vlm import freeze, hidden_rows, language_model, lm_head, with_attention_weights
 from betakd_ray.spec import DataSpec, ModelSpec, TeacherSpec
 from betakd_ray.teacher import scorer
+from betakd_ray.teacher.parts import Needs
 from betakd_ray.teacher.scorer import TeacherScorer
-from betakd_ray.teacher.signal import WIRES, Needs
 from tests.families import FAMILIES, HIDDEN, build
 from tests.tiny import VOCAB, raw_sample, save_tiny, tiny_model
 from tests.unit.test_families import sample
@@ -55,12 +55,12 @@ def test_layers_are_dealt_out_in_runs_of_about_as_many_bytes_and_the_rest_is_fir
 @pytest.mark.parametrize(
     "needs",
     [
-        Needs(hidden=True, visual=True, features=("teacher_vision", "teacher_answer", "teacher_entropy")),
-        Needs(attention=True, salience=True),
-        Needs(top_k=4, vocab=VOCAB),
-        Needs(visual_layer=3),
+        Needs(frozenset({"hidden", "visual", "teacher_vision", "teacher_answer", "teacher_entropy"})),
+        Needs(frozenset({"attention", "salience"})),
+        Needs(frozenset({"top_ids", "top_log_probs"}), top_k=4, vocab=VOCAB),
+        Needs(frozenset({"visual_layer"}), layer=3),
     ],
-    ids=str,
+    ids=lambda needs: needs.tag,
 )
 def test_a_teacher_in_parts_says_what_it_says_in_one(tmp_path, monkeypatch, needs) -> None:
     spec = TeacherSpec(path=save_tiny(tmp_path, layers=4))
@@ -75,18 +75,13 @@ def test_a_teacher_in_parts_says_what_it_says_in_one(tmp_path, monkeypatch, need
     assert set(parts.model.hf_device_map.values()) == {CPU, torch.device("cpu", 0)}
     assert all(hasattr(layer, "_hf_hook") for layer in language_model(parts.model).layers)
     one, other = whole.score(inputs), parts.score(inputs)
-    for name in WIRES:
-        assert (getattr(one, name) is None) == (getattr(other, name) is None)
-        if getattr(one, name):
-            np.testing.assert_array_equal(getattr(one, name).array, getattr(other, name).array)
-    assert one.features.keys() == other.features.keys()
-    for name, values in one.features.items():
-        np.testing.assert_array_equal(values, other.features[name])
-    if needs.hidden:
-        head, expected = (each.facts().head for each in (parts, whole))
-        assert head
-        assert expected
-        np.testing.assert_array_equal(head.array, expected.array)
+    assert one.arrays.keys() == other.arrays.keys() == needs.parts
+    for name, array in one.arrays.items():
+        np.testing.assert_array_equal(array, other.arrays[name])
+    if "hidden" in needs:
+        head, expected = (each.head() for each in (parts, whole))
+        assert head is not None
+        np.testing.assert_array_equal(head, expected)
 
 
 @pytest.fixture(scope="module")

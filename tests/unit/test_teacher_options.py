@@ -24,8 +24,8 @@ from betakd_ray.models.options import check_options, loading_keywords
 from betakd_ray.models.student import student_config
 from betakd_ray.models.vlm import lm_head
 from betakd_ray.spec import DataSpec, ModelSpec, StudentSpec, TeacherSpec, parse_spec
+from betakd_ray.teacher.parts import GroupAnswer, Needs, to_tensor
 from betakd_ray.teacher.scorer import TeacherScorer
-from betakd_ray.teacher.signal import Needs, Signal
 from tests.tiny import numbered_samples, raw_sample, save_tiny
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ WITH_HEAD = {
     "optimum.quanto": INT8 | {"modules_to_not_convert": []},
     "torchao": TORCHAO | {"include_input_output_embeddings": True},
 }
-NEEDS = Needs(hidden=True, visual=True, features=("teacher_entropy",))
+NEEDS = Needs(frozenset({"hidden", "visual", "teacher_entropy"}))
 
 
 @pytest.fixture(scope="module")
@@ -191,12 +191,11 @@ def answered(folder):
     samples = [renderer.render(raw_sample(number, "It is so.", has_image=number != 1)) for number in range(3)]
     inputs = stack(samples, renderer.pad_token_id, renderer.image_token_id)
 
-    def score(spec: TeacherSpec) -> tuple[Signal, torch.Tensor]:
+    def score(spec: TeacherSpec) -> tuple[GroupAnswer, torch.Tensor]:
         scorer = TeacherScorer(spec, NEEDS)
-        signal, head = scorer.score(inputs), scorer.facts().head
-        assert head
-        assert signal.hidden
-        return signal, signal.hidden.tensor(CPU).float() @ head.tensor(CPU).float().t()
+        answer, head = scorer.score(inputs), scorer.head()
+        assert head is not None
+        return answer, to_tensor(answer.arrays["hidden"], CPU).float() @ to_tensor(head, CPU).float().t()
 
     return score
 
@@ -207,8 +206,8 @@ def test_a_teacher_quantised_as_it_loads_says_what_transformers_own_would(folder
     need(package)
     spec = TeacherSpec(path=folder, dtype=dtype, options={"quantization_config": METHODS[package]})
     check(spec)
-    signal, logits = answered(spec)
-    assert signal.valid.all()
+    answer, logits = answered(spec)
+    assert answer.is_finite.all()
     asked = AutoQuantizationConfig.from_dict(METHODS[package])
     own = LlavaForConditionalGeneration.from_pretrained(
         folder, dtype=getattr(torch, dtype), quantization_config=asked, device_map="cpu"

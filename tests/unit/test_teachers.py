@@ -5,12 +5,14 @@ from ray.actor import ActorHandle
 
 import betakd_ray.teacher.pool as module
 from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
+from betakd_ray.teacher.parts import Needs
 from betakd_ray.teacher.pool import Teachers
-from betakd_ray.teacher.signal import Needs
 
 TEACHER, OTHER = TeacherSpec(path="org/teacher"), TeacherSpec(path="org/other")
-LOGITS = Needs(hidden=True)
-VISION = Needs(hidden=True, features=("teacher_vision",))
+LOGITS = Needs(frozenset({"hidden"}))
+VISION = Needs(frozenset({"hidden", "teacher_vision"}))
+VISUAL = Needs(frozenset({"visual"}))
+TOP_K = Needs(frozenset({"top_ids", "top_log_probs"}), top_k=4, vocab=9)
 
 
 class Pool(ActorHandle):
@@ -75,14 +77,14 @@ def test_a_pool_that_saw_a_job_fail_is_not_lent_again_and_ends_with_its_last_use
 def test_what_is_expected_is_asked_for_at_once(pools):
     started, _ = pools
     with Teachers() as teachers:
-        for needs in (LOGITS, VISION, Needs(visual=True), Needs(top_k=4, vocab=9)):
+        for needs in (LOGITS, VISION, VISUAL, TOP_K):
             teachers.expect(TEACHER, needs)
         with lent(teachers) as (_, needs):
-            assert needs == Needs(hidden=True, visual=True, features=("teacher_vision",))
-        with lent(teachers, needs=Needs(visual=True)) as (_, again):
+            assert needs == Needs(frozenset({"hidden", "visual", "teacher_vision"}))
+        with lent(teachers, needs=VISUAL) as (_, again):
             assert again == needs
-        with lent(teachers, needs=Needs(top_k=4, vocab=9)) as (_, needs):
-            assert needs == Needs(top_k=4, vocab=9)
+        with lent(teachers, needs=TOP_K) as (_, needs):
+            assert needs == TOP_K
         with lent(teachers, OTHER) as (_, needs):
             assert needs == LOGITS
     assert len(started) == 3

@@ -16,8 +16,8 @@ from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.student import build_student
 from betakd_ray.models.vlm import hidden_rows, lm_head, part_parameters, takes_images
 from betakd_ray.spec import DataSpec, ModelSpec, StudentSpec, TeacherSpec, parse_spec
+from betakd_ray.teacher.parts import Answer, Needs
 from betakd_ray.teacher.scorer import TeacherScorer
-from betakd_ray.teacher.signal import Needs
 from tests.families import FAMILIES, save_language_model
 from tests.tiny import numbered_samples, raw_sample, save_tiny
 
@@ -54,12 +54,12 @@ def test_logits_at_answer_rows_are_those_of_the_model_s_own_forward(folder, rend
 
 
 def test_a_teacher_answers_with_what_there_is_without_images(folder, batch):
-    needs = Needs(hidden=True, features=("teacher_vision", "teacher_answer", "teacher_entropy"))
-    signal = TeacherScorer(TeacherSpec(path=folder), needs).score(batch)
-    assert signal.valid.all()
-    assert signal.visual is None
-    assert not signal.features["teacher_vision"].any()
-    assert signal.features["teacher_answer"].any()
+    needs = Needs(frozenset({"hidden", "visual", "teacher_vision", "teacher_answer", "teacher_entropy"}))
+    for signal in Answer.of(TeacherScorer(TeacherSpec(path=folder), needs).score(batch)).signals:
+        assert signal is not None
+        assert set(signal) == needs.parts - {"visual"}
+        assert not signal["teacher_vision"].any()
+        assert signal["teacher_answer"].any()
 
 
 def test_the_language_model_is_all_there_is_to_train(folder):

@@ -1,0 +1,267 @@
+"""A student worker's side of the pool, with the real pool around teachers that only take their time: without Ray."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from benchmarks import teacher_balance
+from benchmarks.fakes import Behaviour, FakePool, clients, rendering
+from betakd_ray.batch.inputs import ModelInputs
+from betakd_ray.errors import TeacherError
+from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
+from betakd_ray.teacher import client as module
+from betakd_ray.teacher import pool as pool_module
+from betakd_ray.teacher.client import TeacherClient, batch_tokens
+from betakd_ray.teacher.parts import Answer
+
+DEADLY, BAD, STUCK = 97, 98, 99
+
+
+def has(token: int):
+    return lambda inputs: bool((inputs.input_ids == token).any())
+
+
+def seconds(inputs: ModelInputs) -> float:
+    return float("inf") if has(STUCK)(inputs) else 0.01
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hearts beat, and teachers that leave are ended, in a fraction of the time."""
+    for name, value in (("HEARTBEAT_S", 0.1), ("CHECK_S", 0.1), ("POLL_S", (0.02, 0.1))):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(pool_module, "QUIET_S", 0.2)
+
+
+@pytest.fixture
+def opened() -> Iterator[list[TeacherClient]]:
+    """Clients to close."""
+    made: list[TeacherClient] = []
+    yield made
+    for client in made:
+        client.close()
+
+
+def pool_of(count: int, max_restarts: int = 20, **behaviour) -> FakePool:
+    fields = {"seconds": seconds, "is_deadly": has(DEADLY), "is_refused": has(BAD), **behaviour}
+    pool = FakePool(Behaviour(**fields), TeacherPoolSpec(min=count, max_restarts=max_restarts))
+    pool.pool.wait_until_ready(10.0)
+    return pool
+
+
+def client_of(pool: FakePool, opened: list[TeacherClient], **fields) -> TeacherClient:
+    (client,) = clients(pool, 1, **fields)
+    opened.append(client)
+    return client
+
+
+def group(*tokens: int):
+    return [rendering(token) for token in tokens]
+
+
+def assert_answers(answer: Answer, *tokens: int | None) -> None:
+    """Each sample has its own answer, and none where there is to be none."""
+    assert len(answer.signals) == len(tokens)
+    for signal, token in zip(answer.signals, tokens, strict=True):
+        if token is None:
+            assert signal is None
+        else:
+            assert signal is not None
+            np.testing.assert_array_equal(signal["hidden"], np.full((4, 2), token))
+
+
+def test_every_sample_gets_its_own_answer_from_many_threads_at_once(opened) -> None:
+    client = client_of(pool_of(3), opened)
+    with ThreadPoolExecutor(16) as executor:
+        answers = list(executor.map(client.score, [group(at, at + 1) for at in range(2, 80)]))
+    for at, answer in zip(range(2, 80), answers, strict=True):
+        assert_answers(answer, at, at + 1)
+    assert client.in_flight == 0
+
+
+@pytest.mark.parametrize(("teachers", "ranks"), [(4, 8), (3, 2), (7, 4), (216, 80)])
+def test_ranks_spread_over_all_teachers_whatever_their_numbers(teachers: int, ranks: int, opened) -> None:
+    """Counted without time: each rank sends the same number of groups, and they stay with their teachers."""
+    pool = pool_of(teachers, seconds=lambda _: 1000.0)
+    members = clients(pool, ranks)
+    opened.extend(members)
+    each = -(-4 * teachers // ranks)
+    for _ in range(each):
+        for client in members:
+            client._send(client._stack(group(2)))
+    asked = [len(teacher.work) for teacher in pool.teachers]
+    assert max(asked) <= 1.10 * sum(asked) / len(asked) + 1
+
+
+def test_the_simulation_of_many_ranks_runs_in_miniature(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = teacher_balance.balance(4, 8, seconds=2.0)
+    assert found.at_first < teacher_balance.LIMIT
+    assert found.after_deaths < teacher_balance.LIMIT
+
+
+def test_a_long_queue_is_no_reason_to_take_a_teacher_for_dead(opened) -> None:
+    """Thirty groups of 0.1 s with one teacher: the last waits for three seconds, with a limit of half of one."""
+    pool = pool_of(1, seconds=lambda _: 0.1)
+    client = client_of(pool, opened, timeout_s=0.5)
+    with ThreadPoolExecutor(30) as executor:
+        answers = list(executor.map(client.score, [group(at) for at in range(2, 32)]))
+    for at, answer in enumerate(answers):
+        assert_answers(answer, at + 2)
+    assert len(pool.teachers) == 1
+
+
+def test_a_teacher_that_hangs_at_a_group_is_replaced_and_the_others_groups_go_elsewhere(opened) -> None:
+    pool = pool_of(2)
+    client = client_of(pool, opened, timeout_s=0.5)
+    with ThreadPoolExecutor(8) as executor:
+        stuck = executor.submit(client.score, group(2, STUCK))
+        rest = [executor.submit(client.score, group(at)) for at in range(2, 9)]
+        for at, answer in enumerate(rest):
+            assert_answers(answer.result(30), at + 2)
+        assert_answers(stuck.result(30), 2, None)
+    assert "teacher.timeout_s = 0.5 s" in stuck.result().reasons[1]
+
+
+def test_a_teacher_that_is_silent_is_replaced(opened) -> None:
+    pool = pool_of(1)
+    client = client_of(pool, opened, timeout_s=0.5)
+    assert_answers(client.score(group(2)), 2)
+    pool.teachers[0].is_silent = True
+    assert_answers(client.score(group(3)), 3)
+    assert [teacher.number for teacher in pool.members()] == [1]
+
+
+def test_no_group_is_lost_with_a_teacher_and_none_is_suspected_for_long(opened) -> None:
+    pool = pool_of(2, seconds=lambda _: 0.05)
+    client = client_of(pool, opened)
+    with ThreadPoolExecutor(12) as executor:
+        answers = [executor.submit(client.score, group(at)) for at in range(2, 26)]
+        time.sleep(0.1)
+        pool.teachers[0].kill()
+        for at, answer in enumerate(answers):
+            assert_answers(answer.result(30), at + 2)
+    assert len(pool.teachers) == 3
+
+
+def test_a_deadly_sample_is_found_while_other_groups_go_on(opened) -> None:
+    pool = pool_of(3, load_s=0.3)
+    client = client_of(pool, opened)
+    stop, went_on = threading.Event(), []
+
+    def others() -> None:
+        while not stop.is_set():
+            assert_answers(client.score(group(5)), 5)
+            went_on.append(time.monotonic())
+
+    with ThreadPoolExecutor(4) as executor:
+        other: Future[None] = executor.submit(others)
+        begin = time.monotonic()
+        answer = executor.submit(client.score, group(2, 3, DEADLY, 4)).result(60)
+        took = time.monotonic() - begin
+        stop.set()
+        other.result(10)
+    assert_answers(answer, 2, 3, None, 4)
+    assert "died" in answer.reasons[2]
+    # The others were answered throughout, and not only before and after the search.
+    halves = [sum(1 for at in went_on if begin + part * took <= at < begin + (part + 0.5) * took) for part in (0, 0.5)]
+    assert min(halves) > 5
+
+
+def test_two_deadly_samples_are_found_by_two_searches_at_once(opened) -> None:
+    pool = pool_of(3)
+    client = client_of(pool, opened)
+    with ThreadPoolExecutor(2) as executor:
+        answers = [executor.submit(client.score, group(*tokens)) for tokens in ((2, DEADLY), (DEADLY, 3))]
+        assert_answers(answers[0].result(60), 2, None)
+        assert_answers(answers[1].result(60), None, 3)
+
+
+def test_a_sample_that_a_teacher_cannot_score_costs_no_teacher(opened) -> None:
+    pool = pool_of(1)
+    client = client_of(pool, opened)
+    answer = client.score(group(2, BAD, 3))
+    assert_answers(answer, 2, None, 3)
+    assert "IndexError" in answer.reasons[1]
+    assert len(pool.teachers) == 1
+    with pytest.raises(TeacherError, match="cannot score a batch"):
+        client.score(group(BAD, BAD))
+
+
+def test_there_is_no_deadline_while_the_pool_is_replacing(opened) -> None:
+    """The new one takes longer than every limit there is."""
+    pool = pool_of(1)
+    client = client_of(pool, opened, timeout_s=0.2, start_timeout_s=0.3)
+    assert_answers(client.score(group(2)), 2)
+    pool.pool.behaviour = Behaviour(seconds=seconds, load_s=1.5)
+    pool.teachers[0].kill()
+    begin = time.monotonic()
+    assert_answers(client.score(group(3)), 3)
+    assert time.monotonic() - begin > 1.4
+
+
+def test_a_pool_that_has_given_up_is_that_error_for_everyone(opened) -> None:
+    pool = pool_of(1, max_restarts=1)
+    first, second = (client_of(pool, opened) for _ in range(2))
+    assert_answers(first.score(group(2)), 2)
+    with pool.lock:
+        pool.pool._deaths = 1  # none was answered since; the heartbeats say otherwise
+    pool.teachers[0].kill()
+    errors = []
+    for client in (first, second):
+        client._answers = 0
+        with pytest.raises(TeacherError, match="max_restarts is used up"):
+            client.score(group(3))
+        errors.append(client)
+    assert len(errors) == 2
+
+
+def test_a_pool_without_any_teacher_to_come_is_an_error_in_the_end(opened) -> None:
+    pool = pool_of(1)
+    client = client_of(pool, opened, start_timeout_s=0.3)
+    with pool.lock:
+        pool.pool._members.clear()
+        pool.pool._version += 1
+    with pytest.raises(TeacherError, match=r"no teacher came back within cluster\.start_timeout_s = 0\.3 s"):
+        client.score(group(2))
+
+
+def test_the_head_comes_from_a_teacher_that_lives(opened) -> None:
+    pool = pool_of(2)
+    client = client_of(pool, opened)
+    head = client.head()
+    assert head is not None
+    assert head[0, 0] == 0
+    pool.teachers[0].kill()
+    head = client.head()
+    assert head is not None
+    assert head[0, 0] == 1
+
+
+def test_the_pool_hears_how_long_students_wait_without_the_training_s_help(opened) -> None:
+    pool = pool_of(1)
+    client = client_of(pool, opened)
+    for _ in range(10):
+        client.report_waiting(0.05)
+        time.sleep(0.05)
+    assert max(share for _, share in pool.pool._reports.values()) > 0.5
+    time.sleep(0.3)
+    assert max(share for _, share in pool.pool._reports.values()) == 0.0
+
+
+def test_who_waits_is_told_that_the_client_was_closed(opened) -> None:
+    client = client_of(pool_of(1), opened)
+    with ThreadPoolExecutor(1) as executor:
+        waiting = executor.submit(client.score, group(STUCK))
+        time.sleep(0.1)
+        client.close()
+        with pytest.raises(TeacherError, match="was closed"):
+            waiting.result(10)
+
+
+def test_groups_have_the_tokens_that_the_spec_gives_them() -> None:
+    assert batch_tokens(TeacherSpec(path="org/none", batch_tokens=100)) == 100
+    assert batch_tokens(TeacherSpec(path="org/none")) == module.DEFAULT_BATCH_TOKENS
