@@ -21,6 +21,7 @@ class Monitor:
         self._latest: dict[str, Any] = {}
         self._failure: tuple[str, str] | None = None
         self._is_stopping = False
+        self._resumes_from: str | None = None
 
     def quarantine(self, records: list[Quarantined]) -> float:
         """Note bad samples (a shard read twice counts once); returns their share of the plan."""
@@ -46,6 +47,14 @@ class Monitor:
     def failure(self) -> tuple[str, str] | None:
         """(class name in `errors`, message) of such an error."""
         return self._failure
+
+    def resuming_from(self, checkpoint: str | None) -> None:
+        """The stream that now starts is the plan less what this checkpoint has, or the whole plan."""
+        self._resumes_from = checkpoint
+
+    def resumes_from(self) -> str | None:
+        """The name of the checkpoint that the workers of this start resume from; None to begin at step 0."""
+        return self._resumes_from
 
     def committed(self) -> None:
         """A new checkpoint is there: whatever dies now, something was gained."""
