@@ -9,7 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from os.path import commonprefix
 from typing import Any, TypeVar, cast
@@ -46,7 +46,7 @@ def write_plan(run: str, storage: StorageSpec, plan: Plan) -> None:
     url = join(run, PLAN)
     content = _read(url, storage)
     if content is None:
-        _write(url, storage, json.dumps(asdict(plan)))
+        _write(url, storage, _plan_to_json(plan))
     elif (before := _parsed_plan(url, content)) != plan:
         raise OutputError(
             f"{url}: the data changed under the run: {_first_difference(before, plan)}. What is done can no longer be "
@@ -57,20 +57,26 @@ def write_plan(run: str, storage: StorageSpec, plan: Plan) -> None:
 def tail_of(
     plan: Plan, ledger: Ledger, quarantined: Sequence[Quarantined], global_batch_size: int
 ) -> list[dict[str, Any]]:
-    """What a finished job leaves over, where it is less than a step needs: {"epoch", "shard": its URL, "index"}.
+    """What a finished job leaves over, where it is less than a step needs: {"epoch", "shard": its URL, "index" in it},
+    and "pass" from the second pass over a shard on.
 
     Where `training.max_steps` ended the job, most of the plan may be open, and is not listed.
     """
     settled = _settled(plan, ledger, quarantined)
     if plan.samples - settled.count >= global_batch_size:
         return []
+    left = np.argwhere(settled.counts(plan.epochs) < plan.sizes).tolist()
     return [
-        {"epoch": epoch, "shard": shard.url, "index": index}
-        for epoch in range(plan.epochs)
-        for number, shard in enumerate(plan.shards)
-        if not settled.is_complete(epoch, number)
-        for index in np.flatnonzero(~settled.done(epoch, number)).tolist()
+        _place(plan, epoch, number, member)
+        for epoch, number in left
+        for member in plan.members(epoch, number)[~settled.done(epoch, number)].tolist()
     ]
+
+
+def _place(plan: Plan, epoch: int, number: int, member: int) -> dict[str, Any]:
+    """Where a sample is, for people; "pass" counts the passes over a shard that an epoch reads more than once."""
+    place = {"epoch": epoch, "shard": plan.shards[number].url, "index": member}
+    return place | ({"pass": int(plan.repeats[number])} if plan.repeats[number] > 1 else {})
 
 
 def write_tail(run: str, storage: StorageSpec, samples: Iterable[dict[str, Any]]) -> None:
@@ -81,7 +87,7 @@ def write_tail(run: str, storage: StorageSpec, samples: Iterable[dict[str, Any]]
 def _settled(plan: Plan, ledger: Ledger, quarantined: Sequence[Quarantined]) -> Ledger:
     settled = plan.empty_ledger()
     settled.merge(ledger)
-    settled.add(ids_of(quarantined))
+    settled.include(ids_of(quarantined))
     return settled
 
 
@@ -94,8 +100,21 @@ def _first_difference(before: Plan, now: Plan) -> str:
         change = "is gone" if number == len(now.shards) else "is new"
         shard = max(before.shards, now.shards, key=len)[number]
         return f"shard {number}, {shard.url}, {change} ({len(before.shards)} shards before, {len(now.shards)} now)"
-    fields = [name for name in ("epochs", "seed", "shuffle") if getattr(before, name) != getattr(now, name)]
-    return ", ".join(f"{name} was {getattr(before, name)} and is {getattr(now, name)}" for name in fields)
+    if (differing := np.flatnonzero(before.sizes != now.sizes)).size:
+        number = differing[0]
+        return (
+            f"of shard {number}, {now.shards[number].url}, an epoch took {before.sizes[number]} samples and takes "
+            f"{now.sizes[number]}: its weight in data.train changed"
+        )
+    changed = [name for name in ("epochs", "seed", "shuffle") if getattr(before, name) != getattr(now, name)]
+    return ", ".join(f"{name} was {getattr(before, name)} and is {getattr(now, name)}" for name in changed)
+
+
+def _plan_to_json(plan: Plan) -> str:
+    """{"shards": one a pass, "epochs", "seed", "shuffle", "parts": [pass, samples] of those that take a part}."""
+    names = [each.name for each in fields(Shard)]
+    shards = [{name: getattr(shard, name) for name in names} for shard in plan.shards]
+    return json.dumps({**{each.name: getattr(plan, each.name) for each in fields(Plan)}, "shards": shards})
 
 
 def _described(shard: Shard) -> str:
@@ -165,13 +184,19 @@ def audit(run: str, storage: StorageSpec) -> Audit:
             left = int(counts["open"].sum())
             tail = tail_of(plan, last.ledger, inside, spec.training.global_batch_size)
             problems += _misreported(outcome, last, plan, spec, left, tail)
-    return Audit(last.step, outcome is not None, tuple(shard.url for shard in plan.shards), counts, problems)
+    return Audit(last.step, outcome is not None, _names(plan), counts, problems)
+
+
+def _names(plan: Plan) -> tuple[str, ...]:
+    """The URL of each pass's shard, and which pass it is from the second on."""
+    passes = zip(plan.shards, plan.repeats.tolist(), strict=True)
+    return tuple(shard.url + (f" (pass {number})" if number > 1 else "") for shard, number in passes)
 
 
 def _counts(plan: Plan, ledger: Ledger, quarantined: list[Quarantined]) -> dict[str, NDArray[np.int64]]:
     consumed = ledger.counts(plan.epochs)
     settled = _settled(plan, ledger, quarantined).counts(plan.epochs)
-    planned = np.broadcast_to(ledger.sizes, settled.shape)
+    planned = np.broadcast_to(plan.sizes, settled.shape)
     return dict(zip(COLUMNS, (planned, consumed, settled - consumed, planned - settled), strict=True))
 
 
@@ -195,7 +220,7 @@ def _disordered(logged: list[int]) -> Iterator[str]:
 
 def _of_another_plan(last: "_Committed", plan: Plan) -> Iterator[str]:
     """The ledger's shards are the plan's."""
-    sizes, planned = last.ledger.sizes, plan.empty_ledger().sizes
+    sizes, planned = last.ledger.sizes, plan.sizes
     if len(sizes) != len(planned):
         yield f"{last.name}: its ledger has {len(sizes)} shards, {PLAN} {len(planned)}"
     elif (differing := np.flatnonzero(sizes != planned)).size:
@@ -264,17 +289,19 @@ def _is_planned(bad: Quarantined, plan: Plan) -> bool:
     return (
         0 <= bad.epoch < plan.epochs
         and 0 <= bad.shard < len(plan.shards)
-        and 0 <= bad.index < plan.shards[bad.shard].samples
+        and 0 <= bad.index < int(plan.sizes[bad.shard])
     )
 
 
 def _named(bad: Quarantined, plan: Plan) -> str:
-    is_known = 0 <= bad.shard < len(plan.shards)
-    return _name(bad.epoch, plan.shards[bad.shard].url if is_known else f"shard {bad.shard}", bad.index)
+    if not _is_planned(bad, plan):
+        is_known = 0 <= bad.shard < len(plan.shards)
+        return _name(bad.epoch, plan.shards[bad.shard].url if is_known else f"shard {bad.shard}", bad.index)
+    return _name(**_place(plan, bad.epoch, bad.shard, plan.member(bad.epoch, bad.shard, bad.index)))
 
 
-def _name(epoch: int, shard: str, index: int) -> str:
-    return f"sample {index} of {shard} in epoch {epoch}"
+def _name(epoch: int, shard: str, index: int, **again: int) -> str:
+    return f"sample {index} of {shard} in epoch {epoch}" + (f", pass {again['pass']}" if again else "")
 
 
 def _few(names: Sequence[str]) -> str:
@@ -320,7 +347,9 @@ def _plan(run: str, storage: StorageSpec) -> Plan:
 def _parsed_plan(url: str, text: str) -> Plan:
     with _as_written(url):
         tree = json.loads(text)
-        return Plan(**{**tree, "shards": tuple(Shard(**shard) for shard in tree["shards"])})
+        tree = {"parts": (), **tree}  # of a run that began before there were weights
+        parts = tuple((int(number), int(samples)) for number, samples in tree["parts"])
+        return Plan(**{**tree, "shards": tuple(Shard(**shard) for shard in tree["shards"]), "parts": parts})
 
 
 def _committed(run: str, storage: StorageSpec, plan: Plan) -> _Committed:

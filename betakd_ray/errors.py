@@ -14,6 +14,7 @@
     │       └── OutputUnreachable    its store does not answer, for longer than requests are repeated
     └── TrainingError                the run itself failed; the last committed checkpoint is still good
         ├── NonFiniteLoss            too many skipped steps in a row
+        ├── SampleRepeated           a sample counts as trained on a second time in its epoch
         └── TeacherError             the teacher pool cannot answer
 
 Every message names the field or file, says what was seen, and what to do about it. None repeats a credential.
@@ -116,6 +117,10 @@ class TrainingError(BetaKDError):
 
 class NonFiniteLoss(TrainingError):
     """`training.max_skipped_steps` steps in a row had a non-finite loss or gradient."""
+
+
+class SampleRepeated(TrainingError):
+    """A sample that the ledger has was trained on again: the promise of exactly once is broken."""
 
 
 class TeacherError(TrainingError):

@@ -17,8 +17,8 @@ from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.batch.packing import stack
 from betakd_ray.batch.sample import Rendering
 from betakd_ray.cluster import check_feasible, connected
-from betakd_ray.data.manifest import find_shards
-from betakd_ray.data.plan import Plan
+from betakd_ray.data.mixture import find_passes
+from betakd_ray.data.plan import Pass, Plan
 from betakd_ray.data.render import IMAGE, Renderer, Unrenderable
 from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard
 from betakd_ray.errors import DataError
@@ -42,10 +42,11 @@ class AssumedData:
     answer_tokens: int
     samples_per_shard: int = 10_000
 
-    def shards(self) -> list[Shard]:
+    def passes(self) -> list[Pass]:
+        """Shards of `samples_per_shard`, and one of the rest, each read once an epoch."""
         whole, rest = divmod(self.samples, self.samples_per_shard)
         sizes = [self.samples_per_shard] * whole + ([rest] if rest else [])
-        return [Shard(f"assumed-{number}", size, 0, "") for number, size in enumerate(sizes)]
+        return [Pass(Shard(f"assumed-{number}", size, 0, ""), size) for number, size in enumerate(sizes)]
 
     def rendering(self, renderer: Renderer) -> Rendering:
         """An image and the template's own tokens, with prompt and answer made as long as assumed.
@@ -127,13 +128,13 @@ class Forecast:
 
     @property
     def cache(self) -> float:
-        """What the cache holds after an epoch."""
-        return self.signal * self.plan.samples / self.plan.epochs
+        """What the cache holds once every sample was asked for: a sample that an epoch reads twice is kept once."""
+        return self.signal * sum(shard.samples for shard in self.plan.distinct)
 
     @property
     def ledger(self) -> tuple[int, int]:
         """At the most (shards' sizes, and whether each is done), and what each in flight adds: bits, in base64."""
-        largest = max(shard.samples for shard in self.plan.shards)
+        largest = int(self.plan.sizes.max())
         sizes = len(self.plan.empty_ledger().to_json())
         return sizes + self.plan.epochs * len(self.plan.shards) // 6, largest // 6
 
@@ -168,7 +169,8 @@ class Forecast:
 
     def _data_rows(self) -> Iterator[Row]:
         training, source = self.spec.training, "found" if self.read else "assumed"
-        yield "data", f"shards, {source}", f"{len(self.plan.shards):,}"
+        passes = f", in {len(self.plan.shards):,} passes an epoch" if len(self.plan.shards) > len(self.plan.distinct) else ""
+        yield "data", f"shards, {source}", f"{len(self.plan.distinct):,}{passes}"
         yield "data", f"samples, {source}", f"{self.plan.samples // self.plan.epochs:,} × {self.plan.epochs} epochs"
         yield "data", "steps", f"{self.total_steps:,} of {training.global_batch_size:,} samples"
         yield "data", "tail, not trained on", f"{self.tail:,} samples"
@@ -300,7 +302,7 @@ def forecast(job: BetaKDJob, assumed: AssumedData | None = None, tflops: float |
     """
     spec = job.spec
     renderers = job.renderers()
-    plan = job.plan(assumed.shards() if assumed else find_shards(spec.data.train, spec.data.storage))
+    plan = job.plan(assumed.passes() if assumed else find_passes(spec.data))
     job.was_here()
     views = {
         name: [assumed.rendering(renderer)] if assumed else _first_samples(plan.shards[0], spec, renderer)

@@ -28,11 +28,10 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from betakd_ray import errors
 from betakd_ray.audit import RESULT, tail_of, write_plan, write_tail
 from betakd_ray.cluster import check_feasible, connected, gpus_each
-from betakd_ray.data.manifest import find_shards
-from betakd_ray.data.plan import Plan
+from betakd_ray.data.mixture import find_passes
+from betakd_ray.data.plan import Pass, Plan
 from betakd_ray.data.reader import Reader
 from betakd_ray.data.render import Renderer
-from betakd_ray.data.shards import Shard
 from betakd_ray.errors import ClusterError, DataError, Interrupted, OutputError, TrainingError
 from betakd_ray.models.compatibility import check_feature_layer, check_features, check_vocabularies
 from betakd_ray.models.load import load_config, load_processor, require_images
@@ -49,8 +48,8 @@ from betakd_ray.teacher.remote import unwrapped
 from betakd_ray.tracking import to_jsonl
 from betakd_ray.train.backend import Deaths, FoundTorchConfig, causes
 from betakd_ray.train.checkpoint import QUARANTINE, SPEC, CheckpointStore, output_errors
-from betakd_ray.train.source import rows
 from betakd_ray.train.monitor import Monitor, give_up, report
+from betakd_ray.train.source import SplitOnce, rows
 from betakd_ray.train.worker import STOPPED, WorkerConfig, train_worker
 
 FREE_TO_CHANGE = {
@@ -154,7 +153,7 @@ class BetaKDJob:
     def check(self) -> tuple[Plan, dict[str, Renderer]]:
         """Everything that can be known without a cluster: data, models, output. Raises UserError."""
         renderers = self.renderers()
-        plan = self.plan(find_shards(self.spec.data.train, self.spec.data.storage))
+        plan = self.plan(find_passes(self.spec.data))
         self._claim_output()
         self._warn(plan)
         write_plan(self.run, self.spec.output.storage, plan)
@@ -184,13 +183,13 @@ class BetaKDJob:
             else {"student": student, "teacher": teacher}
         )
 
-    def plan(self, shards: Sequence[Shard]) -> Plan:
+    def plan(self, passes: Sequence[Pass]) -> Plan:
         """What is read in which order. Raises DataError if it is less than one step."""
         spec = self.spec
-        plan = Plan(tuple(shards), spec.training.epochs, spec.training.seed, spec.data.shuffle)
+        plan = Plan.of(passes, spec.training.epochs, spec.training.seed, spec.data.shuffle)
         if plan.samples < spec.training.global_batch_size:
             raise DataError(
-                f"data.train: {len(shards)} shards hold {plan.samples} samples over {plan.epochs} epochs, fewer than "
+                f"data.train: {len(plan.distinct)} shards give {plan.samples} samples over {plan.epochs} epochs, fewer than "
                 f"one training.global_batch_size of {spec.training.global_batch_size}. Lower it, or add data or epochs."
             )
         return plan
@@ -312,7 +311,7 @@ class BetaKDJob:
             renderers,
             report=partial(report, monitor),
             give_up=partial(give_up, monitor),
-            signals=cache.locate if cache else None,
+            locate=cache.locate if cache else None,
             pairs_images=not VISUAL_ENERGIES.isdisjoint(spec.objective.channels),
         )
         with _progress(monitor, config.total_steps, spec), on_sigterm(self.stop):
@@ -339,8 +338,7 @@ class BetaKDJob:
             train_worker,
             train_loop_config={"worker": config},
             datasets={"train": partial(rows, reader, spec, self.run, config.plan, config.monitor)},
-            # Ray Train takes no notice of the options in the context that the dataset is made in.
-            dataset_config=ray.train.DataConfig(execution_options=ray.data.ExecutionOptions(preserve_order=True)),
+            dataset_config=SplitOnce(),
             torch_config=FoundTorchConfig(timeout_s=int(spec.training.collective_timeout_s)),
             scaling_config=ScalingConfig(
                 num_workers=(workers.min, workers.max) if workers.is_elastic else workers.min,

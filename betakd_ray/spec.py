@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import fsspec
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
@@ -121,13 +121,31 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, (str, dict)) else value
 
 
-Locations = Annotated[tuple[Location, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+class TrainingData(Spec):
+    """Shards, and how often an epoch reads them; a path or URL alone is read once."""
+
+    path: Location = Field(description="a path or URL, with {00..07} braces and * globs")
+    weight: float = Field(default=1.0, gt=0, le=1000, description="passes an epoch, e.g. 2.5, or 0.1 for a tenth")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_serializer
+    def _as_given(self) -> str | dict[str, Any]:
+        return self.path if self.weight == 1 else {"path": self.path, "weight": self.weight}
+
+    def __str__(self) -> str:
+        return self.path if self.weight == 1 else f"{self.path} × {self.weight:g}"
 
 
 class DataSpec(Spec):
     """Which shards are read, and how a conversation becomes tokens."""
 
-    train: Locations = Field(description="shards: paths or URLs, with {00..07} braces and * globs")
+    train: Annotated[tuple[TrainingData, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = Field(
+        description="shards: paths or URLs, with {00..07} braces and * globs, each alone or as {path, weight}"
+    )
     storage: StorageSpec = StorageSpec()
     template: Literal["plain", "vicuna_v1", "chat"] = Field(
         default="vicuna_v1", description="`chat` is the processor's own template; `plain` is for projector warm-up"
@@ -138,9 +156,14 @@ class DataSpec(Spec):
         default=None, description="pad images with the processor's mean colour; default: only for LLaVA and MobileVLM"
     )
     shuffle: bool = Field(default=True, description="seeded by training.seed and the epoch")
-    shuffle_buffer: int = Field(default=1000, ge=1, description="samples shuffled together within a shard")
+    shuffle_buffer: int = Field(default=1000, ge=1, description="samples of the open shards that are shuffled together")
     max_image_pixels: int = Field(default=100_000_000, ge=1, description="larger images are quarantined, not decoded")
     max_bad_fraction: Fraction = Field(default=0.01, description="quarantined share of the data that stops the job")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths and URLs of `train`, without their weights."""
+        return tuple(entry.path for entry in self.train)
 
 
 # -------------------------------------------------------------------------------------------------- models
@@ -896,11 +919,20 @@ class JobSpec(Spec):
 class QuestionsSpec(Spec):
     """A packed question set, and how it is answered and scored."""
 
-    data: DataSpec = Field(description="`train` names the shards to evaluate on")
+    data: DataSpec = Field(description="`train` names the shards to evaluate on, without weights")
     benchmark: Literal["exact_match"] = "exact_match"
     max_new_tokens: int = Field(default=16, ge=1)
     batch_size: int = Field(default=64, ge=1)
     limit: int | None = Field(default=None, ge=1, description="first samples only")
+
+    @model_validator(mode="after")
+    def _asked_once(self) -> "QuestionsSpec":
+        if weighted := [entry for entry in self.data.train if entry.weight != 1]:
+            raise ValueError(
+                f"data.train: {weighted[0].path} has weight {weighted[0].weight:g}, and each question is asked once: "
+                "leave weight out"
+            )
+        return self
 
 
 class EvaluationSpec(QuestionsSpec):

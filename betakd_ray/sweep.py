@@ -185,7 +185,7 @@ class Sweep:
         """Its name under a cell's run: questions that are asked otherwise, or packed anew, have another."""
         questions = self.spec.evaluation
         assert questions
-        checksums = [shard.checksum for shard in find_shards(questions.data.train, questions.data.storage)]
+        checksums = [shard.checksum for shard in find_shards(questions.data.paths, questions.data.storage)]
         return f"evaluation-{hashlib.sha256(f'{questions.model_dump_json()}{checksums}'.encode()).hexdigest()[:8]}"
 
     def _stored(self) -> dict[int, Row]:

@@ -1,41 +1,160 @@
-"""What a job reads, in which order, and what of it takes no part. Knows nothing of how a sample is read."""
+"""What a job reads, in which order, and what of it takes no part. Knows nothing of how a sample is read.
 
-from collections.abc import Iterator, Sequence
+An epoch is a list of passes over shards, in an order of its own. Neighbours in that order form a group, which one read
+task interleaves, so that a step mixes shards. Nothing here costs more than a few bytes for each (epoch, shard).
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import starmap
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from betakd_ray.data.ledger import Ledger, SampleIds
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import TooManyBadSamples
 from betakd_ray.spec import DataSpec
 
+MIXED_SHARDS = 8
+"""Shards of a group, and shards that a read task has open at a time."""
+MIN_GROUPS = 4
+"""Groups of an epoch that small sets still have, as each is read by another process."""
+MAX_TASKS = 4000
+"""Groups over all epochs. A read task costs the driver some kilobytes and half a millisecond, before the first row is
+there and again at each restart."""
+_ORDER, _WINDOW, _MIX = range(3)
+"""Tags of the random streams that are drawn from one seed."""
+
+
+class Pass(NamedTuple):
+    """A shard that every epoch reads once: the whole of it, or a part."""
+
+    shard: Shard
+    samples: int
+    """Planned for each epoch; fewer than the shard has where an epoch takes a part of it."""
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Every (epoch, shard) of a job, in the order in which it is read."""
+    """Every pass over a shard of every epoch, and the order in which they are read.
+
+    A sample is identified by (epoch, shard, index): `shard` is the number of the pass in `shards`, and `index` runs
+    from 0 to the pass's samples - 1 in every epoch. Which sample of the file that is, its *member*, says `members`.
+    """
 
     shards: tuple[Shard, ...]
+    """One entry for each pass over a shard: a shard that is read twice an epoch stands here twice."""
     epochs: int
     seed: int
     shuffle: bool
+    parts: tuple[tuple[int, int], ...] = ()
+    """(number of the pass, samples an epoch) of those that take a part of their shard."""
+
+    @classmethod
+    def of(cls, passes: Iterable[Pass], epochs: int, seed: int, shuffle: bool) -> "Plan":
+        """Make the plan of these passes an epoch."""
+        passes = tuple(passes)
+        parts = [(at, one.samples) for at, one in enumerate(passes) if one.samples != one.shard.samples]
+        return cls(tuple(one.shard for one in passes), epochs, seed, shuffle, tuple(parts))
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """[passes] samples planned of each, an epoch."""
+        sizes = np.fromiter((shard.samples for shard in self.shards), np.int64, len(self.shards))
+        for number, samples in self.parts:
+            sizes[number] = samples
+        return sizes
 
     @property
     def samples(self) -> int:
         """Samples over all epochs."""
-        return self.epochs * sum(shard.samples for shard in self.shards)
+        return self.epochs * int(self.sizes.sum())
 
-    def places(self) -> Iterator[tuple[int, int]]:
-        """(epoch, shard) pairs; each epoch is a permutation of its own."""
-        for epoch in range(self.epochs):
-            order = np.arange(len(self.shards))
-            if self.shuffle:
-                np.random.default_rng((self.seed, epoch)).shuffle(order)
-            for shard in order:
-                yield epoch, int(shard)
+    @cached_property
+    def distinct(self) -> tuple[Shard, ...]:
+        """The shards, each once."""
+        return tuple(dict.fromkeys(self.shards))
+
+    @cached_property
+    def repeats(self) -> NDArray[np.int32]:
+        """[passes] 1 for the first pass over a shard, 2 for the second …"""
+        seen: dict[Shard, int] = {}
+        counts = np.ones(len(self.shards), np.int32)
+        for number, shard in enumerate(self.shards):
+            counts[number] = seen[shard] = seen.get(shard, 0) + 1
+        return counts
 
     def empty_ledger(self) -> Ledger:
-        return Ledger([shard.samples for shard in self.shards])
+        """Make a ledger in which nothing is done."""
+        return Ledger(self.sizes)
+
+    # ------------------------------------------------------------------------------------------- the order
+
+    @property
+    def groups(self) -> int:
+        """Groups of an epoch. Their number follows from the plan alone, so that a seed gives the same order anywhere.
+
+        MIXED_SHARDS a group; fewer of small sets, which else had too few groups to be read side by side; more where
+        there would be more than MAX_TASKS groups over all epochs.
+        """
+        shards = len(self.shards)
+        size = min(MIXED_SHARDS, max(2, shards // MIN_GROUPS))
+        size = max(size, -(-shards * self.epochs // MAX_TASKS))
+        return max(1, shards // size)
+
+    def bounds(self) -> NDArray[np.int64]:
+        """[groups + 1] where each group begins in an epoch's order; a group ends where the next begins."""
+        return np.arange(self.groups + 1, dtype=np.int64) * len(self.shards) // self.groups
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """[passes] the numbers of the passes, in the order of this epoch."""
+        order = np.arange(len(self.shards))
+        if self.shuffle:
+            self._random(_ORDER, epoch).shuffle(order)
+        return order
+
+    def mixing(self, epoch: int, first: int) -> np.random.Generator:
+        """Return the random numbers with which the group that begins at `first` is interleaved."""
+        return self._random(_MIX, epoch, first)
+
+    def members(self, epoch: int, shard: int) -> NDArray[np.int64]:
+        """[samples of the pass] the numbers, in the shard's file, of the samples that this epoch takes, ascending.
+
+        A pass that takes a part moves a window over a permutation of its shard, so that over as many epochs as the
+        part goes into the shard each sample comes once.
+        """
+        samples, planned = self.shards[shard].samples, int(self.sizes[shard])
+        if planned == samples:
+            return np.arange(samples)
+        window = (epoch * planned + np.arange(planned)) % samples
+        return np.sort(self._random(_WINDOW, shard).permutation(samples)[window])
+
+    def member(self, epoch: int, shard: int, index: int) -> int:
+        """Return the number in the shard's file of one planned sample."""
+        return int(self.members(epoch, shard)[index])
+
+    def _random(self, *tags: int) -> np.random.Generator:
+        # A spawn key, and not a longer seed: numpy takes (seed, epoch) and (seed, epoch, 0) for the same.
+        return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=tags))
+
+    # -------------------------------------------------------------------------------------------- transport
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Column by column: a pickle of 200,000 dataclasses takes seconds, in every process that the plan reaches.
+        place = {shard: at for at, shard in enumerate(self.distinct)}
+        which = np.fromiter((place[shard] for shard in self.shards), np.int32, len(self.shards))
+        columns = tuple(
+            [getattr(shard, name) for shard in self.distinct] for name in ("url", "samples", "bytes", "checksum")
+        )
+        return _unpickled, (columns, which, self.epochs, self.seed, self.shuffle, self.parts)
+
+
+def _unpickled(columns: tuple[list[Any], ...], which: NDArray[np.int32], *rest: Any) -> Plan:
+    distinct = list(starmap(Shard, zip(*columns, strict=True)))
+    return Plan(tuple(distinct[at] for at in which.tolist()), *rest)
 
 
 @dataclass(frozen=True)
@@ -60,6 +179,6 @@ def require_few(fraction: float, data: DataSpec, plan: Plan, last: Quarantined) 
 
 
 def ids_of(quarantined: Sequence[Quarantined]) -> SampleIds:
-    """Their places, as the ledger takes them."""
+    """Return their places, as the ledger takes them."""
     places = np.array([(bad.epoch, bad.shard, bad.index) for bad in quarantined], np.int32).reshape(-1, 3)
     return SampleIds(*places.T)

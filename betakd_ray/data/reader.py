@@ -1,50 +1,50 @@
-"""One (epoch, shard) of the plan → blocks of rendered rows; what cannot become a row is reported.
+"""One group of the plan → blocks of rendered rows; what cannot become a row is reported.
 
 Apart from `stream`, so that the processes that only hand blocks on load none of this.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from betakd_ray.batch.sample import Rendering
-from betakd_ray.data.plan import Plan, Quarantined, require_few
+from betakd_ray.batch.sample import Rendering, Sample, Stored
+from betakd_ray.data.ledger import Ledger
+from betakd_ray.data.plan import MIXED_SHARDS, Plan, Quarantined, require_few
 from betakd_ray.data.render import Renderer, Unrenderable
-from betakd_ray.data.rows import to_arrow
+from betakd_ray.data.rows import STUDENT, TEACHER, block_of
 from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard_with_retry
 from betakd_ray.errors import DataUnreachable, UserError
 from betakd_ray.spec import DataSpec
 
-BLOCK_BYTES = 4 << 20
-"""A block costs the executor tens of milliseconds, whatever is in it: make it worth that."""
 KEPT_BYTES = 128 << 20
-"""Of rows that a reading process keeps of small sets, for later epochs and for later jobs."""
+"""Limit in bytes of the rows that a reading process keeps of small sets, for later epochs and for later jobs."""
 
 
 class Row(NamedTuple):
-    """A sample on its way into a block."""
+    """A sample on its way into a block, numbered within its shard's file."""
 
-    index: int
+    member: int
     key: str
     views: dict[str, Rendering]
-    signal: bytes | None = None
 
     @property
     def bytes(self) -> int:
-        """About what it takes of a block."""
+        """About what it takes of a block; what the cache knows of it does not count, or blocks would follow that."""
         images = [array.nbytes for view in self.views.values() for array in view.images.values()]
-        return sum(5 * len(view.input_ids) for view in self.views.values()) + sum(images) + len(self.signal or b"")
+        return sum(5 * len(view.input_ids) for view in self.views.values()) + sum(images)
 
 
 class Refusal(NamedTuple):
     """A sample that cannot become a row."""
 
-    index: int
+    member: int
     key: str
     reason: str
 
@@ -53,9 +53,17 @@ class Refusal(NamedTuple):
         return len(self.key) + len(self.reason)
 
 
+class Planned(NamedTuple):
+    """A sample that is still to be done, before or after it is rendered."""
+
+    shard: int
+    index: int
+    sample: "RawSample | BadSample | Row | Refusal"
+
+
 @dataclass(frozen=True)
 class Reader:
-    """Reads one (epoch, shard) of the plan into blocks. Shipped once to every reading process.
+    """Reads groups of the plan into blocks. Shipped once to every reading process.
 
     A set that is small and read several times is rendered once a process, whichever of its jobs asks first.
     """
@@ -67,64 +75,101 @@ class Reader:
     """Takes bad samples to the job's monitor; returns the quarantined share of the plan so far."""
     give_up: Callable[[UserError], None]
     """Tells the job that no retry will help."""
-    signals: Callable[[Shard], Mapping[int, bytes]] | None = None
-    """Looks up what the teacher is known to say of a shard's samples, by index."""
+    locate: Callable[[Shard], Mapping[int, Stored]] | None = None
+    """Looks up where the teacher's answers to a shard's samples are kept, by the sample's number in the file."""
     pairs_images: bool = False
     """Whether image tokens are compared one by one, so that both models must make as many of an image."""
 
-    def blocks(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[pa.Table]:
-        """Blocks of some BLOCK_BYTES. Raises DataError for a damaged shard, DataUnreachable, TooManyBadSamples."""
+    def blocks(
+        self, epoch: int, first: int, last: int, done: Ledger, rows: int, size: int
+    ) -> Iterator[pa.Table]:
+        """Read what is not done of an epoch's passes first ≤ … < last, in blocks of `rows` samples or some `size` bytes.
+
+        The same arguments give the same blocks, whenever and wherever they are read and whatever any cache holds: Ray
+        Data runs a read task again when its blocks are lost, and takes up where it was by the number of blocks.
+
+        Raises DataError for a damaged shard, DataUnreachable, TooManyBadSamples.
+        """
         try:
-            yield from self._blocks(epoch, shard, done)
+            yield from self._blocks(epoch, first, last, done, rows, size)
         except DataUnreachable:
             raise  # the students restart, and may find the store back
         except UserError as error:
             self.give_up(error)
             raise
 
-    def _blocks(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[pa.Table]:
-        signals = self.signals(self.plan.shards[shard]) if self.signals else {}
-        rows: list[Row] = []
+    def _blocks(self, epoch: int, first: int, last: int, done: Ledger, rows: int, size: int) -> Iterator[pa.Table]:
+        shards = self.plan.order(epoch)[first:last].tolist()
+        todo = {shard: np.flatnonzero(~done.done(epoch, shard)) for shard in shards}
+        todo = {shard: indexes for shard, indexes in todo.items() if len(indexes)}
+        answers = _Answers(self.locate, {shard: len(indexes) for shard, indexes in todo.items()})
+        block: list[Sample] = []
         bad: list[Quarantined] = []
-        size = 0
-        for prepared in self._prepared(epoch, shard, done):
+        taken = 0
+        for shard, index, prepared in self._prepared(epoch, first, todo):
+            stored = answers.take(shard, self.plan.shards[shard], prepared.member)
             if isinstance(prepared, Refusal):
-                bad.append(Quarantined(epoch, shard, *prepared))
+                bad.append(Quarantined(epoch, shard, index, prepared.key, prepared.reason))
                 continue
-            row = prepared._replace(signal=signals.get(prepared.index))
-            rows.append(row)
-            size += row.bytes
-            if size >= BLOCK_BYTES:
-                yield _block(epoch, shard, rows)
-                rows, size = [], 0
-        if rows:
-            yield _block(epoch, shard, rows)
+            student = prepared.views[STUDENT]
+            teacher = prepared.views.get(TEACHER, student)
+            block.append(Sample(epoch, shard, index, prepared.member, prepared.key, student, teacher, stored))
+            taken += prepared.bytes
+            if len(block) >= rows or taken >= size:
+                self._require_few(bad)
+                yield block_of(block)
+                block, bad, taken = [], [], 0
+        self._require_few(bad)
+        if block:
+            yield block_of(block)
+
+    def _require_few(self, bad: list[Quarantined]) -> None:
         if bad:
             require_few(self.report(bad), self.data, self.plan, bad[-1])
 
-    def _prepared(self, epoch: int, shard: int, done: np.ndarray) -> Iterator[Row | Refusal]:
+    def _prepared(
+        self, epoch: int, first: int, todo: dict[int, NDArray[np.intp]]
+    ) -> Iterator[tuple[int, int, Row | Refusal]]:
         """What becomes of each sample that is not done, in this epoch's order."""
-        described = self.plan.shards[shard]
-        if kept := _KEPT.find(self._rendering, described):
-            yield from self._shuffled((one for one in kept if not done[one.index]), epoch, shard)
-            return
-        samples = read_shard_with_retry(described, self.data.storage, skip=done)
-        room = KEPT_BYTES if self._is_small and not done.any() else 0
-        keeping: list[Row | Refusal] = []
-        for sample in self._shuffled(samples, epoch, shard):
+        keeping = _Keeping(self._rendering, self.plan.shards, KEPT_BYTES if self._is_small else 0)
+        sources = ((len(indexes), self._read(epoch, shard, indexes)) for shard, indexes in todo.items())
+        for shard, index, sample in self._mixed(sources, epoch, first):
+            if isinstance(sample, (Row, Refusal)):
+                yield shard, index, sample
+                continue
             prepared = self._prepare(sample)
-            yield prepared
-            if room > 0:
-                room -= prepared.bytes
-                keeping.append(prepared)
-        if room > 0:
-            # Shuffled anew, it then comes as if it were read again.
-            _KEPT.keep(self._rendering, described, sorted(keeping, key=lambda one: one.index))
+            keeping.add(shard, prepared)
+            yield shard, index, prepared
+
+    def _read(self, epoch: int, shard: int, indexes: NDArray[np.intp]) -> Generator[Planned]:
+        """The samples of a shard that are to be done, in the order of its file."""
+        described = self.plan.shards[shard]
+        members = self.plan.members(epoch, shard)[indexes]
+        index_of = dict(zip(members.tolist(), indexes.tolist(), strict=True))
+        if kept := _KEPT.find(self._rendering, described):
+            for one in kept:
+                if one.member in index_of:
+                    yield Planned(shard, index_of[one.member], one)
+            return
+        skip = np.ones(described.samples, dtype=bool)
+        skip[members] = False
+        for sample in read_shard_with_retry(described, self.data.storage, skip=skip):
+            yield Planned(shard, index_of[sample.index], sample)
+
+    def _mixed(self, sources: Iterable[tuple[int, Generator[Planned]]], epoch: int, first: int) -> Iterator[Planned]:
+        """The samples of a group: of a few open shards at a time, through one buffer."""
+        if not self.plan.shuffle:
+            for _, source in sources:
+                yield from source
+            return
+        rng = self.plan.mixing(epoch, first)
+        yield from _shuffle(_interleave(sources, MIXED_SHARDS, rng), self.data.shuffle_buffer, rng)
 
     @property
     def _is_small(self) -> bool:
         """Before it is rendered, as far as can be told."""
-        return self.plan.epochs > 1 and sum(shard.bytes for shard in self.plan.shards) <= KEPT_BYTES
+        repeats = self.plan.epochs > 1 or len(self.plan.distinct) < len(self.plan.shards)
+        return repeats and sum(shard.bytes for shard in self.plan.distinct) <= KEPT_BYTES
 
     @cached_property
     def _rendering(self) -> str:
@@ -150,10 +195,49 @@ class Reader:
             raise Unrenderable(f"energies compare image tokens one by one, and there are {counts}")
         return views
 
-    def _shuffled(self, samples: Iterator[Any], epoch: int, shard: int) -> Iterator[Any]:
-        if not self.plan.shuffle:
-            return samples
-        return _shuffle(samples, self.data.shuffle_buffer, np.random.default_rng((self.plan.seed, epoch, shard)))
+
+class _Answers:
+    """Where the answers to a group's samples are kept, looked up shard by shard as the first sample of each comes."""
+
+    def __init__(self, locate: Callable[[Shard], Mapping[int, Stored]] | None, left: dict[int, int]) -> None:
+        self._locate = locate
+        self._left = left
+        self._known: dict[int, Mapping[int, Stored]] = {}
+
+    def take(self, number: int, shard: Shard, member: int) -> Stored | None:
+        """Return the place of one sample's answer; after a shard's last sample, forget the others."""
+        if self._locate is None:
+            return None
+        if number not in self._known:
+            self._known[number] = self._locate(shard)
+        place = self._known[number].get(member)
+        self._left[number] -= 1
+        if not self._left[number]:
+            del self._known[number]
+        return place
+
+
+class _Keeping:
+    """Collects the rows of a small set's shards, and keeps those shards of which it has every sample."""
+
+    def __init__(self, rendering: str, shards: tuple[Shard, ...], room: int) -> None:
+        self._rendering, self._shards, self._room = rendering, shards, room
+        self._rows: dict[int, list[Row | Refusal]] = {}
+
+    def add(self, shard: int, row: Row | Refusal) -> None:
+        """Take one more row; the last of a shard keeps them all."""
+        if self._room <= 0:
+            return
+        self._room -= row.bytes
+        if self._room <= 0:
+            self._rows.clear()
+            return
+        rows = self._rows.setdefault(shard, [])
+        rows.append(row)
+        if len(rows) == self._shards[shard].samples:
+            # In the file's order: mixed anew, they then come as if they were read again.
+            _KEPT.keep(self._rendering, self._shards[shard], sorted(rows, key=lambda one: one.member))
+            del self._rows[shard]
 
 
 class KeptRows:
@@ -184,9 +268,39 @@ class KeptRows:
 _KEPT = KeptRows()
 
 
-def _shuffle(samples: Iterable[Any], buffer: int, rng: np.random.Generator) -> Iterator[Any]:
-    """A seeded reservoir: as random as the buffer is long."""
-    held: list[Any] = []
+def _interleave(
+    sources: Iterable[tuple[int, Generator[Planned]]], window: int, rng: np.random.Generator
+) -> Iterator[Planned]:
+    """Mix sources, given as (items, iterator): `window` of them at a time, each drawn in proportion to what it has left.
+
+    Which is drawn follows from the lengths and `rng` alone.
+    """
+    waiting = iter(sources)
+    opened: list[Generator[Planned]] = []
+    left: list[int] = []
+    try:
+        while True:
+            for items, source in islice(waiting, window - len(opened)):
+                opened.append(source)
+                left.append(items)
+            if not opened:
+                return
+            # So many draws of each, shuffled: drawn in proportion, without asking for a random number each time.
+            for at in rng.permutation(np.repeat(np.arange(len(opened)), left)).tolist():
+                yield next(opened[at])
+                left[at] -= 1
+                if not left[at]:
+                    break
+            next(opened[at], None)  # a shard tells only behind its last sample whether it was whole
+            del opened[at], left[at]
+    finally:
+        for source in opened:
+            source.close()
+
+
+def _shuffle(samples: Iterable[Planned], buffer: int, rng: np.random.Generator) -> Iterator[Planned]:
+    """Shuffle by a reservoir: as random as the buffer is long."""
+    held: list[Planned] = []
     for sample in samples:
         held.append(sample)
         if len(held) >= buffer:
@@ -195,17 +309,3 @@ def _shuffle(samples: Iterable[Any], buffer: int, rng: np.random.Generator) -> I
             yield held.pop()
     rng.shuffle(held)
     yield from held
-
-
-def _block(epoch: int, shard: int, rows: list[Row]) -> pa.Table:
-    views = {view: [row.views[view] for row in rows] for view in rows[0].views}
-    return pa.table(
-        {
-            "epoch": pa.array(np.full(len(rows), epoch, np.int32)),
-            "shard": pa.array(np.full(len(rows), shard, np.int32)),
-            "index": pa.array(np.array([row.index for row in rows], np.int32)),
-            "key": pa.array([row.key for row in rows], pa.string()),
-            "signal": pa.array([row.signal for row in rows], pa.large_binary()),
-            **to_arrow(views),
-        }
-    )

@@ -1,84 +1,122 @@
-"""Rows of the stream → one micro-batch, as numpy arrays.
+"""Blocks of the stream: samples → columns of Arrow, and back.
 
-Everything that can be known on the CPU is made here (which positions are answer rows, which sample each belongs to), so
-that the device never has to be asked for a shape. Arrays travel to the teacher as they are, without a copy.
+A block has as many bytes whatever the teacher's cache holds: Ray Data may run a read task again, and cuts by bytes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from betakd_ray.batch.images import Images
-from betakd_ray.batch.inputs import ModelInputs
-from betakd_ray.batch.packing import stack
-from betakd_ray.batch.sample import Rendering
-from betakd_ray.data.ledger import SampleIds
+from betakd_ray.batch.sample import Rendering, Sample, Stored
+from betakd_ray.errors import DataError
 
-
-@dataclass(frozen=True)
-class Batch:
-    """A micro-batch: what the student sees, what the teacher sees (the same object if they see alike), and its ids."""
-
-    student: ModelInputs
-    teacher: ModelInputs
-    ids: SampleIds
-    keys: list[str]
-    """What the samples are called in their shards."""
-    signals: list[bytes] | None = None
-    """What the teacher is known to say of each sample, serialised; None unless it is known of all."""
-
-
-def collate(rows: pa.Table, pad_token_id: int, image_token_id: dict[str, int]) -> Batch:
-    """One micro-batch from rows of the stream (see `to_arrow`).
-
-    `image_token_id` has an entry for "student", and one for "teacher" where the teacher's view differs.
-    """
-    views = {view: stack(_renderings(rows, view), pad_token_id, token) for view, token in image_token_id.items()}
-    ids = SampleIds(*(rows.column(name).to_numpy().astype(np.int32) for name in ("epoch", "shard", "index")))
-    signals = rows.column("signal")
-    known = signals.to_pylist() if signals.null_count == 0 else None
-    keys = rows.column("key").to_pylist()
-    return Batch(views["student"], views.get("teacher", views["student"]), ids, keys, known)
-
-
+IDS = ("epoch", "shard", "index", "member")
+STUDENT, TEACHER = "student", "teacher"
+FILE_BYTES = 192
+"""Longest name of a cache's file. Names are padded to it."""
+NOT_STORED = -1
 ARRAY = pa.struct(
     [("name", pa.string()), ("dtype", pa.string()), ("shape", pa.list_(pa.int32())), ("bytes", pa.large_binary())]
 )
 
 
-def to_arrow(renderings: dict[str, list[Rendering]]) -> dict[str, pa.Array]:
-    """Columns of a block for each view; the arrays of a sample's images as they are."""
-    columns: dict[str, pa.Array] = {}
-    for view, samples in renderings.items():
-        columns[f"{view}_input_ids"] = pa.array([sample.input_ids for sample in samples], pa.list_(pa.int32()))
-        columns[f"{view}_answer_mask"] = pa.array(
-            [sample.answer_mask.view(np.uint8) for sample in samples], pa.list_(pa.uint8())
+def block_of(samples: Sequence[Sample]) -> pa.Table:
+    """Write samples as a block; the teacher's view only where it is another object than the student's."""
+    columns: dict[str, pa.Array] = {
+        name: pa.array(np.array([getattr(sample, name) for sample in samples], np.int32)) for name in IDS
+    }
+    columns["key"] = pa.array([sample.key for sample in samples], pa.string())
+    columns |= _places([sample.stored for sample in samples])
+    columns |= _rendered(STUDENT, [sample.student for sample in samples])
+    if any(sample.teacher is not sample.student for sample in samples):
+        columns |= _rendered(TEACHER, [sample.teacher for sample in samples])
+    return pa.table(columns)
+
+
+def samples_of(block: pa.Table) -> list[Sample]:
+    """Read a block. No array of a sample is the block's memory, which may lie in Ray's object store: it could not be
+    freed as long as a sample is kept."""
+    columns = {name: block.column(name).to_pylist() for name in (*IDS, "key")}
+    student = _renderings(block, STUDENT)
+    teacher = _renderings(block, TEACHER) if f"{TEACHER}_input_ids" in block.column_names else student
+    stored = _stored(block)
+    return [
+        Sample(*ids, student=student[at], teacher=teacher[at], stored=stored[at])
+        for at, ids in enumerate(zip(*columns.values(), strict=True))
+    ]
+
+
+# ------------------------------------------------------------------------------------- where the answer is kept
+
+
+def _places(stored: Sequence[Stored | None]) -> dict[str, pa.Array]:
+    """Columns of a fixed width, without nulls: of what is stored and what is not they have as many bytes."""
+    names = [one.file.encode() if one else b"" for one in stored]
+    if too_long := [name for name in names if len(name) > FILE_BYTES]:
+        raise DataError(
+            f"teacher.cache: {too_long[0].decode()} has a name of {len(too_long[0])} bytes, and {FILE_BYTES} are the "
+            "most. Remove the file, or name another teacher.cache."
         )
-        columns[f"{view}_images"] = pa.array([_stored(sample.images) for sample in samples], pa.large_list(ARRAY))
-    return columns
+    spans = np.array([one[1:] if one else (0, NOT_STORED) for one in stored], np.int64).reshape(-1, 2)
+    return {
+        "stored_file": pa.array([name.ljust(FILE_BYTES, b"\0") for name in names], pa.binary(FILE_BYTES)),
+        "stored_offset": pa.array(spans[:, 0].copy()),
+        "stored_length": pa.array(spans[:, 1].copy()),
+    }
 
 
-def _stored(images: Images) -> list[dict[str, Any]]:
+def _stored(block: pa.Table) -> list[Stored | None]:
+    files, offsets, lengths = (block.column(f"stored_{name}").to_pylist() for name in ("file", "offset", "length"))
+    return [
+        None if length == NOT_STORED else Stored(file.rstrip(b"\0").decode(), offset, length)
+        for file, offset, length in zip(files, offsets, lengths, strict=True)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- renderings
+
+
+def _rendered(view: str, samples: Sequence[Rendering]) -> dict[str, pa.Array]:
+    return {
+        f"{view}_input_ids": _lists([sample.input_ids for sample in samples], np.int32),
+        f"{view}_answer_mask": _lists([sample.answer_mask.view(np.uint8) for sample in samples], np.uint8),
+        f"{view}_images": pa.array([_arrays(sample.images) for sample in samples], pa.large_list(ARRAY)),
+    }
+
+
+def _lists(rows: Sequence[np.ndarray], dtype: type) -> pa.ListArray:
+    """The same as `pa.array(rows)`, which looks at every number by itself."""
+    ends = np.cumsum([len(row) for row in rows])
+    values = np.concatenate(rows) if rows else np.zeros(0)
+    return pa.ListArray.from_arrays(np.concatenate([[0], ends]).astype(np.int32), values.astype(dtype, copy=False))
+
+
+def _arrays(images: Images) -> list[dict[str, Any]]:
     return [
         {"name": name, "dtype": array.dtype.str, "shape": array.shape, "bytes": array.tobytes()}
         for name, array in images.items()
     ]
 
 
-def _renderings(rows: pa.Table, view: str) -> list[Rendering]:
-    columns = [rows.column(f"{view}_{name}").combine_chunks() for name in ("input_ids", "answer_mask", "images")]
+def _renderings(block: pa.Table, view: str) -> list[Rendering]:
+    columns = (block.column(f"{view}_{name}").combine_chunks() for name in ("input_ids", "answer_mask", "images"))
     return [
         Rendering(
-            input_ids=input_ids.values.to_numpy(),
+            input_ids=input_ids.values.to_numpy().copy(),
             answer_mask=answer_mask.values.to_numpy().astype(bool),
-            images=dict(map(_array, images)),
+            images=_images(images),
         )
         for input_ids, answer_mask, images in zip(*columns, strict=True)
     ]
 
 
+def _images(stored: Iterable[pa.StructScalar]) -> Images:
+    return dict(map(_array, stored))
+
+
 def _array(stored: pa.StructScalar) -> tuple[str, np.ndarray]:
     name, dtype, shape = (stored[field].as_py() for field in ("name", "dtype", "shape"))
-    return name, np.frombuffer(stored["bytes"].as_buffer(), dtype).reshape(shape)
+    return name, np.frombuffer(stored["bytes"].as_buffer(), dtype).reshape(shape).copy()

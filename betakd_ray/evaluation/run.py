@@ -64,9 +64,9 @@ class Evaluation:
 
         Raises ClusterError, DataError, ModelError or OutputError for what the user can mend.
         """
-        shards = find_shards(self.spec.data.train, self.spec.data.storage)
+        shards = find_shards(self.spec.data.paths, self.spec.data.storage)
         if not sum(shard.samples for shard in shards):
-            raise DataError(f"data.train: {list(self.spec.data.train)} holds no sample. Name shards with questions.")
+            raise DataError(f"data.train: {list(self.spec.data.paths)} holds no sample. Name shards with questions.")
         self._store({})  # an output that cannot be written is found before the models run
         answered = self._answer(shards)
         results = {label: self._score(label, answered) for label in self.spec.models}

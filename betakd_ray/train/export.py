@@ -90,7 +90,7 @@ A {kind} model trained with uncertainty-aware knowledge distillation (Beta-KD, a
 | teacher | `{teacher}` |
 | channels | {channels} |
 | weighting | {spec.objective.weighting.kind} |
-| data | {", ".join(f"`{location}`" for location in spec.data.train)} |
+| data | {", ".join(f"`{entry}`" for entry in spec.data.train)} |
 | trained parts | {", ".join(spec.student.train)}{_adapted(spec.student)} |
 | global batch × epochs | {spec.training.global_batch_size} × {spec.training.epochs} |
 

@@ -63,6 +63,14 @@ class Monitor:
         """(class name in `errors`, message) of such an error."""
         return self._failure
 
+    def resuming_from(self, checkpoint: str | None) -> None:
+        """The stream that now starts is the plan less what this checkpoint has, or the whole plan."""
+        self._resumes_from = checkpoint
+
+    def resumes_from(self) -> str | None:
+        """The name of the checkpoint that the workers of this start resume from; None to begin at step 0."""
+        return self._resumes_from
+
     def committed(self) -> None:
         """A new checkpoint is there: whatever dies now, something was gained."""
         self._failures = 0

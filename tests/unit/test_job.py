@@ -27,7 +27,7 @@ from betakd_ray.job import BetaKDJob, JobResult
 from betakd_ray.spec import JobSpec, parse_spec
 from betakd_ray.train import worker
 from betakd_ray.train.checkpoint import CheckpointStore
-from betakd_ray.train.feed import _done, _patience
+from betakd_ray.train.source import _done, _patience
 from betakd_ray.train.monitor import Monitor
 from tests.tiny import save_tiny
 
@@ -222,7 +222,7 @@ def test_a_worker_notes_what_no_restart_will_mend(monkeypatch, error, is_pool_de
 
 def test_ray_s_own_actors_load_nothing_that_trains():
     """They unpickle this on every restart; transformers is some seconds and hundreds of megabytes."""
-    names = "betakd_ray.train.feed, betakd_ray.train.worker"
+    names = "betakd_ray.train.source, betakd_ray.train.worker"
     code = f"import sys, {names}; print({{'transformers', 'deepspeed'}} & {{*sys.modules}})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

@@ -2,12 +2,11 @@
 
 import io
 
-import numpy as np
 import pytest
 from PIL import Image
 
 import betakd_ray.data.reader as module
-from betakd_ray.data.plan import Plan, Quarantined
+from betakd_ray.data.plan import Plan, Quarantined, ids_of
 from betakd_ray.data.reader import Reader
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.shards import Shard
@@ -52,8 +51,9 @@ class Job:
         return len(self.bad) / self.plan.samples
 
     def rows(self, epoch=0, done=()):
-        is_done = np.isin(np.arange(self.shard.samples), done)
-        blocks = self.reader.blocks(epoch, 0, is_done)
+        ledger = self.plan.empty_ledger()
+        ledger.add(ids_of([Quarantined(epoch, 0, index, "", "") for index in done]))
+        blocks = self.reader.blocks(epoch, 0, 1, ledger, rows=256, size=1 << 24)
         return [row for block in blocks for row in block.to_pylist()]
 
 

@@ -309,7 +309,7 @@ def test_the_refusal_names_the_field_and_the_remedy(home):
     ],
 )
 def test_a_url_without_a_credential_is_not(home, url):
-    assert parse_spec(tree(home, "out", data={"train": url})).data.train == (url,)
+    assert parse_spec(tree(home, "out", data={"train": url})).data.paths == (url,)
 
 
 @pytest.mark.parametrize(

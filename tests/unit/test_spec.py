@@ -74,7 +74,7 @@ def test_defaults_are_the_paper_s():
 
 def test_shorthands_are_the_long_form():
     job = parse_spec(tree(output="/runs", objective__weighting="task"))
-    assert job.data.train == ("/data/{00..07}.tar",)
+    assert job.data.paths == ("/data/{00..07}.tar",)
     assert job.objective.energies == (CosineProbs(), FeatureDistance())
     assert job.objective.channels == ("cosine_probs", "fd")
     assert job.output == OutputSpec(path="/runs")
@@ -127,7 +127,7 @@ def test_paths_are_absolute_and_urls_and_hub_ids_are_left_alone(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     job = parse_spec(tree(data__train=["a.tar", "s3://b/{0..1}.tar"], teacher__path="here"))
-    assert job.data.train == (str(tmp_path / "a.tar"), "s3://b/{0..1}.tar")
+    assert job.data.paths == (str(tmp_path / "a.tar"), "s3://b/{0..1}.tar")
     assert job.teacher is not None
     assert job.teacher.path == str(tmp_path / "here")
     assert job.student.init.path == "org/student"

@@ -1,0 +1,48 @@
+"""Which shards an epoch reads, and how often: the entries of `data.train` with their weights → passes over shards."""
+
+import math
+from collections.abc import Iterator
+
+from betakd_ray.data.manifest import find_shards
+from betakd_ray.data.plan import Pass
+from betakd_ray.data.shards import Shard
+from betakd_ray.errors import DataError
+from betakd_ray.spec import DataSpec
+
+
+def find_passes(data: DataSpec) -> list[Pass]:
+    """The passes of an epoch, in the order in which they are read without shuffling.
+
+    Without weights, every shard once, sorted by URL. With weights, entry by entry: an entry's whole passes one after
+    the other, then what is left of its weight as a part of each shard. Raises DataError as `find_shards` does, and where
+    two entries name one shard and have weights.
+    """
+    if all(entry.weight == 1 for entry in data.train):
+        return [Pass(shard, shard.samples) for shard in find_shards(data.paths, data.storage)]
+    found = [find_shards([entry.path], data.storage) for entry in data.train]
+    _require_disjoint(found)
+    return [
+        one for entry, shards in zip(data.train, found, strict=True) for one in passes_of(shards, entry.weight)
+    ]
+
+
+def passes_of(shards: list[Shard], weight: float) -> Iterator[Pass]:
+    """Passes over shards that amount to `weight` an epoch. A part has one sample at the least, so that every shard
+    takes part."""
+    whole = math.floor(weight)
+    for _ in range(whole):
+        yield from (Pass(shard, shard.samples) for shard in shards)
+    if part := weight - whole:
+        yield from (Pass(shard, max(1, math.floor(part * shard.samples + 0.5))) for shard in shards)
+
+
+def _require_disjoint(found: list[list[Shard]]) -> None:
+    """A shard of two entries would have two weights."""
+    entry_of: dict[str, int] = {}
+    for entry, shards in enumerate(found):
+        for shard in shards:
+            if (other := entry_of.setdefault(shard.url, entry)) != entry:
+                raise DataError(
+                    f"data.train.{entry}: {shard.url} is in data.train.{other}, too. Where entries have weights, name "
+                    "each shard in one of them; to read it more often, give that one a larger weight."
+                )
