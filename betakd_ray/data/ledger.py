@@ -33,6 +33,15 @@ class SampleIds:
         """Return the ids where `wanted` is true."""
         return SampleIds(self.epoch[wanted], self.shard[wanted], self.index[wanted])
 
+    @classmethod
+    def joined(cls, parts: "Sequence[SampleIds]") -> "SampleIds":
+        """Return the ids of several batches as one."""
+        none = [np.zeros(0, np.int32)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts] or none) for name in _FIELDS))
+
+
+_FIELDS = ("epoch", "shard", "index")
+
 
 class Ledger:
     """Done samples by (epoch, shard, index). `sizes` are the samples that each epoch takes of each shard of the plan.

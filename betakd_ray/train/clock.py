@@ -22,9 +22,9 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
-        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._stalls = dict.fromkeys(STALLS, 0.0)
+        self._stalls: dict[str, float] = dict.fromkeys(STALLS, 0.0)
         self._since = time.perf_counter()
 
     @contextmanager

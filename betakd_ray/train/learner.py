@@ -59,8 +59,9 @@ class Learner:
         _bound_collectives(timedelta(seconds=spec.training.collective_timeout_s))
         # What is known on the host is agreed on there, without waiting for the device, and with patience: a checkpoint
         # takes as long as its slowest rank. The feed's group is for its own thread, which must meet no other collective.
-        self.host_group = dist.new_group(backend="gloo", timeout=FOREVER)
-        self.feed_group = dist.new_group(backend="gloo", timeout=FOREVER)
+        self.host_group, self.feed_group = (
+            cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=FOREVER)) for _ in range(2)
+        )
         self._unname_shared_memory()
         self.weighting = BetaWeighting(
             spec.objective.weighting,

@@ -156,7 +156,7 @@ class Worker:
         """Yield the samples of this rank's part of the stream, in its order."""
         shard = ray.train.get_dataset_shard("train")
         assert shard is not None
-        for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        for table in shard.iter_batches(batch_size=cast(Any, None), batch_format="pyarrow", prefetch_batches=2):
             yield from samples_of(cast(Any, table))
 
     def quarantine(self, refused: list[Refused]) -> None:

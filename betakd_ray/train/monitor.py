@@ -28,7 +28,7 @@ class Monitor:
         self._start = Start()
 
     def resuming_from(self, checkpoint: str | None) -> None:
-        """Note which checkpoint the rows of a new start of the workers were made for."""
+        """Note which checkpoint a new start of the workers goes on from: the one that its rows are the rest of."""
         self._start = Start(checkpoint, os.urandom(4).hex())
         self._roll.begin(self._start.attempt)
 
@@ -62,14 +62,6 @@ class Monitor:
     def failure(self) -> tuple[str, str] | None:
         """(class name in `errors`, message) of such an error."""
         return self._failure
-
-    def resuming_from(self, checkpoint: str | None) -> None:
-        """The stream that now starts is the plan less what this checkpoint has, or the whole plan."""
-        self._resumes_from = checkpoint
-
-    def resumes_from(self) -> str | None:
-        """The name of the checkpoint that the workers of this start resume from; None to begin at step 0."""
-        return self._resumes_from
 
     def committed(self) -> None:
         """A new checkpoint is there: whatever dies now, something was gained."""
