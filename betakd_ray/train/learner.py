@@ -187,7 +187,6 @@ class Learner:
         """Collective: this rank's files of a checkpoint."""
         pickle_stages_by_value()
         self.engine.save_checkpoint(str(folder), tag=checkpoint.ENGINE, exclude_frozen_parameters=True)
-        torch.save(_rng_state(), folder / f"rng-{self.rank}.pt")
         if self.rank == 0:
             torch.save(
                 {
@@ -198,19 +197,15 @@ class Learner:
                 folder / "beta.pt",
             )
 
-    def load(self, folder: Path, saved_ranks: int) -> None:
-        """Collective: the inverse, also of a checkpoint that `saved_ranks`, another number of ranks, wrote."""
+    def load(self, folder: Path) -> None:
+        """Collective: the inverse, also of a checkpoint that another number of ranks wrote."""
         checkpoint.load_engine(self.engine, folder)
         with tensors_only(folder.name):
             state = torch.load(folder / "beta.pt", weights_only=True, map_location=self.device)
-            is_same = saved_ranks == self.world_size
-            rng = torch.load(folder / f"rng-{self.rank}.pt", weights_only=True) if is_same else None
         self.weighting.load_state_dict(state["weighting"])
         self.curriculum.load_state_dict(state["curriculum"])
         if self.beta_optimizer:
             self.beta_optimizer.load_state_dict(state["beta_optimizer"])
-        if rng:
-            _set_rng_state(rng)
 
     # --------------------------------------------------------------------------------------------------- build
 
@@ -270,14 +265,3 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _rng_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())

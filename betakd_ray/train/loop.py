@@ -270,12 +270,12 @@ class Worker:
         if manifest is None:
             return
         with self.store.on_disk(manifest, self.attempt) as folder:
-            self.learner.load(folder, manifest.world_size)
-            self.ledger = Ledger.from_json((folder / checkpoint.LEDGER).read_text())
-            progress = json.loads((folder / checkpoint.PROGRESS).read_text())
-            if self.metrics:
-                self.metrics.restore((folder / METRICS).read_text())
-                self.skips = from_jsonl((folder / checkpoint.SKIPPED).read_text())
+            self.learner.load(folder)
+        self.ledger = self.store.ledger(manifest)
+        progress = json.loads(self.store.read_text(manifest, checkpoint.PROGRESS))
+        if self.metrics:
+            self.metrics.restore(self.store.read_text(manifest, METRICS))
+            self.skips = from_jsonl(self.store.read_text(manifest, checkpoint.SKIPPED))
         self.step = self.saved_step = manifest.step
         for name in COUNTS:
             setattr(self, name, progress[name])

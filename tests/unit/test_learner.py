@@ -181,7 +181,7 @@ def _learn(folder: Path, case: Case, resumed: Path | None = None) -> list[Step]:
         manifest = store.latest()
         assert manifest
         with store.on_disk(manifest, attempt="resumed") as found:
-            learner.load(found, manifest.world_size)
+            learner.load(found)
     steps = []
     for number in range(STEPS - 1 if resumed else 0, STEPS):
         if number == STEPS - 1 and not resumed:
