@@ -3,6 +3,9 @@
 Every rank writes its files under a new name; the manifest, which lists them with their sizes, is written last. A
 directory without a manifest does not exist as far as a resume is concerned, so a crash at any point leaves the previous
 checkpoint current. The manifest is the only truth: the stream and the workers both resume from what it names.
+
+Collectives here are the host's, over a gloo group whose limit should be long: one rank's upload or download may take
+many minutes longer than another's. A rank that died meanwhile is for the job's watch over its workers to find.
 """
 
 import errno
@@ -15,7 +18,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -43,14 +47,24 @@ QUARANTINE = "quarantine.jsonl"
 SPEC, PROGRESS = "spec.json", "progress.json"
 SKIPPED = "skipped.jsonl"
 """The steps whose gradient was not finite, and their samples."""
+METRICS = "metrics.json"
+"""How much had been logged, as `tracking.Metrics.reference` has it."""
+_RANK_0 = {LEDGER, QUARANTINE, SKIPPED, SPEC, PROGRESS, METRICS}
+"""Read from the store where they are needed (`read_text`), and not copied to every node."""
+THREADS = 8
+"""Files that a rank copies at a time: one stream from an object store has 100–200 MB/s."""
 
 _NAME = re.compile(r"step-(\d+)-.+")
+_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_")
+"""In the name of a file that DeepSpeed reads on that rank only."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _LEFT_BYTES = 1 << 20
 """A disk with less is full."""
 _listed = Retrying(retry=retry_if_exception_type(FileNotFoundError), stop=stop_after_attempt(9), reraise=True)
 """A manifest that was listed and is gone was pruned meanwhile: what superseded it is in the next listing."""
 _LOG = logging.getLogger(__name__)
+Group = dist.ProcessGroup | None
+"""Over all ranks; None is torch's default group."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +112,23 @@ class CheckpointStore:
         """The checkpoint to resume from."""
         return next(reversed(self.committed()), None)
 
+    def named(self, name: str) -> Manifest:
+        """Return the committed checkpoint of that name. Raises OutputError if it is gone or damaged."""
+        with self._errors(name, MANIFEST):
+            content = cast(bytes, self.filesystem.cat_file(join(self.root, name, MANIFEST)))
+        return self._manifest(name, content)
+
     def upload(self, local: Path, name: str) -> dict[str, int]:
-        """Copy one rank's files; returns them with their sizes."""
+        """Copy one rank's files, several at a time; returns them with their sizes."""
         files = _sizes(local)
-        for file in files:
-            target = join(self.root, name, file)
-            with self._errors(name, file):
-                self.filesystem.makedirs(os.path.dirname(target), exist_ok=True)
-                self.filesystem.put_file(str(local / file), target)
+        _at_once(lambda file: self._put(local / file, name, file), files)
         return files
+
+    def _put(self, source: Path, name: str, file: str) -> None:
+        target = join(self.root, name, file)
+        with self._errors(name, file):
+            self.filesystem.makedirs(os.path.dirname(target), exist_ok=True)
+            self.filesystem.put_file(str(source), target)
 
     def commit(self, manifest: Manifest) -> None:
         """Make a checkpoint current. Raises OutputError if a file did not arrive whole."""
@@ -143,35 +165,69 @@ class CheckpointStore:
         return [Quarantined(**json.loads(line)) for line in self.read_text(manifest, QUARANTINE).splitlines()]
 
     @contextmanager
-    def on_disk(self, manifest: Manifest, attempt: str) -> Iterator[Path]:
-        """Collective: the checkpoint in a folder of this node, which its ranks share, for as long as it is needed.
+    def on_disk(self, manifest: Manifest, attempt: str, group: Group = None) -> Iterator[Path]:
+        """Collective: what this node's ranks need of a checkpoint, in a folder that they share, while it is needed.
 
-        A checkpoint of another number of ranks gets DeepSpeed's universal form beside it; the committed one is only
-        read.
+        A rank copies its own files; those that all need are divided among the ranks of a node. A checkpoint of another
+        number of ranks is converted to DeepSpeed's universal form by rank 0 and stored beside the checkpoint, which
+        stays as it was committed; the others copy that form, and so does whoever resumes from this checkpoint again.
         """
         run = hashlib.sha256(self.root.encode()).hexdigest()[:12]
         folder = Path(tempfile.gettempdir()) / f"betakd-{run}-{manifest.name}-{attempt}"
         try:
-            if _first_of_node():
-                self._fetch(manifest, folder)
-                if manifest.world_size != dist.get_world_size():
-                    _make_universal(folder)
-            dist.barrier()
+            self._require_stored(manifest)
+            wanted = manifest
+            if manifest.world_size != dist.get_world_size() and _has_optimizer_parts(manifest):
+                wanted = _from_rank_0(lambda: self._universal(manifest, folder), group)
+            self._fetch(manifest.name, _of_this_rank(wanted), folder)
+            dist.barrier(group)
             yield folder
-            dist.barrier()
+            dist.barrier(group)
         finally:
-            if _first_of_node():
+            # The node's first rank ends it: all have passed the barrier by then, or the job is going down.
+            if _local_rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _fetch(self, manifest: Manifest, folder: Path) -> None:
-        missing = manifest.missing(self._stored(manifest.name))
-        if not missing:
-            for file in manifest.files:
-                with self._errors(manifest.name, file), _disk_errors(folder):
-                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                    self.filesystem.get_file(join(self.root, manifest.name, file), str(folder / file))
-            missing = manifest.missing(_sizes(folder))
-        if missing:
+    def _universal(self, manifest: Manifest, folder: Path) -> Manifest:
+        """Return a checkpoint's files with DeepSpeed's in their universal form, which is made unless it is stored."""
+        path = join(manifest.name, UNIVERSAL, MANIFEST)
+        with self._errors(path):
+            if self.filesystem.exists(join(self.root, path)):
+                content = cast(bytes, self.filesystem.cat_file(join(self.root, path)))
+                return self._manifest(manifest.name, content)
+        parts = {file: size for file, size in manifest.files.items() if file.startswith(f"{ENGINE}/")}
+        self._fetch(manifest.name, parts, folder)
+        with _disk_errors(folder):
+            _make_universal(folder)
+            shutil.rmtree(folder / ENGINE)
+        made = {file: size for file, size in _sizes(folder).items() if file.startswith(f"{UNIVERSAL}/")}
+        _at_once(lambda file: self._put(folder / file, manifest.name, file), made)
+        rest = {file: size for file, size in manifest.files.items() if file not in parts}
+        universal = Manifest(manifest.name, manifest.step, manifest.world_size, made | rest)
+        with self._errors(path):  # last: without it, whoever comes next converts again
+            replace_file(self.filesystem, join(self.root, path), json.dumps(asdict(universal)).encode())
+        return universal
+
+    def _fetch(self, name: str, files: Mapping[str, int], folder: Path) -> None:
+        """Copy files of a checkpoint that are not there yet, several at a time, and check what arrived."""
+
+        def fetch(file: str) -> None:
+            target = folder / file
+            if target.exists() and target.stat().st_size == files[file]:
+                return  # left from the conversion
+            # Renamed when whole: nodes on one machine share the folder, and may copy the same file.
+            part = target.with_name(f"{target.name}.{dist.get_rank()}.part")
+            with self._errors(name, file), _disk_errors(folder):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.filesystem.get_file(join(self.root, name, file), str(part))
+            if (size := part.stat().st_size) != files[file]:
+                raise self._unusable(name, f"{file}: {size} of {files[file]} bytes are there")
+            part.replace(target)
+
+        _at_once(fetch, files)
+
+    def _require_stored(self, manifest: Manifest) -> None:
+        if missing := manifest.missing(self._stored(manifest.name)):
             raise self._unusable(manifest.name, f"{missing} are there")
 
     # ----------------------------------------------------------------------------------------- the store
@@ -244,21 +300,37 @@ def output_errors(url: str) -> Iterator[None]:
         ) from error
 
 
-def save(store: CheckpointStore, step: int, attempt: str, keep: int, write: Callable[[Path], None]) -> None:
+def save(
+    store: CheckpointStore, step: int, attempt: str, keep: int, write: Callable[[Path], None], group: Group = None
+) -> None:
     """Collective. `write(folder)` writes this rank's files; returns on every rank once the checkpoint is committed."""
     name = f"step-{step:08d}-{attempt}"
     local = Path(tempfile.mkdtemp(prefix="betakd-save-"))
     try:
         with _disk_errors(local):
             write(local)
-        files = gather(store.upload(local, name))
+        files = gather(store.upload(local, name), group)
     finally:
         shutil.rmtree(local)
     if dist.get_rank() == 0:
         merged = {file: size for each in files for file, size in each.items()}
         store.commit(Manifest(name, step, dist.get_world_size(), merged))
         store.prune(keep)
-    dist.barrier()
+    dist.barrier(group)
+
+
+def merge_ledgers(whole: Ledger | None, delta: Ledger, group: Group = None) -> None:
+    """Collective: add every rank's `delta`, its samples since the last checkpoint, to `whole`, which rank 0 alone has.
+
+    Raises what `Ledger.merge` raises if two ranks, or a rank and an earlier checkpoint, trained the same sample.
+    """
+    deltas: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(delta.to_json(), deltas, dst=0, group=group)
+    if deltas is None:
+        return
+    assert whole is not None, "rank 0 holds the whole ledger"
+    for each in deltas:
+        whole.merge(Ledger.from_json(each))
 
 
 def load_engine(engine: Any, folder: Path) -> None:
@@ -296,14 +368,47 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-def _first_of_node() -> bool:
-    return int(os.environ["LOCAL_RANK"]) == 0
+def _at_once(work: Callable[[str], None], files: Iterable[str]) -> None:
+    """Do the work for several files at a time; raises what the first failure raised."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(work, files):
+            pass
+
+
+def _local_rank() -> int:
+    return int(os.environ["LOCAL_RANK"])
+
+
+def _of_this_rank(manifest: Manifest) -> dict[str, int]:
+    """Return the files that this rank brings to its node: its own, and its part of those that every rank reads."""
+    rank, node_ranks = dist.get_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    own, shared = {}, []
+    for file, size in manifest.files.items():
+        if match := _OF_RANK.search(file) if file.startswith(f"{ENGINE}/") else None:
+            if int(match[1]) == rank:
+                own[file] = size
+        elif file not in _RANK_0:
+            shared.append(file)
+    shared.sort(key=lambda file: (-manifest.files[file], file))
+    # Without LOCAL_WORLD_SIZE the node's first rank brings all of them.
+    mine = shared[_local_rank() :: node_ranks] if _local_rank() < node_ranks else []
+    return own | {file: manifest.files[file] for file in mine}
+
+
+def _has_optimizer_parts(manifest: Manifest) -> bool:
+    """Return whether ranks hold parts. DeepSpeed's plain engine (stage 0, float32) is alike on all of them."""
+    return any(file.endswith("_optim_states.pt") for file in manifest.files)
+
+
+def _from_rank_0(make: Callable[[], Manifest], group: Group) -> Manifest:
+    """Collective: what `make` returns on rank 0."""
+    made = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made, src=0, group=group)
+    return cast(Manifest, made[0])
 
 
 def _make_universal(folder: Path) -> None:
-    """DeepSpeed's form for any number of ranks. Its plain engine (stage 0, float32) is alike on all and needs none."""
-    if not list((folder / ENGINE).glob("*_optim_states.pt")):
-        return
+    """Add DeepSpeed's form for any number of ranks to a folder that has every rank's files."""
     command = [sys.executable, "-m", unpickling.__name__, "--inject_missing_state"]
     command += ["--input_folder", str(folder / ENGINE), "--output_folder", str(folder / UNIVERSAL)]
     here = {"PYTHONPATH": os.pathsep.join(sys.path)}  # Ray adds to the path of a worker, not to its environment
@@ -313,8 +418,8 @@ def _make_universal(folder: Path) -> None:
         raise OutputError(f"{folder.name}: DeepSpeed cannot convert the checkpoint to this number of ranks: {reason}")
 
 
-def gather(value: Any) -> list[Any]:
-    """Collective: every rank's value, by rank."""
+def gather(value: Any, group: Group = None) -> list[Any]:
+    """Collective: return every rank's value, by rank."""
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
+    dist.all_gather_object(everyone, value, group=group)
     return everyone

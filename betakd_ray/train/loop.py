@@ -21,7 +21,7 @@ import torch.distributed as dist
 from betakd_ray import errors
 from betakd_ray.batch.packing import stack
 from betakd_ray.batch.sample import Sample
-from betakd_ray.data.ledger import Ledger, SampleIds
+from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.plan import Quarantined, ids_of, require_few
 from betakd_ray.data.rows import samples_of
 from betakd_ray.models.flops import peak_flops, student_flops
@@ -321,11 +321,11 @@ class Worker:
         manifest = self.store.named(self.start.checkpoint)
         with self.store.on_disk(manifest, self.start.attempt, self.learner.host_group) as folder:
             self.learner.load(folder)
-            progress = json.loads((folder / checkpoint.PROGRESS).read_text())
-            if self.metrics:
-                self.ledger = Ledger.from_json((folder / checkpoint.LEDGER).read_text())
-                self.metrics.resume(manifest.step)
-                self.skips = from_jsonl((folder / checkpoint.SKIPPED).read_text())
+        progress = json.loads(self.store.read_text(manifest, checkpoint.PROGRESS))
+        if self.metrics:
+            self.ledger = self.store.ledger(manifest)
+            self.metrics.resume(manifest.step)
+            self.skips = from_jsonl(self.store.read_text(manifest, checkpoint.SKIPPED))
         self.step = self.saved_step = manifest.step
         for name in COUNTS:
             setattr(self, name, progress[name])

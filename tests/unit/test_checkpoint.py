@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import numpy as np
 import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 
@@ -20,7 +21,10 @@ from betakd_ray import storage
 from betakd_ray.errors import OutputError
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import ANSWERS
-from betakd_ray.train.checkpoint import FOLDER, MANIFEST, CheckpointStore, Manifest, save
+from betakd_ray.data.ledger import Ledger, SampleIds
+from betakd_ray.train import checkpoint
+from betakd_ray.train.checkpoint import FOLDER, MANIFEST, UNIVERSAL, CheckpointStore, Manifest, merge_ledgers, save
+from tests.ranks import on_ranks
 from tests.s3 import served
 from tests.s3_proxy import FAULTS, NO_BUCKET, SHORT, FaultyS3, client_without_pauses
 
@@ -117,9 +121,10 @@ def folders(store):
 
 
 def is_whole(store, manifest):
-    """What comes back is what was saved."""
+    """What comes back is what was saved; the ledger, which rank 0 alone reads, comes from the store."""
     with store.on_disk(manifest, "test") as folder:
-        return all((folder / file).read_bytes() == content for file, content in CONTENT.items())
+        back = {file: (folder / file).read_bytes() for file in CONTENT if file != "ledger.json"}
+    return back | {"ledger.json": store.read_text(manifest, "ledger.json").encode()} == CONTENT
 
 
 # ------------------------------------------------------------------------------------------ to the store and back
@@ -442,7 +447,7 @@ def test_a_copy_that_is_short_is_not_loaded(local, monkeypatch):
         os.truncate(target, 2)
 
     monkeypatch.setattr(LocalFileSystem, "get_file", cut)
-    with pytest.raises(OutputError, match=r"deepspeed/model\.pt: 2 of 10240 bytes"):
+    with pytest.raises(OutputError, match=r"deepspeed/\w+\.pt: 2 of \d+ bytes"):
         is_whole(local, local.latest())
 
 
@@ -478,3 +483,126 @@ def test_credentials_that_are_refused_are_named(remote, monkeypatch):
     monkeypatch.setattr(remote.filesystem, "put_file", refused)
     with pytest.raises(OutputError, match=r"PermissionError: Access Denied.*credentials"):
         saved(remote, 1)
+
+
+# ------------------------------------------------------------------------------------- several ranks and nodes
+
+SHARED, OPTIMIZER = "deepspeed/mp_rank_00_model_states.pt", "deepspeed/bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+PARAMETER = f"{UNIVERSAL}/zero/weight/fp32.pt"
+
+
+def two_nodes(run):
+    """Set up this process, one of four, as one of two on its node; returns the store and the files it copies."""
+    rank = dist.get_rank()
+    os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}
+    folder = f"{run}-node-{rank // 2}"
+    os.makedirs(folder, exist_ok=True)
+    tempfile.tempdir = folder
+    copied, copy = [], LocalFileSystem.get_file
+
+    def get_file(self, source, target, **options):
+        copied.append(name_of(source))
+        return copy(self, source, target, **options)
+
+    LocalFileSystem.get_file = get_file
+    return CheckpointStore(f"{run}/run", StorageSpec()), copied
+
+
+def write_rank(folder):
+    """As DeepSpeed does; every rank has files of its own, and the first those that all read."""
+    rank = dist.get_rank()
+    (folder / "deepspeed").mkdir()
+    (folder / OPTIMIZER.format(rank)).write_bytes(bytes([rank]) * 100)
+    if rank == 0:
+        (folder / SHARED).write_bytes(b"weights")
+        (folder / "beta.pt").write_bytes(b"beta")
+        (folder / "ledger.json").write_bytes(b"{}")
+
+
+def name_of(path):
+    return str(path).partition("step-")[2].partition("/")[2]
+
+
+def resume(run):
+    """Save with four ranks and resume; return this rank's copied files and what is on its node."""
+    store, copied = two_nodes(run)
+    save(store, 1, "a", 2, write_rank)
+    copied.clear()
+    with store.on_disk(store.named("step-00000001-a"), "b") as folder:
+        found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(copied), found
+
+
+def test_a_rank_copies_its_own_files_and_a_node_once_what_all_of_them_read(tmp_path):
+    for rank, (copied, found) in enumerate(on_ranks(resume, tmp_path, str(tmp_path / "same"), ranks=4)):
+        one_of_the_shared = SHARED if rank % 2 == 0 else "beta.pt"
+        assert copied == sorted([OPTIMIZER.format(rank), one_of_the_shared])
+        node = {SHARED, "beta.pt", *(OPTIMIZER.format(each) for each in (rank // 2 * 2, rank // 2 * 2 + 1))}
+        assert found == sorted(node)
+
+
+def convert(folder):
+    """As DeepSpeed's conversion does, on a node that has every rank's files."""
+    assert len(list((folder / "deepspeed").glob("*_optim_states.pt"))) == 3
+    (folder / PARAMETER).parent.mkdir(parents=True)
+    (folder / PARAMETER).write_bytes(b"parameter")
+    (folder / UNIVERSAL / "mp_rank_00_model_states.pt").write_bytes(b"weights")
+    (folder.parent / f"converted-{dist.get_rank()}").touch()
+
+
+def resume_resized(run):
+    """Resume twice from the checkpoint of three ranks; return this rank's copied files and what is on its node."""
+    store, copied = two_nodes(run)
+    checkpoint._make_universal = convert
+    (manifest,) = store.committed()
+    found = []
+    for attempt in "bc":
+        copied.clear()
+        with store.on_disk(manifest, attempt) as folder:
+            files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+            found.append((sorted(copied), files))
+    save(store, 2, "d", 1, write_rank)
+    return found, folders(store)
+
+
+def test_another_number_of_ranks_is_converted_to_once_and_the_others_copy_that(tmp_path):
+    store = CheckpointStore(str(tmp_path / "resized" / "run"), StorageSpec())
+    files = {OPTIMIZER.format(rank): b"part" for rank in range(3)}
+    files |= {SHARED: b"all", "beta.pt": b"beta", "ledger.json": b"{}"}
+    put(store, "step-1-a", files)
+    store.commit(Manifest("step-1-a", 1, 3, {file: len(content) for file, content in files.items()}))
+    ranks = on_ranks(resume_resized, tmp_path, str(tmp_path / "resized"), ranks=4)
+    assert [path.name for path in tmp_path.glob("resized-node-*/converted-*")] == ["converted-0"]
+    wanted = sorted(["beta.pt", PARAMETER, f"{UNIVERSAL}/mp_rank_00_model_states.pt"])
+    for rank, (((first, there), (second, there_again)), left) in enumerate(ranks):
+        assert there == there_again == wanted
+        # The first rank copies every part, to convert them; its neighbour then finds all there.
+        assert len(first) == [len(files) - 1, 0, 2, 1][rank]
+        assert len(second) == [2, 1, 2, 1][rank]
+        assert left == ["step-00000002-d"]
+
+
+def ledger_of(*indexes):
+    ledger = Ledger([8, 8])
+    if indexes:
+        index = np.array(indexes, np.int32)
+        ledger.add(SampleIds(np.zeros_like(index), np.ones_like(index), index))
+    return ledger
+
+
+def merge(already):
+    """Each rank's delta is the sample of its own number; rank 0 has those that were done before."""
+    whole = ledger_of(*already) if dist.get_rank() == 0 else None
+    merge_ledgers(whole, ledger_of(dist.get_rank()))
+    return whole.done(0, 1).nonzero()[0].tolist() if whole else None
+
+
+def test_rank_0_adds_up_the_ledgers(tmp_path):
+    assert on_ranks(merge, tmp_path, (6, 7), ranks=3) == [[0, 1, 2, 6, 7], None, None]
+
+
+def test_a_checkpoint_is_found_by_its_name(store):
+    first, second = saved(store, 1), saved(store, 2)
+    assert [store.named(name).step for name in (first, second)] == [1, 2]
+    with pytest.raises(OutputError, match=rf"step-00000003-a/{MANIFEST}: FileNotFoundError"):
+        store.named("step-00000003-a")
