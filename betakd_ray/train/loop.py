@@ -25,7 +25,7 @@ from betakd_ray.data.rows import Batch, collate
 from betakd_ray.teacher.cache import CacheWriter
 from betakd_ray.teacher.client import TeacherClient, scored
 from betakd_ray.teacher.signal import Signal, TeacherFacts
-from betakd_ray.tracking import METRICS, Metrics, from_jsonl, to_jsonl
+from betakd_ray.tracking import Metrics, from_jsonl, to_jsonl
 from betakd_ray.train import checkpoint
 from betakd_ray.train.export import export
 from betakd_ray.train.learner import GlobalCounts, Learner, Scored, Window, valid_samples
@@ -259,7 +259,7 @@ class Worker:
         (folder / checkpoint.LEDGER).write_text(self.ledger.to_json())
         (folder / checkpoint.QUARANTINE).write_text(to_jsonl(quarantined))
         (folder / checkpoint.SKIPPED).write_text(to_jsonl(self.skips))
-        (folder / METRICS).write_text(to_jsonl(self.metrics.history))
+        (folder / checkpoint.METRICS).write_text(self.metrics.reference())
         (folder / checkpoint.SPEC).write_text(self.spec.model_dump_json(indent=2))
         self.metrics.flush()
 
@@ -268,13 +268,15 @@ class Worker:
         # One rank looks, or a commit that arrives just now could part them.
         manifest = ray.train.collective.broadcast_from_rank_zero(self.store.latest() if self.metrics else None)
         if manifest is None:
+            if self.metrics:
+                self.metrics.restore(None)
             return
         with self.store.on_disk(manifest, self.attempt) as folder:
             self.learner.load(folder)
         self.ledger = self.store.ledger(manifest)
         progress = json.loads(self.store.read_text(manifest, checkpoint.PROGRESS))
         if self.metrics:
-            self.metrics.restore(self.store.read_text(manifest, METRICS))
+            self.metrics.restore(self.store.read_text(manifest, checkpoint.METRICS))
             self.skips = from_jsonl(self.store.read_text(manifest, checkpoint.SKIPPED))
         self.step = self.saved_step = manifest.step
         for name in COUNTS:
@@ -283,7 +285,7 @@ class Worker:
 
     def finish(self) -> dict[str, Any]:
         """Collective: export the student; rank 0 returns the outcome."""
-        last = self.metrics.history[-1] if self.metrics and self.metrics.history else {}
+        last = self.metrics.last if self.metrics else {}
         export(self.learner.engine, self.spec, self.config.run, last)
         if self.metrics is None:
             return {}
