@@ -24,7 +24,7 @@ from betakd_ray.data.shards import Shard
 from betakd_ray.errors import OutputError
 from betakd_ray.spec import JobSpec, StorageSpec
 from betakd_ray.storage import join, open_store, replace_file
-from betakd_ray.tracking import METRICS, to_jsonl
+from betakd_ray.tracking import METRICS, read_metrics, to_jsonl
 from betakd_ray.train.checkpoint import FOLDER, PROGRESS, QUARANTINE, SPEC, CheckpointStore
 
 PLAN, TAIL = "plan.json", "tail.jsonl"
@@ -172,7 +172,7 @@ def audit(run: str, storage: StorageSpec) -> Audit:
     spec, plan = _spec(run, storage), _plan(run, storage)
     outcome = _outcome(run, storage)  # looked for first: where there is one, no newer checkpoint comes
     last = _committed(run, storage, plan)
-    problems = list(_disordered(_records(join(run, METRICS), storage, lambda step, **_: step)))
+    problems = list(_disordered(_logged(run, storage)))
     counts: dict[str, NDArray[np.int64]] = dict.fromkeys(COLUMNS, np.zeros((0, len(plan.shards)), np.int64))
     if wrong := list(_of_another_plan(last, plan)):
         problems += wrong
@@ -373,6 +373,13 @@ def _outcome(run: str, storage: StorageSpec) -> _Outcome | None:
         result = {name: int(tree[name]) for name in REPORTED}
     quarantined = _records(join(run, QUARANTINE), storage, Quarantined)
     return _Outcome(result, quarantined, _records(join(run, TAIL), storage, _name))
+
+
+def _logged(run: str, storage: StorageSpec) -> list[int]:
+    """Return the steps that were logged."""
+    url = join(run, METRICS)
+    with _as_written(url), store_errors(url, storage):
+        return [record["step"] for record in read_metrics(run, storage)]
 
 
 def _records(url: str, storage: StorageSpec, of: Callable[..., T]) -> list[T]:

@@ -1,21 +1,41 @@
-"""Metrics out: the run's own metrics.jsonl, and whichever trackers the spec names."""
+"""Metrics out: the run's own, and whichever trackers the spec names; all of it on a thread of its own.
+
+Object stores cannot append. So metrics are written in parts, metrics/NUMBER-ATTEMPT.jsonl, each with what was logged
+since the one before, and joined into metrics.jsonl once the job is done. Every attempt at the run begins with a line
+`{"resumed_after": step}`: what earlier attempts logged after that step does not count, as it is done again. Whoever
+reads metrics does so by `read_metrics`, which knows all this.
+"""
 
 import hashlib
 import json
+import logging
+import os
+import queue
+import re
+import threading
 import time
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+from fsspec.spec import AbstractFileSystem
 
 from betakd_ray.metrics import NAMES, Gauges
-from betakd_ray.spec import JobSpec
+from betakd_ray.spec import JobSpec, StorageSpec
 from betakd_ray.storage import join, open_store, replace_file
 
-METRICS = "metrics.jsonl"
+METRICS, PARTS = "metrics.jsonl", "metrics"
 Record = dict[str, Any]
-FLUSH_S = 10.0
-"""Object stores cannot append, so the file is written whole; not more often than this."""
+RESUMED = "resumed_after"
+FLUSH_S, MOST_S = 10.0, 300.0
+"""Between two parts: a fiftieth of the time since the start, within these. A run of three days has a thousand parts."""
+_PART = re.compile(r"(\d{8})-([0-9a-f]+)\.jsonl")
+_READERS = 16
+_LOG = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Takes the numbers of a step."""
 
@@ -104,41 +124,188 @@ TRACKERS = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
 
 
 class Metrics:
-    """The run's history, kept whole: it rides in the checkpoint, so a resumed curve has no gap and no double."""
+    """Take the numbers of steps, and write them without holding up the caller.
+
+    An error of the store is raised by the next call. One of a tracker is a warning, and ends that tracker: no run
+    stops because a dashboard is away.
+    """
 
     def __init__(self, spec: JobSpec, run: str) -> None:
-        self.history: list[Record] = []
+        self.last: Record = {}
+        """The newest record."""
+        self._count = 0
         self._filesystem, self._root = open_store(run, spec.output.storage)
-        self._trackers: list[Tracker] = [Prometheus(spec)]
-        self._trackers += [TRACKERS[name](spec, run) for name in spec.tracking.trackers]
-        self._flushed = time.monotonic()
+        self._attempt = os.urandom(4).hex()
+        # Of the thread: lines not written yet, and the number of the next part once it is known.
+        self._lines: list[Record] = [{RESUMED: 0}]
+        self._number: int | None = None
+        self._trackers: list[Tracker] = []
+        self._failure: BaseException | None = None
+        self._begun = self._flushed = time.monotonic()
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
+        # On the thread, as MLflow's run belongs to the one that starts it.
+        self._do(lambda: self._open(spec, run))
 
     def log(self, record: Record) -> None:
-        """Add the numbers of a step."""
-        self.history.append(record)
-        for tracker in self._trackers:
-            tracker.log(record)
-        if time.monotonic() - self._flushed > FLUSH_S:
-            self.flush()
+        """Take the numbers of a step; returns at once."""
+        self._raise_failure()
+        self.last = record
+        self._count += 1
+        self._work.put(partial(self._add, record))
 
     def flush(self) -> None:
-        """Write metrics.jsonl."""
-        self.write(METRICS, to_jsonl(self.history))
-        self._flushed = time.monotonic()
+        """Return once everything logged so far is stored."""
+        self._do(self._write_part)
 
     def write(self, name: str, content: str) -> None:
-        """A file of the run's folder, whole."""
-        replace_file(self._filesystem, join(self._root, name), content.encode())
+        """Write a file of the run's folder, whole; returns at once."""
+        self._raise_failure()
+        self._work.put(partial(self._replace, name, content))
+
+    def reference(self) -> str:
+        """Return what a checkpoint keeps of the metrics so far, for `restore`; call `flush` before it is committed."""
+        return json.dumps({"step": self.last.get("step", 0), "records": self._count})
+
+    def restore(self, reference: str | None) -> None:
+        """Go on from a checkpoint's metrics, or from none: what was logged later does not count any more.
+
+        Call it at every start, before the first `log`.
+        """
+        kept = json.loads(reference) if reference else {"step": 0, "records": 0}
+        records = [each for each in _read(self._filesystem, self._root) if each["step"] <= kept["step"]]
+        if len(records) != kept["records"]:
+            _LOG.warning(
+                "%s: %d records up to step %d were logged and %d are there", self._root, kept["records"], kept["step"],
+                len(records),
+            )  # fmt: skip
+        self.last, self._count = (records[-1] if records else {}), len(records)
+        self._do(lambda: self._resume(kept["step"]))
 
     def close(self) -> None:
-        """Flush and end the trackers."""
-        self.flush()
-        for tracker in self._trackers:
-            tracker.close()
+        """Join the parts into metrics.jsonl and end the trackers."""
+        self._do(self._join)
+        self._work.put(None)
+        self._thread.join()
 
-    def restore(self, text: str) -> None:
-        """Continue from a checkpoint's history."""
-        self.history = from_jsonl(text)
+    def _raise_failure(self) -> None:
+        if self._failure:
+            raise self._failure
+
+    def _do(self, work: Callable[[], None]) -> None:
+        """Wait for the thread to do it, after all that was asked of it before; raises what went wrong."""
+        done = threading.Event()
+        self._work.put(work)
+        self._work.put(done.set)
+        done.wait()
+        self._raise_failure()
+
+    # -------------------------------------------------------------------------------------- on the thread
+
+    def _run(self) -> None:
+        while True:
+            pause = min(max(FLUSH_S, (time.monotonic() - self._begun) / 50), MOST_S)
+            try:
+                work = self._work.get(timeout=max(0.0, self._flushed + pause - time.monotonic()))
+            except queue.Empty:
+                work = self._write_part
+            if work is None:
+                break
+            try:
+                work()
+            except Exception as error:
+                self._failure = self._failure or error
+        for tracker in self._trackers:
+            self._tell(tracker, tracker.close)
+
+    def _open(self, spec: JobSpec, run: str) -> None:
+        self._trackers.append(Prometheus(spec))
+        for name in spec.tracking.trackers:
+            self._trackers.append(TRACKERS[name](spec, run))
+
+    def _add(self, record: Record) -> None:
+        self._lines.append(record)
+        for tracker in list(self._trackers):
+            self._tell(tracker, partial(tracker.log, record))
+
+    def _tell(self, tracker: Tracker, what: Callable[[], None]) -> None:
+        try:
+            what()
+        except Exception as error:
+            _LOG.warning("%s gets no more metrics: %s: %s", type(tracker).__name__, type(error).__name__, error)
+            self._trackers = [each for each in self._trackers if each is not tracker]
+
+    def _write_part(self) -> None:
+        self._flushed = time.monotonic()
+        if not self._lines:
+            return
+        if self._number is None:  # known once there is something to write, which is after any earlier attempt's parts
+            self._number = 1 + max((number for number, *_ in _parts(self._filesystem, self._root)), default=0)
+        name = f"{self._number:08d}-{self._attempt}.jsonl"
+        self._filesystem.makedirs(join(self._root, PARTS), exist_ok=True)
+        self._replace(join(PARTS, name), to_jsonl(self._lines))
+        self._lines = []
+        self._number += 1
+
+    def _resume(self, step: int) -> None:
+        self._lines[0] = {RESUMED: step}
+        self._write_part()
+        if self._filesystem.exists(join(self._root, METRICS)):
+            # Of an attempt that was done but for its last word; its parts are there.
+            self._filesystem.rm_file(join(self._root, METRICS))
+
+    def _join(self) -> None:
+        self._write_part()
+        self._replace(METRICS, to_jsonl(_joined(self._filesystem, self._root)))
+
+    def _replace(self, name: str, content: str) -> None:
+        replace_file(self._filesystem, join(self._root, name), content.encode())
+
+
+def read_metrics(run: str, storage: StorageSpec | None = None) -> list[Record]:
+    """Return what counts of all that a run has logged, in order, also while it goes on; [] where there is nothing.
+
+    Raises OSError where the store fails, and ValueError or LookupError where a file is damaged.
+    """
+    return _read(*open_store(run, storage))
+
+
+def _read(filesystem: AbstractFileSystem, root: str) -> list[Record]:
+    try:
+        return from_jsonl(filesystem.cat_file(join(root, METRICS)).decode())
+    except FileNotFoundError:
+        return _joined(filesystem, root)
+
+
+def _joined(filesystem: AbstractFileSystem, root: str) -> list[Record]:
+    def content(part: tuple[int, str, str]) -> tuple[str, list[Record]]:
+        _, attempt, path = part
+        return attempt, from_jsonl(filesystem.cat_file(path).decode())
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return _counted(pool.map(content, _parts(filesystem, root)))
+
+
+def _counted(parts: Iterable[tuple[str, list[Record]]]) -> list[Record]:
+    """Return the records of (attempt, lines) that no later attempt did again."""
+    counted: list[Record] = []
+    current = None
+    for attempt, lines in parts:
+        if lines and RESUMED in lines[0]:
+            current = attempt
+            counted = [record for record in counted if record["step"] <= lines[0][RESUMED]]
+            lines = lines[1:]
+        if attempt == current:  # else of a process that was given up, and still writes
+            counted += lines
+    return counted
+
+
+def _parts(filesystem: AbstractFileSystem, root: str) -> list[tuple[int, str, str]]:
+    """Return (number, attempt, path) of each part, in order."""
+    paths = filesystem.find(join(root, PARTS))
+    named = [(_PART.fullmatch(path.rpartition("/")[2]), path) for path in paths]
+    return sorted((int(match[1]), match[2], path) for match, path in named if match)
 
 
 def _run_id(run: str) -> str:

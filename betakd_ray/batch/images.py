@@ -6,6 +6,7 @@ an image. Families differ in both; they agree in how they are asked, and that is
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class Normalization:
         if pixels.dtype != torch.uint8:
             return pixels.to(dtype)
         channels = pixels.view(len(pixels), 3, -1, 1) if pixels.ndim == 2 else pixels
-        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
+        mean, std = _constants(self.mean, pixels.device), _constants(self.std, pixels.device)
         return ((channels * self.scale - mean) / std).to(dtype).view(pixels.shape)
 
     def of_images(self, images: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -55,6 +56,18 @@ class Normalization:
         if MASK in images:
             pixels = pixels * images[MASK][..., None, :, :]
         return {**images, PIXELS: pixels}
+
+
+def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return one number a channel, [channels, 1, 1], on the device."""
+    return _kept_constants(values, device) if device.type == "cuda" else torch.tensor(values)[:, None, None]
+
+
+@cache
+def _kept_constants(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """As `_constants`, made once: a copy from the host's unpinned memory waits for all that the GPU has to do."""
+    with torch.inference_mode(False):  # else a teacher's could not be used where gradients are made
+        return torch.tensor(values, device=device)[:, None, None]
 
 
 class ImageProcessing:

@@ -164,9 +164,10 @@ def hidden_rows(
         _outputs_of(layers[0].self_attn if pairs else None) as attended,
         _outputs_of(layers[layer - 1] if layer else None) as states,
     ):
-        output = base_model(model)(
-            input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, use_cache=False, **beside
-        )
+        # Without the mask of the padding: it is on the right, where causal attention does not look, and nobody reads
+        # its own rows. With one, attention leaves its fast kernels, and transformers waits for the device to see
+        # whether anything is masked.
+        output = base_model(model)(input_ids=inputs.input_ids, attention_mask=None, use_cache=False, **beside)
     rows = output.last_hidden_state.flatten(0, 1)[inputs.answer_rows]
     attention = _of_pairs(attended[0][1], pairs, inputs) if pairs else None
     if features is None:

@@ -307,6 +307,7 @@ class Worker:
         (folder / checkpoint.LEDGER).write_text(self.ledger.to_json())
         (folder / checkpoint.QUARANTINE).write_text(to_jsonl(quarantined))
         (folder / checkpoint.SKIPPED).write_text(to_jsonl(self.skips))
+        (folder / checkpoint.METRICS).write_text(self.metrics.reference())
         (folder / checkpoint.SPEC).write_text(self.spec.model_dump_json(indent=2))
         self.metrics.flush()
 
@@ -317,6 +318,8 @@ class Worker:
         are in this stream, and would be trained on twice.
         """
         if self.start.checkpoint is None:
+            if self.metrics:
+                self.metrics.restore(None)
             return
         manifest = self.store.named(self.start.checkpoint)
         with self.store.on_disk(manifest, self.start.attempt, self.learner.host_group) as folder:
@@ -324,7 +327,7 @@ class Worker:
         progress = json.loads(self.store.read_text(manifest, checkpoint.PROGRESS))
         if self.metrics:
             self.ledger = self.store.ledger(manifest)
-            self.metrics.resume(manifest.step)
+            self.metrics.restore(self.store.read_text(manifest, checkpoint.METRICS))
             self.skips = from_jsonl(self.store.read_text(manifest, checkpoint.SKIPPED))
         self.step = self.saved_step = manifest.step
         for name in COUNTS:

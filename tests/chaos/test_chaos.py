@@ -1,6 +1,5 @@
 """Whole jobs under a schedule of kills and a failing store: nothing is lost, nothing is doubled, nothing is changed."""
 
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,8 @@ import pytest
 from betakd_ray.audit import audit
 from betakd_ray.data.pack import pack
 from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
-from betakd_ray.storage import join, open_store
+from betakd_ray.storage import join
+from betakd_ray.tracking import read_metrics
 from tests.chaos.storm import Storm
 from tests.nodes import Nodes, nodes
 from tests.s3 import SeaweedServer, served
@@ -103,9 +103,7 @@ def _end(losses: list[float]) -> float:
 
 
 def _losses(spec: JobSpec) -> list[float]:
-    filesystem, root = open_store(join(spec.output.path, spec.name), spec.output.storage)
-    lines = filesystem.cat_file(join(root, "metrics.jsonl")).splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [record["loss"] for record in read_metrics(join(spec.output.path, spec.name), spec.output.storage)]
 
 
 def _spec(s3: SeaweedServer, endpoint_url: str, data: Path, name: str, workers: object) -> JobSpec:

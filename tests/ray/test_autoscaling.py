@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from betakd_ray.data.pack import pack
+from betakd_ray.tracking import read_metrics
 from tests.autoscaler import autoscaled
 from tests.nodes import LABEL
 from tests.tiny import numbered_samples, save_tiny
@@ -54,7 +55,7 @@ def test_the_cluster_grows_with_the_teachers_and_is_a_head_again_in_the_end(tmp_
         )
     assert driver.returncode == 0, driver.stderr
     seen = [json.loads(line) for line in (tmp_path / "nodes.jsonl").read_text().splitlines()]
-    waits = _waits(tmp_path / "runs" / "grown" / "metrics.jsonl")
+    waits = _waits(tmp_path / "runs" / "grown")
     _print(seen, waits)
     teachers = [counts["teacher"] for counts in seen]
     assert (teachers[0], seen[0]["student"]) == (0, 0)
@@ -66,9 +67,9 @@ def test_the_cluster_grows_with_the_teachers_and_is_a_head_again_in_the_end(tmp_
     assert waits[0] > 0.5 > waits[-1]
 
 
-def _waits(metrics: Path) -> list[float]:
+def _waits(run: Path) -> list[float]:
     """Share of its time that the student waited for the teachers, early and late in the job."""
-    waits = [json.loads(line)["teacher_wait"] for line in metrics.read_text().splitlines()]
+    waits = [record["teacher_wait"] for record in read_metrics(str(run))]
     quarter = len(waits) // 4
     return [fmean(waits[1 : 1 + min(quarter, 6)]), fmean(waits[-quarter:])]
 

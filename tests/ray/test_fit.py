@@ -1,6 +1,5 @@
 """A whole job on a local cluster: shards and output in a real S3 server, one teacher, two student workers."""
 
-import json
 import os
 import signal
 import subprocess
@@ -27,9 +26,10 @@ from betakd_ray.spec import (
     SweepSpec,
     parse_spec,
 )
-from betakd_ray.storage import join, open_store
+from betakd_ray.storage import open_store
 from betakd_ray.sweep import Sweep
 from betakd_ray.teacher.pool import start_pool
+from betakd_ray.tracking import read_metrics
 from betakd_ray.train.checkpoint import CheckpointStore
 from tests.nodes import title
 from tests.s3 import SeaweedServer
@@ -104,8 +104,7 @@ def test_every_planned_sample_is_used_once_or_quarantined_or_in_the_tail(
 
 
 def _the_history_has_each_step_once(spec: JobSpec, result: JobResult) -> None:
-    filesystem, root = open_store(result.path, spec.output.storage)
-    history = [json.loads(line) for line in filesystem.cat_file(join(root, "metrics.jsonl")).splitlines()]
+    history = read_metrics(result.path, spec.output.storage)
     assert [record["step"] for record in history] == list(range(1, result.steps + 1))
     assert history[-1]["energy/ce"] < history[0]["energy/ce"]
 
@@ -214,15 +213,15 @@ def test_a_grid_asks_the_teacher_once_and_is_resumable(ray_cluster: str, models:
     assert started.call_count == 1  # and serves every cell, though only the last asks for features
     assert [row["objective.weighting"] for row in rows] == ["equal", "task", "instance"]
     assert all({"loss", "accuracy"} <= row.keys() for row in rows)
-    busy = [_busy(tmp_path / "out" / "grid" / cell.job.name / "metrics.jsonl") for cell in sweep.cells]
+    busy = [_busy(tmp_path / "out" / "grid" / cell.job.name) for cell in sweep.cells]
     assert min(busy[0]) > 0
     assert max(busy[1] + busy[2]) == 0  # the others found every answer in the cache
     assert sweep.run() == rows
     assert (tmp_path / "out" / "grid" / "table.md").read_text().count("\n") == 5
 
 
-def _busy(metrics: Path) -> list[float]:
-    return [json.loads(line)["teacher_busy"] for line in metrics.read_text().splitlines()]
+def _busy(run: Path) -> list[float]:
+    return [record["teacher_busy"] for record in read_metrics(str(run))]
 
 
 @pytest.mark.timeout(300)

@@ -1,0 +1,194 @@
+"""Metrics are written beside the training, in parts, and count once however often a run begins again."""
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from betakd_ray import tracking
+from betakd_ray.spec import JobSpec, parse_spec
+from betakd_ray.tracking import METRICS, PARTS, Metrics, Record, from_jsonl, read_metrics
+
+
+def spec(folder: Path, *trackers: str) -> JobSpec:
+    return parse_spec(
+        {
+            "name": "run",
+            "data": {"train": "unused.tar"},
+            "student": {"init": {"kind": "checkpoint", "path": "unused"}},
+            "objective": {"weighting": "equal"},
+            "output": {"path": str(folder)},
+            "tracking": {"trackers": list(trackers)},
+        }
+    )
+
+
+def begin(folder: Path, reference: str | None = None) -> Metrics:
+    metrics = Metrics(spec(folder), str(folder / "run"))
+    metrics.restore(reference)
+    return metrics
+
+
+def log(metrics: Metrics, *steps: int, loss: float = 0.5) -> None:
+    for step in steps:
+        metrics.log({"step": step, "loss": loss})
+
+
+def steps(folder: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(str(folder / "run"))]
+
+
+def parts(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "run" / PARTS).iterdir())
+
+
+def test_what_was_logged_is_read_while_the_run_goes_on_and_when_it_is_done(tmp_path: Path) -> None:
+    assert steps(tmp_path) == []
+    metrics = begin(tmp_path)
+    log(metrics, 1, 2)
+    metrics.flush()
+    log(metrics, 3)
+    metrics.flush()
+    assert steps(tmp_path) == [1, 2, 3]
+    assert not (tmp_path / "run" / METRICS).exists()
+    log(metrics, 4)
+    metrics.close()
+    assert steps(tmp_path) == [1, 2, 3, 4]
+    written = from_jsonl((tmp_path / "run" / METRICS).read_text())
+    assert [record["step"] for record in written] == [1, 2, 3, 4]
+    assert metrics.last == {"step": 4, "loss": 0.5}
+
+
+def test_a_part_has_only_what_is_new(tmp_path: Path) -> None:
+    metrics = begin(tmp_path)
+    for number in range(1, 4):
+        log(metrics, number)
+        metrics.flush()
+    sizes = [(tmp_path / "run" / PARTS / name).read_text().count("\n") for name in parts(tmp_path)]
+    assert sizes == [1, 1, 1, 1]  # the first says where the attempt begins
+
+
+def test_parts_are_written_without_being_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "FLUSH_S", 0.05)
+    metrics = begin(tmp_path)
+    log(metrics, 1)
+    deadline = time.monotonic() + 30
+    while steps(tmp_path) != [1]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
+    first = begin(tmp_path)
+    log(first, 1, 2)
+    first.flush()
+    reference = first.reference()
+    log(first, 3, 4, loss=9.0)
+    first.flush()  # and dies; step 3 is done again
+    second = begin(tmp_path, reference)
+    assert second.last["step"] == 2
+    assert steps(tmp_path) == [1, 2]
+    log(second, 3)
+    log(first, 5, loss=9.0)
+    first.flush()  # a process that was given up, and did not notice yet
+    second.close()
+    assert [(record["step"], record["loss"]) for record in read_metrics(str(tmp_path / "run"))] == [
+        (1, 0.5),
+        (2, 0.5),
+        (3, 0.5),
+    ]
+
+
+def test_a_run_that_begins_again_without_a_checkpoint_begins_its_metrics_again(tmp_path: Path) -> None:
+    first = begin(tmp_path)
+    log(first, 1, 2)
+    first.flush()
+    begin(tmp_path)
+    assert steps(tmp_path) == []
+
+
+def test_a_run_that_died_after_it_was_done_goes_on_from_its_parts(tmp_path: Path) -> None:
+    first = begin(tmp_path)
+    log(first, 1, 2)
+    first.flush()
+    reference = first.reference()
+    log(first, 3)
+    first.close()
+    second = begin(tmp_path, reference)
+    assert steps(tmp_path) == [1, 2]
+    log(second, 3)
+    second.close()
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_metrics_that_are_missing_are_said_to_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    begin(tmp_path, json.dumps({"step": 2, "records": 2}))
+    assert "2 records up to step 2 were logged and 0 are there" in caplog.text
+
+
+def test_logging_waits_for_nothing_and_an_error_of_the_store_comes_with_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = begin(tmp_path)
+    asked, answer = threading.Event(), threading.Event()
+
+    def refused(self: Any, path: str, *arguments: Any, **options: Any) -> None:
+        asked.set()
+        answer.wait(30)
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(LocalFileSystem, "pipe_file", refused)
+    monkeypatch.setattr(tracking, "FLUSH_S", 0.0)
+    monkeypatch.setattr(tracking, "MOST_S", 0.0)
+    log(metrics, 1)
+    metrics.write("skipped.jsonl", "")
+    assert asked.wait(30)
+    begun = time.perf_counter()
+    log(metrics, *range(2, 1000))
+    assert time.perf_counter() - begun < 1
+    answer.set()
+    with pytest.raises(PermissionError, match="Access Denied"):
+        metrics.flush()
+    with pytest.raises(PermissionError, match="Access Denied"):
+        log(metrics, 1000)
+
+
+class Broken:
+    """A tracker whose server goes away after a record."""
+
+    def __init__(self, spec: JobSpec, run: str) -> None:
+        self.seen: list[Record] = []
+        self.thread = threading.current_thread()
+
+    def log(self, record: Record) -> None:
+        assert threading.current_thread() is self.thread
+        self.seen.append(record)
+        if len(self.seen) > 1:
+            raise ConnectionError("no route to host")
+
+    def close(self) -> None:
+        raise AssertionError("it was ended")
+
+
+def test_a_tracker_that_is_away_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(tracking.TRACKERS, "tensorboard", Broken)
+    metrics = Metrics(spec(tmp_path, "tensorboard"), str(tmp_path / "run"))
+    log(metrics, 1, 2, 3)
+    metrics.close()
+    assert steps(tmp_path) == [1, 2, 3]
+    assert caplog.text.count("Broken gets no more metrics: ConnectionError: no route to host") == 1
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(spec: JobSpec, run: str) -> None:
+        raise ModuleNotFoundError("No module named 'mlflow'")
+
+    monkeypatch.setitem(tracking.TRACKERS, "mlflow", missing)
+    with pytest.raises(ModuleNotFoundError, match="mlflow"):
+        Metrics(spec(tmp_path, "mlflow"), str(tmp_path / "run"))
