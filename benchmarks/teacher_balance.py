@@ -1,4 +1,4 @@
-"""How evenly the ranks keep the teachers busy: `python -m benchmarks.teacher_balance`, some two minutes on two cores.
+"""How evenly the ranks keep the teachers busy: `python -m benchmarks.teacher_balance`, some five minutes on two cores.
 
 The client and the pool are the real ones, in as many threads as there are groups with the teachers; the teachers only
 take their time. Ranks train in step: each waits for the answers of its share, then for the others, then computes for as
@@ -62,7 +62,7 @@ def balance(teachers: int, ranks: int, groups: int = 2, window: int = 4, seconds
     for student in students:
         student.start()
     time.sleep(0.5 + 2 * step_s)  # a pipeline that fills is no steady state
-    half = max(seconds, 12 * step_s)
+    half = max(seconds, 30 * step_s)  # of a few groups each, one more or less would be a tenth
     at_first = _measure(pool, half)
     for teacher in pool.members()[:: 10 if teachers >= 10 else teachers]:
         teacher.kill()

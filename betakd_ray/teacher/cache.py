@@ -320,7 +320,8 @@ def differs(live: Signal, stored: Signal, dtype: str = "bfloat16") -> str | None
         then = stored.get(name)
         if then is None or then.shape != now.shape:
             return f"{name}: of shape {None if then is None else then.shape} in the cache, and {now.shape} now"
-        difference = _missing_mass(live, stored) if name == "top_ids" else _difference(name, now, then)
+    for name, now in live.items():
+        difference = _missing_mass(live, stored) if name == "top_ids" else _difference(name, now, stored[name])
         if not difference <= ROUNDING[dtype]:
             return f"{name}: a relative difference of {difference:.2g}, above {ROUNDING[dtype]:g} for {dtype}"
     return None

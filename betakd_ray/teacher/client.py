@@ -25,7 +25,7 @@ from betakd_ray.errors import TeacherError
 from betakd_ray.spec import TeacherSpec
 from betakd_ray.teacher.examination import Stack, examine
 from betakd_ray.teacher.parts import Answer, GroupAnswer
-from betakd_ray.teacher.ports import Pending, Pool, Teacher, Unanswered
+from betakd_ray.teacher.ports import IN_HAND, Pending, Pool, Teacher, Unanswered
 
 HEARTBEAT_S = 5.0
 CHECK_S = 5.0
@@ -70,7 +70,7 @@ class TeacherClient:
         self._is_expecting = False
         self._sent: defaultdict[int, list[Ticket]] = defaultdict(list)
         self._turn = 0
-        self._suspects: dict[int, Ticket | None] = {}
+        self._suspects: dict[int, list[Ticket]] = {}
         self._pulses: defaultdict[int, Pulse] = defaultdict(Pulse)
         self._examinations = itertools.count()
         self._answers = 0
@@ -208,20 +208,20 @@ class TeacherClient:
     def _report(self, ticket: Ticket, reason: str) -> bool:
         """Tell the pool of a dead teacher; returns whether it may have died of this group.
 
-        A teacher computes in the order in which it was asked, so of this rank's groups only the oldest can be what it
-        died of. The others just go elsewhere.
+        A teacher takes groups in the order in which it was asked, and has a few in hand: only the oldest of this rank's
+        can be what it died of. Those that were queued behind them just go elsewhere.
         """
         number = ticket.teacher.number
         with self._lock:
             is_first = number not in self._suspects
             if is_first:
-                self._suspects[number] = next(iter(self._sent[number]), None)
+                self._suspects[number] = self._sent[number][:IN_HAND]
             self._members.pop(number, None)
         if is_first and not self._pool.lost(number, reason):
             with self._lock:
                 del self._suspects[number]  # it was told to leave, and may come back from a lease
         with self._lock:
-            return self._suspects.get(number) is ticket
+            return ticket in self._suspects.get(number, ())
 
     def _settle(self, ticket: Ticket) -> None:
         with self._lock:

@@ -51,7 +51,7 @@ class Starting:
     def is_ready(self) -> bool:
         """Raises Unanswered if it died meanwhile."""
         try:
-            self.ready.result(timeout_s=0)
+            self.ready.result(timeout_s=0.0)
         except TimeoutError:
             return False
         return True

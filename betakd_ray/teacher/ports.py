@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.teacher.parts import TeacherFacts
 
+IN_HAND = 3
+"""Groups that a teacher has in hand at a time: one on its way in, one being computed, one on its way out."""
+
 
 class Unanswered(Exception):
     """A teacher died, stayed silent, or (then it is not `is_deadly`) raised; the message says which."""

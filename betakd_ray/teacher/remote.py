@@ -11,11 +11,11 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayT
 
 from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.teacher.parts import TeacherFacts
-from betakd_ray.teacher.ports import Roster, Unanswered
+from betakd_ray.teacher.ports import IN_HAND, Roster, Unanswered
 
 SCORE, HEALTH = "score", "health"
-CONCURRENCY = {SCORE: 3, HEALTH: 1}
-"""Threads of a teacher: a group on its way in, one being computed, one on its way out; and one that answers at once."""
+CONCURRENCY = {SCORE: IN_HAND, HEALTH: 1}
+"""Threads of a teacher: one for each group in hand, and one that answers at once."""
 
 T = TypeVar("T")
 

@@ -20,8 +20,8 @@ from betakd_ray.cluster import connected
 from betakd_ray.job import BetaKDJob
 from betakd_ray.spec import load_spec
 from betakd_ray.teacher import pool
+from betakd_ray.teacher.parts import GroupAnswer
 from betakd_ray.teacher.scorer import TeacherScorer
-from betakd_ray.teacher.signal import Signal
 from tests.nodes import LABEL
 
 SLOW_ANSWERS, SLOW_S = 40, 0.5
@@ -31,11 +31,13 @@ IDLE_S = 180
 
 class SlowScorer(TeacherScorer):
     answers = 0
+    turns = threading.Lock()
 
-    def score(self, inputs: ModelInputs) -> Signal:
+    def score(self, inputs: ModelInputs) -> GroupAnswer:
         self.answers += 1
         if self.answers <= SLOW_ANSWERS:
-            time.sleep(SLOW_S)
+            with self.turns:  # several groups are in hand at a time
+                time.sleep(SLOW_S)
         return super().score(inputs)
 
 

@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,82 +12,146 @@ import pytest
 import ray
 
 from betakd_ray.batch.inputs import ModelInputs
+from betakd_ray.batch.packing import stack
+from betakd_ray.batch.sample import Rendering
 from betakd_ray.errors import TeacherError
 from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
 from betakd_ray.teacher import pool as pool_module
 from betakd_ray.teacher.client import TeacherClient
+from betakd_ray.teacher.parts import GroupAnswer, Needs
 from betakd_ray.teacher.pool import TeacherPool, start_pool
+from betakd_ray.teacher.remote import RemotePool
 from betakd_ray.teacher.scorer import TeacherScorer
-from betakd_ray.teacher.signal import Needs, Signal
-from tests.tiny import save_tiny
+from tests.tiny import IDS, IMAGE, PAD, save_tiny
 
-NEEDS = Needs(hidden=True)
+NEEDS = Needs(frozenset({"hidden"}))
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> TeacherSpec:
-    return TeacherSpec(path=save_tiny(tmp_path_factory.mktemp("teacher"), seed=1))
+    return TeacherSpec(path=save_tiny(tmp_path_factory.mktemp("teacher"), seed=1), timeout_s=60.0)
 
 
-def _inputs(*tokens: int) -> ModelInputs:
-    """Two text-only samples of four tokens (one token throughout), the last of them the answer."""
-    ids = np.array([[token] * 4 for token in (tokens * 2)[:2]], dtype=np.int64)
-    nowhere = np.zeros(0, dtype=np.int64)
-    return ModelInputs(
-        input_ids=ids,
-        attention_mask=np.ones_like(ids),
-        images={},
-        image_rows={},
-        answer_rows=np.array([2, 6]),
-        row_sample=np.array([0, 1]),
-        targets=ids[:, 3],
-        visual_sample=nowhere,
-        visual_position=nowhere,
+@pytest.fixture
+def opened() -> Iterator[list[TeacherClient]]:
+    """Clients to close."""
+    made: list[TeacherClient] = []
+    yield made
+    for client in made:
+        client.close()
+
+
+def _client(pool, teacher: TeacherSpec, opened: list[TeacherClient]) -> TeacherClient:
+    client = TeacherClient(
+        RemotePool(pool), 0, 1, teacher, 60.0, lambda group: stack(list(group), IDS[PAD], IDS[IMAGE])
     )
+    opened.append(client)
+    return client
 
 
-def _pid(actor) -> int:
-    return ray.get(actor.__ray_call__.remote(lambda _self: os.getpid()))
+def _group(*tokens: int) -> list[Rendering]:
+    """Text-only samples of four tokens (one token throughout), the last of them the answer."""
+    return [Rendering(np.full(4, token, np.int32), np.arange(4) == 3) for token in tokens]
+
+
+def _members(pool) -> dict:
+    return ray.get(pool.members.remote())
+
+
+def _pid(teacher) -> int:
+    return ray.get(teacher.actor.__ray_call__.remote(lambda _self: os.getpid()))
 
 
 @pytest.mark.timeout(200)
-def test_a_killed_teacher_is_replaced_and_no_batch_is_lost(ray_cluster: str, teacher: TeacherSpec) -> None:
+def test_a_killed_teacher_is_replaced_and_no_group_is_lost(ray_cluster: str, teacher: TeacherSpec, opened) -> None:
     pool = start_pool(teacher, NEEDS, TeacherPoolSpec(min=1), 0.0, "tests")
     ray.get(pool.wait_until_ready.remote(150.0))
-    client = TeacherClient(pool, rank=0, timeout_s=60.0, start_timeout_s=60.0)
-    before = client.result(client.submit(_inputs(40)))
-    requests = [client.submit(_inputs(token)) for token in (40, 41, 42)]
-    (actor,) = ray.get(pool.members.remote()).values()
-    os.kill(_pid(actor), signal.SIGKILL)
-    requests += [client.submit(_inputs(40))]
-    signals = [client.result(request) for request in requests]
+    client = _client(pool, teacher, opened)
+    (before,) = client.score(_group(40)).signals
+    assert before is not None
+    with ThreadPoolExecutor(4) as executor:
+        answers = [executor.submit(client.score, _group(token)) for token in (40, 41, 42)]
+        (member,) = _members(pool).values()
+        os.kill(_pid(member), signal.SIGKILL)
+        answers.append(executor.submit(client.score, _group(40)))
+        signals = [answer.result().signals[0] for answer in answers]
     for one in (signals[0], signals[-1]):
-        assert before.hidden
-        assert one.hidden
-        assert np.array_equal(one.hidden.array, before.hidden.array)
-    assert list(ray.get(pool.members.remote())) == [1]  # the first is gone, the second is there
-    os.kill(_pid(ray.get(pool.members.remote())[1]), signal.SIGKILL)  # while no student is there to notice
+        assert one is not None
+        np.testing.assert_array_equal(one["hidden"], before["hidden"])
+    assert list(_members(pool)) == [1]  # the first is gone, the second is there
+    os.kill(_pid(_members(pool)[1]), signal.SIGKILL)  # while no student is there to notice
     ray.get(pool.wait_until_ready.remote(150.0))  # the next job's
-    assert list(ray.get(pool.members.remote())) == [2]
+    assert list(_members(pool)) == [2]
 
 
 @pytest.mark.timeout(200)
-def test_a_sample_that_the_teacher_cannot_score_takes_no_part_and_the_rest_of_its_batch_does(
-    ray_cluster: str, teacher: TeacherSpec
+def test_a_sample_that_the_teacher_cannot_score_takes_no_part_and_the_rest_of_its_group_does(
+    ray_cluster: str, teacher: TeacherSpec, opened
 ) -> None:
     pool = start_pool(teacher, NEEDS, TeacherPoolSpec(min=1, max_restarts=2), 0.0, "tests")
     ray.get(pool.wait_until_ready.remote(150.0))
-    client = TeacherClient(pool, rank=0, timeout_s=60.0, start_timeout_s=60.0)
-    requests = [client.submit(_inputs(*tokens)) for tokens in [(40, 10**6), (41,)]]  # there is no such token
-    half, whole = (client.result(request) for request in requests)
-    assert list(half.valid) == [True, False]
+    client = _client(pool, teacher, opened)
+    half, whole = (client.score(_group(*tokens)) for tokens in [(40, 10**6), (41, 41)])  # there is no such token
+    assert half.signals[1] is None
     assert "IndexError" in half.reasons[1]
-    assert whole.valid.all()
-    expected = client.result(client.submit(_inputs(40)))
-    assert half.hidden
-    assert expected.hidden
-    assert np.allclose(half.hidden.array[0], expected.hidden.array[0], atol=1e-5)
-    assert list(ray.get(pool.members.remote())) == [0]  # it raised, and lives
+    assert None not in whole.signals
+    (expected,) = client.score(_group(40)).signals
+    assert half.signals[0] is not None
+    assert expected is not None
+    assert np.allclose(half.signals[0]["hidden"], expected["hidden"], atol=1e-5)
+    assert list(_members(pool)) == [0]  # it raised, and lives
+
+
+@pytest.mark.timeout(200)
+def test_the_head_goes_from_a_teacher_to_the_students_as_one_object(ray_cluster: str, teacher: TeacherSpec, opened):
+    pool = start_pool(teacher, NEEDS, TeacherPoolSpec(min=1), 0.0, "tests")
+    facts = ray.get(pool.wait_until_ready.remote(150.0))
+    head = _client(pool, teacher, opened).head()
+    assert head is not None
+    np.testing.assert_array_equal(head, TeacherScorer(teacher, NEEDS).head())
+    assert head.shape[1] == facts.width
+    (member,) = _members(pool).values()
+    first, second = (ray.get(member.actor.head_reference.remote())[0] for _ in range(2))
+    assert first == second  # so that a node that has it need not fetch it again
+
+
+class SlowScorer(TeacherScorer):
+    """Takes its time for one group, while others come in."""
+
+    def _receive(self, inputs: ModelInputs):
+        self.received = getattr(self, "received", 0) + 1
+        return super()._receive(inputs)
+
+    def _score(self, inputs: ModelInputs) -> GroupAnswer:
+        answer = super()._score(inputs)
+        time.sleep(1.0)  # on its way out
+        return answer
+
+
+class SlowPool(TeacherPool):
+    """Of such teachers."""
+
+    _scorer = SlowScorer
+
+
+@pytest.mark.timeout(200)
+def test_a_teacher_takes_in_the_next_group_while_it_sends_and_says_how_it_is(
+    ray_cluster: str, teacher: TeacherSpec, opened
+) -> None:
+    pool = ray.remote(SlowPool).options(num_cpus=0).remote(teacher, NEEDS, TeacherPoolSpec(min=1), 0.0)
+    ray.get(pool.wait_until_ready.remote(150.0))
+    client = _client(pool, teacher, opened)
+    client.score(_group(40))
+    begin = time.monotonic()
+    with ThreadPoolExecutor(3) as executor:
+        answers = [executor.submit(client.score, _group(token)) for token in (41, 42, 43)]
+        time.sleep(0.3)
+        (member,) = _members(pool).values()
+        asked = time.monotonic()
+        assert member.health(10.0) < 1.0
+        assert time.monotonic() - asked < 0.5  # at once, with three groups in hand
+        assert all(None not in answer.result().signals for answer in answers)
+    assert time.monotonic() - begin < 2.5  # one after the other it would be 3 s
 
 
 DEADLY = 77
@@ -94,10 +160,10 @@ DEADLY = 77
 class MortalScorer(TeacherScorer):
     """Dies of one token."""
 
-    def score(self, inputs: ModelInputs) -> Signal:
+    def _score(self, inputs: ModelInputs) -> GroupAnswer:
         if (inputs.input_ids == DEADLY).any():
             os._exit(1)
-        return super().score(inputs)
+        return super()._score(inputs)
 
 
 class MortalPool(TeacherPool):
@@ -108,40 +174,51 @@ class MortalPool(TeacherPool):
 
 @pytest.mark.timeout(300)
 def test_a_sample_that_kills_its_teachers_is_found_and_every_other_answered(
-    ray_cluster: str, teacher: TeacherSpec
+    ray_cluster: str, teacher: TeacherSpec, opened
 ) -> None:
     pool = (
         ray.remote(MortalPool).options(num_cpus=0).remote(teacher, NEEDS, TeacherPoolSpec(min=1, max_restarts=2), 0.0)
     )
     ray.get(pool.wait_until_ready.remote(150.0))
-    client = TeacherClient(pool, rank=0, timeout_s=60.0, start_timeout_s=60.0)
-    requests = [client.submit(_inputs(*tokens)) for tokens in [(40,), (DEADLY, 41), (42,)]]
-    first, half, last = (client.result(request) for request in requests)
-    assert first.valid.all()
-    assert list(half.valid) == [False, True]
+    client = _client(pool, teacher, opened)
+    with ThreadPoolExecutor(3) as executor:
+        groups = [(40, 40), (DEADLY, 41), (42, 42)]
+        first, half, last = executor.map(client.score, [_group(*tokens) for tokens in groups])
+    assert None not in first.signals
+    assert [signal is None for signal in half.signals] == [True, False]
     assert "died" in half.reasons[0]
-    assert last.valid.all()  # it was queued behind the deadly one, and is not suspected for it
+    assert None not in last.signals
 
 
 @pytest.mark.timeout(200)
-def test_a_teacher_that_cannot_score_anything_is_an_error(ray_cluster: str, teacher: TeacherSpec) -> None:
+def test_a_teacher_that_cannot_score_anything_is_an_error(ray_cluster: str, teacher: TeacherSpec, opened) -> None:
     pool = start_pool(teacher, NEEDS, TeacherPoolSpec(min=1, max_restarts=2), 0.0, "tests")
     ray.get(pool.wait_until_ready.remote(150.0))
-    client = TeacherClient(pool, rank=0, timeout_s=60.0, start_timeout_s=60.0)
     with pytest.raises(TeacherError, match="cannot score a batch"):
-        client.result(client.submit(_inputs(10**6)))
+        _client(pool, teacher, opened).score(_group(10**6, 10**6))
 
 
 @pytest.mark.timeout(200)
-def test_a_teacher_that_hangs_is_replaced_and_its_batches_go_elsewhere(ray_cluster: str, teacher: TeacherSpec) -> None:
+def test_a_teacher_that_hangs_is_replaced_and_its_groups_go_elsewhere(
+    ray_cluster: str, teacher: TeacherSpec, opened
+) -> None:
     pool = start_pool(teacher, NEEDS, TeacherPoolSpec(min=1), 0.0, "tests")
     ray.get(pool.wait_until_ready.remote(150.0))
-    client = TeacherClient(pool, rank=0, timeout_s=3.0, start_timeout_s=60.0)
-    (actor,) = ray.get(pool.members.remote()).values()
-    os.kill(_pid(actor), signal.SIGSTOP)
-    requests = [client.submit(_inputs(token)) for token in (40, 41)]
-    assert all(client.result(request).valid.all() for request in requests)
-    assert list(ray.get(pool.members.remote())) == [1]
+    client = _client(pool, teacher.model_copy(update={"timeout_s": 3.0}), opened)
+    (member,) = _members(pool).values()
+    os.kill(_pid(member), signal.SIGSTOP)
+    with ThreadPoolExecutor(2) as executor:
+        for answer in executor.map(client.score, [_group(40), _group(41)]):
+            assert None not in answer.signals
+    assert list(_members(pool)) == [1]
+
+
+def _size(pool: TeacherPool, client: str, waiting: float) -> int:
+    """The number of members after a heartbeat."""
+    roster = pool.heartbeat(client, waiting, answers=1)
+    assert roster.members is not None
+    assert pool.roster(roster.version).members is None  # handles travel only to who does not have them
+    return len(roster.members)
 
 
 @pytest.mark.timeout(200)
@@ -149,20 +226,21 @@ def test_the_pool_grows_while_students_wait_and_shrinks_when_they_do_not(
     ray_cluster: str, teacher: TeacherSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pool_module, "SHRINK_AFTER_S", 0.5)
+    monkeypatch.setattr(pool_module, "QUIET_S", 0.5)
     pool = TeacherPool(teacher, NEEDS, TeacherPoolSpec(min=1, max=2, cpus=0.5), 0.0)
     pool.wait_until_ready(150.0)
-    assert len(pool.heartbeat(client="a", waiting=0.01, answers=1)) == 1
+    assert _size(pool, client="a", waiting=0.01) == 1
     deadline = time.monotonic() + 60
-    while len(pool.heartbeat(client="b", waiting=0.5, answers=1)) < 2:  # the slowest student decides
+    while _size(pool, client="b", waiting=0.5) < 2:  # the slowest student decides
         assert time.monotonic() < deadline
         time.sleep(0.2)
     for _ in range(5):
-        assert len(pool.heartbeat(client="b", waiting=0.5, answers=1)) == 2  # never above max
-    assert len(pool.heartbeat(client="b", waiting=0.0, answers=1)) == 2  # the calm begins here
+        assert _size(pool, client="b", waiting=0.5) == 2  # never above max
+    assert _size(pool, client="b", waiting=0.0) == 2  # the calm begins here
     time.sleep(0.6)
-    assert len(pool.heartbeat(client="b", waiting=0.0, answers=1)) == 1
+    assert _size(pool, client="b", waiting=0.0) == 1
     time.sleep(0.6)
-    assert len(pool.heartbeat(client="b", waiting=0.0, answers=1)) == 1  # never below min
+    assert _size(pool, client="b", waiting=0.0) == 1  # never below min
 
 
 @pytest.mark.timeout(200)

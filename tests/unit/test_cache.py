@@ -1,154 +1,126 @@
 """The teacher's cache: what is read is what the teacher said, and never what another one said."""
 
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from betakd_ray.batch.inputs import ModelInputs
-from betakd_ray.data.ledger import SampleIds
-from betakd_ray.data.plan import Plan
-from betakd_ray.data.rows import Batch
+from betakd_ray.batch.sample import Stored
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import TeacherError
 from betakd_ray.spec import CacheSpec, TeacherSpec
-from betakd_ray.teacher.cache import CacheWriter, SignalCache, joined, split
-from betakd_ray.teacher.client import TeacherClient, scored
-from betakd_ray.teacher.signal import Needs, Signal, TeacherFacts, Wire
+from betakd_ray.storage import open_store
+from betakd_ray.teacher import cache as module
+from betakd_ray.teacher.cache import CacheWriter, SignalCache, differs
+from betakd_ray.teacher.parts import Needs, Signal, TeacherFacts, empty_signal, to_wire
 
 SHARDS = [Shard("/data/a-0.tar", 10, 999, "aa"), Shard("/data/a-1.tar", 10, 999, "bb")]
-PLAN = Plan(tuple(SHARDS), epochs=2, seed=0, shuffle=False)
-ROWS, TOKENS = [2, 1, 3], [2, 0, 4]
-"""Answer rows and image tokens of three samples, the second text-only."""
-ALL = Needs(hidden=True, visual=True, visual_layer=3, features=("teacher_vision", "teacher_entropy"))
+ALL = Needs(frozenset({"hidden", "visual", "visual_layer", "teacher_vision", "teacher_entropy"}), layer=3)
+TOP_K = Needs(frozenset({"top_ids", "top_log_probs"}), top_k=4, vocab=9)
+FACTS = TeacherFacts(width=5, heads=2, dtype="bfloat16", fingerprint="weights")
 
 
-def inputs() -> ModelInputs:
-    shape = (3, 8)
-    row_sample = np.repeat(np.arange(3), ROWS)
-    return ModelInputs(
-        input_ids=np.zeros(shape, np.int64),
-        attention_mask=np.ones(shape, np.int64),
-        images={},
-        image_rows={},
-        answer_rows=np.arange(sum(ROWS)),
-        row_sample=row_sample,
-        targets=np.zeros(sum(ROWS), np.int64),
-        visual_sample=np.repeat(np.arange(3), TOKENS),
-        visual_position=np.concatenate([np.arange(count) for count in TOKENS]),
-    )
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No index is older than a moment, and none is another test's."""
+    monkeypatch.setattr(module, "REFRESH_S", 0.0)
+    module._index.cache_clear()
 
 
-def signal(valid=(True, True, True)) -> Signal:
-    generator = torch.Generator().manual_seed(0)
-    return Signal(
-        valid=np.array(valid),
-        hidden=Wire.of(torch.randn(sum(ROWS), 5, generator=generator).bfloat16()),
-        visual=Wire.of(torch.randn(sum(TOKENS), 5, generator=generator)),
-        visual_layer=Wire.of(torch.randn(sum(TOKENS), 5, generator=generator)),
-        features={
-            "teacher_vision": torch.randn(3, 5, generator=generator).numpy(),
-            "teacher_entropy": torch.randn(3, 2, generator=generator).numpy(),
-        },
-    )
-
-
-def ids(*indexes, shard=0) -> SampleIds:
-    count = len(indexes)
-    return SampleIds(np.zeros(count, np.int32), np.full(count, shard, np.int32), np.array(indexes, np.int32))
-
-
-def facts(fingerprint="weights") -> TeacherFacts:
-    return TeacherFacts(Wire.of(torch.zeros(2, 2)), visual_size=5, heads=2, feature_sizes={}, fingerprint=fingerprint)
+def signal(seed: int = 0, rows: int = 3, tokens: int = 4, needs: Needs = ALL) -> Signal:
+    generator = torch.Generator().manual_seed(seed)
+    found: Signal = {}
+    for name, array in empty_signal(needs, FACTS, rows, tokens).items():
+        values = torch.randn(array.shape, generator=generator)
+        if name == "top_ids":
+            found[name] = np.stack([np.random.default_rng(seed).permutation(9)[:4] for _ in array]).astype(np.int32)
+        elif name == "top_log_probs":
+            found[name] = values.log_softmax(-1).sort(-1, descending=True).values.numpy()
+        else:
+            found[name] = to_wire(values.bfloat16() if array.dtype == np.uint16 else values)
+    return found
 
 
 def cache(folder, *, needs=ALL, view="view", fingerprint="weights", **teacher) -> SignalCache:
     spec = TeacherSpec(path="org/teacher", cache=str(folder), **teacher)  # type: ignore[arg-type]
-    found = SignalCache.of(spec, facts(fingerprint), view, needs)
+    found = SignalCache.of(spec, dataclasses.replace(FACTS, fingerprint=fingerprint), view, needs)
     assert found is not None
     return found
 
 
+def write(store: SignalCache, *members: int, shard: Shard = SHARDS[0], signals=signal) -> None:
+    writer = CacheWriter(store, keep=False)
+    for member in members:
+        writer.add(shard, member, signals(member))
+    writer.close()
+
+
 def assert_same(actual: Signal, expected: Signal) -> None:
-    cpu = torch.device("cpu")
-    assert actual.valid.tolist() == expected.valid.tolist()
-    for name in ("hidden", "visual", "visual_layer"):
-        one, other = getattr(actual, name), getattr(expected, name)
-        assert one is not None
-        assert other is not None
-        assert one.dtype == other.dtype
-        assert torch.equal(one.tensor(cpu), other.tensor(cpu))
-    assert actual.features.keys() == expected.features.keys()
-    for name, values in actual.features.items():
-        assert np.array_equal(values, expected.features[name])
+    assert actual.keys() == expected.keys()
+    for name, array in actual.items():
+        assert array.dtype == expected[name].dtype
+        np.testing.assert_array_equal(array, expected[name])
 
 
-def test_a_signal_comes_back_as_it_was_sample_by_sample_and_bf16_too():
-    parts = split(signal(), inputs())
-    assert_same(joined([part for part in parts if part], inputs(), ALL), signal())
-
-
-def test_a_sample_whose_answer_is_not_valid_is_not_kept():
-    assert [part is None for part in split(signal(valid=(True, False, True)), inputs())] == [False, True, False]
-
-
-def test_a_top_k_signal_comes_back_too():
-    top = Signal(
-        valid=np.array([True] * 3),
-        top_ids=Wire.of(torch.randint(9, (sum(ROWS), 4), dtype=torch.int32)),
-        top_log_probs=Wire.of(torch.randn(sum(ROWS), 5)),
-    )
-    back = joined([part for part in split(top, inputs()) if part], inputs(), Needs(top_k=4, vocab=9))
-    assert back.hidden is None
-    assert back.top_ids
-    assert back.top_log_probs
-    assert np.array_equal(back.top_ids.array, top.top_ids.array)
-    assert np.array_equal(back.top_log_probs.array, top.top_log_probs.array)
-
-
-def test_samples_that_were_kept_apart_and_with_more_than_is_needed_make_one_batch():
-    """The text-only one was answered in a batch of its own, which has nothing on image tokens."""
-    whole = [part for part in split(signal(), inputs()) if part]
-    hidden = signal().hidden
-    assert hidden
-    text_only = Signal(
-        valid=np.array([True]),
-        hidden=Wire(hidden.array[2:3], hidden.dtype),
-        features={name: values[1:2] for name, values in signal().features.items()},
-    )
-    alone = dataclasses.replace(
-        inputs(),
-        input_ids=np.zeros((1, 8), np.int64),
-        row_sample=np.zeros(1, np.int64),
-        targets=np.zeros(1, np.int64),
-        visual_sample=np.zeros(0, np.int64),
-    )
-    (apart,) = split(text_only, alone)
-    assert apart
-    assert_same(joined([whole[0], apart, whole[2]], inputs(), ALL), signal())
-    less = joined([whole[0], apart, whole[2]], inputs(), Needs(hidden=True, features=("teacher_entropy",)))
-    assert less.visual is None
-    assert list(less.features) == ["teacher_entropy"]
-
-
-def test_what_does_not_fit_the_samples_is_an_error():
-    parts = [part for part in split(signal(), inputs()) if part]
-    with pytest.raises(TeacherError, match=r"teacher\.cache"):
-        joined(parts[::-1][:2], inputs(), ALL)
-
-
-def test_what_is_written_is_read_by_shard_and_index(tmp_path):
-    writer = CacheWriter(cache(tmp_path), PLAN)
-    writer.add(ids(4, 7, 1), inputs(), signal())
-    writer.add(ids(0, 9, 2, shard=1), inputs(), signal(valid=(True, False, True)))
+@pytest.mark.parametrize("needs", [ALL, TOP_K], ids=lambda needs: needs.tag)
+def test_what_is_written_is_read_by_shard_and_member_whatever_it_was_written_with(tmp_path, needs):
+    store = cache(tmp_path, needs=needs)
+    text_only = signal(7, tokens=0, needs=needs)
+    writer = CacheWriter(store, keep=False)
+    writer.add(SHARDS[0], 4, signal(4, needs=needs))
+    writer.add(SHARDS[1], 4, signal(14, rows=1, needs=needs))
+    writer.add(SHARDS[0], 7, text_only)
     writer.flush()
-    writer.add(ids(4, 5, 6), inputs(), signal())  # 4 once more, as after a restart
-    writer.flush()
-    known = cache(tmp_path).read(SHARDS[0])
-    assert sorted(known) == [1, 4, 5, 6, 7]
-    assert_same(joined([known[4], known[7], known[1]], inputs(), ALL), signal())
-    assert sorted(cache(tmp_path).read(SHARDS[1])) == [0, 2]
+    writer.add(SHARDS[0], 4, signal(4, needs=needs))  # once more, as after a restart
+    writer.close()
+    first, second = (cache(tmp_path, needs=needs).locate(shard) for shard in SHARDS)
+    assert (sorted(first), sorted(second)) == ([4, 7], [4])
+    found = store.fetch([first[7], second[4], first[4], first[7]])
+    for one, expected in zip(found, (text_only, signal(14, rows=1, needs=needs), signal(4, needs=needs)), strict=False):
+        assert_same(one, expected)
+    assert "visual" not in found[0]
+    assert_same(found[3], found[0])
+
+
+def test_files_have_a_useful_size_whatever_a_signal_weighs_and_hold_samples_of_many_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FILE_BYTES", 20_000)
+    for name, rows, count in (("light", 1, 500), ("heavy", 400, 20)):
+        store = cache(tmp_path / name, needs=Needs(frozenset({"hidden"})))
+        writer = CacheWriter(store, keep=False)
+        for number in range(count):
+            shard = Shard(f"/data/{number % 7}.tar", 1000, 1, "aa")
+            writer.add(shard, number, signal(number, rows=rows, needs=store.needs))
+        writer.close()
+        sizes = sorted(path.stat().st_size for path in (tmp_path / name).rglob("*.signals"))
+        indexes = [path.stat().st_size for path in (tmp_path / name).rglob("*.index")]
+        assert len(sizes) == len(indexes) > 2
+        assert sizes[1] >= 20_000  # the smallest is the run's last
+        located = [store.locate(Shard(f"/data/{number}.tar", 1000, 1, "aa")) for number in range(7)]
+        assert sorted(member for each in located for member in each) == list(range(count))
+
+
+def test_only_what_is_asked_for_is_read_and_neighbours_at_once(tmp_path, monkeypatch):
+    store = cache(tmp_path)
+    write(store, *range(8))
+    places = store.locate(SHARDS[0])
+    filesystem, _ = open_store(store.location.path)
+    asked: list[tuple[int, int]] = []
+    real = type(filesystem).cat_ranges
+
+    def cat_ranges(self, paths, starts, ends, **options):
+        asked.extend(zip(starts, ends, strict=True))
+        return real(self, paths, starts, ends, **options)
+
+    monkeypatch.setattr(type(filesystem), "cat_ranges", cat_ranges)
+    monkeypatch.setattr(module, "GAP_BYTES", 10)
+    found = store.fetch([places[at] for at in (6, 1, 2)])
+    for at, one in zip((6, 1, 2), found, strict=True):
+        assert_same(one, signal(at))
+    assert len(asked) == 2
+    assert sum(stop - start for start, stop in asked) == sum(places[at].length for at in (1, 2, 6))
 
 
 @pytest.mark.parametrize(
@@ -160,82 +132,151 @@ def test_what_is_written_is_read_by_shard_and_index(tmp_path):
     ],
 )
 def test_another_teacher_template_or_image_size_is_never_a_hit(tmp_path, other):
-    cache(tmp_path).write(SHARDS[0], {3: b"signal"})
-    assert cache(tmp_path).read(SHARDS[0]) == {3: b"signal"}
-    assert cache(tmp_path, **other).read(SHARDS[0]) == {}
+    write(cache(tmp_path), 3)
+    assert list(cache(tmp_path).locate(SHARDS[0])) == [3]
+    assert cache(tmp_path, **other).locate(SHARDS[0]) == {}
 
 
 @pytest.mark.parametrize("change", [{"checksum": "cc"}, {"bytes": 998}, {"samples": 11}])
 def test_a_shard_whose_content_changed_is_never_a_hit(tmp_path, change):
-    cache(tmp_path).write(SHARDS[0], {3: b"signal"})
-    assert cache(tmp_path).read(dataclasses.replace(SHARDS[0], **change)) == {}
+    write(cache(tmp_path), 3)
+    assert cache(tmp_path).locate(dataclasses.replace(SHARDS[0], **change)) == {}
 
 
 def test_a_job_is_served_by_any_that_kept_at_least_what_it_needs(tmp_path):
-    more = Needs(hidden=True, visual=True, features=("teacher_vision",))
-    less = Needs(hidden=True)
-    cache(tmp_path, needs=more).write(SHARDS[0], {1: b"more"})
-    cache(tmp_path, needs=less).write(SHARDS[0], {2: b"less"})
-    assert cache(tmp_path, needs=less).read(SHARDS[0]) == {1: b"more", 2: b"less"}
-    assert cache(tmp_path, needs=more).read(SHARDS[0]) == {1: b"more"}
+    more = Needs(frozenset({"hidden", "visual", "teacher_vision"}))
+    less = Needs(frozenset({"hidden"}))
+    write(cache(tmp_path, needs=more), 1, signals=lambda seed: signal(seed, needs=more))
+    write(cache(tmp_path, needs=less), 2, signals=lambda seed: signal(seed, needs=less))
+    assert sorted(cache(tmp_path, needs=less).locate(SHARDS[0])) == [1, 2]
+    assert sorted(cache(tmp_path, needs=more).locate(SHARDS[0])) == [1]
+    store = cache(tmp_path, needs=less)
+    (whole,) = store.fetch([store.locate(SHARDS[0])[1]])
+    assert set(whole) == more.parts
 
 
-def test_a_part_that_was_never_finished_is_not_read(tmp_path):
+def test_a_file_without_its_index_is_not_read(tmp_path):
     store = cache(tmp_path)
-    store.write(SHARDS[0], {1: b"whole"})
-    (part,) = tmp_path.rglob("*.arrow")
-    part.with_name("half.arrow.partial").write_bytes(part.read_bytes()[:20])
-    assert store.read(SHARDS[0]) == {1: b"whole"}
+    write(store, 1)
+    write(store, 2)
+    next(iter(tmp_path.rglob("*.index"))).unlink()  # as if the writer had died before it
+    assert len(store.locate(SHARDS[0])) == 1
+
+
+def test_an_index_is_read_once_in_a_process_and_new_ones_are_found(tmp_path, monkeypatch):
+    store = cache(tmp_path)
+    write(store, 1)
+    assert sorted(store.locate(SHARDS[0])) == [1]
+    filesystem, _ = open_store(store.location.path)
+    read: list[str] = []
+    real = type(filesystem).cat
+    monkeypatch.setattr(type(filesystem), "cat", lambda self, paths, **_: read.extend(paths) or real(self, paths))
+    write(store, 2)
+    assert sorted(store.locate(SHARDS[0])) == [1, 2]
+    assert len(read) == 1
+    monkeypatch.setattr(module, "REFRESH_S", 1000.0)
+    write(store, 3)
+    assert sorted(cache(tmp_path).locate(SHARDS[0])) == [1, 2]  # as this process will know it for a while
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    store = cache(tmp_path)
+    write(store, 1)
+    (path,) = tmp_path.rglob("*.signals")
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(TeacherError, match=rf"{path.name} is damaged at byte 0"):
+        store.fetch([store.locate(SHARDS[0])[1]])
+
+
+def test_a_file_that_is_gone_is_an_error_of_the_store(tmp_path):
+    with pytest.raises(OSError, match="nothing"):
+        cache(tmp_path).fetch([Stored("hidden/nothing.signals", 0, 10)])
 
 
 def test_a_write_that_fails_is_not_silent(tmp_path):
     store = dataclasses.replace(cache(tmp_path), location=CacheSpec(path="/proc/nowhere"))
-    writer = CacheWriter(store, PLAN)
-    writer.add(ids(1, 2, 3), inputs(), signal())
+    writer = CacheWriter(store, keep=False)
+    writer.add(SHARDS[0], 1, signal())
     with pytest.raises(OSError, match="nowhere"):
         writer.flush()
 
 
-class Client(TeacherClient):
-    """A teacher that counts what it is asked."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-
-    def submit(self, _inputs):
-        self.asked += 1
-        return "request"
-
-    def result(self, _request):
-        return signal()
-
-
-def test_only_what_is_not_known_is_asked_and_that_is_kept(tmp_path):
-    writer = CacheWriter(cache(tmp_path), PLAN)
-    known = [part for part in split(signal(), inputs()) if part]
-    batches = [
-        Batch(inputs(), inputs(), ids(0, 1, 2), [], known),
-        Batch(inputs(), inputs(), ids(3, 4, 5), [], None),
-        Batch(inputs(), inputs(), ids(6, 7, 8), [], known),
-    ]
-    client = Client()
-    answered = list(scored(iter(batches), client, window=1, needs=ALL, cache=writer))
-    assert [batch.ids.index.tolist() for batch, _ in answered] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    for _, one in answered:
-        assert_same(one, signal())
-    assert client.asked == 1
-    writer.flush()
-    assert sorted(cache(tmp_path).read(SHARDS[0])) == [3, 4, 5]
+def test_many_threads_add_to_one_writer(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FILE_BYTES", 20_000)
+    store = cache(tmp_path)
+    writer = CacheWriter(store, keep=False)
+    with ThreadPoolExecutor(8) as executor:
+        list(executor.map(lambda at: writer.add(SHARDS[0], at, signal(at)), range(200)))
+    writer.close()
+    places = store.locate(SHARDS[0])
+    assert sorted(places) == list(range(200))
+    for at, one in enumerate(store.fetch([places[at] for at in range(200)])):
+        assert_same(one, signal(at))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cache")]
 
 
-def test_a_sample_that_comes_again_before_its_answer_could_be_read_is_not_asked_again(tmp_path, monkeypatch):
-    batches = [Batch(inputs(), inputs(), ids(*indexes), [], None) for indexes in ([0, 1, 2], [3, 4, 5]) * 2]
-    asked = []
-    for kept in (1 << 20, 100):
-        monkeypatch.setattr("betakd_ray.teacher.cache.KEPT_BYTES", kept)
-        client, writer = Client(), CacheWriter(cache(tmp_path), PLAN)
-        answered = list(scored(iter(batches), client, window=1, needs=ALL, cache=writer))
-        for _, one in answered:
-            assert_same(one, signal())
-        asked.append(client.asked)
-    assert asked == [2, 4]
+def test_what_comes_again_before_it_could_be_read_is_still_in_memory_up_to_a_limit(tmp_path, monkeypatch):
+    writer = CacheWriter(cache(tmp_path), keep=True)
+    assert writer.known(SHARDS[0], 1) is None
+    writer.add(SHARDS[0], 1, signal(1))
+    known = writer.known(SHARDS[0], 1)
+    assert known is not None
+    assert_same(known, signal(1))
+    assert writer.known(SHARDS[1], 1) is None
+    writer.close()
+    for keep, limit in ((True, 100), (False, 1 << 20)):
+        monkeypatch.setattr(module, "KEPT_BYTES", limit)
+        writer = CacheWriter(cache(tmp_path), keep=keep)
+        writer.add(SHARDS[0], 1, signal(1))
+        assert writer.known(SHARDS[0], 1) is None
+        writer.close()
+
+
+# ------------------------------------------------------------------------------------------------ comparing
+
+
+def rounded(one: Signal, by: float) -> Signal:
+    """The signal with noise of a relative size on every number."""
+    changed, random = dict(one), np.random.default_rng(1)
+    for name, array in one.items():
+        if array.dtype == np.int32:
+            continue
+        numbers = torch.from_numpy(array.copy())
+        numbers = numbers.view(torch.bfloat16).float() if array.dtype == np.uint16 else numbers
+        noise = torch.from_numpy(random.standard_normal(numbers.shape)).to(numbers.dtype)
+        numbers = numbers * (1 + by * noise)
+        changed[name] = to_wire(numbers.bfloat16() if array.dtype == np.uint16 else numbers)
+    return changed
+
+
+@pytest.mark.parametrize("needs", [ALL, TOP_K], ids=lambda needs: needs.tag)
+def test_answers_that_differ_by_rounding_are_alike_and_another_sample_s_is_not(needs):
+    one, other = signal(0, needs=needs), signal(1, needs=needs)
+    assert differs(one, one, "float32") is None
+    assert differs(rounded(one, 1e-2), one) is None
+    found = differs(other, one)
+    assert found is not None
+    assert "relative difference" in found
+
+
+@pytest.mark.parametrize("name", sorted(ALL.parts | TOP_K.parts))
+def test_the_part_that_differs_is_named_each_of_them(name):
+    needs = Needs(ALL.parts | TOP_K.parts, top_k=4, vocab=9, layer=3)
+    one = signal(0, needs=needs)
+    assert (differs(one | {name: signal(1, needs=needs)[name]}, one) or "").startswith(f"{name}: ")
+    assert (differs(one | {name: one[name][:1]}, one) or "").startswith(f"{name}: of shape")
+    assert (differs(one, {part: array for part, array in one.items() if part != name}) or "").startswith(f"{name}: of")
+
+
+def test_the_last_of_the_top_ids_may_change_places_with_the_next():
+    ids = np.array([[0, 1, 2, 3]], np.int32)
+    log_probs = np.log(np.array([[0.9, 0.05, 0.02, 0.001, 0.029]], np.float32))
+    one = {"top_ids": ids, "top_log_probs": log_probs}
+    assert differs({"top_ids": np.array([[1, 0, 2, 7]], np.int32), "top_log_probs": log_probs}, one, "float16") is None
+    assert differs({"top_ids": np.array([[7, 1, 2, 3]], np.int32), "top_log_probs": log_probs}, one) is not None
+
+
+def test_a_teacher_that_is_sure_has_entropies_of_next_to_nothing():
+    one = {"teacher_entropy": np.array([1e-4, 2e-4], np.float32)}
+    assert differs({"teacher_entropy": np.array([3e-4, 5e-4], np.float32)}, one) is None
+    assert differs({"teacher_entropy": np.array([0.5, 1.0], np.float32)}, one) is not None

@@ -24,8 +24,8 @@ from betakd_ray.data.rows import Batch
 from betakd_ray.models.load import load_processor
 from betakd_ray.models.student import student_processor
 from betakd_ray.spec import JobSpec, parse_spec
+from betakd_ray.teacher.parts import Needs
 from betakd_ray.teacher.scorer import TeacherScorer
-from betakd_ray.teacher.signal import Needs
 from betakd_ray.train.learner import Learner
 from betakd_ray.train.memory import StudentMemory, student_memory, teacher_model
 from tests.learning import spawned
