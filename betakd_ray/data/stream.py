@@ -90,12 +90,12 @@ class AsTheyCome(int):
     """A limit of block sizes in Ray Data that has every block passed on as the reader made it.
 
     Ray Data joins blocks of a task until they are more than the limit, and cuts those of one and a half times the
-    limit. Joined blocks would be few and large, and a small job's rows would all go to one rank. To `size > limit` this
-    says yes; in all else (the cut, estimates of memory) it is its number.
+    limit. Joined blocks would be few and large, and a small job's rows would all go to one rank. Whatever has a size is
+    more than this limit; in all else (the cut, estimates of memory) it is its number.
     """
 
-    def __lt__(self, size: object) -> bool:
-        return True
+    def __lt__(self, size: int) -> bool:
+        return size > 0  # Python asks this for `size > limit`, as the limit's class is the narrower one
 
 
 class ExecutorThrottle(ExecutionCallback):

@@ -27,8 +27,8 @@ from betakd_ray.job import BetaKDJob, JobResult
 from betakd_ray.spec import JobSpec, parse_spec
 from betakd_ray.train import worker
 from betakd_ray.train.checkpoint import CheckpointStore
-from betakd_ray.train.source import _done, _patience
 from betakd_ray.train.monitor import Monitor
+from betakd_ray.train.source import _done, _patience
 from tests.tiny import save_tiny
 
 SAMPLES = 12
@@ -183,7 +183,7 @@ def test_a_start_of_the_workers_waits_for_a_store_that_is_out(home, tmp_path, mo
     store = CheckpointStore(job.run, job.spec.output.storage)
     answers = iter([errors.OutputUnreachable("500"), errors.OutputUnreachable("500"), None])
     monkeypatch.setattr(CheckpointStore, "latest", lambda _: _raised(next(answers)))
-    assert _patience(job.spec, sleep=lambda _: None)(_done, store, plan).count == 0
+    assert _patience(job.spec, sleep=lambda _: None)(_done, store, plan)[1].count == 0
 
 
 def test_a_start_of_the_workers_gives_up_at_once_on_an_output_that_is_wrong(home, tmp_path, monkeypatch):

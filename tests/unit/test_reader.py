@@ -6,9 +6,11 @@ import pytest
 from PIL import Image
 
 import betakd_ray.data.reader as module
+from betakd_ray.batch.sample import Stored
 from betakd_ray.data.plan import Plan, Quarantined, ids_of
 from betakd_ray.data.reader import Reader
 from betakd_ray.data.render import Renderer
+from betakd_ray.data.rows import samples_of
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import DataError, DataUnreachable, TooManyBadSamples
 from betakd_ray.spec import DataSpec
@@ -172,3 +174,117 @@ def test_sets_that_were_not_asked_for_lately_make_room(monkeypatch):
     kept.keep("c", shards[0], [*rows, *rows])
     assert kept.find("b", shards[0]) is None
     assert kept.find("c", shards[0]) == [*rows, *rows]
+
+
+# ------------------------------------------------------------------------------------------- groups of shards
+
+
+class Group:
+    """A reader of several shards of ten samples, which are told apart by their keys."""
+
+    def __init__(self, folder, count=4, samples=10, *, parts=(), locate=None, **data):
+        self.shards = [
+            written(folder, tar_bytes([m for s in range(samples) for m in sample(f"{n}-{s}")]), f"{n}.tar")
+            for n in range(count)
+        ]
+        data = {"train": str(folder / "*.tar"), "shuffle_buffer": 5, "system_prompt": "", **data}
+        spec = DataSpec.model_validate(data)
+        self.plan = Plan(tuple(self.shards), 2, seed=0, shuffle=spec.shuffle, parts=parts)
+        renderers = {"student": Renderer(tiny_processor(), spec)}
+        self.reader = Reader(self.plan, spec, renderers, lambda bad: 0.0, lambda error: None, locate)
+
+    def blocks(self, epoch=0, done=None, rows=7, size=1 << 24):
+        done = done or self.plan.empty_ledger()
+        return list(self.reader.blocks(epoch, 0, len(self.shards), done, rows, size))
+
+    def keys(self, **how):
+        return [key for block in self.blocks(**how) for key in block["key"].to_pylist()]
+
+
+def ids(blocks):
+    return [block.select(["epoch", "shard", "index", "member", "key"]).to_pydict() for block in blocks]
+
+
+def test_the_shards_of_a_group_are_mixed_and_each_sample_comes_once(tmp_path):
+    group = Group(tmp_path)
+    keys = group.keys()
+    assert sorted(keys) == sorted(f"{n}-{s}" for n in range(4) for s in range(10))
+    assert all(len({key[0] for key in keys[at : at + 10]}) >= 3 for at in range(0, 40, 10))
+    assert group.keys() == keys
+    assert group.keys(epoch=1) != keys
+
+
+def test_without_shuffling_the_shards_come_one_after_the_other(tmp_path):
+    group = Group(tmp_path, shuffle=False)
+    assert group.keys() == [f"{n}-{s}" for n in range(4) for s in range(10)]
+
+
+def test_only_a_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MIXED_SHARDS", 2)
+    now, most = set(), []
+    read = module.read_shard_with_retry
+
+    def watched(shard, *args, **kwargs):
+        now.add(shard)
+        most.append(len(now))
+        yield from read(shard, *args, **kwargs)
+        now.remove(shard)
+
+    monkeypatch.setattr(module, "read_shard_with_retry", watched)
+    assert len(Group(tmp_path).keys()) == 40
+    assert max(most) == 2
+    assert now == set()
+
+
+def test_a_read_task_gives_the_same_blocks_whatever_the_cache_holds(tmp_path):
+    """Ray Data takes up a task that it runs again by the number of its blocks: others would lose or repeat rows."""
+    known = {}
+    group = Group(tmp_path, locate=lambda shard: known.get(shard, {}))
+    size = sum(block.nbytes for block in group.blocks()) // 6
+    before = group.blocks(rows=100, size=size)
+    known |= {shard: {m: Stored("parts/" + "f" * 60, 10**12, 10**9) for m in range(0, 10, 2)} for shard in group.shards}
+    after = group.blocks(rows=100, size=size)
+    assert len(before) > 3
+    assert ids(before) == ids(after)
+    assert [block.nbytes for block in before] == [block.nbytes for block in after]
+    stored = {sample.key: sample.stored for block in after for sample in samples_of(block)}
+    assert {key for key, place in stored.items() if place} == {f"{n}-{s}" for n in range(4) for s in range(0, 10, 2)}
+    assert not any(sample.stored for block in before for sample in samples_of(block))
+
+
+def test_a_block_has_no_more_rows_and_bytes_than_asked_for(tmp_path):
+    group = Group(tmp_path)
+    assert [block.num_rows for block in group.blocks(rows=7)] == [7] * 5 + [5]
+    of_one = sum(block.nbytes for block in group.blocks()) / 40
+    rows = [block.num_rows for block in group.blocks(rows=100, size=int(4.5 * of_one))]
+    assert 5 <= max(rows) <= 7  # a row is a little larger in a block than it is taken for
+    assert len(set(rows[:-1])) == 1
+
+
+def test_what_is_done_is_not_read_again(tmp_path):
+    group = Group(tmp_path)
+    done = group.plan.empty_ledger()
+    places = [(0, 2, index) for index in range(10)] + [(0, 1, 3)]
+    done.add(ids_of([Quarantined(*place, "", "") for place in places]))
+    (tmp_path / "2.tar").unlink()
+    left = group.keys(done=done)
+    assert sorted(left) == sorted({f"{n}-{s}" for n in (0, 1, 3) for s in range(10)} - {"1-3"})
+
+
+def test_a_part_of_a_shard_is_the_window_of_its_epoch(tmp_path):
+    group = Group(tmp_path, count=2, parts=((1, 4),))
+    samples = [each for block in group.blocks(epoch=1) for each in samples_of(block)]
+    assert len(samples) == 14
+    part = {each.index: each.member for each in samples if each.shard == 1}
+    assert [part[index] for index in range(4)] == group.plan.members(1, 1).tolist()
+    assert all(each.key == f"{each.shard}-{each.member}" for each in samples)
+    assert all(each.index == each.member for each in samples if each.shard == 0)
+
+
+def test_a_damaged_shard_of_a_group_is_found_though_all_its_samples_came(tmp_path, monkeypatch):
+    monkeypatch.setattr("betakd_ray.data.shards.BACKOFF.wait_funcs", ())  # no pauses
+    group = Group(tmp_path)
+    content = (tmp_path / "3.tar").read_bytes()
+    (tmp_path / "3.tar").write_bytes(content[:-512])
+    with pytest.raises(DataError, match=r"3\.tar: expected"):
+        group.blocks()

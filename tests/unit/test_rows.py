@@ -1,4 +1,4 @@
-"""Renderings as a batch: padding, answer rows and image tokens against a plain loop, and the way through Arrow."""
+"""Samples as a batch: padding, answer rows and image tokens against a plain loop, and the way through Arrow."""
 
 import numpy as np
 import pyarrow as pa
@@ -7,8 +7,9 @@ import torch
 
 from betakd_ray.batch.inputs import Pairs, most_salient
 from betakd_ray.batch.packing import stack
-from betakd_ray.batch.sample import Rendering
-from betakd_ray.data.rows import collate, to_arrow
+from betakd_ray.batch.sample import Rendering, Sample, Stored
+from betakd_ray.data.rows import block_of, samples_of
+from betakd_ray.errors import DataError
 
 PAD, IMAGE = 0, 4
 LENGTHS = [5, 9, 2, 7]
@@ -30,16 +31,20 @@ def samples():
     return [rendering(length, images) for length, images in zip(LENGTHS, IMAGES, strict=True)]
 
 
-def table(samples, views=("student",)):
-    count = len(samples)
-    ids = {
-        "epoch": pa.array([1] * count, pa.int32()),
-        "shard": pa.array(range(count), pa.int32()),
-        "index": pa.array(range(10, 10 + count), pa.int32()),
-    }
-    ids["key"] = pa.array([f"{index:09}" for index in range(10, 10 + count)])
-    ids["signal"] = pa.nulls(count, pa.large_binary())
-    return pa.table({**ids, **to_arrow({view: samples for view in views})})
+def table(student, teacher=None, stored=()):
+    """A block of these renderings; `stored` for the first of them."""
+    teacher = teacher or student
+    places = [*stored, *[None] * (len(student) - len(stored))]
+    return block_of(
+        [
+            Sample(1, at, 10 + at, 20 + at, f"{10 + at:09}", one, other, place)
+            for at, (one, other, place) in enumerate(zip(student, teacher, places, strict=True))
+        ]
+    )
+
+
+def student_inputs(block):
+    return stack([sample.student for sample in samples_of(block)], PAD, IMAGE)
 
 
 def assert_same_inputs(actual, expected):
@@ -113,34 +118,43 @@ def test_the_last_prompt_token_counts_and_the_final_eos_does_not():
 # ---- Arrow -------------------------------------------------------------------------------------------------------
 
 
-def test_a_table_gives_the_batch_of_its_renderings(samples):
-    batch = collate(table(samples), PAD, {"student": IMAGE})
-    assert_same_inputs(batch.student, stack(samples, PAD, IMAGE))
-    assert batch.teacher is batch.student
-    assert batch.ids.epoch.tolist() == [1] * 4
-    assert batch.ids.shard.tolist() == [0, 1, 2, 3]
-    assert batch.ids.index.tolist() == [10, 11, 12, 13]
+def test_a_block_gives_back_its_samples(samples):
+    found = samples_of(table(samples))
+    assert_same_inputs(stack([one.student for one in found], PAD, IMAGE), stack(samples, PAD, IMAGE))
+    assert all(sample.teacher is sample.student for sample in found)
+    assert [(s.epoch, s.shard, s.index, s.member, s.key) for s in found] == [
+        (1, at, 10 + at, 20 + at, f"0000000{10 + at}") for at in range(4)
+    ]
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 2), (1, 3), (2, 4), (3, 4)])
-def test_a_slice_of_a_table_gives_the_batch_of_its_own_renderings(samples, start, stop):
-    batch = collate(table(samples).slice(start, stop - start), PAD, {"student": IMAGE})
-    assert_same_inputs(batch.student, stack(samples[start:stop], PAD, IMAGE))
-    assert batch.ids.index.tolist() == list(range(10 + start, 10 + stop))
+@pytest.mark.parametrize(("start", "stop"), [(0, 2), (1, 3), (2, 4), (3, 4), (2, 2)])
+def test_a_slice_of_a_block_gives_its_own_samples(samples, start, stop):
+    found = samples_of(table(samples).slice(start, stop - start))
+    assert [sample.index for sample in found] == list(range(10 + start, 10 + stop))
+    for sample, expected in zip(found, samples[start:stop], strict=True):
+        assert_same_inputs(stack([sample.student], PAD, IMAGE), stack([expected], PAD, IMAGE))
 
 
-def test_a_table_of_several_chunks_is_read_across_them(samples):
+def test_a_block_of_several_chunks_is_read_across_them(samples):
     parts = pa.concat_tables([table(samples).slice(0, 1), table(samples).slice(1, 3)])
     assert parts.column("student_input_ids").num_chunks == 2
-    assert_same_inputs(collate(parts, PAD, {"student": IMAGE}).student, stack(samples, PAD, IMAGE))
+    assert_same_inputs(student_inputs(parts), stack(samples, PAD, IMAGE))
 
 
-def test_a_batch_of_text_alone_has_no_pixels():
-    texts = [rendering(5, 0), rendering(6, 0)]
-    batch = collate(table(texts), PAD, {"student": IMAGE})
-    assert batch.student.images == {}
-    assert batch.student.visual_sample.tolist() == []
-    assert batch.student.has_image.tolist() == [False, False]
+def test_a_block_of_text_alone_has_no_pixels():
+    inputs = student_inputs(table([rendering(5, 0), rendering(6, 0)]))
+    assert inputs.images == {}
+    assert inputs.visual_sample.tolist() == []
+    assert inputs.has_image.tolist() == [False, False]
+
+
+def test_where_an_answer_is_kept_travels_and_changes_no_block_s_size(samples):
+    places = [Stored("a/b.parts", 5, 7), None, Stored("c", 0, 0)]
+    block = table(samples, stored=places)
+    assert [sample.stored for sample in samples_of(block)] == [*places, None]
+    assert block.nbytes == table(samples).nbytes
+    with pytest.raises(DataError, match=r"teacher\.cache: x+ has a name of 193 bytes, and 192 are the most"):
+        table(samples, stored=[Stored("x" * 193, 0, 1)])
 
 
 def test_pairs_are_every_answer_row_and_image_token_of_one_sample(samples):
@@ -164,25 +178,23 @@ def test_the_most_salient_image_tokens_are_found_sample_by_sample(samples):
     assert most_salient(np.array([0.1, 0.7, 0.2]), inputs, 5).tolist() == [0, 1, 2]
 
 
-def test_two_views_are_two_inputs(samples):
-    views = {"student": samples, "teacher": [rendering(length + 3, 1) for length in LENGTHS]}
-    columns = {**dict(zip(table(samples).column_names, table(samples).columns, strict=True)), **to_arrow(views)}
-    batch = collate(pa.table(columns), PAD, {"student": IMAGE, "teacher": IMAGE})
-    assert_same_inputs(batch.student, stack(views["student"], PAD, IMAGE))
-    assert_same_inputs(batch.teacher, stack(views["teacher"], PAD, IMAGE))
+def test_two_views_are_two_renderings(samples):
+    teacher = [rendering(length + 3, 1) for length in LENGTHS]
+    found = samples_of(table(samples, teacher))
+    assert_same_inputs(stack([one.student for one in found], PAD, IMAGE), stack(samples, PAD, IMAGE))
+    assert_same_inputs(stack([one.teacher for one in found], PAD, IMAGE), stack(teacher, PAD, IMAGE))
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_nothing_in_a_batch_is_memory_of_the_table(samples, count):
-    """Arrow's buffers may lie in Ray's object store, which could not free the block while a batch points into it."""
-    rows = table(samples[:count], views=("student", "teacher"))
-    batch = collate(rows, PAD, {"student": IMAGE, "teacher": IMAGE})
-    buffers = [np.frombuffer(buffer, np.uint8) for buffer in buffers_of(rows) if buffer.size]
-    for part in (batch.student, batch.teacher, batch.ids):
-        for name in type(part).__dataclass_fields__:
-            for array in arrays(getattr(part, name)).values():
-                assert not any(np.may_share_memory(array, buffer) for buffer in buffers), name
-                assert array.flags.writeable, name
+def test_nothing_in_a_sample_is_memory_of_the_block(samples, count):
+    """Arrow's buffers may lie in Ray's object store, which could not free the block while a sample points into it."""
+    block = table(samples[:count], [rendering(length + 3, 1) for length in LENGTHS[:count]])
+    buffers = [np.frombuffer(buffer, np.uint8) for buffer in buffers_of(block) if buffer.size]
+    for sample in samples_of(block):
+        for view in (sample.student, sample.teacher):
+            for array in (view.input_ids, view.answer_mask, *view.images.values()):
+                assert not any(np.may_share_memory(array, buffer) for buffer in buffers)
+                assert array.flags.writeable
 
 
 def buffers_of(rows):

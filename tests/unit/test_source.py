@@ -1,0 +1,130 @@
+"""The start of the workers: one checkpoint is subtracted from the plan, and the workers resume from that very one."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
+
+import numpy as np
+import pytest
+import ray
+import ray.data
+from ray.actor import ActorHandle
+
+from betakd_ray.data.ledger import Ledger, SampleIds
+from betakd_ray.data.plan import Plan, Quarantined
+from betakd_ray.data.shards import Shard
+from betakd_ray.errors import SampleRepeated
+from betakd_ray.spec import StorageSpec, parse_spec
+from betakd_ray.tracking import to_jsonl
+from betakd_ray.train import source
+from betakd_ray.train.checkpoint import LEDGER, QUARANTINE, CheckpointStore, Manifest
+from betakd_ray.train.monitor import Monitor
+
+PLAN = Plan((Shard("/data/a.tar", 6, 100, "0a"), Shard("/data/b.tar", 6, 100, "0b")), 2, seed=0, shuffle=True)
+BAD = Quarantined(1, 1, 5, "05", "no image")
+
+
+class _Local(ActorHandle):
+    """An actor's handle, of an object in this process."""
+
+    def __init__(self, instance: object) -> None:
+        self._instance = instance
+
+    def __del__(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(remote=getattr(self._instance, name))
+
+
+def ids(*places: tuple[int, int, int]) -> SampleIds:
+    return SampleIds(*np.array(places, np.int32).T)
+
+
+def commit(run: Path, step: int, *places: tuple[int, int, int]) -> str:
+    """A checkpoint that has done these samples, and set one aside."""
+    ledger = PLAN.empty_ledger()
+    ledger.add(ids(*places))
+    local = run.parent / f"local-{step}"
+    local.mkdir()
+    (local / LEDGER).write_text(ledger.to_json())
+    (local / QUARANTINE).write_text(to_jsonl([asdict(BAD)]))
+    (local / "progress.json").write_text(json.dumps({"samples": 0, "dropped": 0, "skipped": 0}))
+    store, name = CheckpointStore(str(run), StorageSpec()), f"step-{step:08}-abcdef01"
+    store.commit(Manifest(name, step, 1, store.upload(local, name)))
+    return name
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Starts workers: returns what is subtracted from the plan, and what the monitor tells the workers."""
+    (tmp_path / "run").mkdir()
+    tree = {
+        "name": "run",
+        "data": {"train": "/data/*.tar"},
+        "student": {"init": {"path": "org/student", "kind": "checkpoint"}},
+        "output": str(tmp_path),
+    }
+    monitor = Monitor(PLAN.samples, [], max_failures=0)
+    monkeypatch.setattr(source.ray, "get", lambda answer: answer)
+
+    def begin(meanwhile: Any = None) -> tuple[Ledger, str | None]:
+        seen: list[Ledger] = []
+
+        def stream(reader: Any, plan: Plan, done: Ledger, *_: Any) -> ray.data.Dataset:
+            seen.append(done)
+            if meanwhile:
+                meanwhile()
+            return cast(Any, mock.create_autospec(ray.data.Dataset, instance=True))
+
+        monkeypatch.setattr(source, "stream", stream)
+        source.rows(ray.ObjectRef.from_random(), parse_spec(tree), str(tmp_path / "run"), PLAN, _Local(monitor))
+        return seen[0], monitor.resumes_from()
+
+    return begin
+
+
+def test_a_commit_between_the_stream_and_the_workers_trains_no_sample_twice(tmp_path: Path, start: Any) -> None:
+    """The late commit has more samples than the stream leaves out: resumed from it, they would come a second time."""
+    run = tmp_path / "run"
+    before = [(0, 0, 0), (0, 0, 1), (0, 1, 4)]
+    after = [(0, 0, 2), (0, 0, 3)]
+    first = commit(run, 1, *before)
+    done, told = start(lambda: commit(run, 2, *before, *after))
+    store = CheckpointStore(str(run), StorageSpec())
+    late = store.latest()
+    assert late
+    assert late.step == 2
+    assert told == first
+    named = next(manifest for manifest in store.committed() if manifest.name == told)
+
+    streamed = [
+        (epoch, shard, int(index))
+        for epoch in range(2)
+        for shard in range(2)
+        for index in np.flatnonzero(~done.done(epoch, shard))
+    ]
+    resumed = store.ledger(named)
+    resumed.add(ids(*streamed))  # raises if one is there
+    resumed.add(ids((BAD.epoch, BAD.shard, BAD.index)))
+    assert resumed.count == PLAN.samples
+    with pytest.raises(SampleRepeated):
+        store.ledger(late).add(ids(*streamed))
+
+
+def test_the_next_start_goes_on_from_the_late_commit(tmp_path: Path, start: Any) -> None:
+    commit(tmp_path / "run", 1, (0, 0, 0))
+    start()
+    late = commit(tmp_path / "run", 2, (0, 0, 0), (0, 0, 1))
+    done, told = start()
+    assert told == late
+    assert done.count == 3
+
+
+def test_without_a_checkpoint_the_workers_begin_at_the_beginning(start: Any) -> None:
+    done, told = start()
+    assert told is None
+    assert done.count == 0
