@@ -51,7 +51,10 @@ def main(*, miniature: bool = False) -> None:
     for share in SHARES:
         for budget in BUDGETS:
             before, after = (measure(lengths, share, budget, made) for made in (neighbours, alike))
-            padding, batches = (f"{each[0]:.1%}" for each in (before, after)), (f"{each[1]:.1f}" for each in (before, after))
+            padding, batches = (
+                (f"{each[0]:.1%}" for each in (before, after)),
+                (f"{each[1]:.1f}" for each in (before, after)),
+            )
             table.add_row(f"{share}", f"{budget}", *padding, *batches)
     Console().print(table)
 

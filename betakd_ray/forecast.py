@@ -144,7 +144,9 @@ class Forecast:
         teacher, training = self.spec.teacher, self.spec.training
         if teacher is None:
             return 0.0
-        samples = training.share(training.workers.min) + teacher.window * teacher.batch_tokens / self.teacher_sample.tokens
+        samples = (
+            training.share(training.workers.min) + teacher.window * teacher.batch_tokens / self.teacher_sample.tokens
+        )
         return samples * (self.teacher_sample.bytes + self.signal)
 
     @property
@@ -169,7 +171,9 @@ class Forecast:
 
     def _data_rows(self) -> Iterator[Row]:
         training, source = self.spec.training, "found" if self.read else "assumed"
-        passes = f", in {len(self.plan.shards):,} passes an epoch" if len(self.plan.shards) > len(self.plan.distinct) else ""
+        passes = (
+            f", in {len(self.plan.shards):,} passes an epoch" if len(self.plan.shards) > len(self.plan.distinct) else ""
+        )
         yield "data", f"shards, {source}", f"{len(self.plan.distinct):,}{passes}"
         yield "data", f"samples, {source}", f"{self.plan.samples // self.plan.epochs:,} × {self.plan.epochs} epochs"
         yield "data", "steps", f"{self.total_steps:,} of {training.global_batch_size:,} samples"

@@ -17,7 +17,16 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import fsspec
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
@@ -673,7 +682,9 @@ class TrainingSpec(Spec):
     max_steps: int | None = Field(default=None, ge=1, description="stop early; default: all epochs")
     global_batch_size: int = Field(default=128, ge=1, description="samples a step, whatever the number of workers")
     micro_batch_size: int | None = Field(
-        default=None, ge=1, description="samples a worker holds at a time; default: 8, or no limit with micro_batch_tokens"
+        default=None,
+        ge=1,
+        description="samples a worker holds at a time; default: 8, or no limit with micro_batch_tokens",
     )
     micro_batch_tokens: int | None = Field(
         default=None,

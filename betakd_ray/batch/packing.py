@@ -13,7 +13,6 @@ from betakd_ray.batch.images import joined_images
 from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.batch.sample import Rendering
 
-
 BATCH_COST = 96
 """What a batch costs beside its tokens, in tokens: launching its kernels takes as long as so many more would."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -80,9 +80,7 @@ class Reader:
     pairs_images: bool = False
     """Whether image tokens are compared one by one, so that both models must make as many of an image."""
 
-    def blocks(
-        self, epoch: int, first: int, last: int, done: Ledger, rows: int, size: int
-    ) -> Iterator[pa.Table]:
+    def blocks(self, epoch: int, first: int, last: int, done: Ledger, rows: int, size: int) -> Iterator[pa.Table]:
         """Read what is not done of an epoch's passes first ≤ … < last, in blocks of `rows` samples or some `size` bytes.
 
         The same arguments give the same blocks, whenever and wherever they are read and whatever any cache holds: Ray

@@ -58,7 +58,7 @@ class Learner:
         self.engine = self._engine(total_steps)
         _bound_collectives(timedelta(seconds=spec.training.collective_timeout_s))
         # What is known on the host is agreed on there, without waiting for the device, and with patience: a checkpoint
-        # takes as long as its slowest rank. The feed's group is for its own thread, which must meet no other collective.
+        # takes as long as its slowest rank. The feed's group is for its own thread: it must meet no other collective.
         self.host_group, self.feed_group = (
             cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=FOREVER)) for _ in range(2)
         )
@@ -144,7 +144,7 @@ class Learner:
         return torch.full((len(inputs.input_ids),), 1 / counts.samples, device=self.device)
 
     def _update(self, progress: float) -> Totals:
-        """Step the student's optimizer, then β's. A gradient that is not finite is skipped, and β stays as it was, too."""
+        """Step the student's optimizer, then β's. Where the gradient is not finite, both stay as they were."""
         self.engine.step()
         applied = self.engine.was_step_applied()
         totals = self.tally.reduced(applied)

@@ -161,9 +161,7 @@ class Worker:
 
     def quarantine(self, refused: list[Refused]) -> None:
         """Set samples aside that the teacher has no answer to. Raises TooManyBadSamples."""
-        bad = [
-            Quarantined(sample.epoch, sample.shard, sample.index, sample.key, reason) for sample, reason in refused
-        ]
+        bad = [Quarantined(sample.epoch, sample.shard, sample.index, sample.key, reason) for sample, reason in refused]
         fraction = cast(float, ray.get(self.config.monitor.quarantine.remote(bad)))
         require_few(fraction, self.spec.data, self.config.plan, bad[-1])
 

@@ -1,4 +1,4 @@
-"""Ranks that are gone are noticed here, by what each says every few seconds: never by a collective that runs out of time.
+"""Ranks that are gone are noticed by what each says every few seconds, never by a collective that runs out of time.
 
 A rank that waits for a teacher, for data or for another rank is well for as long as it says so. One that says nothing
 for `training.collective_timeout_s` is taken for dead, with what it last did as the cause.
