@@ -17,13 +17,13 @@ KS = (8, 64, 512)
 NAMES = ("fkl", "rkl", "sfkl", "srkl", "js", "tvd", "adaptive_kl", "mse_probs", "cosine_probs")
 
 
-def rows(noise: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(teacher, student) logits [ROWS, VOCAB]."""
+def rows(count: int = ROWS, vocab: int = VOCAB, noise: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(teacher, student) logits [count, vocab]."""
     generator = torch.Generator().manual_seed(0)
-    exponent = torch.linspace(1.0, 4.0, ROWS)[:, None]
-    ranks = torch.stack([torch.randperm(VOCAB, generator=generator) for _ in range(ROWS)]) + 1
+    exponent = torch.linspace(1.0, 4.0, count)[:, None]
+    ranks = torch.stack([torch.randperm(vocab, generator=generator) for _ in range(count)]) + 1
     teacher = -exponent * ranks.log()
-    return teacher, teacher + noise * torch.randn(ROWS, VOCAB, generator=generator)
+    return teacher, teacher + noise * torch.randn(count, vocab, generator=generator)
 
 
 def with_gradient(name: str, teacher: Tensor, student: Tensor, k: int | None) -> tuple[float, Tensor]:
@@ -40,9 +40,9 @@ def with_gradient(name: str, teacher: Tensor, student: Tensor, k: int | None) ->
     return value.item(), student.grad
 
 
-def main() -> None:
-    """One row an energy: relative error of the value, and the angle and length of the gradient, for each k."""
-    teacher, student = rows()
+def main(miniature: bool = False) -> None:
+    """Print a row an energy: relative error of the value, and the angle and length of the gradient, for each k."""
+    teacher, student = rows(4, 1000) if miniature else rows()
     mass = teacher.softmax(1).sort(dim=1, descending=True).values.cumsum(1)
     table = Table("energy", *(f"k = {k}: value · gradient cosine · length" for k in KS))
     table.add_row("teacher's mass in the k", *(f"{mass[:, k - 1].mean():.3f}" for k in KS))
