@@ -23,7 +23,7 @@ from betakd_ray.data.render import IMAGE, Renderer, Unrenderable
 from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard
 from betakd_ray.errors import DataError
 from betakd_ray.job import BetaKDJob
-from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec
+from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec, TeacherSpec
 from betakd_ray.teacher.parts import PARTS, Needs, value_bytes
 from betakd_ray.train.memory import StudentMemory, TeacherModel, student_memory, teacher_model
 
@@ -201,7 +201,7 @@ class Forecast:
             yield "memory of a teacher", f"weights{packed}", size(self.teacher.weights)
             if self.teacher.largest_share < self.teacher.weights:
                 yield "memory of a teacher", "weights on its fullest GPU", size(self.teacher.largest_share)
-            yield "memory of a teacher", "one micro-batch", size(self.teacher.working)
+            yield "memory of a teacher", "one group of samples", size(self.teacher.working)
             yield "memory of a teacher", "peak", size(self.teacher.peak)
         where = f"memory of a student rank (of {self.spec.training.workers.min})"
         memory = self.student
@@ -319,7 +319,8 @@ def forecast(job: BetaKDJob, assumed: AssumedData | None = None, tflops: float |
         needs = job.needs(spec.teacher)
         asked = spec.cluster.teacher.gpus
         gpus = 1 if asked == "auto" else max(1, int(asked))
-        teacher = teacher_model(spec.teacher, needs, batches[view], processors[view], gpus)
+        group = _group(views[view], spec.teacher, renderers[view])
+        teacher = teacher_model(spec.teacher, needs, group, processors[view], gpus)
     ranks = spec.training.workers.min
     student = student_memory(spec, teacher, needs, batches["student"], processors["student"], ranks)
     samples = {name: SampleSize.of(_stacked(views[name], renderer)) for name, renderer in renderers.items()}
@@ -362,6 +363,12 @@ def _largest_batch(samples: Sequence[Rendering], spec: JobSpec, renderer: Render
     longest = max(samples, key=lambda sample: len(sample.input_ids))
     training = spec.training
     return _stacked([longest] * training.samples_at_a_time(training.workers.min, len(longest.input_ids)), renderer)
+
+
+def _group(samples: Sequence[Rendering], spec: TeacherSpec, renderer: Renderer) -> ModelInputs:
+    """Return a group for the teacher, of the longest sample as often as its tokens allow."""
+    longest = max(samples, key=lambda sample: len(sample.input_ids))
+    return _stacked([longest] * max(1, spec.batch_tokens // len(longest.input_ids)), renderer)
 
 
 def _stacked(samples: list[Rendering], renderer: Renderer) -> ModelInputs:

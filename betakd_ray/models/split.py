@@ -8,7 +8,8 @@ Not `tp_plan`, which cuts each matrix: it wants a process for each GPU, where a 
 plan has its vision tower (Qwen3-VL's has the lm_head alone). Nor `device_map="auto"`: it cuts inside of Idefics3's
 vision layers, whose two halves then meet on different GPUs, and turns to the CPU, in silence, where memory is short.
 
-The price: a micro-batch is on one GPU at a time, so a teacher on n GPUs answers no faster than one GPU would.
+The price: a group of samples is on one GPU at a time. A teacher on n GPUs therefore computes n groups at once, each on
+another GPU; for a single group it is no faster than one GPU would be.
 """
 
 from collections.abc import Iterator, Sequence

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from uuid import uuid4
 
 import numpy as np
@@ -273,11 +273,11 @@ class _Index:
     def _refresh(self) -> None:
         location = self._cache.location
         filesystem, root = open_store(location.path, location.storage)
-        listed = filesystem.glob(join(root, self._cache.key, "*", "*.index"))
+        listed = cast(list[str], filesystem.glob(join(root, self._cache.key, "*", "*.index")))
         new = [path for path in listed if path not in self._read and self._cache.has(path.split("/")[-2])]
         if not new:
             return
-        for path, content in filesystem.cat(new).items():
+        for path, content in cast(dict[str, bytes], filesystem.cat(new)).items():
             self._add("/".join(path.removesuffix(".index").split("/")[-2:]) + ".signals", content)
         self._read.update(new)
 

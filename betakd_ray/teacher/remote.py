@@ -48,7 +48,8 @@ class RemoteTeacher:
 
     def head(self) -> NDArray[Any] | None:
         # Two steps, or it would be another object for each who asks, and no node would share its copy.
-        return _result(lambda: ray.get(cast(list[Any], ray.get(self.actor.head_reference.remote()))[0]))
+        reference = _result(lambda: cast(list[Any], ray.get(self.actor.head_reference.remote())))[0]
+        return _result(lambda: cast(NDArray[Any], ray.get(reference)))
 
     def ready(self) -> RemotePending:
         return RemotePending(self.actor.__ray_ready__.remote())
@@ -84,7 +85,8 @@ class RemotePool:
 
 def placed(scorer: type, options: dict[str, Any]) -> Any:
     """Return the actor class of a scorer, with its threads and its place."""
-    return ray.remote(concurrency_groups=CONCURRENCY)(scorer).options(**options)
+    remote: Any = ray.remote  # which Ray types without this option
+    return remote(concurrency_groups=CONCURRENCY)(scorer).options(**options)
 
 
 def unwrapped(answer: "ray.ObjectRef") -> Any:

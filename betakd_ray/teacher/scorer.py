@@ -140,8 +140,11 @@ class TeacherScorer:
             busy_s,
         )
 
-    def _receive(self, inputs: ModelInputs) -> "tuple[TensorInputs, Pairs | None, torch.cuda.Event | None]":
-        """Copy a group to the device; on a GPU, beside the computing of another, and the event says when it is done."""
+    def _receive(self, inputs: ModelInputs) -> tuple[TensorInputs, Pairs | None, Any]:
+        """Copy a group to the device.
+
+        On a GPU that is done beside the computing of another, and a CUDA event says when it is finished; else None.
+        """
         if self.device.type != "cuda":
             return *self._tensors(inputs), None
         stream, computing = self._copies(), torch.cuda.current_stream(self.device)

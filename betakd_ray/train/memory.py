@@ -56,13 +56,13 @@ class TeacherModel:
     largest_share: int
     """Of the weights, on that of its GPUs which has most."""
     working: int
-    """Bytes that one micro-batch takes at its peak."""
+    """Bytes that one group of samples takes at its peak."""
     quantization: str | None = None
     """How the weights will be packed: bytes are counted as if they were not."""
 
     @property
     def peak(self) -> int:
-        """On one GPU, as if all of a micro-batch's were on the fullest."""
+        """On one GPU, as if all of a group's were on the fullest."""
         return self.largest_share + self.working
 
     def facts(self, needs: Needs) -> TeacherFacts:
@@ -103,7 +103,7 @@ class StudentMemory:
 
 
 def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, processor: Any, gpus: int = 1) -> TeacherModel:
-    """A teacher's sizes on so many GPUs, and what it takes to answer one micro-batch. Raises ModelError."""
+    """A teacher's sizes on so many GPUs, and what it takes to answer one group of samples. Raises ModelError."""
     with _fake() as tally:
         model: Any = freeze(model_skeleton(spec, "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)))
         if needs.reads_attention:
