@@ -240,8 +240,8 @@ class TeacherSpec(ModelSpec):
     batch_tokens: int = Field(
         default=8192,
         ge=1,
-        description="tokens that a teacher scores at a time, padding included: samples of like lengths are put together "
-        "until it is reached. The default fits one GPU with a teacher that leaves a few GB free",
+        description="tokens that a teacher scores at a time, padding included: samples of like lengths are put "
+        "together until it is reached. The default fits one GPU with a teacher that leaves a few GB free",
     )
     window: int = Field(
         default=4, ge=0, description="groups that a student worker keeps with the teachers beyond those of one step"

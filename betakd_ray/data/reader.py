@@ -81,7 +81,7 @@ class Reader:
     """Whether image tokens are compared one by one, so that both models must make as many of an image."""
 
     def blocks(self, epoch: int, first: int, last: int, done: Ledger, rows: int, size: int) -> Iterator[pa.Table]:
-        """Read what is not done of an epoch's passes first ≤ … < last, in blocks of `rows` samples or some `size` bytes.
+        """Read what is not done of an epoch's passes first ≤ … < last, in blocks of `rows` samples or `size` bytes.
 
         The same arguments give the same blocks, whenever and wherever they are read and whatever any cache holds: Ray
         Data runs a read task again when its blocks are lost, and takes up where it was by the number of blocks.
@@ -269,7 +269,7 @@ _KEPT = KeptRows()
 def _interleave(
     sources: Iterable[tuple[int, Generator[Planned]]], window: int, rng: np.random.Generator
 ) -> Iterator[Planned]:
-    """Mix sources, given as (items, iterator): `window` of them at a time, each drawn in proportion to what it has left.
+    """Mix sources, given as (items, iterator): `window` of them at a time, drawn in proportion to what each has left.
 
     Which is drawn follows from the lengths and `rng` alone.
     """

@@ -1,4 +1,4 @@
-"""The stream in Ray Data: blocks as the reader made them, each row once, and the same rows for a rank whatever the timing."""
+"""The stream in Ray Data: blocks as the reader made them, each row once, a rank's rows the same whatever the timing."""
 
 import time
 from dataclasses import dataclass

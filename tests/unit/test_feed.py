@@ -203,7 +203,7 @@ def test_what_goes_wrong_in_a_thread_is_raised_where_steps_are_asked_for(where: 
     feed = make(rows(), client, on_refused=refused)
     if where != "teacher":
         assert feed.next_step()
-    with pytest.raises((OSError, TeacherError, TooManyBadSamples), match="no store|no teacher|too many"):
+    with pytest.raises((OSError, TeacherError, TooManyBadSamples), match=r"no store|no teacher|too many"):
         list(all_steps(feed.next_step))
 
 

@@ -1,0 +1,237 @@
+"""How long a job of millions of (epoch, shard) pairs takes from the start of its workers to their first block.
+
+    python -m benchmarks.plan_scale [--shards 200000] [--epochs 10]
+
+The plan, the callable that Ray Train calls, the split and the reader are the real ones. Shards are entries of a
+manifest; those of the groups that are read first are small tars. Measured at the first start and at a restart with half
+of the work done.
+"""
+
+import argparse
+import io
+import json
+import os
+import re
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from betakd_ray.audit import write_plan
+from betakd_ray.batch.sample import Rendering
+from betakd_ray.data.ledger import SampleIds
+from betakd_ray.data.manifest import index_shards
+from betakd_ray.data.plan import Plan, Quarantined
+from betakd_ray.data.reader import Reader
+from betakd_ray.data.render import Renderer
+from betakd_ray.data.shards import RawSample, Shard
+from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
+from betakd_ray.train.checkpoint import LEDGER, QUARANTINE, CheckpointStore, Manifest
+from betakd_ray.train.monitor import Monitor
+from betakd_ray.train.source import SplitOnce, rows
+
+LOCAL = StorageSpec()
+RANKS = 2
+SAMPLES = 1000
+"""Of a shard that only stands in the manifest."""
+SMALL = 20
+"""Of a shard that is there."""
+
+
+class Letters(Renderer):
+    """Renders a sample without a tokenizer."""
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def fingerprint(self) -> str:
+        return "letters"
+
+    def render(self, sample: RawSample) -> Rendering:
+        """One token a letter; all but the first are the answer."""
+        ids = np.frombuffer(sample.conversation[-1]["value"].encode(), np.uint8).astype(np.int32)
+        return Rendering(ids, np.arange(len(ids)) > 0)
+
+    def count_image_tokens(self, rendering: Rendering) -> int:
+        return 0
+
+
+@dataclass
+class Figures:
+    """What was measured. Sizes are bytes of resident memory."""
+
+    pairs: int
+    tasks: int
+    driver_before: int
+    plan_s: float = 0.0
+    first_s: dict[str, float] = field(default_factory=dict)
+    """From the callable to the first block of every rank."""
+    callable_s: dict[str, float] = field(default_factory=dict)
+    driver_peak: int = 0
+    coordinator_peak: int = 0
+    """The process in which Ray Data's executor runs."""
+
+
+def run(shards: int = 200_000, epochs: int = 10) -> Figures:
+    """Measure a start and a restart. Uses the Ray that runs, or starts one of a CPU, so that no task but the first
+    looks for its shards."""
+    is_mine = not ray.is_initialized()
+    if is_mine:
+        ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="warning")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return _measured(Path(folder), shards, epochs)
+    finally:
+        if is_mine:
+            ray.shutdown()
+
+
+def _measured(folder: Path, shards: int, epochs: int) -> Figures:
+    before = _memory(os.getpid())
+    start = time.perf_counter()
+    plan = _plan(folder, shards, epochs)
+    figures = Figures(shards * epochs, plan.groups * epochs, before)
+    spec, run_folder = _spec(folder), folder / "runs" / "job"
+    run_folder.mkdir(parents=True)
+    write_plan(str(run_folder), LOCAL, plan)
+    write_plan(str(run_folder), LOCAL, plan)  # a restart reads and compares it
+    monitor = ray.remote(Monitor).options(num_cpus=0).remote(plan.samples, [], 0)
+    reader = ray.put(Reader(plan, spec.data, {"student": Letters()}, _report, _give_up))
+    figures.plan_s = time.perf_counter() - start
+    for name in ("start", "restart"):
+        if name == "restart":
+            _commit_half(run_folder, plan)
+        began = time.perf_counter()
+        dataset = rows(reader, spec, str(run_folder), plan, monitor)
+        figures.callable_s[name] = time.perf_counter() - began
+        splits = [split["train"] for split in SplitOnce().configure({"train": dataset}, RANKS, None, None)]
+        ranks = [Rank.remote() for _ in splits]  # type: ignore[attr-defined]
+        counts = ray.get([rank.first.remote(split) for rank, split in zip(ranks, splits, strict=True)])
+        figures.first_s[name] = time.perf_counter() - began
+        assert all(counts), counts
+        figures.coordinator_peak = max(figures.coordinator_peak, *map(_memory, _processes("SplitCoordinator")))
+        for rank in ranks:
+            ray.kill(rank)
+        ray.kill(splits[0]._coord_actor)
+        del dataset, splits
+    figures.driver_peak = _memory(os.getpid())
+    return figures
+
+
+@ray.remote(num_cpus=0)
+class Rank:
+    """A student that reads one block."""
+
+    def first(self, split: Any) -> int:
+        """Rows of its first block."""
+        self.blocks = split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        return int(next(iter(self.blocks)).num_rows)
+
+
+def _report(bad: list[Quarantined]) -> float:
+    return 0.0
+
+
+def _give_up(error: Exception) -> None:
+    raise error
+
+
+def _plan(folder: Path, shards: int, epochs: int) -> Plan:
+    """A plan whose first groups, of the first epoch and of the one in the middle, are there."""
+    entries = [Shard(f"{folder}/data/{n:08}.tar", SAMPLES, 1 << 26, f"{n:08x}") for n in range(shards)]
+    plan = Plan(tuple(entries), epochs, seed=0, shuffle=True)
+    last = int(plan.bounds()[1]) if shards > 1000 else shards  # of few shards all are there
+    needed = {int(shard) for epoch in (0, epochs // 2) for shard in plan.order(epoch)[:last]}
+    (folder / "data").mkdir()
+    for number in needed:
+        Path(entries[number].url).write_bytes(_tar())
+    for shard in index_shards([f"{folder}/data/*.tar"], LOCAL):
+        entries[int(Path(shard.url).stem)] = shard
+    return Plan(tuple(entries), epochs, seed=0, shuffle=True)
+
+
+def _tar() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for number in range(SMALL):
+            turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": f"number {number} " * 20}]
+            content = json.dumps({"id": str(number), "conversations": turns}).encode()
+            info = tarfile.TarInfo(f"{number:03}.json")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def _spec(folder: Path) -> JobSpec:
+    return parse_spec(
+        {
+            "name": "job",
+            "data": {"train": f"{folder}/data/*.tar"},
+            "student": {"init": {"kind": "checkpoint", "path": "org/student"}},
+            "training": {"workers": RANKS, "global_batch_size": 16, "micro_batch_size": 8},
+            "output": str(folder / "runs"),
+        }
+    )
+
+
+def _commit_half(run_folder: Path, plan: Plan) -> None:
+    """A checkpoint with half of the epochs done, but a sample of every twentieth shard; and some shards begun."""
+    ledger, half = plan.empty_ledger(), plan.epochs // 2
+    lacking = np.arange(0, len(plan.shards), 20)
+    for epoch in range(half):
+        whole = np.ones(len(plan.shards), dtype=bool)
+        whole[lacking] = epoch > 0
+        ledger._completed(epoch)[:] = whole
+    for shard in lacking.tolist():
+        ledger.add(_ids(0, shard, int(plan.sizes[shard]) - 1))
+    quarantined = [Quarantined(0, shard, int(plan.sizes[shard]) - 1, "key", "bad") for shard in lacking.tolist()]
+    for shard in plan.order(half)[-300:].tolist():
+        ledger.include(_ids(half, shard, int(plan.sizes[shard]) // 2))
+    local = run_folder.parent / "local"
+    local.mkdir()
+    (local / LEDGER).write_text(ledger.to_json())
+    (local / QUARANTINE).write_text("".join(json.dumps(asdict(bad)) + "\n" for bad in quarantined))
+    store, name = CheckpointStore(str(run_folder), LOCAL), "step-00000001-abcdef01"
+    store.commit(Manifest(name, 1, RANKS, store.upload(local, name)))
+
+
+def _ids(epoch: int, shard: int, samples: int) -> SampleIds:
+    index = np.arange(samples, dtype=np.int32)
+    return SampleIds(np.full_like(index, epoch), np.full_like(index, shard), index)
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+def _memory(process: int) -> int:
+    """The most that a process was resident, in bytes; 0 where the system does not tell."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    except OSError:
+        found = None
+    return 1000 * int(found[1]) if found else 0
+
+
+def _processes(name: str) -> Iterator[int]:
+    """Processes of Ray that run an actor of this class."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if name in path.read_text():
+                yield int(path.parent.name)
+        except OSError:
+            continue
+    yield 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shards", type=int, default=200_000)
+    parser.add_argument("--epochs", type=int, default=10)
+    print(json.dumps(asdict(run(**vars(parser.parse_args()))), indent=2))
