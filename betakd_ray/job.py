@@ -190,7 +190,8 @@ class BetaKDJob:
         if plan.samples < spec.training.global_batch_size:
             raise DataError(
                 f"data.train: {len(plan.distinct)} shards give {plan.samples} samples over {plan.epochs} epochs, fewer "
-                f"than one training.global_batch_size of {spec.training.global_batch_size}. Lower it, or add data or epochs."
+                f"than one training.global_batch_size of {spec.training.global_batch_size}. Lower it, or add data or "
+                "epochs."
             )
         return plan
 

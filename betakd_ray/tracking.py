@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from fsspec.spec import AbstractFileSystem
 
@@ -273,7 +273,7 @@ def read_metrics(run: str, storage: StorageSpec | None = None) -> list[Record]:
 
 def _read(filesystem: AbstractFileSystem, root: str) -> list[Record]:
     try:
-        return from_jsonl(filesystem.cat_file(join(root, METRICS)).decode())
+        return from_jsonl(cast(bytes, filesystem.cat_file(join(root, METRICS))).decode())
     except FileNotFoundError:
         return _joined(filesystem, root)
 
@@ -281,7 +281,7 @@ def _read(filesystem: AbstractFileSystem, root: str) -> list[Record]:
 def _joined(filesystem: AbstractFileSystem, root: str) -> list[Record]:
     def content(part: tuple[int, str, str]) -> tuple[str, list[Record]]:
         _, attempt, path = part
-        return attempt, from_jsonl(filesystem.cat_file(path).decode())
+        return attempt, from_jsonl(cast(bytes, filesystem.cat_file(path)).decode())
 
     with ThreadPoolExecutor(_READERS) as pool:
         return _counted(pool.map(content, _parts(filesystem, root)))

@@ -74,8 +74,10 @@ class Proposal:
     valid: int = 0
     """Samples that take part in the loss."""
     micro_batches: int = 0
-    images: int = 0
-    """Valid samples with an image."""
+    squares: int = 0
+    """Σ L² over the lengths of valid samples, which attention's arithmetic grows with."""
+    pixels: int = 0
+    """Numbers that the vision tower takes."""
     tokens: TokenCounts = TokenCounts()
     save: bool = False
     """Asks for a checkpoint after the step."""
@@ -90,7 +92,8 @@ class Proposal:
                 self.taken,
                 self.valid,
                 self.micro_batches,
-                self.images,
+                self.squares,
+                self.pixels,
                 tokens.prompt,
                 tokens.image,
                 tokens.answer,
@@ -114,28 +117,31 @@ class StepCounts:
     """Valid samples of the rank that has most."""
     micro_batches: int
     """Of every rank; a rank that has fewer adds empty ones, whose weight is zero."""
-    images: int
-    """Samples with an image."""
+    squares: int
+    """Σ L² over the samples' lengths."""
+    pixels: int
     tokens: TokenCounts
     save: bool
 
     @classmethod
     def of(cls, everyone: NDArray[np.float64]) -> "StepCounts":
         """Sum up every rank's `Proposal.vector` [ranks, n]."""
-        taken, valid, _, images, prompt, image, answer, padding, _, _ = (int(total) for total in everyone.sum(axis=0))
+        totals = (int(total) for total in everyone.sum(axis=0))
+        taken, valid, _, squares, pixels, prompt, image, answer, padding, _, _ = totals
         most = everyone.max(axis=0)
         return cls(
             samples=valid,
             dropped=taken - valid,
             most_samples=int(most[1]),
             micro_batches=max(1, int(most[2])),
-            images=images,
+            squares=squares,
+            pixels=pixels,
             tokens=TokenCounts(prompt, image, answer, padding),
-            save=bool(most[8]),
+            save=bool(most[SAVE]),
         )
 
 
-TAKEN, STOP = 0, 9
+TAKEN, SAVE, STOP = 0, 9, 10
 """Columns of a proposal's vector."""
 
 

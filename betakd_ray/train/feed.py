@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from betakd_ray.batch.images import PIXELS
 from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.batch.packing import cut, stack
 from betakd_ray.batch.sample import Rendering, Sample
@@ -403,7 +404,8 @@ class Feed:
                 taken=part.taken,
                 valid=len(part.valid),
                 micro_batches=len(inputs),
-                images=sum(int(each.has_image.sum()) for each in inputs),
+                squares=sum(int((each.attention_mask.sum(axis=1) ** 2).sum()) for each in inputs),
+                pixels=sum(each.images[PIXELS].size for each in inputs if each.images),
                 tokens=sum(map(_tokens, inputs), TokenCounts()),
                 save=part.save,
                 stop=part.stop or self._control.is_stopping,

@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d
 from betakd_ray.batch.inputs import TensorInputs
 from betakd_ray.curriculum import Curriculum, reversal
 from betakd_ray.models.device import find_device
+from betakd_ray.models.flops import StudentFlops
 from betakd_ray.models.student import build_student, student_processor
 from betakd_ray.models.vlm import with_attention_weights
 from betakd_ray.spec import AlignTopK, JobSpec
@@ -203,8 +204,11 @@ class Learner:
         processor = student_processor(self.spec.student)
         cast(nn.Module, student).to(self.device)  # transformers' decorator hides the type of its `to`
         head = None if teacher_head is None else to_tensor(teacher_head, self.device)
-        distiller = Distiller(student, processor, self.spec.objective, facts, head)
-        return distiller.to(self.device).train()
+        distiller = Distiller(student, processor, self.spec.objective, facts, head).to(self.device).train()
+        self.flops = StudentFlops.of(
+            student, distiller.normalize, distiller.blank, 0 if head is None else head.numel()
+        )  # now, as DeepSpeed may take the weights apart
+        return distiller
 
     def _engine(self, total_steps: int) -> DeepSpeedEngine:
         import deepspeed

@@ -24,7 +24,7 @@ from betakd_ray.batch.sample import Sample
 from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.plan import Quarantined, ids_of, require_few
 from betakd_ray.data.rows import samples_of
-from betakd_ray.models.flops import peak_flops, student_flops
+from betakd_ray.models.flops import peak_flops
 from betakd_ray.teacher.cache import CacheWriter
 from betakd_ray.teacher.client import TeacherClient
 from betakd_ray.teacher.remote import RemotePool
@@ -260,10 +260,11 @@ class Worker:
 
     def utilisation(self, usage: "Usage", elapsed_s: float) -> dict[str, float]:
         """Return the share of the devices' peak that the student's arithmetic took, where the peak is known."""
-        peak = peak_flops(self.learner.device)
+        device, tokens = self.learner.device, usage.tokens
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         if peak is None:
             return {}
-        flops = student_flops(self.learner.distiller.student, usage.tokens.real, usage.images)
+        flops = self.learner.flops.step(tokens.real, usage.squares, tokens.answer, tokens.image, usage.pixels)
         return {"flops_utilisation": flops / elapsed_s / (peak * self.ranks)}
 
     # ---------------------------------------------------------------------------- checkpoint and result
@@ -345,7 +346,7 @@ class Usage:
     """What the steps since the last record used up."""
 
     def __init__(self) -> None:
-        self.steps = self.samples = self.images = 0
+        self.steps = self.samples = self.squares = self.pixels = 0
         self.tokens = TokenCounts()
         self.teacher_busy_s = 0.0
         """Of this rank's samples."""
@@ -354,7 +355,8 @@ class Usage:
         """Add a step."""
         self.steps += 1
         self.samples += step.counts.samples
-        self.images += step.counts.images
+        self.squares += step.counts.squares
+        self.pixels += step.counts.pixels
         self.tokens += step.counts.tokens
         self.teacher_busy_s += step.teacher_busy_s
 

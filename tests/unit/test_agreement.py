@@ -28,8 +28,8 @@ def test_a_step_is_filled_evenly_by_those_who_have_samples_left() -> None:
 
 
 def test_the_counts_of_a_step_are_those_of_all_ranks() -> None:
-    one = Proposal(taken=4, valid=3, micro_batches=2, images=1, tokens=TokenCounts(10, 4, 6, 1))
-    other = Proposal(taken=4, valid=4, micro_batches=1, images=2, tokens=TokenCounts(20, 8, 3, 0), save=True)
+    one = Proposal(taken=4, valid=3, micro_batches=2, squares=5, pixels=1, tokens=TokenCounts(10, 4, 6, 1))
+    other = Proposal(taken=4, valid=4, micro_batches=1, squares=7, pixels=2, tokens=TokenCounts(20, 8, 3, 0), save=True)
     counts = StepCounts.of(np.stack([one.vector(), other.vector()]))
-    assert counts == StepCounts(7, 1, 4, 2, 3, TokenCounts(30, 12, 9, 1), save=True)
+    assert counts == StepCounts(7, 1, 4, 2, 12, 3, TokenCounts(30, 12, 9, 1), save=True)
     assert counts.tokens.real == 51

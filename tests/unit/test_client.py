@@ -12,10 +12,10 @@ from benchmarks import teacher_balance
 from benchmarks.fakes import Behaviour, FakePool, clients, rendering
 from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.errors import TeacherError
-from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
+from betakd_ray.spec import TeacherPoolSpec
 from betakd_ray.teacher import client as module
 from betakd_ray.teacher import pool as pool_module
-from betakd_ray.teacher.client import TeacherClient, batch_tokens
+from betakd_ray.teacher.client import TeacherClient
 from betakd_ray.teacher.parts import Answer
 
 DEADLY, BAD, STUCK = 97, 98, 99
@@ -256,6 +256,3 @@ def test_who_waits_is_told_that_the_client_was_closed(opened) -> None:
         client.close()
         with pytest.raises(TeacherError, match="was closed"):
             waiting.result(10)
-
-
-def test_groups_have_the_tokens_that_the_spec_gives_them() -> None:
