@@ -233,7 +233,7 @@ def _buckets(stage: int, is_half: bool, zero: dict[str, Any], sizes: _Sizes) -> 
 
 
 def _held_gradients(spec: JobSpec, sizes: _Sizes, ranks: int) -> int:
-    """Return the bytes of gradients that DeepSpeed, and not the parameters, keeps while a micro-batch is at its peak."""
+    """Return the bytes of gradients that DeepSpeed, and not the parameters, keeps when a micro-batch is at its peak."""
     stage, is_half = spec.training.zero_stage, spec.training.precision == "bf16"
     if stage == 1 and is_half:
         return sizes.trained * GRADIENT_BYTES

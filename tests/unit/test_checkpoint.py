@@ -11,17 +11,17 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-import numpy as np
 import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 
 from betakd_ray import storage
+from betakd_ray.data.ledger import Ledger, SampleIds
 from betakd_ray.errors import OutputError
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import ANSWERS
-from betakd_ray.data.ledger import Ledger, SampleIds
 from betakd_ray.train import checkpoint
 from betakd_ray.train.checkpoint import FOLDER, MANIFEST, UNIVERSAL, CheckpointStore, Manifest, merge_ledgers, save
 from tests.ranks import on_ranks

@@ -97,5 +97,3 @@ def test_a_step_with_images_takes_what_torch_counts(trained: tuple[str, ...]) ->
 )
 def test_the_peak_is_known_by_the_devices_name(name: str, peak: float | None) -> None:
     assert peak_flops(name) == peak
-
-

@@ -168,7 +168,7 @@ def test_the_deepspeed_mapping_is_for_what_the_spec_does_not_name(deepspeed, own
 
 
 def test_bf16_needs_a_zero_stage_that_sums_gradients_in_float32():
-    with pytest.raises(SpecError, match="zero_stage is 0 and precision is bf16.*Set zero_stage to 1"):
+    with pytest.raises(SpecError, match=r"zero_stage is 0 and precision is bf16.*Set zero_stage to 1"):
         parse_spec(tree(training={"zero_stage": 0}))
     for training in ({"zero_stage": 1}, {"zero_stage": 0, "precision": "fp32"}):
         parse_spec(tree(training=training))
