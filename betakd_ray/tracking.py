@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from fsspec.spec import AbstractFileSystem
 
@@ -294,7 +294,7 @@ def parse_metrics(stored: Iterable[tuple[str, str]]) -> list[Record]:
 
 def _fetch(filesystem: AbstractFileSystem, root: str) -> list[tuple[str, str]]:
     try:
-        return [(_WHOLE, filesystem.cat_file(join(root, METRICS)).decode())]
+        return [(_WHOLE, cast(bytes, filesystem.cat_file(join(root, METRICS))).decode())]
     except FileNotFoundError:
         return _fetch_parts(filesystem, root)
 
@@ -302,7 +302,7 @@ def _fetch(filesystem: AbstractFileSystem, root: str) -> list[tuple[str, str]]:
 def _fetch_parts(filesystem: AbstractFileSystem, root: str) -> list[tuple[str, str]]:
     def content(part: tuple[int, str, str]) -> tuple[str, str]:
         _, attempt, path = part
-        return attempt, filesystem.cat_file(path).decode()
+        return attempt, cast(bytes, filesystem.cat_file(path)).decode()
 
     with ThreadPoolExecutor(_READERS) as pool:
         return list(pool.map(content, _parts(filesystem, root)))
