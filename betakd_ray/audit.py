@@ -24,7 +24,7 @@ from betakd_ray.data.shards import Shard
 from betakd_ray.errors import OutputError
 from betakd_ray.spec import JobSpec, StorageSpec
 from betakd_ray.storage import join, open_store, replace_file
-from betakd_ray.tracking import METRICS, read_metrics, to_jsonl
+from betakd_ray.tracking import METRICS, fetch_metrics, parse_metrics, to_jsonl
 from betakd_ray.train.checkpoint import FOLDER, PROGRESS, QUARANTINE, SPEC, CheckpointStore
 
 PLAN, TAIL = "plan.json", "tail.jsonl"
@@ -378,8 +378,10 @@ def _outcome(run: str, storage: StorageSpec) -> _Outcome | None:
 def _logged(run: str, storage: StorageSpec) -> list[int]:
     """Return the steps that were logged."""
     url = join(run, METRICS)
-    with _as_written(url), store_errors(url, storage):
-        return [record["step"] for record in read_metrics(run, storage)]
+    with store_errors(url, storage):
+        stored = fetch_metrics(run, storage)
+    with _as_written(url):
+        return [record["step"] for record in parse_metrics(stored)]
 
 
 def _records(url: str, storage: StorageSpec, of: Callable[..., T]) -> list[T]:

@@ -32,6 +32,8 @@ FLUSH_S, MOST_S = 10.0, 300.0
 """Between two parts: a fiftieth of the time since the start, within these. A run of three days has a thousand parts."""
 _PART = re.compile(r"(\d{8})-([0-9a-f]+)\.jsonl")
 _READERS = 16
+_WHOLE = ""
+"""In place of an attempt: metrics.jsonl has what counts of all of them."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -174,7 +176,7 @@ class Metrics:
         Call it at every start, before the first `log`.
         """
         kept = json.loads(reference) if reference else {"step": 0, "records": 0}
-        records = [each for each in _read(self._filesystem, self._root) if each["step"] <= kept["step"]]
+        records = [each for each in parse_metrics(_fetch(self._filesystem, self._root)) if each["step"] <= kept["step"]]
         if len(records) != kept["records"]:
             _LOG.warning(
                 "%s: %d records up to step %d were logged and %d are there", self._root, kept["records"], kept["step"],
@@ -257,7 +259,7 @@ class Metrics:
 
     def _join(self) -> None:
         self._write_part()
-        self._replace(METRICS, to_jsonl(_joined(self._filesystem, self._root)))
+        self._replace(METRICS, to_jsonl(parse_metrics(_fetch_parts(self._filesystem, self._root))))
 
     def _replace(self, name: str, content: str) -> None:
         replace_file(self._filesystem, join(self._root, name), content.encode())
@@ -268,37 +270,42 @@ def read_metrics(run: str, storage: StorageSpec | None = None) -> list[Record]:
 
     Raises OSError where the store fails, and ValueError or LookupError where a file is damaged.
     """
-    return _read(*open_store(run, storage))
+    return parse_metrics(fetch_metrics(run, storage))
 
 
-def _read(filesystem: AbstractFileSystem, root: str) -> list[Record]:
-    try:
-        return from_jsonl(cast(bytes, filesystem.cat_file(join(root, METRICS))).decode())
-    except FileNotFoundError:
-        return _joined(filesystem, root)
+def fetch_metrics(run: str, storage: StorageSpec | None = None) -> list[tuple[str, str]]:
+    """Return a run's metrics as they are stored, for `parse_metrics`: the first half of `read_metrics`."""
+    return _fetch(*open_store(run, storage))
 
 
-def _joined(filesystem: AbstractFileSystem, root: str) -> list[Record]:
-    def content(part: tuple[int, str, str]) -> tuple[str, list[Record]]:
-        _, attempt, path = part
-        return attempt, from_jsonl(cast(bytes, filesystem.cat_file(path)).decode())
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        return _counted(pool.map(content, _parts(filesystem, root)))
-
-
-def _counted(parts: Iterable[tuple[str, list[Record]]]) -> list[Record]:
+def parse_metrics(stored: Iterable[tuple[str, str]]) -> list[Record]:
     """Return the records of (attempt, lines) that no later attempt did again."""
     counted: list[Record] = []
-    current = None
-    for attempt, lines in parts:
-        if lines and RESUMED in lines[0]:
-            current = attempt
-            counted = [record for record in counted if record["step"] <= lines[0][RESUMED]]
-            lines = lines[1:]
+    current = _WHOLE
+    for attempt, text in stored:
+        records = from_jsonl(text)
+        if records and RESUMED in records[0]:
+            current, after = attempt, records.pop(0)[RESUMED]
+            counted = [record for record in counted if record["step"] <= after]
         if attempt == current:  # else of a process that was given up, and still writes
-            counted += lines
+            counted += records
     return counted
+
+
+def _fetch(filesystem: AbstractFileSystem, root: str) -> list[tuple[str, str]]:
+    try:
+        return [(_WHOLE, cast(bytes, filesystem.cat_file(join(root, METRICS))).decode())]
+    except FileNotFoundError:
+        return _fetch_parts(filesystem, root)
+
+
+def _fetch_parts(filesystem: AbstractFileSystem, root: str) -> list[tuple[str, str]]:
+    def content(part: tuple[int, str, str]) -> tuple[str, str]:
+        _, attempt, path = part
+        return attempt, cast(bytes, filesystem.cat_file(path)).decode()
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(content, _parts(filesystem, root)))
 
 
 def _parts(filesystem: AbstractFileSystem, root: str) -> list[tuple[int, str, str]]:
