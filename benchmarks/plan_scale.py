@@ -119,7 +119,7 @@ def _measured(folder: Path, shards: int, epochs: int) -> Figures:
         figures.coordinator_peak = max(figures.coordinator_peak, *map(_memory, _processes("SplitCoordinator")))
         for rank in ranks:
             ray.kill(rank)
-        ray.kill(splits[0]._coord_actor)
+        ray.kill(splits[0]._coord_actor)  # type: ignore[attr-defined]
         del dataset, splits
     figures.driver_peak = _memory(os.getpid())
     return figures

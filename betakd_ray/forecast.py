@@ -168,7 +168,9 @@ class Forecast:
 
     def _data_rows(self) -> Iterator[Row]:
         training, source = self.spec.training, "found" if self.read else "assumed"
-        passes = f", in {len(self.plan.shards):,} passes an epoch" if len(self.plan.shards) > len(self.plan.distinct) else ""
+        passes = (
+            f", in {len(self.plan.shards):,} passes an epoch" if len(self.plan.shards) > len(self.plan.distinct) else ""
+        )
         yield "data", f"shards, {source}", f"{len(self.plan.distinct):,}{passes}"
         yield "data", f"samples, {source}", f"{self.plan.samples // self.plan.epochs:,} × {self.plan.epochs} epochs"
         yield "data", "steps", f"{self.total_steps:,} of {training.global_batch_size:,} samples"

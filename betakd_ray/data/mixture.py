@@ -21,9 +21,7 @@ def find_passes(data: DataSpec) -> list[Pass]:
         return [Pass(shard, shard.samples) for shard in find_shards(data.paths, data.storage)]
     found = [find_shards([entry.path], data.storage) for entry in data.train]
     _require_disjoint(found)
-    return [
-        one for entry, shards in zip(data.train, found, strict=True) for one in passes_of(shards, entry.weight)
-    ]
+    return [one for entry, shards in zip(data.train, found, strict=True) for one in passes_of(shards, entry.weight)]
 
 
 def passes_of(shards: list[Shard], weight: float) -> Iterator[Pass]:

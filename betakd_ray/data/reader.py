@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -80,10 +80,8 @@ class Reader:
     pairs_images: bool = False
     """Whether image tokens are compared one by one, so that both models must make as many of an image."""
 
-    def blocks(
-        self, epoch: int, first: int, last: int, done: Ledger, rows: int, size: int
-    ) -> Iterator[pa.Table]:
-        """Read what is not done of an epoch's passes first ≤ … < last, in blocks of `rows` samples or some `size` bytes.
+    def blocks(self, epoch: int, first: int, last: int, done: Ledger, rows: int, size: int) -> Iterator[pa.Table]:
+        """Read what is not done of an epoch's passes first ≤ … < last, in blocks of `rows` samples or `size` bytes.
 
         The same arguments give the same blocks, whenever and wherever they are read and whatever any cache holds: Ray
         Data runs a read task again when its blocks are lost, and takes up where it was by the number of blocks.
@@ -271,7 +269,7 @@ _KEPT = KeptRows()
 def _interleave(
     sources: Iterable[tuple[int, Generator[Planned]]], window: int, rng: np.random.Generator
 ) -> Iterator[Planned]:
-    """Mix sources, given as (items, iterator): `window` of them at a time, each drawn in proportion to what it has left.
+    """Mix sources, given as (items, iterator): `window` at a time, each drawn in proportion to what it has left.
 
     Which is drawn follows from the lengths and `rng` alone.
     """

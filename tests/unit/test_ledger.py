@@ -44,7 +44,9 @@ def test_nothing_added_is_nothing_done():
     assert ledger.count == 0
 
 
-@pytest.mark.parametrize("again", [((0, 1, 4),), ((0, 1, 3), (0, 1, 4)), ((1, 1, 4), (1, 1, 4)), ((0, 2, 0), (0, 2, 0))])
+@pytest.mark.parametrize(
+    "again", [((0, 1, 4),), ((0, 1, 3), (0, 1, 4)), ((1, 1, 4), (1, 1, 4)), ((0, 2, 0), (0, 2, 0))]
+)
 def test_a_sample_that_is_done_a_second_time_is_an_error_that_names_it_and_adds_nothing(again):
     ledger = Ledger(SIZES)
     ledger.add(ids((0, 1, 4)))
@@ -68,7 +70,10 @@ def test_a_delta_that_repeats_a_sample_is_an_error_and_adds_nothing():
         ledger.add(ids(*whole))
         other.add(ids(*delta))
         before = state(ledger)
-        for merge in (lambda into=ledger, of=other: into.merge(of), lambda i=ledger, of=other: i.merge_delta(of.delta_to_json())):
+        for merge in (
+            lambda into=ledger, of=other: into.merge(of),
+            lambda i=ledger, of=other: i.merge_delta(of.delta_to_json()),
+        ):
             with pytest.raises(SampleRepeated):
                 merge()
         assert state(ledger) == before

@@ -27,7 +27,17 @@ def plan_of(count, epochs=1, samples=10, shuffle=True, weight=1.0):
 
 @pytest.mark.parametrize(
     ("count", "epochs", "groups"),
-    [(1, 1, 1), (2, 3, 1), (4, 1, 2), (8, 1, 4), (20, 1, 4), (32, 1, 4), (665, 1, 83), (3000, 3, 375), (200_000, 10, 400)],
+    [
+        (1, 1, 1),
+        (2, 3, 1),
+        (4, 1, 2),
+        (8, 1, 4),
+        (20, 1, 4),
+        (32, 1, 4),
+        (665, 1, 83),
+        (3000, 3, 375),
+        (200_000, 10, 400),
+    ],
 )
 def test_groups_are_few_enough_for_the_driver_and_enough_to_be_read_side_by_side(count, epochs, groups):
     plan = plan_of(count, epochs)
