@@ -10,11 +10,12 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import ray
+from ray.actor import ActorHandle
 
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan
@@ -76,10 +77,10 @@ def measure(block_bytes: int, pause_s: float, blocks: int = 640, ranks: int = 2,
     reader = ray.put(Zeros(plan, block_bytes))
     dataset = stream(reader, plan, plan.empty_ledger(), PoolSpec(cpus=1), ranks)
     dataset.context.custom_execution_callback_classes = [throttle(pause_s)]
-    splits = [split["train"] for split in SplitOnce().configure({"train": dataset}, ranks, None, None)]
-    readers = [Rank.remote() for _ in splits]  # type: ignore[attr-defined]
-    coordinator = splits[0]._coord_actor  # type: ignore[attr-defined]
-    process = ray.get(coordinator.__ray_call__.remote(lambda _: os.getpid()))
+    splits: list[Any] = [split["train"] for split in SplitOnce().configure({"train": dataset}, ranks, None, None)]
+    readers = [cast(ActorHandle, Rank.remote()) for _ in splits]
+    coordinator = splits[0]._coord_actor
+    process: Any = ray.get(coordinator.__ray_call__.remote(lambda _: os.getpid()))
     begun = _cpu_s(process)
     found = ray.get([rank.read.remote(split) for rank, split in zip(readers, splits, strict=True)])
     spent = _cpu_s(process) - begun
@@ -111,7 +112,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--blocks", type=int, default=640)
     arguments = parser.parse_args()
-    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="warning")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     for block_bytes, pause_s in ((1 << 20, 0.02), (4 << 20, 0.02), (16 << 20, 0.02), (4 << 20, 0.005), (4 << 20, 0.0)):
         rate = measure(block_bytes, pause_s, arguments.blocks)
         print(json.dumps(asdict(rate) | {"blocks_per_second": rate.blocks_per_second}), flush=True)
