@@ -18,10 +18,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
+from ray.actor import ActorHandle
 
 from betakd_ray.audit import write_plan
 from betakd_ray.batch.sample import Rendering
@@ -84,7 +85,7 @@ def run(shards: int = 200_000, epochs: int = 10) -> Figures:
     looks for its shards."""
     is_mine = not ray.is_initialized()
     if is_mine:
-        ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="warning")
+        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         with tempfile.TemporaryDirectory() as folder:
             return _measured(Path(folder), shards, epochs)
@@ -102,7 +103,7 @@ def _measured(folder: Path, shards: int, epochs: int) -> Figures:
     run_folder.mkdir(parents=True)
     write_plan(str(run_folder), LOCAL, plan)
     write_plan(str(run_folder), LOCAL, plan)  # a restart reads and compares it
-    monitor = ray.remote(Monitor).options(num_cpus=0).remote(plan.samples, [], 0)
+    monitor = cast(ActorHandle, ray.remote(Monitor).options(num_cpus=0).remote(plan.samples, [], 0))
     reader = ray.put(Reader(plan, spec.data, {"student": Letters()}, _report, _give_up))
     figures.plan_s = time.perf_counter() - start
     for name in ("start", "restart"):
@@ -111,8 +112,8 @@ def _measured(folder: Path, shards: int, epochs: int) -> Figures:
         began = time.perf_counter()
         dataset = rows(reader, spec, str(run_folder), plan, monitor)
         figures.callable_s[name] = time.perf_counter() - began
-        splits = [split["train"] for split in SplitOnce().configure({"train": dataset}, RANKS, None, None)]
-        ranks = [Rank.remote() for _ in splits]  # type: ignore[attr-defined]
+        splits: list[Any] = [split["train"] for split in SplitOnce().configure({"train": dataset}, RANKS, None, None)]
+        ranks = [cast(ActorHandle, Rank.remote()) for _ in splits]
         counts = ray.get([rank.first.remote(split) for rank, split in zip(ranks, splits, strict=True)])
         figures.first_s[name] = time.perf_counter() - began
         assert all(counts), counts

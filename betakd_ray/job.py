@@ -189,7 +189,7 @@ class BetaKDJob:
         plan = Plan.of(passes, spec.training.epochs, spec.training.seed, spec.data.shuffle)
         if plan.samples < spec.training.global_batch_size:
             raise DataError(
-                f"data.train: {len(plan.distinct)} shards give {plan.samples} samples over {plan.epochs} epochs, fewer "
+                f"data.train: {len(plan.distinct)} shards hold {plan.samples} samples over {plan.epochs} epochs, fewer "
                 f"than one training.global_batch_size of {spec.training.global_batch_size}. Lower it, or add data or "
                 "epochs."
             )

@@ -14,8 +14,9 @@ def find_passes(data: DataSpec) -> list[Pass]:
     """The passes of an epoch, in the order in which they are read without shuffling.
 
     Without weights, every shard once, sorted by URL. With weights, entry by entry: an entry's whole passes one after
-    the other, then what is left of its weight as a part of each shard. Raises DataError as `find_shards` does, and
-    where two entries name one shard and have weights.
+    the other, then what is left of its weight as a part of each shard.
+
+    Raises DataError as `find_shards` does, and where two entries name one shard and have weights.
     """
     if all(entry.weight == 1 for entry in data.train):
         return [Pass(shard, shard.samples) for shard in find_shards(data.paths, data.storage)]

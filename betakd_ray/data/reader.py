@@ -269,7 +269,7 @@ _KEPT = KeptRows()
 def _interleave(
     sources: Iterable[tuple[int, Generator[Planned]]], window: int, rng: np.random.Generator
 ) -> Iterator[Planned]:
-    """Mix sources, given as (items, iterator): `window` of them at a time, drawn in proportion to what each has left.
+    """Mix sources, given as (items, iterator): `window` at a time, each drawn in proportion to what it has left.
 
     Which is drawn follows from the lengths and `rng` alone.
     """

@@ -1,4 +1,4 @@
-"""The stream in Ray Data: blocks as the reader made them, each row once, a rank's rows the same whatever the timing."""
+"""The stream in Ray Data: blocks as the reader made them, each row once, to a rank that no timing decides."""
 
 import time
 from dataclasses import dataclass

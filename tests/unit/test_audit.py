@@ -388,3 +388,61 @@ def test_the_command_exits_with_2_when_there_is_no_run(tmp_path, run):
     assert done.exit_code == 2
     assert done.stderr.startswith("betakd: ")
     assert run in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- weights
+
+WEIGHTED = Plan((SHARDS[0], SHARDS[0], SHARDS[1]), epochs=2, seed=0, shuffle=True, parts=((1, 2),))
+"""Shard a once and two samples of it, shard b once: ten samples an epoch."""
+
+
+def test_passes_over_one_shard_are_kept_apart(tmp_path):
+    """Sample 4 of shard a is bad in its whole pass and in the part; two are left over, one of them of the part."""
+    index = int(np.flatnonzero(WEIGHTED.members(0, 1) == WEIGHTED.members(0, 1)[0])[0])
+    bad = (
+        Quarantined(0, 0, int(WEIGHTED.members(0, 1)[0]), "k", "its image cannot be decoded"),
+        Quarantined(0, 1, index, "k", "its image cannot be decoded"),
+    )
+    left = [(1, 1, 0), (1, 2, 2)]
+    gone = {(each.epoch, each.shard, each.index) for each in bad} | set(left)
+    everything = [(e, s, i) for e in range(2) for s in range(3) for i in range(int(WEIGHTED.sizes[s]))]
+    run = Run(
+        plan=WEIGHTED,
+        step=4,
+        ledger=ledger_of([place for place in everything if place not in gone], WEIGHTED),
+        quarantined=bad,
+        dropped=0,
+        noted=bad,
+        logged=(1, 2, 3, 4),
+        result={"steps": 4, "planned": 20, "consumed": 16, "quarantined": 2, "tail": 2},
+        tail=(),
+    ).write(tmp_path)
+    tail = tail_of(WEIGHTED, ledger_of([p for p in everything if p not in gone], WEIGHTED), bad, 4)
+    assert tail == [
+        {"epoch": 1, "shard": "/data/a.tar", "index": int(WEIGHTED.members(1, 1)[0]), "pass": 2},
+        {"epoch": 1, "shard": "/data/b.tar", "index": 2},
+    ]
+    write_tail(run, LOCAL, tail)
+    found = audit(run, LOCAL)
+    assert found.problems == []
+    assert found.samples["planned"].tolist() == [[5, 2, 3]] * 2
+    assert found.shards == ("/data/a.tar", "/data/a.tar (pass 2)", "/data/b.tar")
+
+
+def test_a_plan_comes_back_from_its_file_and_an_old_file_has_no_parts(tmp_path):
+    write_plan(str(tmp_path), LOCAL, WEIGHTED)
+    write_plan(str(tmp_path), LOCAL, WEIGHTED)
+    tree = json.loads((tmp_path / PLAN).read_text())
+    assert tree["parts"] == [[1, 2]]
+    (tmp_path / PLAN).write_text(json.dumps({"shards": [asdict(shard) for shard in SHARDS], **OLD}))
+    write_plan(str(tmp_path), LOCAL, A_PLAN)
+
+
+OLD = {"epochs": 2, "seed": 0, "shuffle": True}
+
+
+def test_a_weight_that_changed_under_a_run_is_said(tmp_path):
+    write_plan(str(tmp_path), LOCAL, WEIGHTED)
+    message = r"of shard 1, /data/a\.tar, an epoch took 2 samples and takes 3: its weight in data\.train changed"
+    with pytest.raises(OutputError, match=message):
+        write_plan(str(tmp_path), LOCAL, replace(WEIGHTED, parts=((1, 3),)))

@@ -11,7 +11,7 @@ from betakd_ray.batch.images import ImageProcessing, Normalization
 from betakd_ray.batch.inputs import TensorInputs
 from betakd_ray.batch.packing import stack
 from betakd_ray.data.render import Renderer
-from betakd_ray.data.rows import collate
+from betakd_ray.data.rows import samples_of
 from betakd_ray.data.shards import RawSample
 from betakd_ray.evaluation.generate import answers
 from betakd_ray.models.vlm import hidden_rows, lm_head, part_parameters, parts
@@ -179,8 +179,8 @@ def test_a_blank_batch_has_states_of_the_same_shapes_which_tell_nothing(renderer
 
 def test_images_pass_through_arrow_as_they_are(renderer, batch):
     renderings = [renderer.render(sample(name)) for name in CONVERSATIONS]
-    through = collate(table(renderings), renderer.pad_token_id, {"student": renderer.image_token_id})
-    assert_same_inputs(through.student, batch)
+    through = [sample.student for sample in samples_of(table(renderings))]
+    assert_same_inputs(stack(through, renderer.pad_token_id, renderer.image_token_id), batch)
 
 
 def test_every_parameter_belongs_to_one_part(model):

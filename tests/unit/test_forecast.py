@@ -58,6 +58,16 @@ def test_it_counts_the_shards_that_are_there_and_writes_nothing(tmp_path: Path) 
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_weight_counts_in_samples_and_not_in_what_the_cache_holds(tmp_path: Path) -> None:
+    pack(numbered_samples(50), str(tmp_path / "shards"), samples_per_shard=20, storage=StorageSpec())
+    plain = forecast(_job(tmp_path))
+    train = {"path": str(tmp_path / "shards/*.tar"), "weight": 1.5}
+    found = forecast(_job(tmp_path, data={"train": train}))
+    assert found.plan.samples == 150
+    assert found.cache == plain.cache
+    assert _table(found)["shards, found"] == "3, in 6 passes an epoch"
+
+
 def test_what_is_wrong_is_said_as_fit_says_it(tmp_path: Path) -> None:
     for job, error in ((_job(tmp_path), DataError), (_job(tmp_path, teacher={"path": "./nowhere"}), ModelError)):
         with pytest.raises(error) as planned:
