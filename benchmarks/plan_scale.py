@@ -217,7 +217,7 @@ def _memory(process: int) -> int:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     except OSError:
         found = None
-    return 1000 * int(found[1]) if found else 0
+    return 1024 * int(found[1]) if found else 0
 
 
 def _processes(name: str) -> Iterator[int]:
