@@ -362,7 +362,9 @@ def _largest_batch(samples: Sequence[Rendering], spec: JobSpec, renderer: Render
     """A micro-batch of the longest sample."""
     longest = max(samples, key=lambda sample: len(sample.input_ids))
     training = spec.training
-    return _stacked([longest] * training.samples_at_a_time(training.workers.min, len(longest.input_ids)), renderer)
+    return _stacked(
+        [longest] * training.samples_at_a_time(training.workers.min, float(len(longest.input_ids))), renderer
+    )
 
 
 def _group(samples: Sequence[Rendering], spec: TeacherSpec, renderer: Renderer) -> ModelInputs:

@@ -1,17 +1,17 @@
 """Ranks as threads of one process: the real feed, with teachers, rows and collectives that are none."""
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from benchmarks.feed_overlap import Meeting, Quiet
 from betakd_ray.batch.sample import Rendering, Sample
 from betakd_ray.teacher.parts import Answer, Needs, TeacherFacts
-from betakd_ray.train.agreement import Gather
 from betakd_ray.train.feed import Collator, Step
+
+__all__ = ["Answers", "Meeting", "Quiet", "all_steps", "collator", "sample", "together"]
 
 T = TypeVar("T")
 NEEDS = Needs()
@@ -22,38 +22,6 @@ def sample(number: int, length: int = 8, *, has_image: bool = False) -> Sample:
     ids = np.full(length, 5 + number % 90, np.int32)
     view = Rendering(ids, np.arange(length) == length - 1)
     return Sample(0, 0, number, number, f"key-{number}", view, view)
-
-
-class Meeting:
-    """A collective of threads: each gives its numbers, and has everyone's."""
-
-    def __init__(self, ranks: int) -> None:
-        self._given: list[Any] = [None] * ranks
-        self._meet = threading.Barrier(ranks)
-        self.rounds = 0
-
-    def gather(self, rank: int) -> Gather:
-        def gather(mine: NDArray[np.float64]) -> NDArray[np.float64]:
-            self._given[rank] = mine
-            self._meet.wait()
-            everyone = np.stack(self._given)
-            if self._meet.wait() == 0:
-                self.rounds += 1
-            return everyone
-
-        return gather
-
-
-class Quiet:
-    """Nobody asks anything of the job; or, once told, to stop or to save."""
-
-    def __init__(self) -> None:
-        self.is_stopping = False
-        self.saves = 0
-
-    def wants_checkpoint(self) -> bool:
-        wants, self.saves = self.saves > 0, max(0, self.saves - 1)
-        return wants
 
 
 class Answers:

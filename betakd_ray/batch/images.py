@@ -60,7 +60,9 @@ class Normalization:
 
 def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Return one number a channel, [channels, 1, 1], on the device."""
-    return _kept_constants(values, device) if device.type == "cuda" else torch.tensor(values)[:, None, None]
+    if device.type == "cuda":
+        return _kept_constants(values, device)
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 @cache

@@ -10,7 +10,6 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from betakd_ray.batch.images import PIXELS, Normalization
 from betakd_ray.batch.inputs import Pairs, TensorInputs
 from betakd_ray.errors import ModelError
+from betakd_ray.models.hidden import Hidden
 from betakd_ray.spec import Part
 
 _NAMES: dict[Part, tuple[str, ...]] = {
@@ -123,20 +123,6 @@ _LOGIT_SETTINGS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "
 def takes_images(model: PreTrainedModel) -> bool:
     """Whether it is a vision–language model."""
     return hasattr(base_model(model), "get_image_features")
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """A forward pass up to the language model's last hidden states."""
-
-    rows: Float[Tensor, "rows width"]
-    """At the answer rows, in order."""
-    visual: Float[Tensor, "image_tokens width"] | None
-    """Projector tokens, as the language model receives them."""
-    visual_layer: Float[Tensor, "image_tokens width"] | None = None
-    """What a layer of the language model makes of them."""
-    attention: Float[Tensor, "pairs heads"] | None = None
-    """Of the first layer, from each answer row to each image token of its sample."""
 
 
 def hidden_rows(

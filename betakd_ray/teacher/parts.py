@@ -25,7 +25,7 @@ from torch import Tensor
 from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs, to_device
 from betakd_ray.energies import entropy
 from betakd_ray.errors import TeacherError
-from betakd_ray.models.vlm import Hidden
+from betakd_ray.models.hidden import Hidden
 from betakd_ray.objective import project, segment_mean, top_k
 from betakd_ray.spec import VISUAL_ENERGIES, Feature, InstanceWeighting, ObjectiveSpec, TeacherSpec, TopKSignal
 

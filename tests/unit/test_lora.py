@@ -108,7 +108,7 @@ def _learn(home: Path, case: Case) -> Found:
         with torch.no_grad():
             logits = study.learner.distiller.student.eval()(**inputs()).logits
     again = Study.of(job, samples)
-    again.learner.load(folder, 1)
+    again.learner.load(folder)
     stored = sum(file.stat().st_size for file in (folder / "deepspeed").glob("*.pt"))
     return Found(losses, again.steps(2), learned, stored, logits)
 

@@ -12,23 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.batch.packing import stack
-from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.render import Renderer
-from betakd_ray.data.rows import Batch
 from betakd_ray.models.load import load_processor
 from betakd_ray.models.student import student_processor
 from betakd_ray.spec import JobSpec, parse_spec
-from betakd_ray.teacher.parts import Needs
+from betakd_ray.teacher.parts import Needs, join
 from betakd_ray.teacher.scorer import TeacherScorer
+from betakd_ray.train.agreement import StepCounts, TokenCounts
+from betakd_ray.train.feed import MicroBatch
 from betakd_ray.train.learner import Learner
 from betakd_ray.train.memory import StudentMemory, student_memory, teacher_model
-from tests.learning import spawned
+from tests.learning import Part, spawned
 from tests.tiny import VOCAB, raw_sample, save_tiny, tiny_config
 
 pytestmark = pytest.mark.timeout(900)
@@ -93,7 +92,7 @@ def _inputs(spec: JobSpec) -> ModelInputs:
     short, long = (
         renderer.render(raw_sample(1, "It is a long red circle. " * times, has_image=True)) for times in (20, 25)
     )
-    samples = [short] + [long] * (spec.training.micro_batch_size - 1)
+    samples = [short] + [long] * ((spec.training.micro_batch_size or 1) - 1)
     return stack(samples, renderer.pad_token_id, renderer.image_token_id)
 
 
@@ -112,16 +111,27 @@ def _measured(folder: Path, case: Case) -> dict[str, int]:
     spec = _spec(folder, case)
     assert spec.teacher
     scorer = TeacherScorer(spec.teacher, _needs(spec))
-    inputs, nowhere = _inputs(spec), np.zeros(case.micro, np.int32)
-    signal = scorer.score(inputs)
-    window: Any = [(Batch(inputs, inputs, SampleIds(nowhere, nowhere, nowhere), []), signal)] * case.accumulation
+    inputs = _inputs(spec)
+    signals = [signal for signal in scorer.score(inputs).signals() if signal is not None]
+    batches = [MicroBatch(inputs, join(signals, inputs, _needs(spec)))] * case.accumulation
+    size = case.micro * case.accumulation
+    answers = case.accumulation * len(inputs.targets)
     gc.collect()  # what an earlier case left shall not go while this one is counted
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        learner = Learner(spec, scorer.facts(), total_steps=10)
-        for _ in range(2):
-            counts = learner.agree(window)
-            assert counts
-            learner.step(window, counts, 0.5, statistics=False)
+        learner = Learner(spec, scorer.facts(), 10, scorer.head())
+        ranks = learner.world_size
+        counts = StepCounts(
+            samples=size * ranks,
+            dropped=0,
+            most_samples=size,
+            micro_batches=case.accumulation,
+            squares=0,
+            pixels=0,
+            tokens=TokenCounts(answer=answers * ranks),
+            save=False,
+        )
+        for number in (1, 2):
+            Part(batches, counts).step(learner, number, 0.5)
     checkpoint, trace = (
         folder / f"checkpoint-{case.zero}-{case.hidden}-{case.ranks}",
         folder / f"trace-{os.getpid()}.json",

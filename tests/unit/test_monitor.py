@@ -71,15 +71,6 @@ def test_deaths_without_progress_end_the_job_and_name_the_last_cause() -> None:
     assert "rank 1: killed" in failure[1]
 
 
-def test_it_hands_on_the_checkpoint_that_the_newest_stream_begins_at() -> None:
-    monitor = Monitor(10, [], max_failures=0)
-    assert monitor.resumes_from() is None
-    monitor.resuming_from("step-00000002-ab")
-    assert monitor.resumes_from() == "step-00000002-ab"
-    monitor.resuming_from(None)
-    assert monitor.resumes_from() is None
-
-
 def test_the_first_reason_to_give_up_stands() -> None:
     monitor = Monitor(10, [], max_failures=0)
     monitor.fail("DataError", "first")

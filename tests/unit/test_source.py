@@ -82,7 +82,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
         monkeypatch.setattr(source, "stream", stream)
         source.rows(ray.ObjectRef.from_random(), parse_spec(tree), str(tmp_path / "run"), PLAN, _Local(monitor))
-        return seen[0], monitor.resumes_from()
+        return seen[0], monitor.starts_from().checkpoint
 
     return begin
 

@@ -67,7 +67,7 @@ def test_defaults_are_the_paper_s():
     assert job.optimizer.beta_lr == 1e-3
     assert job.optimizer.lr == 4e-5
     assert job.training.global_batch_size == 128
-    assert job.training.accumulation(workers=1) == 16
+    assert job.training.accumulation(workers=1, tokens=400.0) == 16
     assert job.data.template == "vicuna_v1"
     assert job.student.train == ("language_model", "projector")
 
@@ -91,13 +91,15 @@ def test_a_type_of_gpu_is_any_name_that_ray_could_know_and_needs_a_gpu():
     assert "no such field" in refused(cluster__readers={"accelerator_type": "H100"})
 
 
-def test_elastic_workers_are_a_range_that_the_batch_can_always_be_split_over():
-    elastic = {"training__workers": {"min": 1, "max": 4}, "training__global_batch_size": 24}
+@pytest.mark.parametrize("batch", [128, 100])
+def test_any_number_of_elastic_workers_divides_any_batch(batch):
+    elastic = {"training__workers": {"min": 1, "max": 16}, "training__global_batch_size": batch}
     slots = {"cluster__student": {"resources": {"student_slot": 1}}}
     job = parse_spec(tree(**elastic, **slots, training__micro_batch_size=2))
-    assert [job.training.accumulation(workers) for workers in (1, 2, 3, 4)] == [12, 6, 4, 3]
-    with pytest.raises(SpecError, match=r"4 × 4 = 16"):
-        parse_spec(tree(**elastic, **slots, training__micro_batch_size=4))
+    assert [job.training.share(workers) for workers in (1, 3, 16)] == [batch, -(-batch // 3), -(-batch // 16)]
+    assert job.training.accumulation(3, tokens=90.0) == -(-job.training.share(3) // 2)
+    with pytest.raises(SpecError, match=r"less than one sample for each of up to 16 workers"):
+        parse_spec(tree(**elastic | {"training__global_batch_size": 15}, **slots))
     with pytest.raises(SpecError, match=r"cluster\.student\.resources.*student_slot"):
         parse_spec(tree(**elastic, training__micro_batch_size=2))
     with pytest.raises(SpecError, match="max 1 is below min 2"):
@@ -272,8 +274,8 @@ def test_a_missing_file_is_named(tmp_path):
         ({"objective__energies": ["fk"]}, "'fkl'"),
         ({"name": "a job"}, "name: "),
         (
-            {"training": {"global_batch_size": 10, "micro_batch_size": 4, "workers": 2}},
-            "global_batch_size 10 is not a multiple of micro_batch_size × workers = 4 × 2 = 8",
+            {"training__global_batch_size": 1, "training__workers": 2},
+            "global_batch_size 1 is less than one sample for each of up to 2 workers",
         ),
         ({"teacher": None}, "objective.energies is ['cosine_probs', 'fd'] and there is no teacher"),
         ({"objective__energies": []}, "teacher is given and objective.energies is empty"),
