@@ -25,7 +25,7 @@ from betakd_ray.errors import DataError
 from betakd_ray.job import BetaKDJob
 from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec, TeacherSpec
 from betakd_ray.teacher.parts import PARTS, Needs, value_bytes
-from betakd_ray.train.memory import StudentMemory, TeacherModel, student_memory, teacher_model
+from betakd_ray.train.memory import GRADIENT_BYTES, StudentMemory, TeacherModel, student_memory, teacher_model
 
 SAMPLED = 64
 """Samples of the first shard that stand for all."""
@@ -158,7 +158,8 @@ class Forecast:
         times = training.accumulation(ranks, self.sample.tokens)
         reduced = memory.trained * (times if stage >= 2 else 1)
         gathered = memory.parameters * 2 * times if stage == 3 else memory.trained
-        return (reduced + gathered) * (2 if training.precision == "bf16" else 4) * (ranks - 1) / ranks
+        weight_bytes = 2 if training.precision == "bf16" else 4
+        return (reduced * GRADIENT_BYTES + gathered * weight_bytes) * (ranks - 1) / ranks
 
     def rows(self) -> Iterator[Row]:
         """The whole of it, for a table."""
