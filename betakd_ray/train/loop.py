@@ -29,7 +29,7 @@ from betakd_ray.teacher.cache import CacheWriter
 from betakd_ray.teacher.client import TeacherClient
 from betakd_ray.teacher.remote import RemotePool
 from betakd_ray.teacher.signals import SignalSource
-from betakd_ray.tracking import Metrics, from_jsonl, to_jsonl
+from betakd_ray.tracking import METRICS, Metrics, from_jsonl, to_jsonl
 from betakd_ray.train import checkpoint
 from betakd_ray.train.agreement import TokenCounts, gather_over
 from betakd_ray.train.clock import PHASES, STALLS, StepClock
@@ -326,11 +326,18 @@ class Worker:
         progress = json.loads(self.store.read_text(manifest, checkpoint.PROGRESS))
         if self.metrics:
             self.ledger = self.store.ledger(manifest)
-            self.metrics.restore(self.store.read_text(manifest, checkpoint.METRICS))
+            self.metrics.restore(self.metrics_reference(manifest))
             self.skips = from_jsonl(self.store.read_text(manifest, checkpoint.SKIPPED))
         self.step = self.saved_step = manifest.step
         for name in COUNTS:
             setattr(self, name, progress[name])
+
+    def metrics_reference(self, manifest: checkpoint.Manifest) -> str:
+        """Return which metrics a checkpoint goes with. Older ones hold the metrics themselves, all of them."""
+        if checkpoint.METRICS in manifest.files:
+            return self.store.read_text(manifest, checkpoint.METRICS)
+        records = self.store.read_text(manifest, METRICS).count("\n")
+        return json.dumps({"step": manifest.step, "records": records})
 
     def finish(self) -> dict[str, Any]:
         """Collective: export the student; rank 0 returns the outcome."""
