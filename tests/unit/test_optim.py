@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from betakd_ray.spec import JobSpec, parse_spec
+from betakd_ray.train import checkpoint
 from betakd_ray.train.optim import deepspeed_config
 from tests.learning import spawned
 
@@ -104,11 +105,15 @@ def _sum(stage: int, precision: str, is_default: bool) -> Gradients:
 
 def _all(cases: list[tuple[int, str, bool]]) -> dict[tuple[int, str, bool], Gradients]:
     found = {case: _sum(*case) for case in cases}
+    _unname_shared_memory()
+    return found
+
+
+def _unname_shared_memory() -> None:
+    """As the learner does: DeepSpeed leaves it behind."""
     dist.barrier()
-    # As the learner does: DeepSpeed leaves its shared memory behind.
     for left in Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_{dist.get_rank()}"):
         left.unlink()
-    return found
 
 
 CASES = [(0, "fp32", False)] + [(stage, precision, False) for precision in ("fp32", "bf16") for stage in (1, 2, 3)]
@@ -132,3 +137,39 @@ def test_in_bfloat16_they_are_lost(summed: tuple[int, Any], case: tuple[int, str
     """What the test above would see of DeepSpeed's own choice."""
     ranks, found = summed
     assert found[case][0][0] < 0.9 * _exact(0, ranks)
+
+
+def _learn_on(folder: Path, is_first: bool) -> list[Tensor]:
+    """Take two steps, save and take a third; or load that and take the third. Return the weights in float32."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    ranks = dist.get_world_size()
+    torch.manual_seed(0 if is_first else 1)  # what is loaded shall not be there before
+    model = Toy().to(torch.bfloat16)
+    config = deepspeed_config(_spec(1, "bf16", ranks), ranks)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if not is_first:
+        checkpoint.load_engine(engine, folder)
+    for gradient in (1.0, -3.0, 0.5) if is_first else (0.5,):
+        if is_first and gradient == 0.5:
+            engine.save_checkpoint(str(folder), tag=checkpoint.ENGINE, exclude_frozen_parameters=True)
+        engine.set_gradient_accumulation_boundary(True)
+        engine.backward(engine(torch.tensor(gradient)), scale_wrt_gas=False)
+        engine.step()
+    weights = [safe_get_full_fp32_param(parameter) for parameter in engine.module.parameters()]
+    _unname_shared_memory()
+    return [each.detach().clone() for each in weights if each is not None]
+
+
+def test_bf16_at_stage_1_goes_on_from_its_checkpoint_on_any_number_of_ranks(tmp_path: Path) -> None:
+    """It is another optimizer of DeepSpeed's than at stage 2, with a checkpoint of its own."""
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    expected = spawned(_learn_on, tmp_path, folder, True, ranks=2)
+    (tmp_path / "store-_learn_on-2").unlink()
+    assert len(expected) == 6
+    torch.testing.assert_close(spawned(_learn_on, tmp_path, folder, False, ranks=2), expected, rtol=0, atol=0)
+    checkpoint._make_universal(folder)
+    torch.testing.assert_close(spawned(_learn_on, tmp_path, folder, False, ranks=1), expected, rtol=0, atol=0)
