@@ -67,7 +67,7 @@ def undisturbed(s3: SeaweedServer, data: Path, cluster: Nodes) -> list[float]:
     return _losses(spec)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_a_storm_changes_nothing(
     seed: int, s3: SeaweedServer, data: Path, cluster: Nodes, undisturbed: list[float]
 ) -> None:

@@ -17,7 +17,7 @@ from tests.families import FAMILIES, build, save_language_model, save_llava_qwen
 from tests.originals import save_mobilevlm
 from tests.tiny import IMAGE, numbered_samples
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 REPOSITORY = Path(__file__).parents[2]
 GENERATE = """
 import sys
