@@ -209,10 +209,10 @@ class Forecast:
         yield where, "weights", size(memory.weights)
         yield where, "optimizer state", size(memory.optimizer)
         yield where, "copy of the teacher's head", size(memory.teacher_head)
-        yield where, "DeepSpeed's buffers", size(memory.buckets)
+        yield where, "DeepSpeed's buffers", size(memory.gathered + memory.buckets)
         yield where, "gradients", size(memory.gradients)
         yield where, "activations", size(memory.activations)
-        yield where, "objective and backward", size(memory.objective)
+        yield where, "objective and backward", size(max(memory.objective, memory.backward))
         yield where, "while the optimizer steps", size(memory.step)
         yield where, "peak", size(memory.peak)
 

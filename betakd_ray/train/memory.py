@@ -83,14 +83,18 @@ class StudentMemory:
     """Adam's moments, and DeepSpeed's float32 copy of the weights."""
     teacher_head: int
     """The copy of the teacher's lm_head."""
+    gathered: int
+    """ZeRO-3's gathered weights."""
     buckets: int
-    """DeepSpeed's buffer for gradients on their way to other ranks; ZeRO-3's gathered weights."""
+    """DeepSpeed's buffers for gradients on their way to other ranks: made when a backward begins, and freed after it."""
     gradients: int
     """When a micro-batch is at its peak."""
     activations: int
     """What the forward keeps for the backward."""
     objective: int
-    """What a micro-batch takes beyond them at its peak: logits of one chunk, and whatever its backward makes."""
+    """What the forward takes beyond them at its peak: logits of one chunk, and the gradient that is made of them."""
+    backward: int
+    """What the backward takes beyond them at its peak, the buckets apart."""
     step: int
     """While the optimizer steps: gradients, and their float32 copy. Fused, Adam takes nothing for itself."""
     checkpoint: int
@@ -99,7 +103,9 @@ class StudentMemory:
     @property
     def peak(self) -> int:
         held = self.weights + self.optimizer + self.teacher_head
-        return held + max(self.buckets + self.gradients + self.activations + self.objective, self.step)
+        micro_batch = self.gathered + self.gradients + self.activations
+        micro_batch += max(self.objective, self.buckets + self.backward)
+        return held + max(micro_batch, self.step)
 
 
 def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, processor: Any, gpus: int = 1) -> TeacherModel:
@@ -151,7 +157,8 @@ def student_memory(
         _held(spec, sizes, ranks),
         teacher_head=head,
         activations=working.activations,
-        objective=working.peak - working.activations - working.gradients,
+        objective=working.forward - working.activations - working.gradients,
+        backward=working.backward - working.activations - working.gradients,
         gradients=working.gradients or _held_gradients(spec, sizes, ranks, inputs),
     )
 
@@ -196,7 +203,7 @@ def _held(spec: JobSpec, sizes: _Sizes, ranks: int) -> StudentMemory:
         group = int(float(zero.get("sub_group_size", 1e9)))
         step = gradients + buckets + max(copy, min(part, group) * GRADIENT_BYTES)
     else:
-        step = max(gradients + buckets + copy, gradients)
+        step = gradients + buckets + copy
     is_early = sizes.trained > int(float(zero.get("reduce_bucket_size", 5e8)))
     return StudentMemory(
         parameters=every,
@@ -204,11 +211,13 @@ def _held(spec: JobSpec, sizes: _Sizes, ranks: int) -> StudentMemory:
         weights=weights,
         optimizer=part * (ADAM_BYTES + (MASTER_BYTES if has_master else 0)),
         teacher_head=0,
+        gathered=gathered,
         # The first bucket is full while most activations are still there, unless one bucket holds all gradients.
-        buckets=gathered + buckets + (copy if is_early and stage > 1 else 0),
+        buckets=buckets + (copy if is_early and stage > 1 else 0),
         gradients=0,
         activations=0,
         objective=0,
+        backward=0,
         step=step,
         # Of ZeRO-3's weights, only the float32 copy is saved.
         checkpoint=sizes.trained * (ADAM_BYTES + (MASTER_BYTES if has_master else 0) + (stage < 3) * sizes.bytes),
@@ -254,9 +263,12 @@ class _Working:
     """Bytes that a micro-batch takes."""
 
     activations: int
-    peak: int
+    forward: int
+    """At the forward's peak."""
+    backward: int
+    """At the backward's."""
     gradients: int
-    """At the peak, of those that stay with their parameters."""
+    """At the higher of the two, of those that stay with their parameters."""
 
     @classmethod
     def of(
@@ -279,9 +291,10 @@ class _Working:
             activations = max(activations, tally.live - held - tally.gradients)
 
         distiller.rows.register_forward_pre_hook(at_objective)
-        tally.peak = held
+        forward = backward = gradients = 0
         ranks = spec.training.workers.min
         for _ in range(2 if stays and _accumulates(spec, ranks, inputs) else 1):
+            tally.peak = tally.live
             loss = distiller(
                 _tensors(inputs),
                 _view(spec, teacher, needs, inputs),
@@ -289,8 +302,15 @@ class _Working:
                 torch.ones(inputs.size, len(distiller.channels)),
                 {},
             ).loss
+            if tally.peak - held > max(forward, backward):
+                gradients = tally.gradients_at_peak
+            forward = max(forward, tally.peak - held)
+            tally.peak = tally.live
             loss.backward()
-        return cls(activations, tally.peak - held, tally.gradients_at_peak)
+            if tally.peak - held > max(forward, backward):
+                gradients = tally.gradients_at_peak
+            backward = max(backward, tally.peak - held)
+        return cls(activations, forward, backward, gradients)
 
 
 def _head(teacher: TeacherModel) -> Tensor:
