@@ -311,7 +311,7 @@ ROUNDING = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 other kernels, and layer by layer the differences add up; another template or other weights give differences near 1."""
 
 
-def differs(live: Signal, stored: Signal, dtype: str = "bfloat16") -> str | None:
+def differs(live: Signal, stored: Signal, dtype: str) -> str | None:
     """Return which part of a stored signal is not what the teacher says now, and by how much; None if it is the same.
 
     `dtype` is the one that the teacher computes in (`TeacherFacts.dtype`).

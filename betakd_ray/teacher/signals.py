@@ -72,8 +72,11 @@ class SignalSource:
         cache: SignalCache | None = None,
         writer: CacheWriter | None = None,
         shards: Sequence[Shard] = (),
+        dtype: str = "float32",
     ) -> None:
-        self._client = client
+        """`dtype` is the one that the teacher computes in (`TeacherFacts.dtype`): stored answers may differ by its
+        rounding."""
+        self._client, self._dtype = client, dtype
         self._batch_tokens = batch_tokens
         self._cache, self._writer, self._shards = cache, writer, shards
         self._scorers = ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="score")
@@ -184,7 +187,7 @@ class SignalSource:
         assert self._cache is not None
         answer = self._client.score([pending.sample.teacher for pending in waiting[:count]])
         for pending, stored, live in zip(waiting, signals, answer.signals, strict=False):
-            difference = None if live is None else differs(live, stored)
+            difference = None if live is None else differs(live, stored, self._dtype)
             if difference:
                 raise TeacherError(
                     f"teacher.cache: the stored answer to sample {pending.sample.key} is not what the teacher says now "

@@ -253,8 +253,8 @@ def rounded(one: Signal, by: float) -> Signal:
 def test_answers_that_differ_by_rounding_are_alike_and_another_sample_s_is_not(needs):
     one, other = signal(0, needs=needs), signal(1, needs=needs)
     assert differs(one, one, "float32") is None
-    assert differs(rounded(one, 1e-2), one) is None
-    found = differs(other, one)
+    assert differs(rounded(one, 1e-2), one, "bfloat16") is None
+    found = differs(other, one, "bfloat16")
     assert found is not None
     assert "relative difference" in found
 
@@ -263,9 +263,11 @@ def test_answers_that_differ_by_rounding_are_alike_and_another_sample_s_is_not(n
 def test_the_part_that_differs_is_named_each_of_them(name):
     needs = Needs(ALL.parts | TOP_K.parts, top_k=4, vocab=9, layer=3)
     one = signal(0, needs=needs)
-    assert (differs(one | {name: signal(1, needs=needs)[name]}, one) or "").startswith(f"{name}: ")
-    assert (differs(one | {name: one[name][:1]}, one) or "").startswith(f"{name}: of shape")
-    assert (differs(one, {part: array for part, array in one.items() if part != name}) or "").startswith(f"{name}: of")
+    assert (differs(one | {name: signal(1, needs=needs)[name]}, one, "bfloat16") or "").startswith(f"{name}: ")
+    assert (differs(one | {name: one[name][:1]}, one, "bfloat16") or "").startswith(f"{name}: of shape")
+    assert (differs(one, {part: array for part, array in one.items() if part != name}, "bfloat16") or "").startswith(
+        f"{name}: of"
+    )
 
 
 def test_the_last_of_the_top_ids_may_change_places_with_the_next():
@@ -273,10 +275,13 @@ def test_the_last_of_the_top_ids_may_change_places_with_the_next():
     log_probs = np.log(np.array([[0.9, 0.05, 0.02, 0.001, 0.029]], np.float32))
     one = {"top_ids": ids, "top_log_probs": log_probs}
     assert differs({"top_ids": np.array([[1, 0, 2, 7]], np.int32), "top_log_probs": log_probs}, one, "float16") is None
-    assert differs({"top_ids": np.array([[7, 1, 2, 3]], np.int32), "top_log_probs": log_probs}, one) is not None
+    assert (
+        differs({"top_ids": np.array([[7, 1, 2, 3]], np.int32), "top_log_probs": log_probs}, one, "bfloat16")
+        is not None
+    )
 
 
 def test_a_teacher_that_is_sure_has_entropies_of_next_to_nothing():
     one = {"teacher_entropy": np.array([1e-4, 2e-4], np.float32)}
-    assert differs({"teacher_entropy": np.array([3e-4, 5e-4], np.float32)}, one) is None
-    assert differs({"teacher_entropy": np.array([0.5, 1.0], np.float32)}, one) is not None
+    assert differs({"teacher_entropy": np.array([3e-4, 5e-4], np.float32)}, one, "bfloat16") is None
+    assert differs({"teacher_entropy": np.array([0.5, 1.0], np.float32)}, one, "bfloat16") is not None
