@@ -29,18 +29,12 @@ class SampleIds:
     shard: NDArray[np.int32]
     index: NDArray[np.int32]
 
-    def where(self, wanted: NDArray[np.bool_]) -> "SampleIds":
-        """Return the ids where `wanted` is true."""
-        return SampleIds(self.epoch[wanted], self.shard[wanted], self.index[wanted])
-
     @classmethod
     def joined(cls, parts: "Sequence[SampleIds]") -> "SampleIds":
         """Return the ids of several batches as one."""
         none = [np.zeros(0, np.int32)]
-        return cls(*(np.concatenate([getattr(part, name) for part in parts] or none) for name in _FIELDS))
-
-
-_FIELDS = ("epoch", "shard", "index")
+        columns = ([getattr(part, name) for part in parts] for name in ("epoch", "shard", "index"))
+        return cls(*(np.concatenate(column or none) for column in columns))
 
 
 class Ledger:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from betakd_ray.batch.sample import Sample
 from betakd_ray.data.ledger import Ledger, SampleIds
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import TooManyBadSamples
@@ -178,7 +179,7 @@ def require_few(fraction: float, data: DataSpec, plan: Plan, last: Quarantined) 
         )
 
 
-def ids_of(quarantined: Sequence[Quarantined]) -> SampleIds:
+def ids_of(samples: Sequence[Quarantined | Sample]) -> SampleIds:
     """Return their places, as the ledger takes them."""
-    places = np.array([(bad.epoch, bad.shard, bad.index) for bad in quarantined], np.int32).reshape(-1, 3)
+    places = np.array([(each.epoch, each.shard, each.index) for each in samples], np.int32).reshape(-1, 3)
     return SampleIds(*places.T)

@@ -322,15 +322,15 @@ def save(
 def merge_ledgers(whole: Ledger | None, delta: Ledger, group: Group = None) -> None:
     """Collective: add every rank's `delta`, its samples since the last checkpoint, to `whole`, which rank 0 alone has.
 
-    Raises what `Ledger.merge` raises if two ranks, or a rank and an earlier checkpoint, trained the same sample.
+    Raises what `Ledger.merge_delta` raises if two ranks, or a rank and an earlier checkpoint, trained the same sample.
     """
     deltas: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(delta.to_json(), deltas, dst=0, group=group)
+    dist.gather_object(delta.delta_to_json(), deltas, dst=0, group=group)
     if deltas is None:
         return
     assert whole is not None, "rank 0 holds the whole ledger"
     for each in deltas:
-        whole.merge(Ledger.from_json(each))
+        whole.merge_delta(each)
 
 
 def load_engine(engine: Any, folder: Path) -> None:

@@ -184,18 +184,19 @@ class Feed:
         global_batch: int,
         steps: range,
         control: Control,
+        activities: Activities | None = None,
         window_tokens: int = 0,
         on_refused: Callable[[list[Refused]], None] = lambda refused: None,
     ) -> None:
         """`steps` are the numbers of the steps to make; `window_tokens` are kept with the teachers beyond one step.
 
         `on_refused` is told, from the assembler's thread, of samples that no teacher can answer; what it raises ends
-        the feed.
+        the feed. `activities` is where the assembler notes what it does; its own if none are given.
         """
         self._rows, self._source, self._collator, self._gather = samples, source, collator, gather
         self._rank, self._ranks, self._global_batch, self._steps = rank, ranks, global_batch, steps
         self._control, self._window_tokens, self._on_refused = control, window_tokens, on_refused
-        self.activities = Activities()
+        self.activities = activities or Activities()
         self._ahead = _Ahead()
         self._wanted = 0
         self._rate = self._mean_tokens = 0.0
@@ -222,11 +223,6 @@ class Feed:
         if isinstance(step, BaseException):
             raise step
         return step
-
-    @property
-    def is_ready(self) -> bool:
-        """Return whether `next_step` would return at once."""
-        return bool(self._ready)
 
     def close(self) -> None:
         """End the threads; what they wait for is given up."""
@@ -446,8 +442,8 @@ class _Part:
 
 
 def _bytes(sample: Sample) -> int:
-    views = {id(view): view for view in (sample.student, sample.teacher)}.values()
-    return sum(view.input_ids.nbytes + sum(array.nbytes for array in view.images.values()) for view in views)
+    is_one = sample.teacher is sample.student
+    return sample.student.nbytes + (0 if is_one else sample.teacher.nbytes)
 
 
 def _tokens(inputs: ModelInputs) -> TokenCounts:

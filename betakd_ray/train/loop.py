@@ -5,14 +5,13 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import ray
 import ray.train
 import torch
@@ -34,7 +33,7 @@ from betakd_ray.train import checkpoint
 from betakd_ray.train.agreement import TokenCounts, gather_over
 from betakd_ray.train.clock import PHASES, STALLS, StepClock
 from betakd_ray.train.export import export
-from betakd_ray.train.feed import Collator, Feed, Refused, Step
+from betakd_ray.train.feed import Activities, Collator, Feed, Refused, Step
 from betakd_ray.train.learner import Learner
 from betakd_ray.train.prefetch import Prefetch
 from betakd_ray.train.tally import Totals
@@ -81,11 +80,21 @@ class Worker:
         self.clock = StepClock(self.learner.device)
         self.usage = Usage()
         self.saved_at, self.save_s = time.monotonic(), 0.0
+        self.activities = Activities()
+        # From here on, as the resume's collectives have no limit of their own.
+        self.watch = Watch(
+            config.monitor,
+            self.rank,
+            self.start.attempt,
+            self.training.collective_timeout_s,
+            lambda: f"step {self.step + 1}, its feed at {self.activities.present or 'rest'}",
+        )
 
     def run(self) -> dict[str, Any]:
         """The loop: one screen is one step of training."""
-        self.resume()
         with ExitStack() as threads:
+            threads.callback(self.watch.close)
+            self.resume()
             feed, prefetch = self.feed(threads)
             for step, batches in prefetch.steps():
                 self.note_stalls(prefetch)
@@ -118,17 +127,17 @@ class Worker:
     def feed(self, threads: ExitStack) -> tuple[Feed, Prefetch]:
         """Start what prepares this rank's steps; `threads` ends it."""
         config, teacher = self.config, self.spec.teacher
-        self.watch = Watch(
-            config.monitor,
-            self.rank,
-            self.start.attempt,
-            self.training.collective_timeout_s,
-            lambda: f"step {self.step + 1}, its feed at {feed.activities.present or 'rest'}",
-        )
         tokens = teacher.batch_tokens if teacher else 0
         feed = Feed(
             self.rows(),
-            SignalSource(self.client, tokens, config.cache, self.cache, config.plan.shards),
+            SignalSource(
+                self.client,
+                tokens,
+                config.cache,
+                self.cache,
+                config.plan.shards,
+                config.facts.dtype if config.facts else "float32",
+            ),
             Collator(
                 config.pad_token_id,
                 config.image_token_id,
@@ -143,11 +152,12 @@ class Worker:
             global_batch=self.training.global_batch_size,
             steps=range(self.step + 1, self.total_steps + 1),
             control=self.watch,
+            activities=self.activities,
             window_tokens=teacher.window * tokens if teacher else 0,
             on_refused=self.quarantine,
         )
         prefetch = Prefetch(feed, self.learner.loader)
-        for part in (self.client, self.cache, self.watch, prefetch):
+        for part in (self.client, self.cache, prefetch):
             if part is not None:
                 threads.callback(part.close)
         return feed, prefetch
@@ -177,7 +187,7 @@ class Worker:
     def account(self, step: Step) -> None:
         """Note what the step used up."""
         self.step = step.number
-        self.trained.append(_ids(step.samples))
+        self.trained.append(ids_of(step.samples))
         self.samples += step.counts.samples + step.counts.dropped
         self.dropped += step.counts.dropped
         self.usage.add(step)
@@ -286,11 +296,10 @@ class Worker:
 
         Raises TrainingError where a sample would be trained on a second time.
         """
-        mine, self.trained = SampleIds.joined(self.trained), []
-        everyone = checkpoint.gather(mine, self.learner.host_group)
-        if self.ledger is not None:
-            for ids in everyone:
-                self.ledger.add(ids)
+        delta = self.config.plan.empty_ledger()
+        delta.add(SampleIds.joined(self.trained))
+        self.trained = []
+        checkpoint.merge_ledgers(self.ledger, delta, self.learner.host_group)
 
     def write(self, folder: Path) -> None:
         """Collective: write this rank's files of a checkpoint."""
@@ -392,11 +401,6 @@ class Usage:
             record[f"time/{phase}"] = mean[phase] / self.steps
             record[f"time_max/{phase}"] = slowest[phase] / self.steps
         return record
-
-
-def _ids(samples: Sequence[Sample]) -> SampleIds:
-    places = np.array([(each.epoch, each.shard, each.index) for each in samples], np.int32).reshape(-1, 3)
-    return SampleIds(*places.T)
 
 
 def _peak_memory(device: torch.device) -> int:
