@@ -1,14 +1,14 @@
 """A micro-batch as one model sees it: as numpy arrays, which travel without a copy, and as tensors on a device."""
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from betakd_ray.batch.images import PIXELS, Images
 
@@ -23,8 +23,6 @@ class ModelInputs:
     """[B, L]"""
     images: Images
     """What the vision tower takes, of all samples; empty if none has an image."""
-    image_rows: Mapping[str, NDArray[np.int64]]
-    """[B] how much of the first axis of each array in `images` is of which sample."""
     answer_rows: NDArray[np.int64]
     """[R] flat positions b·L + n whose *next* token is an answer token."""
     row_sample: NDArray[np.int64]
@@ -64,28 +62,6 @@ class ModelInputs:
     def has_image(self) -> NDArray[np.bool_]:
         """[B]"""
         return self.visual_per_sample > 0
-
-    def part(self, start: int, stop: int) -> "ModelInputs":
-        """Samples `start` to `stop`, as a micro-batch of their own, padded as they were."""
-        rows = (self.row_sample >= start) & (self.row_sample < stop)
-        visual = (self.visual_sample >= start) & (self.visual_sample < stop)
-        return ModelInputs(
-            input_ids=self.input_ids[start:stop],
-            attention_mask=self.attention_mask[start:stop],
-            images=self._images_of(start, stop),
-            image_rows={name: rows[start:stop] for name, rows in self.image_rows.items()},
-            answer_rows=self.answer_rows[rows] - start * self.input_ids.shape[1],
-            row_sample=self.row_sample[rows] - start,
-            targets=self.targets[rows],
-            visual_sample=self.visual_sample[visual] - start,
-            visual_position=self.visual_position[visual],
-        )
-
-    def _images_of(self, start: int, stop: int) -> Images:
-        """Those of samples `start` to `stop`."""
-        ends = {name: np.cumsum([0, *rows]) for name, rows in self.image_rows.items()}
-        cut = {name: array[ends[name][start] : ends[name][stop]] for name, array in self.images.items()}
-        return cut if all(map(len, cut.values())) else {}
 
     def blank(self) -> "ModelInputs":
         """The same shapes with nothing in them: one token throughout, image tokens aside, and images of one colour."""
@@ -127,6 +103,16 @@ class TensorInputs:
         """The same micro-batch on `device`."""
         moved = {name: _moved(getattr(inputs, name), device) for name in cls.__dataclass_fields__}
         return cls(**moved)
+
+
+def used_by(stream: "torch.cuda.Stream", *held: Any) -> None:
+    """Tell torch that `stream` reads the tensors of dataclasses and mappings that another stream's copies made.
+
+    Their memory belongs to the copying stream, which would else use it again before it was read.
+    """
+    for leaf in tree_leaves([vars(each) if is_dataclass(each) else each for each in held]):
+        if isinstance(leaf, Tensor):
+            leaf.record_stream(stream)
 
 
 def most_salient(salience: NDArray[np.floating], inputs: ModelInputs, k: int) -> NDArray[np.int64]:

@@ -59,12 +59,10 @@ def stack(samples: Sequence[Rendering], pad_token_id: int, image_token_id: int) 
         answer_mask[row, :length] = sample.answer_mask
     row_sample, position = np.nonzero(answer_mask[:, 1:])
     visual_sample, visual_position = np.nonzero(input_ids == image_token_id)
-    images = joined_images([sample.images for sample in samples if sample.images])
     return ModelInputs(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        images=images,
-        image_rows={name: np.array([len(sample.images.get(name, ())) for sample in samples]) for name in images},
+        images=joined_images([sample.images for sample in samples if sample.images]),
         answer_rows=row_sample * shape[1] + position,
         row_sample=row_sample,
         targets=input_ids[row_sample, position + 1],

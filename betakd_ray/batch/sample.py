@@ -21,6 +21,12 @@ class Rendering:
     """Empty for a text-only sample."""
 
     @property
+    def nbytes(self) -> int:
+        """Return the bytes of all its arrays."""
+        arrays = (self.input_ids, self.answer_mask, *self.images.values())
+        return sum(array.nbytes for array in arrays)
+
+    @property
     def pixels(self) -> NDArray[Any] | None:
         """uint8 where normalising can wait, e.g. [images, 3, height, width] of LLaVA; else as the processor has it."""
         return self.images.get(PIXELS)

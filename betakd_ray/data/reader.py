@@ -37,8 +37,7 @@ class Row(NamedTuple):
     @property
     def bytes(self) -> int:
         """About what it takes of a block; what the cache knows of it does not count, or blocks would follow that."""
-        images = [array.nbytes for view in self.views.values() for array in view.images.values()]
-        return sum(5 * len(view.input_ids) for view in self.views.values()) + sum(images)
+        return sum(view.nbytes for view in self.views.values())
 
 
 class Refusal(NamedTuple):

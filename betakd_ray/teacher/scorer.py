@@ -19,9 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
-from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs
+from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs, used_by
 from betakd_ray.models.device import find_devices
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import (
@@ -150,9 +149,7 @@ class TeacherScorer:
         stream, computing = self._copies(), torch.cuda.current_stream(self.device)
         with torch.cuda.stream(stream):
             tensors, pairs = self._tensors(inputs)
-            for tensor in tree_leaves([vars(tensors), vars(pairs) if pairs else {}]):
-                if isinstance(tensor, Tensor):
-                    tensor.record_stream(computing)  # or its memory would be used again before it was read
+            used_by(computing, tensors, pairs)
             return tensors, pairs, stream.record_event()
 
     def _tensors(self, inputs: ModelInputs) -> tuple[TensorInputs, Pairs | None]:

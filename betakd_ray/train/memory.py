@@ -86,7 +86,7 @@ class StudentMemory:
     gathered: int
     """ZeRO-3's gathered weights."""
     buckets: int
-    """DeepSpeed's buffers for gradients on their way to other ranks: made when a backward begins, and freed after it."""
+    """DeepSpeed's buffers for gradients on their way to other ranks: made when a backward begins, freed after it."""
     gradients: int
     """When a micro-batch is at its peak."""
     activations: int

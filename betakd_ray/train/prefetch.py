@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs, most_salient, to_device
+from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs, most_salient, to_device, used_by
 from betakd_ray.teacher.parts import to_tensor
 from betakd_ray.train.distiller import Selection, TeacherView
 from betakd_ray.train.feed import Feed, MicroBatch, Step
@@ -117,8 +116,10 @@ class Prefetch:
             if copied is not None:
                 stream = torch.cuda.current_stream()
                 stream.wait_event(copied)
-                for tensor in _tensors(batch):  # its memory belongs to the copying stream, which would reuse it
-                    tensor.record_stream(stream)
+                teacher = batch.teacher
+                used_by(stream, batch.inputs, batch.pairs, batch.valid)
+                if teacher:
+                    used_by(stream, dict(teacher.parts), teacher.salient)
             yield batch
 
     def _pop(self) -> Any:
@@ -167,13 +168,3 @@ class Prefetch:
             self._batches += isinstance(item, tuple)
             self._queue.append(item)
             self._changed.notify_all()
-
-
-def _tensors(batch: DeviceBatch) -> Iterator[Tensor]:
-    """Yield every tensor of a micro-batch."""
-    salient = batch.teacher.salient if batch.teacher else None
-    held = [vars(part) for part in (batch.inputs, batch.pairs, salient) if part is not None]
-    parts = dict(batch.teacher.parts) if batch.teacher else {}
-    for leaf in tree_leaves([held, parts, batch.valid]):
-        if isinstance(leaf, Tensor):
-            yield leaf

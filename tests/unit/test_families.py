@@ -159,7 +159,10 @@ def test_logits_at_answer_rows_are_those_of_the_model_s_own_forward(family, rend
 @pytest.mark.parametrize(("start", "stop"), [(0, 1), (1, 2), (1, 4), (2, 5)])
 def test_a_part_of_a_batch_has_the_states_that_it_has_in_the_whole(renderer, model, batch, start, stop):
     with torch.no_grad():
-        whole, part = run(model, renderer, batch), run(model, renderer, batch.part(start, stop))
+        whole, part = (
+            run(model, renderer, batch),
+            run(model, renderer, stacked(renderer, *[*CONVERSATIONS][start:stop])),
+        )
     of_part = (batch.row_sample >= start) & (batch.row_sample < stop)
     torch.testing.assert_close(part.rows, whole.rows[of_part], rtol=1e-5, atol=1e-5)
     visual = whole.visual[(batch.visual_sample >= start) & (batch.visual_sample < stop)]
