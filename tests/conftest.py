@@ -9,7 +9,9 @@ import random
 import secrets
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -60,3 +62,12 @@ def _seed() -> None:
     np.random.seed(SEED)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(SEED)
+
+
+@pytest.fixture
+def opened() -> Iterator[list[Any]]:
+    """What is to be closed after the test."""
+    made: list[Any] = []
+    yield made
+    for each in made:
+        each.close()

@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,15 +29,6 @@ NEEDS = Needs(frozenset({"hidden"}))
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> TeacherSpec:
     return TeacherSpec(path=save_tiny(tmp_path_factory.mktemp("teacher"), seed=1), timeout_s=60.0)
-
-
-@pytest.fixture
-def opened() -> Iterator[list[TeacherClient]]:
-    """Clients to close."""
-    made: list[TeacherClient] = []
-    yield made
-    for client in made:
-        client.close()
 
 
 def _client(pool, teacher: TeacherSpec, opened: list[TeacherClient]) -> TeacherClient:

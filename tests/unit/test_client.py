@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -35,15 +34,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("HEARTBEAT_S", 0.1), ("CHECK_S", 0.1), ("POLL_S", (0.02, 0.1))):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(pool_module, "QUIET_S", 0.2)
-
-
-@pytest.fixture
-def opened() -> Iterator[list[TeacherClient]]:
-    """Clients to close."""
-    made: list[TeacherClient] = []
-    yield made
-    for client in made:
-        client.close()
 
 
 def pool_of(count: int, max_restarts: int = 20, **behaviour) -> FakePool:

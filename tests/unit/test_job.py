@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError
 from transformers import CLIPVisionConfig
 from typer.testing import CliRunner
@@ -29,6 +28,7 @@ from betakd_ray.train import worker
 from betakd_ray.train.checkpoint import CheckpointStore
 from betakd_ray.train.monitor import Monitor
 from betakd_ray.train.source import _done, _patience
+from tests.actors import Local
 from tests.tiny import save_tiny
 
 SAMPLES = 12
@@ -209,9 +209,9 @@ def test_a_start_of_the_workers_gives_up_at_once_on_an_output_that_is_wrong(home
 def test_a_worker_notes_what_no_restart_will_mend(monkeypatch, error, is_pool_dead, is_final):
     monitor = Monitor(1, [], max_failures=0)
     config = object.__new__(worker.WorkerConfig)
-    object.__setattr__(config, "monitor", _Local(monitor))
+    object.__setattr__(config, "monitor", Local(monitor))
     object.__setattr__(
-        config, "pool", _Local(SimpleNamespace(__ray_ready__=lambda: _raised(error if is_pool_dead else True)))
+        config, "pool", Local(SimpleNamespace(__ray_ready__=lambda: _raised(error if is_pool_dead else True)))
     )
     monkeypatch.setattr("betakd_ray.train.loop.Worker", lambda _: _raised(error))
     monkeypatch.setattr(worker.ray, "get", lambda answer: answer)
@@ -226,19 +226,6 @@ def test_ray_s_own_actors_load_nothing_that_trains():
     code = f"import sys, {names}; print({{'transformers', 'deepspeed'}} & {{*sys.modules}})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
-
-
-class _Local(ActorHandle):
-    """An actor's handle, of an object in this process."""
-
-    def __init__(self, instance: object) -> None:
-        self._instance = instance
-
-    def __del__(self) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(remote=getattr(self._instance, name))
 
 
 def _raised(outcome):

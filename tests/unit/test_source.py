@@ -3,7 +3,6 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import ray
 import ray.data
-from ray.actor import ActorHandle
 
 from betakd_ray.data.ledger import Ledger, SampleIds
 from betakd_ray.data.plan import Plan, Quarantined
@@ -22,22 +20,10 @@ from betakd_ray.tracking import to_jsonl
 from betakd_ray.train import source
 from betakd_ray.train.checkpoint import LEDGER, QUARANTINE, CheckpointStore, Manifest
 from betakd_ray.train.monitor import Monitor
+from tests.actors import Local
 
 PLAN = Plan((Shard("/data/a.tar", 6, 100, "0a"), Shard("/data/b.tar", 6, 100, "0b")), 2, seed=0, shuffle=True)
 BAD = Quarantined(1, 1, 5, "05", "no image")
-
-
-class _Local(ActorHandle):
-    """An actor's handle, of an object in this process."""
-
-    def __init__(self, instance: object) -> None:
-        self._instance = instance
-
-    def __del__(self) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(remote=getattr(self._instance, name))
 
 
 def ids(*places: tuple[int, int, int]) -> SampleIds:
@@ -81,7 +67,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             return cast(Any, mock.create_autospec(ray.data.Dataset, instance=True))
 
         monkeypatch.setattr(source, "stream", stream)
-        source.rows(ray.ObjectRef.from_random(), parse_spec(tree), str(tmp_path / "run"), PLAN, _Local(monitor))
+        source.rows(ray.ObjectRef.from_random(), parse_spec(tree), str(tmp_path / "run"), PLAN, Local(monitor))
         return seen[0], monitor.starts_from().checkpoint
 
     return begin

@@ -1,0 +1,18 @@
+"""Handles of actors that are none."""
+
+from types import SimpleNamespace
+
+from ray.actor import ActorHandle
+
+
+class Local(ActorHandle):
+    """An actor's handle, of an object in this process."""
+
+    def __init__(self, instance: object) -> None:
+        self._instance = instance
+
+    def __del__(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(remote=getattr(self._instance, name))
