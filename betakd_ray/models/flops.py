@@ -53,6 +53,11 @@ def peak_flops(device_name: str) -> float | None:
     return None
 
 
+def device_peak(device: torch.device) -> float | None:
+    """Return the dense bfloat16 peak of a device of this process; None if it is not known, or no GPU."""
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
 @dataclass(frozen=True)
 class Matrices:
     """The weights that every token of a part is multiplied with, in elements."""

@@ -5,7 +5,7 @@ collective of the training itself. Nothing here depends on how fast anybody is.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -65,6 +65,20 @@ class TokenCounts:
         )
 
 
+COLUMNS = (
+    "taken",
+    "valid",
+    "micro_batches",
+    "squares",
+    "pixels",
+    *(each.name for each in fields(TokenCounts)),
+    "save",
+    "stop",
+)
+"""What the numbers of a `Proposal` are, in the order in which they travel."""
+TAKEN, STOP = COLUMNS.index("taken"), COLUMNS.index("stop")
+
+
 @dataclass(frozen=True)
 class Proposal:
     """One rank's part of a step, as it stands."""
@@ -85,24 +99,9 @@ class Proposal:
     """Asks that this step be the first that is not done."""
 
     def vector(self) -> NDArray[np.float64]:
-        """Return the proposal as numbers, for `Gather`."""
-        tokens = self.tokens
-        return np.array(
-            [
-                self.taken,
-                self.valid,
-                self.micro_batches,
-                self.squares,
-                self.pixels,
-                tokens.prompt,
-                tokens.image,
-                tokens.answer,
-                tokens.padding,
-                self.save,
-                self.stop,
-            ],
-            np.float64,
-        )
+        """Return the proposal as numbers [COLUMNS], for `Gather`."""
+        numbers = vars(self) | vars(self.tokens)
+        return np.array([numbers[name] for name in COLUMNS], np.float64)
 
 
 @dataclass(frozen=True)
@@ -125,24 +124,21 @@ class StepCounts:
 
     @classmethod
     def of(cls, everyone: NDArray[np.float64]) -> "StepCounts":
-        """Sum up every rank's `Proposal.vector` [ranks, n]."""
-        totals = (int(total) for total in everyone.sum(axis=0))
-        taken, valid, _, squares, pixels, prompt, image, answer, padding, _, _ = totals
-        most = everyone.max(axis=0)
-        return cls(
-            samples=valid,
-            dropped=taken - valid,
-            most_samples=int(most[1]),
-            micro_batches=max(1, int(most[2])),
-            squares=squares,
-            pixels=pixels,
-            tokens=TokenCounts(prompt, image, answer, padding),
-            save=bool(most[SAVE]),
+        """Sum up every rank's `Proposal.vector` [ranks, COLUMNS]."""
+        total, most = (
+            dict(zip(COLUMNS, map(int, numbers), strict=True))
+            for numbers in (everyone.sum(axis=0), everyone.max(axis=0))
         )
-
-
-TAKEN, SAVE, STOP = 0, 9, 10
-"""Columns of a proposal's vector."""
+        return cls(
+            samples=total["valid"],
+            dropped=total["taken"] - total["valid"],
+            most_samples=most["valid"],
+            micro_batches=max(1, most["micro_batches"]),
+            squares=total["squares"],
+            pixels=total["pixels"],
+            tokens=TokenCounts(**{each.name: total[each.name] for each in fields(TokenCounts)}),
+            save=bool(most["save"]),
+        )
 
 
 def gather_over(group: dist.ProcessGroup) -> Gather:

@@ -17,7 +17,7 @@ from torch.distributed import distributed_c10d
 from betakd_ray.batch.inputs import TensorInputs
 from betakd_ray.curriculum import Curriculum, reversal
 from betakd_ray.models.device import find_device
-from betakd_ray.models.flops import StudentFlops
+from betakd_ray.models.flops import StudentFlops, device_peak
 from betakd_ray.models.student import build_student, student_processor
 from betakd_ray.models.vlm import with_attention_weights
 from betakd_ray.spec import AlignTopK, JobSpec
@@ -53,6 +53,9 @@ class Learner:
     ) -> None:
         self.spec = spec
         self.device = find_device()
+        self.peak_flops = device_peak(self.device)
+        self.flops: StudentFlops | None = None
+        """What a step takes; where the device's peak is known, with which it is compared."""
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         _seed(spec.training.seed)
         self.distiller = self._distiller(facts, teacher_head)
@@ -205,9 +208,9 @@ class Learner:
         cast(nn.Module, student).to(self.device)  # transformers' decorator hides the type of its `to`
         head = None if teacher_head is None else to_tensor(teacher_head, self.device)
         distiller = Distiller(student, processor, self.spec.objective, facts, head).to(self.device).train()
-        self.flops = StudentFlops.of(
-            student, distiller.normalize, distiller.blank, 0 if head is None else head.numel()
-        )  # now, as DeepSpeed may take the weights apart
+        if self.peak_flops:  # counted now, as DeepSpeed may take the weights apart
+            elements = 0 if head is None else head.numel()
+            self.flops = StudentFlops.of(student, distiller.normalize, distiller.blank, elements)
         return distiller
 
     def _engine(self, total_steps: int) -> DeepSpeedEngine:

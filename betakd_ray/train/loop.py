@@ -23,7 +23,6 @@ from betakd_ray.batch.sample import Sample
 from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.plan import Quarantined, ids_of, require_few
 from betakd_ray.data.rows import samples_of
-from betakd_ray.models.flops import peak_flops
 from betakd_ray.teacher.cache import CacheWriter
 from betakd_ray.teacher.client import TeacherClient
 from betakd_ray.teacher.remote import RemotePool
@@ -270,12 +269,11 @@ class Worker:
 
     def utilisation(self, usage: "Usage", elapsed_s: float) -> dict[str, float]:
         """Return the share of the devices' peak that the student's arithmetic took, where the peak is known."""
-        device, tokens = self.learner.device, usage.tokens
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        if peak is None:
+        peak, flops, tokens = self.learner.peak_flops, self.learner.flops, usage.tokens
+        if peak is None or flops is None:
             return {}
-        flops = self.learner.flops.step(tokens.real, usage.squares, tokens.answer, tokens.image, usage.pixels)
-        return {"flops_utilisation": flops / elapsed_s / (peak * self.ranks)}
+        done = flops.step(tokens.real, usage.squares, tokens.answer, tokens.image, usage.pixels)
+        return {"flops_utilisation": done / elapsed_s / (peak * self.ranks)}
 
     # ---------------------------------------------------------------------------- checkpoint and result
 

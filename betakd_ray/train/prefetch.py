@@ -18,11 +18,10 @@ from torch import Tensor
 from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs, most_salient, to_device, used_by
 from betakd_ray.teacher.parts import to_tensor
 from betakd_ray.train.distiller import Selection, TeacherView
-from betakd_ray.train.feed import Feed, MicroBatch, Step
+from betakd_ray.train.feed import POLL_S, Feed, MicroBatch, Step
 
 AHEAD = 2
 """Micro-batches that wait on the device."""
-POLL_S = 0.5
 
 
 @dataclass(frozen=True)
