@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, cast
 
 import ray
@@ -80,6 +79,7 @@ class TeacherPool:
     ) -> None:
         self._teacher, self._needs, self._spec, self._gpus = teacher, needs, pool, gpus
         self._gauges = Gauges(job)
+        self._actors: Any = None
         self._min, self._max = pool.min, max(pool.min, pool.max or pool.min)
         self._max_deaths = pool.max_restarts * self._max
         self._deaths = 0  # since a teacher last answered: on preemptible nodes they may die every hour, for days
@@ -271,11 +271,9 @@ class TeacherPool:
 
     def _place(self, number: int) -> Teacher:
         """Start a teacher, wherever there is a place for one."""
+        if self._actors is None:
+            self._actors = placed(self._scorer, placement(self._spec, self._gpus))
         return RemoteTeacher(number, self._actors.remote(self._teacher, self._needs))
-
-    @cached_property
-    def _actors(self) -> Any:
-        return placed(self._scorer, placement(self._spec, self._gpus))
 
     def _replace(self, failure: Unanswered) -> None:
         if self._deaths >= self._max_deaths:
