@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from betakd_ray.audit import audit
@@ -34,7 +35,8 @@ class SlowToReturn(TeacherScorer):
         super().__init__(spec, needs)
 
     def score(self, inputs: ModelInputs) -> GroupAnswer:
-        if inputs.input_ids.shape[1] > DEADLY_TOKENS and (inputs.input_ids != 0).any():  # a blank one is well
+        is_blank = len(np.unique(inputs.input_ids)) <= 2  # but for the tokens of its image
+        if inputs.input_ids.shape[1] > DEADLY_TOKENS and not is_blank:
             os._exit(1)
         return super().score(inputs)
 
