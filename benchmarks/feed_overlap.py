@@ -1,4 +1,4 @@
-"""How much longer a step takes than its slower side: `python -m benchmarks.feed_overlap`, some two minutes.
+"""How much longer a step takes than its slower side: `python -m benchmarks.feed_overlap`, some four minutes.
 
 Feed, client and pool are the real ones, with ranks as threads; teachers and students only take their time. Each rank
 does so many micro-batches a step. Printed: the time of a step over what its slower side alone would take, teachers as
@@ -29,7 +29,7 @@ from betakd_ray.train.feed import Collator, Feed
 ACCUMULATION = (1, 2, 4, 8, 16, 32)
 RANKS = TEACHERS = 4
 MICRO, LENGTH = 4, 8
-SAMPLE_S = 0.008
+SAMPLE_S = 0.016
 """What a student takes for a sample: long beside what this machine takes for the threads."""
 LIMIT = 1.05
 

@@ -25,10 +25,15 @@ def sample(number: int, length: int = 8, *, has_image: bool = False) -> Sample:
 
 
 class Answers:
-    """A teacher client that answers at once, or as `work` has it; refuses the keys in `refused`."""
+    """A teacher client that answers at once, or as `work` has it; refuses the keys in `refused`.
 
-    def __init__(self, work: Callable[[Sequence[Rendering]], None] = lambda group: None) -> None:
-        self.work = work
+    `busy_s` is what it says that a group took.
+    """
+
+    def __init__(
+        self, work: Callable[[Sequence[Rendering]], None] = lambda group: None, busy_s: float = 0.001
+    ) -> None:
+        self.work, self.busy_s = work, busy_s
         self.groups: list[int] = []
         self.refused: set[int] = set()
 
@@ -37,7 +42,7 @@ class Answers:
         self.work(group)
         refused = {at for at, view in enumerate(group) if int(view.input_ids[0]) in self.refused}
         signals: list[Any] = [None if at in refused else {} for at in range(len(group))]
-        return Answer(signals, dict.fromkeys(refused, "it cannot"), 0.001)
+        return Answer(signals, dict.fromkeys(refused, "it cannot"), self.busy_s)
 
 
 def collator(**limits: int) -> Collator:

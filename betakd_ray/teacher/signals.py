@@ -6,12 +6,14 @@ micro-batches the student will make of them. Groups depend on the order of the s
 never on how fast anybody is.
 """
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from betakd_ray.batch.packing import cut
@@ -30,7 +32,7 @@ FETCH_AT_A_TIME = 32
 COMPARED = 4
 """Stored signals that are compared with a live answer at the start of a run."""
 RECENT = 32
-"""Answers whose latency is remembered."""
+"""Answers over which a teacher's time for a group is taken."""
 
 
 class Said(NamedTuple):
@@ -86,7 +88,9 @@ class SignalSource:
         self._stored: list[Pending] = []
         self._to_compare = COMPARED
         self._lock = threading.Lock()
-        self._latencies: deque[float] = deque(maxlen=RECENT)
+        self._busy_s: deque[float] = deque(maxlen=RECENT)
+        self._transfer_s = math.inf
+        """What the quickest answer took beside the teacher's own work."""
 
     @property
     def is_filling(self) -> bool:
@@ -95,12 +99,13 @@ class SignalSource:
 
     @property
     def latency_s(self) -> float:
-        """Return the seconds that the quickest of the recent answers took.
+        """Return the seconds in which a teacher that has nothing else to do answers; 0.0 before the first answer.
 
-        The quickest, as one that queued took the longer the more was asked for; 0.0 before the first.
+        Time in a teacher's queue is no part of it: it grows with what is asked for, and what is asked for would grow
+        with it, without end.
         """
         with self._lock:
-            return min(self._latencies, default=0.0)
+            return self._transfer_s + fmean(self._busy_s) if self._busy_s else 0.0
 
     def add(self, sample: Sample) -> Pending:
         """Take the next sample of the stream; return it with the future of its signal."""
@@ -147,7 +152,8 @@ class SignalSource:
         try:
             answer = self._client.score([pending.sample.teacher for pending in group])
             with self._lock:
-                self._latencies.append(time.monotonic() - start)
+                self._busy_s.append(answer.busy_s)
+                self._transfer_s = max(0.0, min(self._transfer_s, time.monotonic() - start - answer.busy_s))
             for at, (pending, signal) in enumerate(zip(group, answer.signals, strict=True)):
                 if signal is not None and self._writer is not None:
                     self._writer.add(self._shards[pending.sample.shard], pending.sample.member, signal)

@@ -32,6 +32,8 @@ from betakd_ray.train.agreement import STOP, TAKEN, Gather, Proposal, StepCounts
 
 HELD_BYTES = 2 << 30
 """Limit in bytes of the samples that are read ahead, beyond the one step that there must be."""
+RECENT_STEPS = 9
+"""Steps over which the rate of the training is taken."""
 POLL_S = 0.5
 """How often a thread that waits looks whether the job is to stop."""
 
@@ -199,7 +201,8 @@ class Feed:
         self.activities = activities or Activities()
         self._ahead = _Ahead()
         self._wanted = 0
-        self._rate = self._mean_tokens = 0.0
+        self._mean_tokens = 0.0
+        self._taken_at: deque[float] = deque(maxlen=RECENT_STEPS)
         self.was_stopped = False
         """Whether the ranks agreed to stop before the last step."""
         self._changed = threading.Condition()
@@ -219,6 +222,7 @@ class Feed:
             step = self._ready[0]
             if isinstance(step, Step):  # the end stays, for whoever asks again
                 self._ready.popleft()
+                self._taken_at.append(time.perf_counter())
                 self._changed.notify_all()
         if isinstance(step, BaseException):
             raise step
@@ -268,20 +272,27 @@ class Feed:
 
     @property
     def _target(self) -> int:
-        """Samples to read ahead: a whole step, the window, and what the student uses up while a teacher answers.
+        """Samples to read ahead: a whole step, the window, and twice what the student uses up while a teacher answers.
 
         The last is measured. With less, the student would wait for every answer, however many teachers there are.
+        Twice, so that a student whose rate was bounded by what is in flight gets more of it, until it is bounded by
+        its own work or by the teachers.
         """
         during_an_answer = 2 * self._rate * self._source.latency_s
         window = self._window_tokens / max(self._mean_tokens, 1.0)
         return self._largest_share + int(window + during_an_answer)
+
+    @property
+    def _rate(self) -> float:
+        """Samples that are used up a second: over several steps, as steps behind a slow teacher come in bursts."""
+        taken = self._taken_at
+        return (len(taken) - 1) * self._largest_share / (taken[-1] - taken[0]) if len(taken) > 1 else 0.0
 
     # ------------------------------------------------------------------------------------------ the assembler
 
     def _assemble(self) -> None:
         end: BaseException | None = None
         try:
-            begun = time.perf_counter()
             for number in self._steps:
                 step = self._step(number)
                 if step is None:
@@ -290,8 +301,6 @@ class Feed:
                     self._wait_for(lambda: not self._ready)
                     self._ready.append(step)
                     self._changed.notify_all()
-                now = time.perf_counter()
-                self._rate, begun = self._largest_share / max(now - begun, 1e-6), now
         except Closed:
             pass
         except BaseException as error:  # raised again in the training's thread

@@ -163,6 +163,29 @@ def test_teachers_answer_while_the_student_waits_for_the_first_of_many_micro_bat
     feed.close()
 
 
+def test_no_more_is_in_flight_the_longer_a_teacher_s_queue_is() -> None:
+    """A time in a queue that counted as the teacher's would make the queue longer, and the time with it."""
+    teacher, lock = threading.Lock(), threading.Lock()
+    at_once, most, took_s = 0, 0, 0.005
+
+    def work(group: Any) -> None:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        with teacher:
+            time.sleep(took_s)
+        with lock:
+            at_once -= 1
+
+    rows = (sample(number) for number in range(100 * BATCH))
+    feed = make(rows, Answers(work, took_s), window_tokens=4 * 8 * BATCH)
+    assert sum(1 for _ in all_steps(feed.next_step)) == 100
+    # One step and a window of 4, what is used up during two answers, and the two that are made together.
+    assert 5 <= most <= 1 + 4 + 2 + 2 + 1
+    feed.close()
+
+
 def test_a_sample_without_an_answer_takes_no_part_and_is_told() -> None:
     client, told = Answers(), []
     client.refused = {5 + 3}
