@@ -30,9 +30,7 @@ class Answers:
     `busy_s` is what it says that a group took.
     """
 
-    def __init__(
-        self, work: Callable[[Sequence[Rendering]], None] = lambda group: None, busy_s: float = 0.001
-    ) -> None:
+    def __init__(self, work: Callable[[Sequence[Rendering]], None] = lambda group: None, busy_s: float = 0.001) -> None:
         self.work, self.busy_s = work, busy_s
         self.groups: list[int] = []
         self.refused: set[int] = set()
