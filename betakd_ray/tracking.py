@@ -244,18 +244,26 @@ class Metrics:
             return
         if self._number is None:  # known once there is something to write, which is after any earlier attempt's parts
             self._number = 1 + max((number for number, *_ in _parts(self._filesystem, self._root)), default=0)
-        name = f"{self._number:08d}-{self._attempt}.jsonl"
-        self._filesystem.makedirs(join(self._root, PARTS), exist_ok=True)
-        self._replace(join(PARTS, name), to_jsonl(self._lines))
+        self._store_part(self._number, self._attempt, to_jsonl(self._lines))
         self._lines = []
         self._number += 1
 
+    def _store_part(self, number: int, attempt: str, lines: str) -> None:
+        self._filesystem.makedirs(join(self._root, PARTS), exist_ok=True)
+        self._replace(join(PARTS, f"{number:08d}-{attempt}.jsonl"), lines)
+
     def _resume(self, step: int) -> None:
+        whole = join(self._root, METRICS)
+        has_whole = self._filesystem.exists(whole)
+        if has_whole and not _parts(self._filesystem, self._root):
+            # A run from before there were parts: all that it logged is in this one file.
+            logged = cast(bytes, self._filesystem.cat_file(whole)).decode()
+            self._store_part(0, "0", to_jsonl([{RESUMED: 0}]) + logged)
         self._lines[0] = {RESUMED: step}
         self._write_part()
-        if self._filesystem.exists(join(self._root, METRICS)):
-            # Of an attempt that was done but for its last word; its parts are there.
-            self._filesystem.rm_file(join(self._root, METRICS))
+        if has_whole:
+            # Else of an attempt that was done but for its last word; its parts are there.
+            self._filesystem.rm_file(whole)
 
     def _join(self) -> None:
         self._write_part()

@@ -125,6 +125,18 @@ def test_a_run_that_died_after_it_was_done_goes_on_from_its_parts(tmp_path: Path
     assert steps(tmp_path) == [1, 2, 3]
 
 
+def test_a_run_whose_metrics_are_one_file_without_parts_keeps_what_it_had_logged(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / METRICS).write_text("".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in (1, 2, 3, 4)))
+    for _ in range(2):  # and again, as the first attempt may die
+        metrics = begin(tmp_path, json.dumps({"step": 3, "records": 3}))
+        log(metrics, 4, 5)
+        metrics.flush()
+        assert steps(tmp_path) == [1, 2, 3, 4, 5]
+    metrics.close()
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+
+
 def test_metrics_that_are_missing_are_said_to_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     begin(tmp_path, json.dumps({"step": 2, "records": 2}))
     assert "2 records up to step 2 were logged and 0 are there" in caplog.text
