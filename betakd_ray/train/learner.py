@@ -104,7 +104,7 @@ class Learner:
         """
         clock = clock or StepClock(self.device)
         self.tally.clear(counts.most_samples)
-        _seed_step(self.spec.training.seed, number, self.rank)
+        _seed_step(self.spec.training.seed, number, self.rank, self.device)
         with clock.phase("forward_backward"):
             for at, batch in enumerate(micro_batches, 1):
                 # DeepSpeed reduces gradients over the ranks with the last micro-batch's backward.
@@ -250,6 +250,10 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _seed_step(seed: int, step: int, rank: int) -> None:
+def _seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
     """Give each rank dropout masks of its own in each step, and the same ones whenever the step is done again."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+    drawn = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
+    # Not torch.manual_seed, which asks every kind of device there might be: a hundred times as long.
+    torch.default_generator.manual_seed(drawn)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(drawn)
