@@ -85,3 +85,17 @@ def test_every_energy_and_weighting_has_a_section():
 
 def test_the_marked_example_is_found():
     assert EXAMPLES
+
+
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
+
+
+def test_every_file_that_the_architecture_names_is_there():
+    named = set(re.findall(r"`((?:betakd_ray|benchmarks|tests)/[\w./-]+)`", ARCHITECTURE))
+    assert len(named) > 20
+    assert not {name for name in named if not (ROOT / name).exists()}
+
+
+def test_the_architecture_names_every_room_of_the_data_s_way():
+    rooms = {path.parent.name for path in (ROOT / "betakd_ray").glob("*/__init__.py")}
+    assert rooms - {"models", "report", "batch"} <= set(re.findall(r"betakd_ray/(\w+)/", ARCHITECTURE))
