@@ -1,6 +1,5 @@
 """Conversations and images, written as checked WebDataset shards by webdataset's own writer."""
 
-import importlib
 import io
 import json
 import random
@@ -9,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from PIL import Image
 from rich.console import Console
@@ -25,7 +24,6 @@ from betakd_ray.storage import join
 
 MAGIC = {"jpg": rb"\xff\xd8\xff", "png": rb"\x89PNG\r\n\x1a\n", "webp": rb"RIFF....WEBP"}
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-SHAPES = ("circle", "rectangle", "triangle")
 
 
 def pack(
@@ -86,42 +84,6 @@ def llava_samples(conversations: str, images: str | None, storage: StorageSpec) 
     """
     for where, entry in _numbered_entries(conversations, storage):
         yield _llava_sample(entry, where, images, storage)
-
-
-def easy_vqa_samples(
-    split: Literal["train", "test"],
-    *,
-    limit: int | None = None,
-    wrong_answers: float = 0.0,
-    instead: Literal["kind", "any"] = "kind",
-    seed: int = 0,
-) -> Iterator[dict[str, Any]]:
-    """Questions of the easy-VQA package on 64×64 images of one shape, with one-word answers.
-
-    `limit` takes a random subset. `wrong_answers` is the fraction of the samples whose answer is replaced by another
-    one, all equally likely: of its kind (yes/no, shapes, colours), so that half of them tell nothing of a yes/no
-    question, or `any` (symmetric label noise). All follow `seed`. Raises DataError without the package.
-    """
-    package = _easy_vqa()
-    questions, answers, image_ids = getattr(package, f"get_{split}_questions")()
-    paths = getattr(package, f"get_{split}_image_paths")()
-    chosen = list(range(len(questions)))
-    if limit is not None:
-        chosen = sorted(random.Random(f"subset {seed}").sample(chosen, min(limit, len(chosen))))
-    noise = random.Random(f"noise {seed}")
-    wrong = set(noise.sample(chosen, round(wrong_answers * len(chosen))))
-    for number in chosen:
-        answer = answers[number]
-        given = noise.choice(_other_answers(answer, package.get_answers(), instead)) if number in wrong else answer
-        yield {
-            "id": f"{split}-{number:05d}",
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{questions[number]}"},
-                {"from": "gpt", "value": given},
-            ],
-            "type": "yes/no" if _kind(answer) == "yes/no" else "open",
-            "images": [paths[image_ids[number]]],
-        }
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -234,19 +196,3 @@ def _image_names(value: Any, where: str) -> Sequence[str]:
         if name.startswith("/") or ".." in name.split("/"):
             raise DataError(f"{where}: image {name!r} leaves the folder `images`; name it relative to that folder.")
     return names
-
-
-def _easy_vqa() -> Any:
-    try:
-        return importlib.import_module("easy_vqa")
-    except ImportError as error:
-        raise DataError("the package easy_vqa is not here: pip install --no-deps easy-vqa==1.0") from error
-
-
-def _other_answers(answer: str, answers: Sequence[str], instead: Literal["kind", "any"]) -> list[str]:
-    """All other answers, or those of the same kind, in a fixed order."""
-    return sorted(each for each in answers if each != answer and (instead == "any" or _kind(each) == _kind(answer)))
-
-
-def _kind(answer: str) -> str:
-    return "yes/no" if answer in ("yes", "no") else "shape" if answer in SHAPES else "colour"

@@ -10,8 +10,9 @@ from itertools import groupby, product
 from typing import Any
 
 from betakd_ray.data.manifest import read_manifest
-from betakd_ray.data.pack import SHAPES, easy_vqa_samples, pack
+from betakd_ray.data.pack import pack
 from betakd_ray.spec import EvaluationSpec, StorageSpec, parse_spec
+from jobs.easy_vqa.samples import SHAPES, easy_vqa_samples
 
 SHARDS = "runs/easy-vqa/shards"
 TEST = f"{SHARDS}/test-*.tar"

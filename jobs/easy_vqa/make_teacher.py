@@ -12,12 +12,12 @@ from transformers import AutoModelForImageTextToText
 
 from betakd_ray.cli import Overrides, explained, print_scores
 from betakd_ray.cluster import connected
-from betakd_ray.data.pack import easy_vqa_samples
 from betakd_ray.evaluation.run import Evaluation
 from betakd_ray.job import BetaKDJob
 from betakd_ray.models.student import student_config
 from betakd_ray.spec import ConfigInit, JobSpec, load_spec
 from jobs.easy_vqa.data import evaluation, pack_once
+from jobs.easy_vqa.samples import easy_vqa_samples
 from jobs.easy_vqa.vision import labels, make_processor, train_tower
 
 HERE = Path(__file__).parent

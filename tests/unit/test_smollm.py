@@ -7,9 +7,9 @@ from onnx import helper, numpy_helper
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, Dinov2Config, Dinov2Model
 
-from betakd_ray.data.pack import easy_vqa_samples
 from betakd_ray.models.vlm import language_model
 from jobs.easy_vqa.data import captions
+from jobs.easy_vqa.samples import easy_vqa_samples
 from jobs.smollm.parts import dinov2_state, write_with_fewer_layers
 from tests.tiny import save_tiny
 
