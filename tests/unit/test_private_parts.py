@@ -1,0 +1,110 @@
+"""Private parts of other packages that we use: each is listed with the version it was seen in, and compared with it.
+
+A part that changed fails here, before it fails in a job. Read what changed, mend what uses it, then write its new
+version and fingerprint, which the failure prints, into the table.
+"""
+
+import ast
+import hashlib
+import importlib
+import inspect
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "betakd_ray"
+
+ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
+DISPATCH = "torch.utils._python_dispatch"
+PARTS = {
+    # path of the part: (distribution, version it was seen in, fingerprint)
+    f"{ENGINE}.load_checkpoint": ("deepspeed", "0.19.8", "5728d3dfa42a"),
+    f"{ENGINE}._zero3_consolidated_16bit_state_dict": ("deepspeed", "0.19.8", "4d7c0d9c1571"),
+    "fsspec.spec.AbstractFileSystem._strip_protocol": ("fsspec", "2026.9.0", "d7bfe5591d2c"),
+    "ray._raylet.InnerGcsClient.get_cluster_status": ("ray", "2.60.0", "58180ac5d3b3"),
+    "ray.data._internal.execution.execution_callback.ExecutionCallback": ("ray", "2.60.0", "f73e921a09d3"),
+    "ray.train.torch.config._TorchBackend.on_start": ("ray", "2.60.0", "2d82fd3c0531"),
+    "ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError": ("ray", "2.60.0", "42a3dc53c46c"),
+    "torch._subclasses.fake_tensor.FakeTensorMode.__init__": ("torch", "2.13.0+cpu", "e7923d9063ac"),
+    "torch._subclasses.fake_tensor.unset_fake_temporarily": ("torch", "2.13.0+cpu", "8310fcc18043"),
+    "torch.distributed.distributed_c10d._World.pg_map": ("torch", "2.13.0+cpu", "08f9586e5eed"),
+    "torch.distributed.distributed_c10d._set_pg_timeout": ("torch", "2.13.0+cpu", "9562741d2772"),
+    f"{DISPATCH}.TorchDispatchMode.__torch_dispatch__": ("torch", "2.13.0+cpu", "70b067f6c816"),
+    f"{DISPATCH}.is_traceable_wrapper_subclass": ("torch", "2.13.0+cpu", "1d97b30149f2"),
+    "torch.utils._pytree.tree_leaves": ("torch", "2.13.0+cpu", "5fdc4a1e690f"),
+}
+COVERED = {
+    # how our code spells it: the part it is, or belongs to
+    "distributed_c10d._set_pg_timeout": "torch.distributed.distributed_c10d._set_pg_timeout",
+    "distributed_c10d._world": "torch.distributed.distributed_c10d._World.pg_map",
+    "engine._config": f"{ENGINE}.load_checkpoint",
+    "engine._zero3_consolidated_16bit_state_dict": f"{ENGINE}._zero3_consolidated_16bit_state_dict",
+    "ray._raylet.GcsClient": "ray._raylet.InnerGcsClient.get_cluster_status",
+    "ray.train.torch.config._TorchBackend": "ray.train.torch.config._TorchBackend.on_start",
+    "S3._strip_protocol": "fsspec.spec.AbstractFileSystem._strip_protocol",
+    "torch._subclasses.fake_tensor.FakeTensor": "torch._subclasses.fake_tensor.FakeTensorMode.__init__",
+    "torch._subclasses.fake_tensor.FakeTensorMode": "torch._subclasses.fake_tensor.FakeTensorMode.__init__",
+    f"{DISPATCH}.TorchDispatchMode": f"{DISPATCH}.TorchDispatchMode.__torch_dispatch__",
+}  # fmt: skip
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_uses() -> Iterator[str]:
+    """Yield each private name of another package that the library imports, or reads from an object not its own."""
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        own = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        own |= {node.attr for node in attributes if ast.unparse(node.value) in ("self", "cls")}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("betakd_ray"):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                yield from (name for name in names if any(map(is_private, name.split("."))))
+            elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
+                owner = ast.unparse(node.value)
+                if owner not in ("self", "cls", "os"):
+                    yield f"{owner}.{node.attr}"
+
+
+def test_every_private_part_in_use_is_listed() -> None:
+    used = set(private_uses())
+    assert {COVERED.get(name, name) for name in used} <= PARTS.keys()
+    assert COVERED.keys() <= used  # and nothing that is not used any more
+
+
+def part_of(path: str) -> Any:
+    """Return the object at a dotted path."""
+    names = path.split(".")
+    for count in range(len(names) - 1, 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(names[:count]))
+        except ModuleNotFoundError:
+            continue
+        for name in names[count:]:
+            found = getattr(found, name)
+        return found
+    raise LookupError(path)
+
+
+def fingerprint(path: str) -> str:
+    """Return a hash of the part's source; of its signature where it is compiled."""
+    part = part_of(path)
+    part = getattr(part, "__func__", None) or getattr(part, "fget", None) or part
+    try:
+        text = inspect.getsource(part)
+    except (TypeError, OSError):
+        text = f"{type(part).__name__}: {part.__doc__}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@pytest.mark.parametrize("path", PARTS)
+def test_a_private_part_is_as_it_was_seen(path: str) -> None:
+    distribution, seen_in, seen = PARTS[path]
+    now = fingerprint(path)
+    assert now == seen, f"{path}: seen in {distribution} {seen_in}, now {version(distribution)}: {now}"
