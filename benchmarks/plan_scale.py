@@ -40,9 +40,9 @@ from betakd_ray.train.source import SplitOnce, rows
 LOCAL = StorageSpec()
 RANKS = 2
 SAMPLES = 1000
-"""Of a shard that only stands in the manifest."""
+"""Samples of a shard that is only listed in the manifest."""
 SMALL = 20
-"""Of a shard that is there."""
+"""Samples of a shard that exists."""
 
 
 class Letters(Renderer):
@@ -73,7 +73,7 @@ class Figures:
     driver_before: int
     plan_s: float = 0.0
     first_s: dict[str, float] = field(default_factory=dict)
-    """From the callable to the first block of every rank."""
+    """Seconds from the callable to the first block, by rank."""
     callable_s: dict[str, float] = field(default_factory=dict)
     driver_peak: int = 0
     coordinator_peak: int = 0

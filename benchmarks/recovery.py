@@ -38,7 +38,7 @@ OVERRIDES = [
     "tracking.progress=false",
 ]
 AFTER_S = 3.0
-"""From a checkpoint to the kill: there are steps to do again."""
+"""Seconds from a checkpoint to the kill, so that there are steps to do again."""
 
 
 @dataclass(frozen=True)

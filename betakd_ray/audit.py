@@ -129,7 +129,7 @@ class Audit:
     """Where the planned samples of a run are, as of its newest committed checkpoint."""
 
     step: int
-    """Of that checkpoint; 0 without one."""
+    """Step of that checkpoint; 0 without one."""
     is_finished: bool
     shards: tuple[str, ...]
     samples: dict[str, NDArray[np.int64]]

@@ -46,7 +46,7 @@ def connected(spec: Any, jobs: int = 1) -> Iterator[None]:
 
 
 def _logical_cpus(spec: Any, jobs: int) -> int:
-    """For a local cluster: what the machine has, and at least a place for every reader, teacher and worker."""
+    """Return the CPUs of a local cluster: the machine's, and at least one for every reader, teacher and worker."""
     pools = spec.cluster
     workers = spec.training.workers.max if isinstance(spec, JobSpec) else 1
     asked = pools.teacher.min * pools.teacher.cpus + jobs * (workers * pools.student.cpus + pools.readers.cpus)

@@ -25,7 +25,7 @@ Scalar = Float[Tensor, ""]
 KNOBS = {"ctkd": "temperature", "taid": "t"}
 """The argument of each stateful energy that moves."""
 LEARNED = frozenset({"ctkd"})
-"""Those whose number a gradient moves."""
+"""Energies whose schedule value is learned by gradient."""
 
 
 class Temperature(nn.Module):

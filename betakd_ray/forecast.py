@@ -95,7 +95,7 @@ class Forecast:
 
     @property
     def gpus(self) -> float | None:
-        """Of the least that the job runs on; None where the cluster decides."""
+        """Return the fewest GPUs that the job runs on; None where the cluster decides."""
         pools = self.spec.cluster
         asked = [(pools.student.gpus, self.spec.training.workers.min)]
         asked += [(pools.teacher.gpus, pools.teacher.min)] if self.teacher else []
@@ -114,7 +114,7 @@ class Forecast:
 
     @property
     def sample(self) -> "SampleSize":
-        """As the student sees it."""
+        """Return the size of a mean sample, as the student sees it."""
         return self.samples["student"]
 
     @property
@@ -123,7 +123,7 @@ class Forecast:
 
     @property
     def signal(self) -> float:
-        """From the teacher, for a mean sample."""
+        """Return the bytes that a teacher sends for a mean sample."""
         return signal_bytes(self.needs, self.teacher, self.teacher_sample) if self.teacher else 0.0
 
     @property
@@ -276,9 +276,9 @@ class SampleSize:
     answer_tokens: float
     image_tokens: float
     pairs: float
-    """Of an answer token and an image token."""
+    """Pairs of an answer token and an image token."""
     bytes: float
-    """As it travels: ids, answer mask and decoded pixels."""
+    """Bytes of a sample on the wire: ids, answer mask and decoded pixels."""
 
     @classmethod
     def of(cls, inputs: ModelInputs) -> "SampleSize":

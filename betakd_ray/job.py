@@ -96,7 +96,7 @@ class JobResult:
     model: str
     """A folder that transformers' `from_pretrained` loads."""
     metrics: dict[str, Any]
-    """Of the last step that was logged."""
+    """Metrics of the last step that was logged."""
     steps: int
     planned: int
     """Samples over all epochs."""
@@ -277,7 +277,7 @@ class BetaKDJob:
         store = CheckpointStore(self.run, spec.output.storage)
         resumed = store.latest()
         quarantined = store.quarantined(resumed) if resumed else []
-        monitors = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here())
+        monitors = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=on_driver_node())
         monitor = cast(ActorHandle, monitors.remote(plan.samples, quarantined, spec.training.max_failures))
         actors.callback(ray.kill, monitor)
         self._monitor = monitor

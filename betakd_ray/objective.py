@@ -56,7 +56,7 @@ class TeacherRows:
     """Its final hidden states; the objective holds the head."""
     top_ids: Int[Tensor, "rows k"] | None = None
     top_log_probs: Float[Tensor, "rows buckets"] | None = None
-    """Of the `top_ids`, and in the last bucket of all other ids."""
+    """Log-probabilities of the `top_ids`, and in the last bucket of all other ids together."""
 
 
 def energy_function(energy: Energy) -> RowEnergy:
@@ -206,7 +206,7 @@ class _Chunks:
         self.moving_gradients = {name: torch.zeros_like(value) for name, value in self.learned.items()}
 
     def slices(self) -> Iterator[slice]:
-        """Of `chunk_rows` rows each."""
+        """Yield slices of `chunk_rows` rows each."""
         for start in range(0, len(self.targets), self.objective.chunk_rows):
             yield slice(start, start + self.objective.chunk_rows)
 

@@ -39,8 +39,10 @@ def kept_sigterm() -> Iterator[None]:
 
 @contextmanager
 def answering_sigterm() -> Iterator[None]:
-    """Of a process: wherever it is, a SIGTERM that nobody else handles ends it with the exit code that says to run it
-    again; once its work is done, no SIGTERM changes its exit code while Ray and Python take their leave."""
+    """Let a SIGTERM end the process with exit code 75 (run me again), unless another handler takes it.
+
+    After the block, SIGTERM is ignored, so that it cannot change the exit code while Ray and Python shut down.
+    """
 
     def end(*_: Any) -> None:
         print("betakd: was asked to stop. Run it again to go on.", file=sys.stderr)

@@ -33,7 +33,7 @@ from betakd_ray.tracking import from_jsonl, to_jsonl
 
 ROWS, TABLE = "rows.jsonl", "table.md"
 LONGEST_NAME = 200
-"""Of a job; a folder's may have 255 bytes."""
+"""Limit in characters of a job's name; a folder's name may have 255 bytes."""
 Row = dict[str, Any]
 
 

@@ -37,7 +37,7 @@ from betakd_ray.spec import (
 UNIT_SOFTPLUS = math.log(math.e - 1)
 """softplus of this is 1."""
 LEAST_SLOPE = 0.01
-"""Of β's bound, towards the inside."""
+"""Smallest slope of the bound for gradients that move β back inside."""
 
 CE = "ce"
 

@@ -15,7 +15,7 @@ from tenacity import Retrying, stop_after_delay, wait_fixed
 from tests.nodes import LABEL, free_port
 
 HEAD_ID = "f" * 51 + "00000"
-"""By which the provider knows the head."""
+"""Id by which the provider knows the head."""
 ADDRESS = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's public address
 IDLE_MINUTES = 0.1
 

@@ -80,7 +80,7 @@ def tokenizer(**named: str) -> PreTrainedTokenizerFast:
 
 
 def token_id(token: str) -> int:
-    """Of a special token."""
+    """Return the id of a special token."""
     return tokenizer().convert_tokens_to_ids(token)
 
 
@@ -94,7 +94,7 @@ def _with_video(kind: type, *arguments: Any, **options: Any) -> Any:
 
 
 def text_config(kind: str = "llama", **options: Any) -> dict[str, Any]:
-    """Of a language model."""
+    """Return the configuration of a language model."""
     return {
         "model_type": kind,
         "vocab_size": VOCAB,
@@ -112,7 +112,7 @@ def text_config(kind: str = "llama", **options: Any) -> dict[str, Any]:
 
 
 def vision_config(kind: str, **options: Any) -> dict[str, Any]:
-    """Of a vision tower."""
+    """Return the configuration of a vision tower."""
     return {
         "model_type": kind,
         "hidden_size": 16,
@@ -310,7 +310,7 @@ class Family:
     processor: Callable[[], Any]
     config: Callable[[], dict[str, Any]]
     template: str
-    """Of a DataSpec."""
+    """Template as a DataSpec names it."""
     pieces: Callable[[Turns], Iterator[tuple[str, bool]]]
     """A conversation, image tokens not expanded, written down again from the template's definition."""
 

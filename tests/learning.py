@@ -87,7 +87,7 @@ def sample_of(number: int, student: Rendering, teacher: Rendering | None = None)
 
 
 def collator_of(spec: JobSpec, renderer: Renderer, needs: Needs, facts: TeacherFacts | None) -> Collator:
-    """As a worker makes it."""
+    """Return a collator, as a worker makes it."""
     limits = (spec.training.micro_batch_samples, spec.training.micro_batch_tokens)
     return Collator(renderer.pad_token_id, renderer.image_token_id, needs, facts, *limits)
 

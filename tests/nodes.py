@@ -37,14 +37,14 @@ class Nodes:
         self._nodes[name] = self._add(name)
 
     def announce(self, name: str, notice_s: int) -> None:
-        """As a cloud does before it takes a spot node back."""
+        """Drain a node, as a cloud does before it takes a spot node back."""
         command = ["ray", "drain-node", "--address", self.address, "--node-id", self._nodes[name].node_id]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         command += ["--deadline-remaining-seconds", str(notice_s)]
         subprocess.run(command, check=True, capture_output=True)
 
     def processes(self, role: str) -> dict[int, str]:
-        """Those whose title has `role` in it: process id → node."""
+        """Return process id → node of the processes whose title has `role` in it."""
         found = {}
         for name, node in {HEAD: self._cluster.head_node, **self._nodes}.items():
             for process in _below(node.all_processes["raylet"][0].process.pid):

@@ -29,7 +29,7 @@ LDPV2_NAMES = (("linear_1.", "mlp.mlp.0."), ("linear_2.", "mlp.mlp.2."), ("peg."
 
 
 def mobilevlm_config(*, side: int = 2, pixels: int = 32, patch: int = 8, vocab: int = 384) -> MobileVLMConfig:
-    """By default 4×4 patches, which become 2×2 tokens."""
+    """Return a configuration, by default with 4×4 patches, which become 2×2 tokens."""
     return MobileVLMConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=VISION_WIDTH,
@@ -106,7 +106,7 @@ def original_names(state: dict[str, torch.Tensor], parts: Any, projector: Any) -
 
 
 def flat_config(model: Any, tower: Path, **fields: Any) -> dict[str, Any]:
-    """As liuhaotian/llava-v1.5-7b and mtgv/MobileVLM_V2-1.7B have it."""
+    """Return a flat configuration, as liuhaotian/llava-v1.5-7b and mtgv/MobileVLM_V2-1.7B have it."""
     text = model.config.text_config
     return {
         "architectures": ["LlavaLlamaForCausalLM"],

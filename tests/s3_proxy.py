@@ -78,7 +78,7 @@ class FaultyS3:
         self.requests: list[str] = []
         """`METHOD /path?query` of each, in order."""
         self.planned: list[Fault] = []
-        """Those injected that have not happened yet."""
+        """Injected faults that have not happened yet."""
         self.upstream = server.port
         self.ended = threading.Event()
         self._random = random.Random(seed)

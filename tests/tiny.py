@@ -143,7 +143,7 @@ def save_tiny(folder: str | Path, *, seed: int = 0, **config: Any) -> str:
 
 
 def numbered_samples(count: int, broken: int | None = None) -> list[dict[str, Any]]:
-    """As `pack` takes them; some are text only, and the image of number `broken` is cut off."""
+    """Return samples as `pack` takes them; some are text only, and the image of number `broken` is cut off."""
     samples = []
     for number in range(count):
         buffer = io.BytesIO()

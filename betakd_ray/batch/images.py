@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 Images = dict[str, NDArray[Any]]
-"""By the model's argument names: `pixel_values` and what goes with them. Empty where there is no image.
+"""The image arguments of a model by name: `pixel_values` and what goes with them. Empty where there is no image.
 
 Arrays of several images, or samples, are one after the other along the first axis, which may count images, crops of
 images or patches.
@@ -36,14 +36,14 @@ class Normalization:
 
     @classmethod
     def of(cls, image_processor: Any) -> "Normalization":
-        """As the image processor would have done it; None for a model that has none."""
+        """Return the normalization that the image processor would do; the identity for a model without one."""
         scale = image_processor.rescale_factor if getattr(image_processor, "do_rescale", False) else 1.0
         if not getattr(image_processor, "do_normalize", False):
             return cls(scale, (0.0,) * 3, (1.0,) * 3)
         return cls(scale, tuple(image_processor.image_mean), tuple(image_processor.image_std))
 
     def __call__(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
-        """Of images [..., 3, height, width], or of flat patches [patches, 3 · values a channel]."""
+        """Normalize images [..., 3, height, width], or flat patches [patches, 3 · values a channel]."""
         if pixels.dtype != torch.uint8:
             return pixels.to(dtype)
         channels = pixels.view(len(pixels), 3, -1, 1) if pixels.ndim == 2 else pixels
@@ -67,8 +67,8 @@ def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 @cache
 def _kept_constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """As `_constants`, made once: a copy from the host's unpinned memory waits for all that the GPU has to do."""
-    with torch.inference_mode(False):  # else a teacher's could not be used where gradients are made
+    """Return `_constants`, made once: a copy from unpinned host memory waits until the GPU has done all its work."""
+    with torch.inference_mode(False):  # otherwise autograd could not use what a teacher made
         return torch.tensor(values, device=device)[:, None, None]
 
 
@@ -114,7 +114,7 @@ class ImageProcessing:
 
 
 def joined_images(parts: Sequence[Images]) -> Images:
-    """Those of several images or samples, one after the other; zeros fill up an axis in which they differ."""
+    """Join the arrays of several images or samples along the first axis; zeros fill up an axis in which they differ."""
     return {name: _joined([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 

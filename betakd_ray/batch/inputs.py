@@ -141,7 +141,7 @@ class Pairs:
 
     @classmethod
     def of(cls, inputs: ModelInputs, device: torch.device) -> "Pairs":
-        """Those of a micro-batch, on `device`."""
+        """Make the pairs of a micro-batch, on `device`."""
         tokens = inputs.visual_per_sample
         of_each_row = tokens[inputs.row_sample]
         row = np.repeat(np.arange(len(of_each_row)), of_each_row)

@@ -114,7 +114,7 @@ class Renderer:
         return tuple(texts[0].count(self.image_token) for _, texts in map(self._probed, PROBES))
 
     def count_image_tokens(self, rendering: Rendering) -> int:
-        """Of all images of a sample."""
+        """Count the image tokens of a sample, over all its images."""
         return int((rendering.input_ids == self.image_token_id).sum())
 
     @property

@@ -81,8 +81,10 @@ def _read(
 
 @lru_cache(maxsize=8)
 def _fetched(content: ray.ObjectRef) -> Any:
-    """Once a process: a tokenizer takes up to a second to unpickle. Jobs that run side by side share processes, and
-    each has a reader and a ledger."""
+    """Get an object, once a process: a tokenizer takes up to a second to unpickle.
+
+    Several are kept, as jobs that run side by side share processes, and each has a reader and a ledger.
+    """
     return ray.get(content)
 
 

@@ -72,7 +72,7 @@ def with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
 
 
 def rows_for(index: int, rows: int) -> int:
-    """Of an embedding or head of `rows` that is to have a row `index`: as many, or more."""
+    """Return how many rows an embedding or head of `rows` needs so that it has a row `index`."""
     return rows if index < rows else -(-(index + 1) // PAD_ROWS_TO) * PAD_ROWS_TO
 
 

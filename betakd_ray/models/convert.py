@@ -60,7 +60,7 @@ NESTED: Names = {
     "language_model.lm_head.": "lm_head.",
 }
 TOWER: Names = {"vision_model.": VISION}
-"""Of CLIP and SigLIP, which have a text tower too."""
+"""Names of the vision tower in CLIP and SigLIP, which have a text tower too."""
 PROJECTORS: Mapping[str, Names] = {
     "mlp2x_gelu": {"0.": "linear_1.", "2.": "linear_2."},
     "ldpnetv2": {"mlp.mlp.0.": "linear_1.", "mlp.mlp.2.": "linear_2.", "peg.peg.0.": "peg."},

@@ -92,7 +92,7 @@ class StudentFlops:
     teacher_head: int
     """Elements of the teacher's lm_head, where the student makes its logits."""
     tower: float
-    """Of one number in `pixel_values`, in the vision tower's forward."""
+    """FLOPs of one number in `pixel_values`, in the vision tower's forward."""
     projector: Matrices
     tower_learns: bool
     reaches_language: bool

@@ -17,4 +17,4 @@ class Hidden:
     visual_layer: Float[Tensor, "image_tokens width"] | None = None
     """What a layer of the language model makes of them."""
     attention: Float[Tensor, "pairs heads"] | None = None
-    """Of the first layer, from each answer row to each image token of its sample."""
+    """Attention weights of the first layer, from each answer row to each image token of its sample."""

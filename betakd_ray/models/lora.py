@@ -17,7 +17,7 @@ from betakd_ray.models.vlm import language_model
 from betakd_ray.spec import LoraSpec
 
 NAME = "default"
-"""Of an adapter, in peft."""
+"""Name that peft gives an adapter."""
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraSpec, *, is_skeleton: bool = False) -> None:

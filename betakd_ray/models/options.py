@@ -49,7 +49,10 @@ def _check_keywords(spec: TeacherSpec, given: dict[str, Any], config: Pretrained
 
 
 def loading_keywords() -> set[str]:
-    """Of transformers' from_pretrained: in its signature, or taken out of its **kwargs, of which there is no list."""
+    """Return the keywords of transformers' from_pretrained: its parameters, and what it takes from its **kwargs.
+
+    There is no list of the latter, so they are read from its source.
+    """
     function = inspect.unwrap(PreTrainedModel.from_pretrained)
     popped = re.findall(r'kwargs\.pop\(\s*"(\w+)"', inspect.getsource(function))
     return {*inspect.signature(function).parameters, *popped, *_RETIRED}

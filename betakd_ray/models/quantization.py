@@ -38,6 +38,6 @@ def check_quantization(spec: TeacherSpec, config: PretrainedConfig) -> None:
 
 
 def _own_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
-    """Of the weights as they are stored."""
+    """Return the quantization of the stored weights; None if they are not quantized."""
     found = (getattr(each, "quantization_config", None) for each in (config, config.get_text_config()))
     return next(filter(None, found), None)

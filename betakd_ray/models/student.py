@@ -113,7 +113,10 @@ def _from_config(student: StudentSpec, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _partly_frozen(model: PreTrainedModel, student: StudentSpec, *, is_skeleton: bool = False) -> PreTrainedModel:
-    """With its adapters, if it is to have some; they alone learn in the language model then."""
+    """Freeze what the spec does not train, and add adapters if it asks for some.
+
+    With adapters, nothing else of the language model learns.
+    """
     for part, parameters in part_parameters(model).items():
         for parameter in parameters:
             parameter.requires_grad_(part in student.train and not (student.lora and part == "language_model"))
@@ -156,7 +159,10 @@ def _assembled(init: PartsInit) -> tuple[PretrainedConfig, Any]:
 
 
 def _copy_language_model(model: PreTrainedModel, source: ModelSpec) -> None:
-    """With a row for `<image>` where there was none, and the ends of sequence that it generates to."""
+    """Copy a language model into `model`; add an `<image>` row to embedding and head if they have none.
+
+    The ids that end a generated sequence are copied, too.
+    """
     original: Any = load_model(source, model.dtype)
     for module in (original.get_input_embeddings(), lm_head(original)):
         module.weight = nn.Parameter(with_row(module.weight.detach(), model.config.image_token_id))
@@ -175,7 +181,10 @@ def _copy_vision_tower(model: PreTrainedModel, source: ModelSpec) -> None:
 
 
 def _vision_tower(source: ModelSpec) -> nn.Module:
-    """By itself, or out of a CLIP, a SigLIP or a vision–language model. Raises ModelError."""
+    """Load a vision tower that stands alone, or is a part of a CLIP, a SigLIP or a vision–language model.
+
+    Raises ModelError.
+    """
     config = _tower_config(source)
     if auto_class(config) is not None:
         return _only(parts(load_model(source))["vision_tower"])
@@ -188,7 +197,7 @@ def _vision_tower(source: ModelSpec) -> nn.Module:
 
 
 def _tower_config(source: ModelSpec) -> PretrainedConfig:
-    """Of a vision tower, or of the model that it is a part of. Raises ModelError."""
+    """Load the configuration of a vision tower, or of the model that it is a part of. Raises ModelError."""
     config = from_pretrained(AutoConfig, source)
     if auto_class(config) is not None:
         return load_config(source)

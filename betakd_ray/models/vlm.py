@@ -73,7 +73,7 @@ def part_parameters(model: PreTrainedModel) -> dict[Part, list[nn.Parameter]]:
 
 
 def _children(module: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:
-    """Those of these names that there are."""
+    """Yield the child modules whose attribute name is in `names`."""
     for name in names:
         child = getattr(module, name, None)
         if isinstance(child, nn.Module):
@@ -184,7 +184,7 @@ def _arguments(kind: type) -> frozenset[str]:
 
 
 def _sum(features: Any) -> Tensor:
-    """Of all that the language model would see of an image."""
+    """Sum all features that the language model would see of an image."""
     layers = [features.pooler_output, *getattr(features, "deepstack_features", [])]
     return torch.stack([each.sum() for layer in layers for each in layer]).sum()
 
@@ -196,7 +196,7 @@ def with_attention_weights(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def attention_heads(model: PreTrainedModel) -> int:
-    """Of a layer of the language model."""
+    """Return the number of attention heads of a layer of the language model."""
     return model.config.get_text_config().num_attention_heads
 
 
@@ -232,7 +232,7 @@ def _of_pairs(
 def _at_image_tokens(
     states: Float[Tensor, "batch length width"] | tuple[Tensor, ...], inputs: TensorInputs
 ) -> Float[Tensor, "image_tokens width"]:
-    """Of what a layer returns; of a model that is spread over GPUs, its layer may be on another one."""
+    """Select the image tokens from what a layer returns; the layer may be on another GPU than the inputs."""
     states = states[0] if isinstance(states, tuple) else states
     at = (inputs.visual_sample.to(states.device), inputs.visual_position.to(states.device))
     return states[at].to(inputs.input_ids.device)

@@ -41,7 +41,7 @@ from betakd_ray.teacher.parts import PARTS, Needs, Signal, TeacherFacts
 
 FORMAT = 2
 FILE_BYTES = 64 << 20
-"""Of a file of signals: smaller ones are made only at the end of a run."""
+"""Size in bytes of a file of signals; only the last files of a run are smaller."""
 KEPT_BYTES = 128 << 20
 """Limit of the signals that a student worker keeps in memory: of a small set, rows are read epochs ahead of their
 answers."""

@@ -47,11 +47,11 @@ class TeacherFacts:
     """What a student must know of the teacher before the first batch. Small: the head travels by itself."""
 
     width: int
-    """Of the hidden states, and so of the image tokens that the language model receives."""
+    """Width of the hidden states, and so of the image tokens that the language model receives."""
     heads: int
     """Attention heads of a layer."""
     dtype: str
-    """Of the hidden states, as torch calls it, e.g. bfloat16."""
+    """dtype of the hidden states by torch's name, e.g. bfloat16."""
     fingerprint: str = ""
     """A hash of configuration and weights, for the cache; empty if there is none."""
     top_k_vocab: int = 0
@@ -227,9 +227,9 @@ class Part:
     """Its values over all samples of a forward: [places, *shape], or [B, *shape] of a part on the sample; None where no
     sample has a place."""
     shape: Callable[[Needs, TeacherFacts], tuple[int, ...]]
-    """Of one value."""
+    """Shape of one value."""
     dtype: str | None = None
-    """As torch calls it; None for the teacher's own."""
+    """dtype by torch's name; None for the teacher's own."""
     tag: Callable[[Needs], str] | None = None
     """How `Needs.tag` calls it, if not by its name."""
     reads_attention: bool = False
@@ -339,7 +339,7 @@ _TABLE = (
     ),
 )
 PARTS: Mapping[str, Part] = {part.name: part for part in _TABLE}
-"""By name."""
+"""The table, by name of the part."""
 FEATURES = cast(tuple[Feature, ...], tuple(name for name, part in PARTS.items() if part.axis == "sample"))
 
 

@@ -287,14 +287,17 @@ class TeacherPool:
         self._add()
 
 
-def here() -> NodeAffinitySchedulingStrategy:
-    """With the driver, whose loss ends the job anyway: no other node's loss shall."""
+def on_driver_node() -> NodeAffinitySchedulingStrategy:
+    """Place an actor on the driver's node.
+
+    If that node fails the job ends anyway; the failure of another node must not end it.
+    """
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def start_pool(teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float, job: str) -> ActorHandle:
     """The pool as an actor, owned by the caller: it lives as long as the job's driver does."""
-    manager = ray.remote(TeacherPool).options(num_cpus=0, max_concurrency=1, scheduling_strategy=here())
+    manager = ray.remote(TeacherPool).options(num_cpus=0, max_concurrency=1, scheduling_strategy=on_driver_node())
     return cast(ActorHandle, manager.remote(teacher, needs, pool, gpus, job))
 
 

@@ -80,7 +80,7 @@ class Roster:
     version: int
     """Another one for each change of the members."""
     members: Mapping[int, Teacher] | None
-    """By number; None where the one who asks has this version already."""
+    """Teachers by number; None if the caller has this version already."""
     is_expecting: bool
     """Whether teachers are being placed, loaded, replaced or lent, so that there will be some who waits for them."""
 

@@ -271,7 +271,7 @@ def _source(module: str) -> str:
 
 
 def _plain(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """With those that a quantised tensor is made of in its place."""
+    """Yield (name, tensor), with the tensors that make up a quantised one in its place."""
     for name, tensor in tensors.items():
         if is_traceable_wrapper_subclass(tensor):
             inner, _ = tensor.__tensor_flatten__()

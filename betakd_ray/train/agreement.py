@@ -115,7 +115,7 @@ class StepCounts:
     most_samples: int
     """Valid samples of the rank that has most."""
     micro_batches: int
-    """Of every rank; a rank that has fewer adds empty ones, whose weight is zero."""
+    """Micro-batches that every rank runs; a rank that has fewer adds empty ones, whose weight is zero."""
     squares: int
     """Σ L² over the samples' lengths."""
     pixels: int

@@ -44,5 +44,5 @@ class Deaths(ray.train.UserCallback):
 
 
 def causes(failures: dict[int, Exception]) -> str:
-    """Of the workers' deaths, in one line."""
+    """Return the causes of the workers' deaths in one line."""
     return "; ".join(f"rank {rank}: {failure}" for rank, failure in failures.items())

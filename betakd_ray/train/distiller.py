@@ -88,7 +88,7 @@ class Distiller(nn.Module):
         self.register_buffer("on_rows", torch.tensor(on_rows, dtype=torch.long, device=device), persistent=False)
         self.feature_layer = objective.feature_layer
         self.maps = nn.ModuleDict()
-        """For each channel that needs one, a trained affine map from the teacher's width or heads to the student's."""
+        """Trained affine maps from the teacher's width or heads to the student's, by channel that needs one."""
         if facts:
             width = (facts.width, head.weight.shape[1])
             sizes = {FD: width, TOP_K: width, ATTENTION: (facts.heads, attention_heads(student))}

@@ -58,7 +58,7 @@ class Step:
     counts: StepCounts
     micro_batches: Sequence[MicroBatch]
     samples: Sequence[Sample]
-    """Those that take part."""
+    """Samples that take part."""
     teacher_busy_s: float = 0.0
     """Seconds that teachers computed for them."""
 

@@ -38,7 +38,7 @@ else:
     DeepSpeedEngine = Any  # imported only where something trains: it takes seconds, and greets on the terminal
 
 FOREVER = timedelta(days=365)
-"""For groups of processes whose collectives may wait for a teacher or a store; who is gone is found by `watch`."""
+"""Limit of collectives that may wait for a teacher or a store. A rank that is gone is found by `watch`."""
 
 
 class Learner:
@@ -238,7 +238,7 @@ class Learner:
 
 
 def _bound_collectives(timeout: timedelta) -> None:
-    """For DeepSpeed's groups as for ours: it makes them with torch's default, half an hour, and has no option."""
+    """Set the timeout of every process group. DeepSpeed makes its own with torch's default and has no option for it."""
     for group in distributed_c10d._world.pg_map:
         distributed_c10d._set_pg_timeout(timeout, group)
 

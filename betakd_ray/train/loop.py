@@ -40,9 +40,9 @@ from betakd_ray.train.watch import Start, Watch
 from betakd_ray.train.worker import STOPPED, WorkerConfig
 
 COUNTS = ("samples", "dropped", "skipped", "skipped_in_a_row")
-"""Of a worker, in a checkpoint's progress."""
+"""Counters of a worker that a checkpoint's progress keeps."""
 QUANTILES = (0.1, 0.5, 0.9)
-"""Of β over a global batch."""
+"""Quantiles of β over a global batch that are logged."""
 
 
 class Worker:
@@ -363,7 +363,7 @@ class Usage:
         self.steps = self.samples = self.squares = self.pixels = 0
         self.tokens = TokenCounts()
         self.teacher_busy_s = 0.0
-        """Of this rank's samples."""
+        """Seconds that teachers computed for this rank's samples."""
 
     def add(self, step: Step) -> None:
         """Add a step."""

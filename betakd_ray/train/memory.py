@@ -54,7 +54,7 @@ class TeacherModel:
     weights: int
     """Bytes."""
     largest_share: int
-    """Of the weights, on that of its GPUs which has most."""
+    """Bytes of weights on the teacher's fullest GPU."""
     working: int
     """Bytes that one group of samples takes at its peak."""
     quantization: str | None = None
@@ -165,12 +165,12 @@ def student_memory(
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Of a distiller's parameters, in elements."""
+    """Sizes of a distiller's parameters, in elements."""
 
     trained: int
     frozen: int
     bytes: int
-    """Of an element."""
+    """Bytes of an element."""
 
 
 def _sizes(distiller: Distiller) -> _Sizes:
@@ -180,7 +180,7 @@ def _sizes(distiller: Distiller) -> _Sizes:
 
 
 GRADIENT_BYTES = 4
-"""Of the sum over micro-batches, in every precision."""
+"""Bytes of an element of the gradient's sum over micro-batches, in every precision."""
 
 
 def _held(spec: JobSpec, sizes: _Sizes, ranks: int) -> StudentMemory:

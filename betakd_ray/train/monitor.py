@@ -68,7 +68,10 @@ class Monitor:
         self._failures = 0
 
     def workers_died(self, reason: str) -> None:
-        """Once for each restart. On preemptible nodes that may be every hour, for days; it is to lead somewhere."""
+        """Count a restart of the workers, and give up after too many without a new checkpoint in between.
+
+        Preemptible nodes may cause one every hour, for days, which is well as long as the job gets on.
+        """
         self._failures += 1
         if self._failures > self._max_failures:
             self.fail(

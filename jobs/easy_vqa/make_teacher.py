@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 
 
 def main(overrides: Overrides = []) -> None:  # noqa: B006 (typer's way)
-    """From nothing to the table; what an earlier run finished is not done again."""
+    """Make everything, from nothing to the table; what an earlier run finished is not done again."""
     with explained():
         spec = load_spec(HERE / "teacher.yaml", overrides)
         pack_once("clean", "test")

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """From nothing to the table; what an earlier run finished is not done again."""
+    """Make everything, from nothing to the table; what an earlier run finished is not done again."""
     pack_once("noisy", "test")
     distilled = load_spec(HERE / "distill.yaml")
     with connected(distilled):

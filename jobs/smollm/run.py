@@ -25,7 +25,7 @@ LAYERS = 6
 
 
 def main() -> None:
-    """From two packages to the table."""
+    """Make everything, from two packages to the table."""
     pack_once("captions", "noiseless", "noisy", "test")
     write_language_model(PARTS / "language_model")
     write_vision_tower(PARTS / "vision_tower", IMAGE_SIZE)

@@ -29,7 +29,7 @@ NOTICE_S = 15
 OUTAGE_S = 90
 """Twice what requests are repeated for."""
 PATIENCE_S = 300.0
-"""For the next checkpoint; a job that makes none for so long hangs."""
+"""Seconds to wait for the next checkpoint; a job that makes none for so long hangs."""
 
 
 class Storm(AbstractContextManager["Storm"]):
@@ -109,7 +109,7 @@ class Storm(AbstractContextManager["Storm"]):
         self._driver = self._start()
 
     def end_driver(self) -> None:
-        """As `ray job stop` does, and a node that is drained: it saves, and says that it wants to be resumed."""
+        """Terminate the driver as `ray job stop` does, and a drained node: it saves, and asks to be resumed."""
         self._wait(self._hears)
         self._driver.terminate()
         code = self._driver.wait(timeout=PATIENCE_S)

@@ -32,7 +32,7 @@ EVENTS = (
     "stop_worker",
 )
 FAULT_RATE = 0.02
-"""Of the requests to the store."""
+"""Share of the requests to the store that fail."""
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ class SlowToReturn(TeacherScorer):
 
 
 class Pool(module.TeacherPool):
-    """Of such teachers."""
+    """A pool of such teachers."""
 
     _scorer = SlowToReturn
 

@@ -119,7 +119,7 @@ class SlowScorer(TeacherScorer):
 
 
 class SlowPool(TeacherPool):
-    """Of such teachers."""
+    """A pool of such teachers."""
 
     _scorer = SlowScorer
 
@@ -157,7 +157,7 @@ class MortalScorer(TeacherScorer):
 
 
 class MortalPool(TeacherPool):
-    """Of such teachers."""
+    """A pool of such teachers."""
 
     _scorer = MortalScorer
 

@@ -509,7 +509,7 @@ def two_nodes(run):
 
 
 def write_rank(folder):
-    """As DeepSpeed does; every rank has files of its own, and the first those that all read."""
+    """Write files as DeepSpeed does: every rank has its own, and the first those that all read."""
     rank = dist.get_rank()
     (folder / "deepspeed").mkdir()
     (folder / OPTIMIZER.format(rank)).write_bytes(bytes([rank]) * 100)
@@ -542,7 +542,7 @@ def test_a_rank_copies_its_own_files_and_a_node_once_what_all_of_them_read(tmp_p
 
 
 def convert(folder):
-    """As DeepSpeed's conversion does, on a node that has every rank's files."""
+    """Convert as DeepSpeed does, on a node that has every rank's files."""
     assert len(list((folder / "deepspeed").glob("*_optim_states.pt"))) == 3
     (folder / PARAMETER).parent.mkdir(parents=True)
     (folder / PARAMETER).write_bytes(b"parameter")

@@ -55,7 +55,7 @@ def llava(vocab=VOCAB):
 
 
 def original_mobilevlm(vocab=VOCAB):
-    """As published: 24×24 patches, 144 tokens."""
+    """Return a model as published: 24×24 patches, 144 tokens."""
     return mobilevlm(mobilevlm_config(side=12, pixels=96, patch=4, vocab=vocab))
 
 
@@ -72,7 +72,7 @@ def write_llava(root, model=None, *, tower_inside=False, shards=1, **fields):
 
 
 def write_mobilevlm(root, model=None, **fields):
-    """With a tower inside that is not the separate one."""
+    """Write a model whose inner tower is not the separate one."""
     model = model or original_mobilevlm()
     tower = write_tower(root / "clip", mobilevlm(model.config, seed=9))
     mobile = {
@@ -88,7 +88,7 @@ def write_mobilevlm(root, model=None, **fields):
 
 
 def logits_of(model):
-    """Of one image and a few tokens; the image token is each model's own."""
+    """Return the logits of one image and a few tokens; the image token is each model's own."""
     config = model.config
     count = config.image_seq_length
     ids = [1, 40, *[config.image_token_id] * count, 50, 60, 70]

@@ -35,7 +35,7 @@ SIZES = {
     "two at once": [(16, 16), (64, 20)],
     "another": [(31, 62)],
 }
-"""Of their images: width and height."""
+"""Width and height of their images."""
 OF_TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 

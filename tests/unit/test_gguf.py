@@ -78,7 +78,7 @@ def save_gguf(
     without: str = "",
     also: dict[str, str] | None = None,
 ) -> Path:
-    """As llama.cpp's converter writes it: names, order of rotary rows and metadata are its own.
+    """Write a file as llama.cpp's converter does: names, order of rotary rows and metadata are its own.
 
     Matrices are of a `kind`, one tensor is left `without`, and `also` are further texts of the metadata.
     """
@@ -314,7 +314,7 @@ def of_parts(file: Path) -> None:
 
 
 def _with(file: Path, key: str, number: int) -> bytes:
-    """With one more number in the metadata, before all else there."""
+    """Return the file with one more number in the metadata, before all others."""
     content = file.read_bytes()
     version, tensors, keys = struct.unpack_from("<IQQ", content, 4)
     entry = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<II", gguf.GGUFValueType.UINT32, number)

@@ -99,7 +99,7 @@ def test_a_shipped_spec_plans_and_learns_with_small_models(file: Path, home: Pat
 
 
 def test_the_recipe_is_the_papers() -> None:
-    """As ../shared/paper/models.md has it; what is a default there is one here."""
+    """Compare with the paper's recipe; what is a default there is one here."""
     recipe = {file.stem: load_spec(file) for file in (JOBS / "mobilevlm").glob("*.yaml")}
     for name, spec in recipe.items():
         optimizer, training = spec.optimizer, spec.training

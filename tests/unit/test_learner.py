@@ -81,7 +81,7 @@ class Step:
     energies: torch.Tensor
     gradients: dict[str, torch.Tensor]
     norm: float
-    """Of the student's gradient, before clipping."""
+    """Norm of the student's gradient, before clipping."""
     moving: dict[str, float]
     """ctkd's temperature and taid's t after the step."""
 

@@ -78,7 +78,7 @@ class Found:
     stored: int
     """Bytes of the engine's checkpoint."""
     logits: torch.Tensor | None
-    """Of the student with its adapters; not of one that ZeRO-3 has in pieces."""
+    """Logits of the student with its adapters; None for one that ZeRO-3 has in pieces."""
 
 
 def inputs() -> dict[str, torch.Tensor]:

@@ -18,9 +18,9 @@ pytestmark = pytest.mark.timeout(600)
 TINY = 2.0**-9
 """Added to 1 in bfloat16 it is lost: 1 + 2⁻⁹ is half of the way to the next number, and rounds to even."""
 MICRO_BATCHES = (129, 3, 1, 40)
-"""Of one step after the other."""
+"""Micro-batches of one step after the other."""
 Gradients = list[list[float]]
-"""For each step, the distinct values that a parameter's gradient has; one if all is well."""
+"""Distinct values that a parameter's gradient has, for each step; one if all is well."""
 
 
 class Toy(nn.Module):
@@ -110,7 +110,7 @@ def _all(cases: list[tuple[int, str, bool]]) -> dict[tuple[int, str, bool], Grad
 
 
 def _unname_shared_memory() -> None:
-    """As the learner does: DeepSpeed leaves it behind."""
+    """Unname it as the learner does: DeepSpeed leaves it behind."""
     dist.barrier()
     for left in Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_{dist.get_rank()}"):
         left.unlink()

@@ -47,7 +47,7 @@ TOWERS = ("clip", "siglip", "dinov2", "llava")
 
 
 def save_tower(folder: Path, kind: str) -> str:
-    """As the hub has them: CLIP and SigLIP with their text towers; DINOv2, which learned on larger images, alone."""
+    """Save a tower as the hub has it: CLIP and SigLIP with their text towers; DINOv2, of larger images, alone."""
     size = {"height": SIDE, "width": SIDE}
     words = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     if kind == "llava":
