@@ -43,7 +43,7 @@ from betakd_ray.spec import VISUAL_ENERGIES, JobSpec, ManualWeighting, TeacherSp
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.parts import Needs, TeacherFacts
-from betakd_ray.teacher.pool import Teachers, here
+from betakd_ray.teacher.pool import Teachers, on_driver_node
 from betakd_ray.teacher.remote import unwrapped
 from betakd_ray.tracking import to_jsonl
 from betakd_ray.train.backend import Deaths, FoundTorchConfig, causes
