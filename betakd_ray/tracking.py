@@ -138,8 +138,9 @@ class Metrics:
         self._count = 0
         self._filesystem, self._root = open_store(run, spec.output.storage)
         self._attempt = os.urandom(4).hex()
-        # Of the thread: lines not written yet, and the number of the next part once it is known.
-        self._lines: list[Record] = [{RESUMED: 0}]
+        # Of the thread: lines not written yet, and the number of the next part once it is known. Nothing is written
+        # before `_resume` has said from where: a part that began at step 0 would undo what was logged before.
+        self._lines: list[Record] = []
         self._number: int | None = None
         self._trackers: list[Tracker] = []
         self._failure: BaseException | None = None
@@ -259,7 +260,7 @@ class Metrics:
             # A run from before there were parts: all that it logged is in this one file.
             logged = cast(bytes, self._filesystem.cat_file(whole)).decode()
             self._store_part(0, "0", to_jsonl([{RESUMED: 0}]) + logged)
-        self._lines[0] = {RESUMED: step}
+        self._lines.append({RESUMED: step})
         self._write_part()
         if has_whole:
             # Else of an attempt that was done but for its last word; its parts are there.

@@ -103,6 +103,22 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     ]
 
 
+def test_a_resume_that_takes_long_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint takes minutes to load; meanwhile nothing may be written that begins the metrics again."""
+    metrics = begin(tmp_path)
+    log(metrics, 1, 2, 3)
+    reference = metrics.reference()
+    metrics.flush()
+    monkeypatch.setattr(tracking, "FLUSH_S", 0.01)
+    metrics = Metrics(spec(tmp_path), str(tmp_path / "run"))
+    time.sleep(0.3)
+    assert steps(tmp_path) == [1, 2, 3]
+    metrics.restore(reference)
+    log(metrics, 4)
+    metrics.close()
+    assert steps(tmp_path) == [1, 2, 3, 4]
+
+
 def test_a_run_that_begins_again_without_a_checkpoint_begins_its_metrics_again(tmp_path: Path) -> None:
     first = begin(tmp_path)
     log(first, 1, 2)
