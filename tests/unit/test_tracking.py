@@ -207,6 +207,7 @@ def test_a_tracker_that_is_away_is_a_warning(
 ) -> None:
     monkeypatch.setitem(tracking.TRACKERS, "tensorboard", Broken)
     metrics = Metrics(spec(tmp_path, "tensorboard"), str(tmp_path / "run"))
+    metrics.restore(None)
     log(metrics, 1, 2, 3)
     metrics.close()
     assert steps(tmp_path) == [1, 2, 3]
