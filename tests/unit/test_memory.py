@@ -87,7 +87,7 @@ def _spec(folder: Path, case: Case) -> JobSpec:
 
 
 def _inputs(spec: JobSpec) -> ModelInputs:
-    """Long enough that activations matter, 384 tokens, and one of them shorter: padding costs an attention mask."""
+    """Return samples of 384 tokens, so that activations matter, and a shorter one, because padding needs a mask."""
     renderer = Renderer(student_processor(spec.student), spec.data)
     short, long = (
         renderer.render(raw_sample(1, "It is a long red circle. " * times, has_image=True)) for times in (20, 25)
@@ -102,12 +102,12 @@ def _needs(spec: JobSpec) -> Needs:
 
 
 def _measure(folder: Path, cases: list[Case]) -> Measured:
-    """Each case with the real engine, one after the other."""
+    """Measure each case with the real engine, one after the other."""
     return {case: _measured(folder, case) for case in cases}
 
 
 def _measured(folder: Path, case: Case) -> dict[str, int]:
-    """Peak and checkpoint size of two steps."""
+    """Return the peak memory and the checkpoint size of two steps, in bytes."""
     spec = _spec(folder, case)
     assert spec.teacher
     scorer = TeacherScorer(spec.teacher, _needs(spec))
@@ -157,7 +157,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Measured:
-    """One rank's cases."""
+    """Return the measurements of the cases with one rank."""
     return spawned(_measure, folder, folder, ALONE)
 
 
