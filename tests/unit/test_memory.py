@@ -1,8 +1,9 @@
 """The memory that a plan promises is what the real engine takes.
 
-Measured is the peak of torch's own CPU allocator, as its profiler records every allocation and release of it, from the
-building of the learner through two steps. The resident set of the process would say less: it has the libraries, memory
-that was freed and not given back, and lacks what was allocated and not touched (DeepSpeed's gradient bucket).
+The tests measure the peak of torch's own CPU allocator, whose allocations and releases torch's profiler records, from
+the construction of the learner through two steps. The resident set of the process would be less exact. It contains the
+libraries, and memory that was freed but not returned. It lacks memory that was allocated but never used (DeepSpeed's
+gradient bucket).
 """
 
 import gc

@@ -341,7 +341,7 @@ def test_pydantic_s_own_error_does_not_repeat_it_either():
 
 
 class Telltale(BaseHTTPRequestHandler):
-    """Refuses everything, and repeats in its refusal what it was sent, and secrets that it was not."""
+    """Server that refuses every request; its answer repeats the request, and has secrets that were not in it."""
 
     protocol_version = "HTTP/1.1"
 

@@ -1,4 +1,4 @@
-"""One shard: its samples, what damage does to it, and what a failing store does to its reader."""
+"""One shard: its samples, the effects of damage to it, and the effects of a failing store on its reader."""
 
 import bz2
 import gzip

@@ -123,7 +123,7 @@ def test_silence_is_given_up_after_two_minutes_on_average():
 
 
 class Troubled(BaseHTTPRequestHandler):
-    """Gives CONTENT to GET and HEAD, once `server.troubles` are used up: a status, or "cut" for half of an answer."""
+    """Server that answers GET and HEAD with CONTENT after `server.troubles`: a status, or "cut" for half an answer."""
 
     protocol_version = "HTTP/1.1"
 
