@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BetaKDJob", "BetaWeighting", "JobResult", "JobSpec", "energy", "errors", "load_spec"]
 
-# These libraries read them when they are imported. What is set already wins.
+# DeepSpeed and Ray read these variables when they are imported. A value that is already set is kept.
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
 
@@ -22,7 +22,7 @@ _HEAVY = {"BetaKDJob": "job", "JobResult": "job", "BetaWeighting": "weighting", 
 
 
 def __getattr__(name: str) -> Any:
-    """What brings torch or Ray with it is imported when it is asked for; a spec is checked without either."""
+    """Import a name that needs torch or Ray at its first use, so that a spec is checked without importing either."""
     if name in _HEAVY:
         return getattr(import_module(f"betakd_ray.{_HEAVY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

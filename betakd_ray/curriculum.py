@@ -1,7 +1,7 @@
-"""What changes in an energy as the job goes on: ctkd's temperature, taid's place between student and teacher.
+"""Numbers of an energy that change during a job: ctkd's temperature T, and taid's position t from student to teacher.
 
-Each is one number, alike on every rank because only reduced numbers move it, saved with every checkpoint, and driven by
-the progress of the *job*, so that a restart changes nothing.
+Each is one number. It is equal on every rank, because only values reduced over all ranks change it. It is saved with
+every checkpoint. It depends on the progress of the *job*, so a restart does not change it.
 """
 
 import math
@@ -23,13 +23,13 @@ from betakd_ray.spec import (
 Scalar = Float[Tensor, ""]
 
 KNOBS = {"ctkd": "temperature", "taid": "t"}
-"""The argument of each stateful energy that moves."""
+"""Energy → the name of its argument that changes during the job."""
 LEARNED = frozenset({"ctkd"})
-"""Energies whose schedule value is learned by gradient."""
+"""Energies whose number is learned by gradient."""
 
 
 class Temperature(nn.Module):
-    """T = start + range · sigmoid(θ), for an adversary: θ climbs the loss that the student descends (CTKD)."""
+    """T = start + range · sigmoid(θ), learned against the student: θ raises the loss that the student lowers (CTKD)."""
 
     def __init__(self, schedule: TemperatureSchedule) -> None:
         super().__init__()
@@ -37,12 +37,12 @@ class Temperature(nn.Module):
         self.theta = nn.Parameter(torch.tensor(schedule.theta))
 
     def value(self) -> Scalar:
-        """T, differentiable in θ."""
+        """Return T, differentiable in θ."""
         return self.schedule.start + self.schedule.range * self.theta.sigmoid()
 
 
 class Interpolation(nn.Module):
-    """t of TAID, raised after each optimizer step:
+    """t of TAID, which is raised after each optimizer step.
 
     δ = (L_prev − L) / (L_prev + 1e-15),   m ← b·m + (1−b)·δ
     t ← min(t_end, max(t_0 + (t_end − t_0)·progress, t + a·sigmoid(m)·(1−t)))
@@ -60,14 +60,15 @@ class Interpolation(nn.Module):
         self.register_buffer("previous", torch.tensor(math.nan))
 
     def value(self) -> Scalar:
-        """t, a constant of the step."""
+        """Return t, which is constant within a step."""
         return self.t
 
     @torch.no_grad()
     def observe(self, loss: Scalar, progress: float) -> None:
-        """Move on, given the global batch's mean energy and the job's progress from 0 to 1. No host synchronisation."""
+        """Update t from the global batch's mean energy and job progress (0 to 1), without host synchronisation."""
         schedule = self.schedule
-        change = torch.nan_to_num((self.previous - loss) / (self.previous + 1e-15), nan=0.0)  # the first has no before
+        # At the first step `previous` is NaN.
+        change = torch.nan_to_num((self.previous - loss) / (self.previous + 1e-15), nan=0.0)
         self.momentum.lerp_(change, 1 - schedule.momentum)
         linear = schedule.start + (schedule.end - schedule.start) * progress
         risen = self.t + schedule.rate * self.momentum.sigmoid() * (1 - self.t)
@@ -76,7 +77,7 @@ class Interpolation(nn.Module):
 
 
 class Curriculum(nn.Module):
-    """The moving numbers of a job's energies; empty for most jobs."""
+    """Numbers of a job's energies that change during the job; most jobs have none."""
 
     def __init__(self, energies: Sequence[Energy]) -> None:
         super().__init__()
@@ -88,17 +89,20 @@ class Curriculum(nn.Module):
                 self.moving[energy.kind] = Interpolation(energy.schedule)
 
     def values(self) -> dict[str, Scalar]:
-        """Each stateful channel's number; a temperature's carries a gradient to θ."""
+        """Return the number of each stateful channel. A temperature is differentiable in θ."""
         return {name: cast(Temperature | Interpolation, module).value() for name, module in self.moving.items()}
 
     @torch.no_grad()
     def observe(self, energies: Mapping[str, Scalar], progress: float) -> None:
-        """Tell an applied step's mean energies over the global batch, alike on every rank."""
+        """Update t of TAID after an applied step.
+
+        `energies` are the mean energies over the global batch, equal on every rank.
+        """
         for name, module in self.moving.items():
             if isinstance(module, Interpolation):
                 module.observe(energies[name], progress)
 
 
 def reversal(progress: float) -> float:
-    """λ of ctkd's gradient reversal: 0 at the start of the job, −1 at its end, on a cosine."""
+    """Return λ of ctkd's gradient reversal: 0 at the start of the job, −1 at its end, along a cosine."""
     return -0.5 * (1 - math.cos(math.pi * progress))

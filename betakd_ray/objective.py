@@ -1,8 +1,8 @@
-"""Answer rows → per-sample energies and the gradient of one scalar: the only place with vocabulary-wide tensors.
+"""Answer rows → energies per row and the gradient of one scalar: the only module with vocabulary-wide tensors.
 
-Because the weights of a batch are known before its losses (see `weighting`), the gradient with respect to the logits is
-made in the forward pass, chunk by chunk: logits of `chunk_rows` rows exist at a time, whatever the batch. All energies
-of a job share one computation of the teacher's and the student's logits.
+The weights of a batch are known before its losses (see `weighting`). Therefore the forward pass also computes the
+gradient with respect to the logits, chunk by chunk: logits of only `chunk_rows` rows exist at a time, whatever the size
+of the batch. All energies of a job share one computation of the teacher's and the student's logits.
 """
 
 import math
@@ -20,15 +20,20 @@ from betakd_ray.spec import Energy, ObjectiveSpec
 from betakd_ray.weighting import CE
 
 STATISTICS = ("student_entropy", "teacher_entropy", "matching_distance", "top1_agreement")
-"""Per row, averaged over samples like an energy; computed on logging steps only (paper Figures 5, 6). All but the first
-ask for a teacher's logits."""
+"""Names of statistics per row, averaged over samples like an energy (paper Figures 5, 6).
+
+They are computed on logging steps only. All except the first need a teacher's logits.
+"""
 
 RowEnergy = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
-"""(teacher_logits, student_logits, moving numbers by channel) → [rows]."""
+"""Function of (teacher_logits [rows, vocab], student_logits [rows, vocab], `moving`: channel → number []) → [rows]."""
 
 
 def project(rows: Float[Tensor, "rows width"], weight: Float[Tensor, "vocab width"]) -> Float[Tensor, "rows vocab"]:
-    """Logits in float32 from the matrix product itself: rounded to bf16 first, a small KL would lose its gradient."""
+    """Return logits in float32 (or float64 for float64 rows), without rounding them to bfloat16 first.
+
+    With logits rounded to bfloat16, a small KL would lose its gradient.
+    """
     if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(rows, weight.t(), out_dtype=torch.float32)
     dtype = torch.promote_types(torch.float32, rows.dtype)
@@ -38,29 +43,29 @@ def project(rows: Float[Tensor, "rows width"], weight: Float[Tensor, "vocab widt
 def top_k(
     logits: Float[Tensor, "rows vocab"], k: int
 ) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"], Float[Tensor, "rows 1"]]:
-    """The k largest of each row, their ids, and the log-sum-exp of the rest."""
+    """Return the k largest logits of each row, their ids, and the log-sum-exp of the rest."""
     top, ids = logits.topk(k, dim=1)
     return top, ids, rest_of(logits, ids)
 
 
 def rest_of(logits: Float[Tensor, "rows vocab"], ids: Int[Tensor, "rows k"]) -> Float[Tensor, "rows 1"]:
-    """The log-sum-exp over all but `ids`."""
+    """Return the log-sum-exp of each row over all ids except `ids`."""
     return logits.scatter(1, ids, -math.inf).logsumexp(dim=1, keepdim=True)
 
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """What the teacher says of each answer row; at least one way."""
+    """The teacher's output for each answer row: hidden states, the k largest probabilities, or both."""
 
     hidden: Float[Tensor, "rows teacher_width"] | None = None
-    """Its final hidden states; the objective holds the head."""
+    """Final hidden states of the teacher; the objective holds the teacher's head."""
     top_ids: Int[Tensor, "rows k"] | None = None
     top_log_probs: Float[Tensor, "rows buckets"] | None = None
-    """Log-probabilities of the `top_ids`, and in the last bucket of all other ids together."""
+    """Log-probabilities of the `top_ids`, then of all other ids together: buckets = k + 1."""
 
 
 def energy_function(energy: Energy) -> RowEnergy:
-    """The energy of a spec with its options bound."""
+    """Return the function of an energy, with the options that the spec gives."""
     options = energy.model_dump(exclude={"kind", "schedule"})
     function = ENERGIES[energy.kind]  # type: ignore[attr-defined]
     knob = KNOBS.get(energy.kind)  # type: ignore[attr-defined]
@@ -73,22 +78,23 @@ def energy_function(energy: Energy) -> RowEnergy:
 
 
 class RowLosses(NamedTuple):
-    """What the objective says of a micro-batch's answer rows."""
+    """Result of the objective for a micro-batch's answer rows."""
 
     total: Float[Tensor, ""]
-    """Carries gradients to the student's rows and to the lm_head."""
+    """Weighted sum, differentiable with respect to the student's rows and the lm_head."""
     values: Float[Tensor, "rows values"]
-    """A column per channel, then one per name in `RowObjective.measures` if those were asked for; detached."""
+    """One column per channel, then one per name in `RowObjective.measures` if statistics were requested; detached."""
     moving_gradients: Mapping[str, Float[Tensor, ""]]
-    """∂total/∂ each number that is learned."""
+    """Channel → ∂total/∂(its learned number)."""
 
 
 class RowObjective(nn.Module):
     """Energies on logits, for the answer rows of a micro-batch.
 
-    It holds the student's lm_head, so that whatever gathers parameters for a forward (ZeRO-3) gathers that too, and a
-    frozen copy of the teacher's, `teacher_head` [V_t, H_t]. Where the two vocabularies differ by padding, energies
-    compare the common ids (of a top-k signal, the first `top_k_vocab`); the cross-entropy sees all of the student's.
+    It holds the student's lm_head, so that ZeRO-3, which gathers a module's parameters before its forward pass, gathers
+    that head too. It also holds a frozen copy of the teacher's, `teacher_head` [V_t, H_t]. If the two vocabularies
+    differ by padding, energies compare the common ids (with a top-k signal, the first `top_k_vocab` ids). The
+    cross-entropy uses all ids of the student.
     """
 
     def __init__(
@@ -107,7 +113,7 @@ class RowObjective(nn.Module):
         self.functions = [energy_function(energy) for energy in self.energies]
         self.top_k_vocab = top_k_vocab
         self.measures = STATISTICS if teacher_head is not None or top_k_vocab else STATISTICS[:1]
-        # Not a buffer: it is the teacher's, so it is neither saved nor rounded to the student's precision.
+        # Not a buffer: a buffer would be saved with the student and rounded to the student's precision.
         self.teacher_head = teacher_head
 
     def forward(
@@ -120,10 +126,10 @@ class RowObjective(nn.Module):
         moving: Mapping[str, Float[Tensor, ""]] | None = None,
         statistics: bool = False,
     ) -> RowLosses:
-        """Σ_rows Σ_channels w · D, and D itself per row.
+        """Return Σ_rows Σ_channels w · D, and D per row and channel.
 
-        `moving` has the present number of each stateful channel (see `curriculum`). Raises ValueError if there are
-        energies and no teacher rows.
+        `moving` maps each stateful channel to its current number (see `curriculum`). `statistics` requests the columns
+        of `measures` too. Raises ValueError if there are energies and no teacher rows.
         """
         if self.energies and not (teacher and self._has_logits(teacher)):
             raise ValueError(
@@ -136,7 +142,11 @@ class RowObjective(nn.Module):
     def compared(
         self, teacher: TeacherRows | None, rows: slice, student_logits: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        """Teacher's and student's logits of one chunk on the same ids; for a top-k signal, on the same buckets."""
+        """Return the teacher's and the student's logits of one chunk on the same ids; None without a teacher's logits.
+
+        `student_logits` is [rows, V_s]. Both results are [rows, common ids]; with a top-k signal, they are
+        [rows, k + 1]: the `top_ids`, and one bucket for all other ids.
+        """
         if teacher is None or not self._has_logits(teacher):
             return None
         if teacher.top_ids is not None:
@@ -161,7 +171,11 @@ class RowObjective(nn.Module):
         targets: Tensor,
         moving: Mapping[str, Tensor],
     ) -> list[Tensor]:
-        """Each channel's value per row of one chunk."""
+        """Return the values of each channel for one chunk: a list of [rows], in the order of `channels`.
+
+        `compared` is the result of the method `compared`: two [rows, ids]. `student_logits` is [rows, V_s], `targets`
+        is [rows].
+        """
         values = [cross_entropy(student_logits, targets)] if self.ce else []
         if compared is not None:
             teacher_logits, student_logits = compared
@@ -170,7 +184,10 @@ class RowObjective(nn.Module):
 
     @staticmethod
     def statistics(compared: tuple[Tensor, Tensor] | None, student_logits: Tensor) -> list[Tensor]:
-        """Each of `measures` per row; of a top-k signal, those of its buckets."""
+        """Return each of `measures` for one chunk: a list of [rows]; of the buckets with a top-k signal.
+
+        `compared` is the result of the method `compared`: two [rows, ids]. `student_logits` is [rows, V_s].
+        """
         if compared is None:
             return [entropy(student_logits)]
         teacher_logits, student_logits = compared
@@ -184,7 +201,7 @@ class RowObjective(nn.Module):
 
 
 class _Chunks:
-    """What a chunked pass needs besides the tensors it differentiates; one chunk's logits at a time."""
+    """Inputs of a chunked pass that autograd does not track, and the computation of one chunk at a time."""
 
     def __init__(
         self,
@@ -200,23 +217,23 @@ class _Chunks:
         self.targets = targets
         self.row_weights = row_weights
         self.statistics = statistics
-        # Leaves of their own: what moves them is not this objective's business.
+        # Detached: the objective returns gradients for these numbers and does not update them.
         self.moving = {name: value.detach().requires_grad_(name in LEARNED) for name, value in moving.items()}
         self.learned = {name: value for name, value in self.moving.items() if value.requires_grad}
         self.moving_gradients = {name: torch.zeros_like(value) for name, value in self.learned.items()}
 
     def slices(self) -> Iterator[slice]:
-        """Yield slices of `chunk_rows` rows each."""
+        """Yield the slices of the rows, `chunk_rows` rows each; the last may be shorter."""
         for start in range(0, len(self.targets), self.objective.chunk_rows):
             yield slice(start, start + self.objective.chunk_rows)
 
     def values(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(weighted sum, values) of one chunk of rows."""
+        """Return the weighted sum [] and the detached values [rows, columns] of one chunk with `logits` [rows, V_s]."""
         compared = self.objective.compared(self.teacher, rows, logits)
         columns = self.objective.values(compared, logits, self.targets[rows], self.moving)
         values = torch.stack(columns, dim=1) if columns else logits.new_zeros((logits.shape[0], 0))
         weights = self.row_weights[rows]
-        # 0 · inf would poison a row that takes no part.
+        # A row with weight 0 may have an infinite value, and 0 · inf would make the sum NaN.
         total = torch.where(weights != 0, values * weights, 0.0).sum()
         values = values.detach()
         if self.statistics:
@@ -226,7 +243,7 @@ class _Chunks:
         return total, values
 
     def gradient(self, rows: slice, total: Tensor, logits: Tensor) -> Tensor:
-        """∂total/∂logits; the learned numbers' is added up aside."""
+        """Return ∂total/∂logits [rows, V_s], and add the gradients of the learned numbers to `moving_gradients`."""
         gradient, *learned = torch.autograd.grad(total, [logits, *self.learned.values()], allow_unused=True)
         for name, part in zip(self.learned, learned, strict=True):
             if part is not None:
@@ -234,12 +251,15 @@ class _Chunks:
         return gradient.masked_fill_(self.absent(rows), 0.0)
 
     def absent(self, rows: slice) -> Tensor:
-        """[rows, 1] which take no part: such a row may not be finite, and 0 · NaN would reach the head."""
+        """Return whether all weights of a row are 0, [rows, 1].
+
+        Such a row may not be finite, and 0 · NaN would make the gradient of the head NaN.
+        """
         return (self.row_weights[rows] == 0).all(dim=1, keepdim=True)
 
 
 class _ChunkedRows(torch.autograd.Function):
-    """The gradient is complete after the forward pass; backward only scales it."""
+    """Autograd function whose forward pass already computes the gradient; the backward pass only scales it."""
 
     @staticmethod
     def forward(
@@ -258,6 +278,8 @@ class _ChunkedRows(torch.autograd.Function):
             logits = project(student_rows[rows], weight)
             if bias is not None:
                 logits += bias
+            # Autograd is off inside a Function's forward. It is enabled for one chunk's logits, so that the graph of
+            # this chunk is freed before the next one starts.
             with torch.enable_grad():
                 logits.requires_grad_(need_rows or need_weight or need_bias)
                 chunk_total, chunk_values = chunks.values(rows, logits)
@@ -269,6 +291,7 @@ class _ChunkedRows(torch.autograd.Function):
             if grad_rows is not None:
                 grad_rows[rows] = (grad.to(weight.dtype) @ weight).to(grad_rows.dtype)
             if grad_weight is not None:
+                # An absent row may hold NaN, and the zero in `grad` would not remove it: 0 · NaN is NaN.
                 taking_part = student_rows[rows].masked_fill(chunks.absent(rows), 0.0)
                 grad_weight += project(grad.t().to(weight.dtype), taking_part.t())
             if grad_bias is not None:
@@ -292,6 +315,6 @@ class _ChunkedRows(torch.autograd.Function):
 def segment_mean(
     values: Float[Tensor, "rows columns"], segment: Int[Tensor, " rows"], counts: Int[Tensor, " segments"]
 ) -> Float[Tensor, "segments columns"]:
-    """Mean of the rows of each segment; zero for an empty one."""
+    """Return the mean of the rows of each segment; zero for an empty segment."""
     sums = values.new_zeros((counts.shape[0], values.shape[1])).index_add_(0, segment, values)
     return sums / counts.clamp_min(1)[:, None].to(values.dtype)

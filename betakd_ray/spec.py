@@ -1,8 +1,8 @@
-"""What a job is: one frozen, closed tree of pydantic models.
+"""The description of a job: one frozen tree of pydantic models.
 
-YAML in, JSON out. Every default is the paper's (Beta-KD §4.1 and its released recipe); a field nobody knows is an
-error. Nothing here imports torch or ray, so a spec is checked in milliseconds and before anything is asked of a
-cluster. Secrets have no place in a spec: storage credentials come from the environment's usual chain.
+It is read from YAML and stored as JSON. Every default is the paper's (Beta-KD §4.1 and its released recipe). An unknown
+field is an error. This module imports neither torch nor ray, so a spec is checked in milliseconds, before the job uses
+a cluster. A spec must not hold secrets: storage credentials come from the environment.
 """
 
 import difflib
@@ -34,7 +34,7 @@ from betakd_ray.errors import SpecError, without_secrets, without_url_secrets
 
 
 class Spec(BaseModel):
-    """Base of every section: immutable, and no key that is not declared."""
+    """Base class of every section, which is immutable and accepts only declared keys."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True, allow_inf_nan=False
@@ -42,7 +42,7 @@ class Spec(BaseModel):
 
 
 def _public(url: str) -> str:
-    """A spec is kept with its run and printed in the model card."""
+    """Refuse a URL with a secret, because a spec is stored with its run and printed in the model card."""
     if "\0" in url:
         raise ValueError("holds a NUL character, which no path or URL has")
     if without_url_secrets(url) != url:
@@ -54,14 +54,14 @@ def _public(url: str) -> str:
 
 
 def _absolute(location: str) -> str:
-    """A plain path made absolute (Ray's workers run in folders of their own); a URL is left as it is."""
+    """Return a path as an absolute path, because Ray's workers run in other folders; return a URL unchanged."""
     if re.match(r"^[a-z][a-z0-9+.-]*://", location):
         return location
     return os.path.abspath(os.path.expanduser(location))
 
 
 def _absolute_if_present(location: str) -> str:
-    """A model is a hub id unless a folder of that name is here."""
+    """Return the absolute path of an existing folder; any other relative name is a hub id and is returned unchanged."""
     return (
         _absolute(location)
         if os.path.exists(os.path.expanduser(location)) or location.startswith(("/", "./", "~"))
@@ -94,7 +94,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class StorageSpec(Spec):
-    """How to reach an object store. Credentials come from the environment, never from here."""
+    """Access to an object store. Credentials come from the environment, never from a spec."""
 
     endpoint_url: Url | None = Field(default=None, description="S3 endpoint, for stores other than AWS")
     region: str | None = None
@@ -102,12 +102,12 @@ class StorageSpec(Spec):
 
 
 def _named(value: Any) -> Any:
-    """`fkl` is short for `{kind: fkl}`."""
+    """Expand the short form `fkl` to `{kind: fkl}`."""
     return {"kind": value} if isinstance(value, str) else value
 
 
 class _Place(Spec):
-    """A folder and the store it is in; a path or URL alone will do."""
+    """A folder and the store that holds it. A path or URL alone is a short form."""
 
     path: Location
     storage: StorageSpec = StorageSpec()
@@ -119,8 +119,10 @@ class _Place(Spec):
 
 
 class CacheSpec(_Place):
-    """Where a teacher's answers are kept: every epoch after the first, and every job with the same teacher, template
-    and image size, finds them there."""
+    """Storage for a teacher's answers.
+
+    Every epoch after the first reads them there. So does every job with the same teacher, template and image size.
+    """
 
 
 # ---------------------------------------------------------------------------------------------------- data
@@ -131,7 +133,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 class TrainingData(Spec):
-    """Shards, and how often an epoch reads them; a path or URL alone is read once."""
+    """Shards, and how often an epoch reads them. A path or URL alone is read once per epoch."""
 
     path: Location = Field(description="a path or URL, with {00..07} braces and * globs")
     weight: float = Field(default=1.0, gt=0, le=1000, description="passes an epoch, e.g. 2.5, or 0.1 for a tenth")
@@ -150,7 +152,7 @@ class TrainingData(Spec):
 
 
 class DataSpec(Spec):
-    """Which shards are read, and how a conversation becomes tokens."""
+    """Settings for reading shards and for turning conversations into tokens."""
 
     train: Annotated[tuple[TrainingData, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = Field(
         description="shards: paths or URLs, with {00..07} braces and * globs, each alone or as {path, weight}"
@@ -171,7 +173,7 @@ class DataSpec(Spec):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The paths and URLs of `train`, without their weights."""
+        """Return the paths and URLs of `train`, without their weights."""
         return tuple(entry.path for entry in self.train)
 
 
@@ -203,14 +205,17 @@ class ModelSpec(Spec):
 
 
 class HiddenSignal(Spec):
-    """The final hidden state of every answer token: with the teacher's head, its exact logits."""
+    """The final hidden state of every answer token, which gives the exact logits with the teacher's head."""
 
     kind: Literal["hidden"] = "hidden"
 
 
 class TopKSignal(Spec):
-    """The k largest probabilities of every answer token, and the rest of the mass as one bucket: a tenth of the bytes,
-    no copy of the teacher's head with the students, and a bias (docs/objective.md)."""
+    """The k largest probabilities of every answer token, and the rest of the mass as one bucket.
+
+    It needs a tenth of the bytes of `hidden`, and the students need no copy of the teacher's head. It has a bias
+    (docs/objective.md).
+    """
 
     kind: Literal["top_k"] = "top_k"
     k: int = Field(default=64, ge=1)
@@ -229,11 +234,11 @@ _LOADING = {
     "use_safetensors": "is always true: a pickle can run code",
     "weights_only": "is always true: a pickle can run code",
 }
-"""Keywords of from_pretrained that are not an option."""
+"""Keyword of from_pretrained that `teacher.options` may not set → the reason."""
 
 
 class TeacherSpec(ModelSpec):
-    """The frozen teacher, served by actors of its own."""
+    """The frozen teacher, which runs in its own actors."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     signal: Signal = Field(default=HiddenSignal(), description="what travels for energies on logits")
@@ -279,7 +284,7 @@ class CheckpointInit(ModelSpec):
 
 
 class ConfigInit(Spec):
-    """Start from random weights, from a transformers configuration."""
+    """Start from random weights, with a transformers configuration."""
 
     kind: Literal["config"] = "config"
     config: dict[str, Any] = Field(description="a transformers config, with its model_type")
@@ -309,7 +314,7 @@ Part = Literal["language_model", "projector", "vision_tower"]
 
 
 class LoraSpec(Spec):
-    """Low-rank adapters (arXiv 2106.09685) in the language model, whose own weights stay as they are."""
+    """Low-rank adapters (arXiv 2106.09685) in the language model, whose own weights do not change."""
 
     r: int = Field(default=16, ge=1, description="rank")
     alpha: Positive = Field(default=32.0, description="what an adapter adds is scaled by alpha / r")
@@ -323,7 +328,7 @@ class LoraSpec(Spec):
 
 
 class StudentSpec(Spec):
-    """The model that learns. Parts not named in `train` are frozen and outside the optimizer."""
+    """The model that is trained. Parts that `train` does not name are frozen and not in the optimizer."""
 
     init: Annotated[CheckpointInit | ConfigInit | PartsInit, Field(discriminator="kind")]
     train: tuple[Part, ...] = Field(default=("language_model", "projector"), min_length=1)
@@ -344,7 +349,10 @@ class Energy(Spec):
 
 
 class _OnProbabilities(Energy):
-    """Defined on any split of the vocabulary into buckets, so also on `top_k` signals, at temperature 1."""
+    """An energy that is defined for any split of the vocabulary into buckets.
+
+    Therefore it also works on `top_k` signals, at temperature 1.
+    """
 
     teacher_temperature: Positive = Field(default=1.0, description="τ_t")
     student_temperature: Positive = Field(default=1.0, description="τ_s")
@@ -385,7 +393,7 @@ class AdaptiveKL(_OnProbabilities):
 
 
 class TemperatureSchedule(Spec):
-    """T = start + range · sigmoid(θ); θ learns to raise the loss, the more so the further the job is."""
+    """T = start + range · sigmoid(θ). θ learns to raise the loss, with a gradient that grows during the job."""
 
     start: Positive = Field(default=1.0, description="lowest temperature")
     range: Positive = Field(default=3.0, description="above it (the original's 20 was for image classes)")
@@ -393,7 +401,7 @@ class TemperatureSchedule(Spec):
 
 
 class CurriculumTemperature(Energy):
-    """CTKD: forward KL at one temperature for teacher and student, learned against the student."""
+    """CTKD: forward KL at one temperature for teacher and student, which is learned against the student."""
 
     kind: Literal["ctkd"] = "ctkd"
     schedule: TemperatureSchedule = TemperatureSchedule()
@@ -401,8 +409,10 @@ class CurriculumTemperature(Energy):
 
 
 class InterpolationSchedule(Spec):
-    """t, the target's place between student (0) and teacher (1): at least linear in the job's progress, and faster
-    while the loss falls."""
+    """Schedule of t, the position of the target between student (0) and teacher (1).
+
+    t rises at least linearly with the job's progress, and faster while the loss falls.
+    """
 
     start: Fraction = Field(default=0.4, description="t_0")
     end: Fraction = Field(default=1.0, description="t_end")
@@ -443,18 +453,18 @@ class CosineProbs(_OnProbabilities):
 
 
 class VisualEnergy(Energy):
-    """A channel on image tokens; a text-only sample does not have it."""
+    """A channel on image tokens, which a text-only sample does not have."""
 
 
 class FeatureLayer(Spec):
-    """A layer of each language model, counted from 1; its output is meant."""
+    """One layer of each language model, counted from 1; its output is compared."""
 
     teacher: int = Field(ge=1)
     student: int = Field(ge=1)
 
 
 class FeatureDistance(VisualEnergy):
-    """Features of image tokens, through a trained map from the teacher's width to the student's."""
+    """Distance of the image tokens' features, after a trained map from the teacher's width to the student's."""
 
     kind: Literal["fd"] = "fd"
     layer: FeatureLayer | Literal["projector"] = Field(
@@ -465,20 +475,20 @@ class FeatureDistance(VisualEnergy):
 
 
 class AlignAttention(VisualEnergy):
-    """Align-KD's attention term: how much each answer row looks at each image token in the first layer."""
+    """Align-KD's attention term: attention from each answer row to each image token in the first layer."""
 
     kind: Literal["align_attention"] = "align_attention"
 
 
 class AlignTopK(VisualEnergy):
-    """Align-KD's feature term: `fd` on those image tokens that the teacher's first layer looks at most."""
+    """Align-KD's feature term: `fd` on the image tokens with the most attention in the teacher's first layer."""
 
     kind: Literal["align_topk"] = "align_topk"
     tokens: int = Field(default=16, ge=1, description="image tokens of a sample")
 
 
 class Relation(VisualEnergy):
-    """LLaVA-KD's relation term: how alike a sample's image tokens are to each other, in teacher and student."""
+    """LLaVA-KD's relation term: similarities between the image tokens of a sample, in teacher and student."""
 
     kind: Literal["relation"] = "relation"
 
@@ -516,7 +526,7 @@ class EqualWeighting(Spec):
 
 
 class ManualWeighting(Spec):
-    """Fixed weights, given, or set once from the scales of the first steps (the paper's "initial scales")."""
+    """Fixed weights: given, or set once from the scales of the first steps (the paper's "initial scales")."""
 
     kind: Literal["manual"] = "manual"
     weights: dict[str, Annotated[float, Field(ge=0)]] | Literal["auto"] = "auto"
@@ -532,11 +542,11 @@ class ManualWeighting(Spec):
 
 
 LARGEST_LOG_BOUND = 20.0
-"""e^20 is half a billion."""
+"""Largest bound on |log β|; e^20 is about half a billion."""
 
 
 class LearnedWeighting(Spec):
-    """β of a channel is learned beside the student, as its precision."""
+    """A β per channel that is learned together with the student, as the channel's precision."""
 
     d: Positive = Field(
         default=1.0,
@@ -581,7 +591,7 @@ Weighting = Annotated[
 
 
 def check_weighting(weighting: Weighting, channels: Sequence[str], *, ce: bool) -> None:
-    """Raises ValueError where a weighting does not go with the energies, or with the cross-entropy."""
+    """Raise ValueError if a weighting does not fit the energies, or does not fit the cross-entropy."""
     weights = weighting.weights if isinstance(weighting, ManualWeighting) else None
     if isinstance(weights, dict) and set(weights) != set(channels):
         raise ValueError(
@@ -595,7 +605,7 @@ def check_weighting(weighting: Weighting, channels: Sequence[str], *, ce: bool) 
 
 
 class ObjectiveSpec(Spec):
-    """Cross-entropy on the data, energies to the teacher, and how they are balanced (Eq. 13, 15)."""
+    """Cross-entropy on the data, energies between teacher and student, and their weighting (Eq. 13, 15)."""
 
     ce: bool = Field(default=True, description="false for the paper's Table 1: distillation alone")
     energies: Energies = ()
@@ -611,13 +621,13 @@ class ObjectiveSpec(Spec):
 
     @property
     def feature_layer(self) -> FeatureLayer | None:
-        """Where `fd` compares, if that is not at the projector."""
+        """Return the layer whose output `fd` compares; None without `fd`, or if it compares the projectors' output."""
         layers = [energy.layer for energy in self.energies if isinstance(energy, FeatureDistance)]
         return layers[0] if layers and isinstance(layers[0], FeatureLayer) else None
 
     @property
     def reads_attention(self) -> bool:
-        """Whether an energy needs attention weights, which fused kernels do not give."""
+        """Return whether an energy needs attention weights, which fused kernels do not return."""
         return not ATTENTION_ENERGIES.isdisjoint(self.channels)
 
     @model_validator(mode="after")
@@ -634,7 +644,7 @@ class ObjectiveSpec(Spec):
 
 
 class OptimizerSpec(Spec):
-    """AdamW, with a learning rate for each of the language model, the projector and β."""
+    """AdamW with separate learning rates for the projector, for β, and for everything else."""
 
     lr: Positive = 4e-5
     projector_lr: Positive | None = Field(default=None, description="default: lr; the recipe's stage 1 has 1e-3")
@@ -649,8 +659,10 @@ class OptimizerSpec(Spec):
 
 
 class WorkersSpec(Spec):
-    """Student processes: a number, or {min, max} for as many as the cluster has room for; the job then resumes on
-    another number by itself."""
+    """Number of student processes, or {min, max} for as many as the cluster has room for.
+
+    With {min, max}, the job resumes automatically with another number.
+    """
 
     min: int = Field(default=1, ge=1)
     max: int = Field(ge=1)
@@ -672,11 +684,11 @@ class WorkersSpec(Spec):
 
 
 DEFAULT_MICRO_BATCH = 8
-"""Samples."""
+"""Default limit of a micro-batch, in samples."""
 
 
 class TrainingSpec(Spec):
-    """Steps, batches, precision and how often to checkpoint."""
+    """Settings of steps, batches, precision and checkpoints."""
 
     epochs: int = Field(default=1, ge=1)
     max_steps: int | None = Field(default=None, ge=1, description="stop early; default: all epochs")
@@ -711,26 +723,26 @@ class TrainingSpec(Spec):
     collective_timeout_s: Positive = Field(default=600.0, description="a rank silent for so long is taken for dead")
 
     def steps(self, samples: int) -> int:
-        """Optimizer steps of a job that reads so many samples, over all its epochs."""
+        """Return the optimizer steps of a job that reads `samples` samples over all its epochs."""
         steps = samples // self.global_batch_size
         return min(steps, self.max_steps or steps)
 
     @property
     def micro_batch_samples(self) -> int | None:
-        """Limit in samples of a micro-batch; None where only tokens limit it."""
+        """Return the limit of a micro-batch in samples; None if only tokens limit it."""
         return self.micro_batch_size or (None if self.micro_batch_tokens else DEFAULT_MICRO_BATCH)
 
     def share(self, workers: int) -> int:
-        """Return the samples of a step that each of so many workers has, at the most."""
+        """Return the largest number of samples of a step that one of `workers` workers gets."""
         return -(-self.global_batch_size // workers)
 
     def samples_at_a_time(self, workers: int, tokens: float) -> int:
-        """Return the samples of a micro-batch, at the most, where each sample has so many `tokens`."""
+        """Return the largest number of samples in a micro-batch if each sample has `tokens` tokens."""
         by_tokens = max(1, int(self.micro_batch_tokens / tokens)) if self.micro_batch_tokens else self.share(workers)
         return min(by_tokens, self.micro_batch_samples or by_tokens, self.share(workers))
 
     def accumulation(self, workers: int, tokens: float) -> int:
-        """Return the micro-batches that each of so many workers adds up for one step of samples of so many tokens."""
+        """Return the number of micro-batches per step and worker if each sample has `tokens` tokens."""
         return -(-self.share(workers) // self.samples_at_a_time(workers, tokens))
 
     @model_validator(mode="after")
@@ -780,7 +792,7 @@ class TrainingSpec(Spec):
 
 
 class PoolSpec(Spec):
-    """What one process of a pool needs of its node."""
+    """Resources that one process of a pool needs on its node."""
 
     gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         default="auto", description="per process; auto: one if the cluster has any, else none"
@@ -794,9 +806,10 @@ AcceleratorType = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class GPUPoolSpec(PoolSpec):
-    """What one process that computes needs of its node."""
+    """Resources that one process with a model (teacher or student) needs on its node."""
 
-    # No list of Ray's: a node says the name of whatever GPU it finds, and "A100-40G" is one that an operator gives.
+    # Not checked against Ray's list: a node reports the name of any GPU that it finds, and an operator may give a name
+    # of its own, such as "A100-40G".
     accelerator_type: AcceleratorType | None = Field(
         default=None, description="model of the GPU as Ray calls it (ray.util.accelerators), e.g. H100, L40S, A100-80G"
     )
@@ -811,7 +824,7 @@ class GPUPoolSpec(PoolSpec):
 
 
 class TeacherPoolSpec(GPUPoolSpec):
-    """The teacher's actors. They outlive restarts of the students."""
+    """The teacher's actors, which keep running when the students restart."""
 
     min: int = Field(default=1, ge=1)
     max: int | None = Field(default=None, ge=1, description="default: min")
@@ -827,7 +840,7 @@ class TeacherPoolSpec(GPUPoolSpec):
 
 
 class ClusterSpec(Spec):
-    """Where each part runs."""
+    """The cluster, and the resources of each kind of process."""
 
     address: Url | None = Field(
         default=None, description="a running cluster; default: the one around, else a local one"
@@ -839,13 +852,13 @@ class ClusterSpec(Spec):
 
 
 class OutputSpec(_Place):
-    """Everything a run writes lies under `path`/`name`."""
+    """Folder for everything that a run writes, which goes to `path`/`name`."""
 
     path: Location = "runs"
 
 
 class TrackingSpec(Spec):
-    """Where metrics go, besides the run's own metrics.jsonl."""
+    """Places for the metrics, in addition to the run's own metrics.jsonl."""
 
     progress: bool = Field(default=True, description="a progress line with ETA on the driver's terminal")
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
@@ -858,7 +871,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description
 
 
 class JobSpec(Spec):
-    """One distillation job, or plain supervised fine-tuning when `teacher` is absent."""
+    """One distillation job, or plain supervised fine-tuning if there is no `teacher`."""
 
     name: Name
     data: DataSpec
@@ -893,7 +906,8 @@ class JobSpec(Spec):
         return self
 
     def _check_elastic(self) -> None:
-        # Ray Train counts the room for workers by resources; labels it does not see, nor that teachers stand there.
+        # Ray Train counts how many workers fit by resources. It ignores labels, and does not know that the teachers
+        # need some of the same resources.
         if not self.cluster.student.resources:
             raise ValueError(
                 "cluster.student.resources: with training.workers of {min, max}, name a resource that only the "
@@ -928,7 +942,7 @@ class JobSpec(Spec):
 
 
 class QuestionsSpec(Spec):
-    """A packed question set, and how it is answered and scored."""
+    """A packed question set, with the settings for answering and scoring it."""
 
     data: DataSpec = Field(description="`train` names the shards to evaluate on, without weights")
     benchmark: Literal["exact_match"] = "exact_match"
@@ -947,7 +961,7 @@ class QuestionsSpec(Spec):
 
 
 class EvaluationSpec(QuestionsSpec):
-    """Answers to a packed question set, by several models, scored alike."""
+    """Evaluation of several models on one packed question set, with the same scoring."""
 
     name: Name
     models: dict[str, ModelSpec] = Field(min_length=1, description="label → model")
@@ -963,7 +977,7 @@ class EvaluationSpec(QuestionsSpec):
 
 
 class SweepSpec(Spec):
-    """A grid of jobs: one template, and the values that its fields take."""
+    """A grid of jobs: one template, and the values for some of its fields."""
 
     name: Name
     template: Location = Field(description="YAML of the job that every cell starts from")
@@ -996,12 +1010,12 @@ class SweepSpec(Spec):
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether one is the other, or has it in it."""
+    """Return whether the two field paths are equal or one of them contains the other."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 class PackSpec(Spec):
-    """A LLaVA-style JSON and its images, written as checked WebDataset shards."""
+    """Packing of a LLaVA-style JSON and its images into checked WebDataset shards."""
 
     conversations: Location = Field(description="JSON list, or JSON lines, of {id, image?, conversations}")
     images: Location | None = Field(default=None, description="folder that `image` is relative to")
@@ -1020,7 +1034,7 @@ AnySpec = TypeVar("AnySpec", bound=Spec)
 def load_spec(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: type[AnySpec] = JobSpec) -> AnySpec:
     """Read a YAML file, apply `overrides` such as "training.workers=2", and check the result.
 
-    Raises SpecError naming each wrong field, what was seen, and what would do.
+    Raises SpecError, which names each wrong field, the value that was seen, and what to do.
     """
     tree = read_tree(path)
     for override in overrides:
@@ -1029,7 +1043,7 @@ def load_spec(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kin
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds: of a path, a URL, or `-` for standard input. Raises SpecError."""
+    """Return the mapping in a YAML file, given its path or URL, or `-` for standard input. Raises SpecError."""
     try:
         tree = yaml.load(_text(str(path)), _Yaml)
     except OSError as error:
@@ -1054,7 +1068,7 @@ def _downloaded(url: str) -> bytes:
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
         return cast(bytes, filesystem.cat_file(path))
-    except Exception as error:  # every store has errors of its own, which share no other base
+    except Exception as error:  # each kind of store has its own errors, without a common base class
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
@@ -1079,14 +1093,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Put a value at section.field of a spec's mapping. Raises SpecError where the path leads through a plain value."""
+    """Set section.field in a spec's mapping. Raises SpecError if a section on the path is a plain value."""
     *sections, field = path.split(".")
     node = tree
     for section in sections:
         inner = node.get(section, {})
         if not isinstance(inner, dict):
             raise SpecError(f"override {path}: {section} is {_short(inner)}, which has no fields")
-        node[section] = dict(inner)  # a copy, as a YAML alias may show the same mapping elsewhere
+        node[section] = dict(inner)  # a copy: through a YAML alias, the same mapping may be in another section
         node = node[section]
     node[field] = value
 
@@ -1094,15 +1108,16 @@ def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
 MAX_VALUES = 10_000
 MAX_DEPTH = 50
 MAX_FAULTS = 20
-"""Wrong fields that a message names."""
+"""Largest number of wrong fields that a message names."""
 _KINDS = ("str", "null", "bool", "int", "float", "seq", "map", "merge")
 _TEXT, *_VALUES, _MERGE = (f"tag:yaml.org,2002:{kind}" for kind in _KINDS)
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML whose values are JSON's, as a run keeps its spec as JSON: text for keys, finite numbers, no dates.
+    """Loader of YAML whose values JSON can hold too, because a run stores its spec as JSON.
 
-    No name stands twice in a mapping (the last would win), and aliases unfold to something small.
+    Keys are text, numbers are finite, and there are no dates. A key that occurs twice in a mapping is an error, because
+    the last value would silently replace the first. Aliases may expand to fewer than `MAX_VALUES` values.
     """
 
     yaml_constructors = {  # noqa: RUF012
@@ -1116,7 +1131,7 @@ class _Yaml(yaml.SafeLoader):
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
         self._depth = 0
-        self._sizes: dict[yaml.Node, int] = {}  # values in a node, with its aliases unfolded
+        self._sizes: dict[yaml.Node, int] = {}  # number of values in a node, with its aliases expanded
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
@@ -1127,7 +1142,7 @@ class _Yaml(yaml.SafeLoader):
         self._depth -= 1
         if not isinstance(event, yaml.AliasEvent):
             self._sizes[node] = 1 + sum(self._sizes[inner] for inner in _inner(node))
-        if self._sizes.get(node, MAX_VALUES) >= MAX_VALUES:  # an alias within its anchor has no size
+        if self._sizes.get(node, MAX_VALUES) >= MAX_VALUES:  # an alias inside its own anchor has no size yet
             raise ComposerError(None, None, f"aliases that unfold to more than {MAX_VALUES} values", event.start_mark)
         return node
 
@@ -1162,14 +1177,17 @@ def _inner(node: yaml.Node) -> list[yaml.Node]:
 
 
 def _fault(error: yaml.YAMLError | UnicodeDecodeError) -> str:
-    """What and where, without the text around it: half a URL is one whose password nobody recognises."""
+    """Return the problem and its position in the file, without the text there.
+
+    That text may be a part of a URL, in which a password is not recognised and would be printed.
+    """
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return str(error)
     return f"{error.problem} at line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
 
 
 def _explain(kind: type[Spec], issue: Any) -> str:
-    """One line for one wrong field: where, what was seen, what to do."""
+    """Return one line about one wrong field: where it is, what was seen, what to do."""
     where = ".".join(str(part) for part in issue["loc"]) or "the spec"
     seen = issue.get("input")
     message = issue["msg"].removeprefix("Value error, ")
@@ -1197,7 +1215,10 @@ def _closest(word: str, known: list[str]) -> str:
 
 
 def _fields_at(kind: Any, location: tuple[Any, ...]) -> list[str]:
-    """Field names of the model that a pydantic error location points into; union tags are in the location too."""
+    """Return the field names of the model that a pydantic error location points into.
+
+    The location holds the tags of unions too.
+    """
     models = [kind]
     for part in location:
         inner = [

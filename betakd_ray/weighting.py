@@ -1,16 +1,16 @@
-"""β: how much each channel counts, for each sample.
+"""β, the weight of each channel of the objective for each sample.
 
 The objective is, per sample i and channel k (Beta-KD Eq. 13 and 15)
 
     L = mean_i Σ_k ( β_ik · ℓ_ik − (d/2) · log β_ik ),
 
-with the cross-entropy as the channel whose β is 1 unless `weight_ce` says otherwise. A learned β has its fixed point at
-d / (2ℓ): the channel's share β·ℓ settles at d/2, whatever the energy's scale. β never depends on the student's own
-loss, only on parameters and on the teacher's features, so gradients split exactly into
+The cross-entropy is a channel too; its β is 1 unless `weight_ce` is true. A learned β has its fixed point at d / (2ℓ):
+the channel's share β·ℓ converges to d/2, whatever the energy's scale. β never depends on the student's own loss, only
+on parameters and on the teacher's features. Therefore gradients split exactly into
 
     ∂L/∂student from sg(β) · ℓ        and        ∂L/∂β from β · sg(ℓ) − (d/2) · log β,
 
-which lets the vocabulary-wide part see constant weights, and keeps β's parameters in float32, outside every
+The vocabulary-wide part thus needs only constant weights, and β's parameters stay in float32, outside every
 mixed-precision cast.
 """
 
@@ -35,9 +35,9 @@ from betakd_ray.spec import (
 )
 
 UNIT_SOFTPLUS = math.log(math.e - 1)
-"""softplus of this is 1."""
+"""Number whose softplus is 1."""
 LEAST_SLOPE = 0.01
-"""Smallest slope of the bound for gradients that move β back inside."""
+"""Smallest slope of the bound on log β for a gradient that moves β back inside."""
 
 CE = "ce"
 
@@ -45,12 +45,11 @@ CE = "ce"
 class BetaWeighting(nn.Module):
     """Weights for the channels of an objective.
 
-    `channels` names the energies, without the cross-entropy; `ce` says whether that is a channel too. For `instance`,
-    `feature_sizes` gives the width of each feature the spec names; `teacher_vision` of a text-only sample is replaced
-    by a learned vector. Where no channel has a β to learn (plain fine-tuning), no features are needed.
+    `channels` names the energies, without the cross-entropy; `ce` is true if the cross-entropy is a channel too. For
+    `instance`, `feature_sizes` gives the width of each feature that the spec names. For a text-only sample, a learned
+    vector replaces `teacher_vision`. If no channel has a β to learn (plain fine-tuning), no features are needed.
 
-    Raises ValueError where the spec and the channels do not go together, a channel stands twice, or a feature has no
-    size.
+    Raises ValueError if the spec does not fit the channels, if a channel is named twice, or if a feature has no size.
     """
 
     learned: Tensor
@@ -78,7 +77,7 @@ class BetaWeighting(nn.Module):
             )
         weighted = [isinstance(spec, LearnedWeighting) and (name != CE or spec.weight_ce) for name in self.channels]
         self.register_buffer("learned", torch.tensor(weighted), persistent=False)
-        # Places, as a mask's would have to be counted by the host.
+        # Indices of the learned channels: indexing with a mask would make the host wait for the device to count it.
         self.register_buffer("learned_at", torch.tensor(weighted).nonzero().flatten(), persistent=False)
         count = sum(weighted)
         if isinstance(spec, TaskWeighting):
@@ -89,8 +88,8 @@ class BetaWeighting(nn.Module):
                 raise ValueError(f"feature_sizes has no {missing}: give the width of each of weighting.features")
             sizes = {name: known[name] for name in spec.features}
             self.text_only = nn.Parameter(torch.zeros(sizes.get("teacher_vision", 0)))
-            # Each feature for itself, or a wide one would drown the others. Entropies come in nats and stay: of two
-            # numbers, normalisation leaves only which is larger.
+            # Each feature is normalised separately, because a wide feature would dominate the others. Entropies stay in
+            # nats: LayerNorm of two numbers keeps only which one is larger.
             self.norms = nn.ModuleDict(
                 {
                     name: nn.Identity() if name == "teacher_entropy" else nn.LayerNorm(size)
@@ -111,7 +110,10 @@ class BetaWeighting(nn.Module):
     def beta(
         self, features: Mapping[str, Float[Tensor, "batch _"]], has_image: Bool[Tensor, " batch"]
     ) -> Float[Tensor, "batch channels"]:
-        """β of every sample and channel, in float32; 1 where it is not learned, differentiable where it is."""
+        """Return β of every sample and channel, in float32.
+
+        A learned β is differentiable; any other is the weight that the spec gives, 1 by default.
+        """
         batch = has_image.shape[0]
         fixed = (
             self.weights
@@ -133,9 +135,9 @@ class BetaWeighting(nn.Module):
         energies: Float[Tensor, "batch channels"],
         present: Bool[Tensor, "batch channels"] | None = None,
     ) -> Float[Tensor, " batch"]:
-        """Σ_k β_ik ℓ_ik − (d/2) log β_ik of each sample. A channel that is not `present` gives neither term."""
+        """Return Σ_k β_ik ℓ_ik − (d/2) log β_ik of each sample. A channel that is not `present` adds neither term."""
         if present is not None:
-            energies = torch.where(present, energies, 0.0)  # or an absent NaN reaches β's gradient as 0 · NaN
+            energies = torch.where(present, energies, 0.0)  # otherwise an absent NaN reaches β's gradient as 0 · NaN
         total = beta * energies
         if isinstance(self.spec, LearnedWeighting):
             total = total - (self.spec.d / 2) * torch.where(self.learned, beta.log(), 0.0)
@@ -147,13 +149,12 @@ class BetaWeighting(nn.Module):
         features: Mapping[str, Float[Tensor, "batch _"]] | None = None,
         has_image: Bool[Tensor, " batch"] | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The scalar of a batch, and its log, for a training loop of your own.
+        """Return the scalar loss of a batch, and its log, for your own training loop.
 
-        `energies` maps each channel ("ce" among them) to its per-sample values; a sample without an
-        image has no channel on image tokens, such as "fd".
-        The result is differentiable with respect to the energies and to β's parameters. The log has each channel's
-        means over the samples that have it. Raises ValueError for energies other than the channels, or without a
-        feature that β needs.
+        `energies` maps each channel (including "ce") to its value per sample. A sample without an image has no channel
+        on image tokens, such as "fd". The loss is differentiable with respect to the energies and to β's parameters.
+        The log has the mean energy and the mean β of each channel over the samples that have it. Raises ValueError if
+        `energies` names other channels, or if a feature that β needs is missing.
         """
         if set(energies) != set(self.channels):
             raise ValueError(f"energies are {sorted(energies)}: give those of the channels, {sorted(self.channels)}")
@@ -172,9 +173,9 @@ class BetaWeighting(nn.Module):
         return self.loss(beta, matrix, present).mean(), log
 
     def saturated(self, beta: Float[Tensor, "samples channels"]) -> Float[Tensor, " channels"]:
-        """Share of samples whose β is at its bounds: |log β| above 95% of `log_bound`. There it hardly learns.
+        """Return the share of samples, from 0 to 1, whose β is at its bounds: |log β| is above 95% of `log_bound`.
 
-        Of the samples that have the channel: those without it have NaN.
+        There β learns very slowly. Only samples that have the channel count: the others have NaN in `beta`.
         """
         if not isinstance(self.spec, LearnedWeighting):
             return beta.new_zeros(beta.shape[1])
@@ -183,16 +184,16 @@ class BetaWeighting(nn.Module):
 
     @torch.no_grad()
     def observe(self, energies: Float[Tensor, " channels"]) -> None:
-        """Tell `manual: auto` the global batch's mean energies, once a step and alike on every rank.
+        """Add the global batch's mean energies to the scales of `manual: auto`. Does nothing for other weightings.
 
-        After `auto_steps` steps each energy's weight becomes the ratio of CE's mean to its own, and stays. A mean is
-        over the steps in which there was something: a batch without an image says nothing of `fd`. An energy that was
-        zero all along has no scale, and keeps weight 1; one that was next to zero gets the largest that any learned
-        weight may have.
+        Call it once per step with the same numbers on every rank. After `auto_steps` steps each energy's weight becomes
+        the ratio of CE's mean to its own mean, and does not change again. A mean is over the steps in which the energy
+        was positive: a batch without an image has no `fd`. An energy that was always zero has no scale and keeps weight
+        1. An energy close to zero gets the largest weight that a learned weight may have.
         """
         if not isinstance(self.spec, ManualWeighting) or self.spec.weights != "auto":
             return
-        # All of it on the device: a question asked by the host would wait for the step to end.
+        # Everything stays on the device: an `if` on a tensor would make the host wait for the step to end.
         is_observing = self.observed < self.spec.auto_steps
         self.observed += is_observing
         self.scales += torch.where(is_observing, energies, 0.0)
@@ -205,7 +206,7 @@ class BetaWeighting(nn.Module):
 
     @property
     def needed(self) -> frozenset[Feature]:
-        """The features that β depends on."""
+        """Return the names of the features that β depends on."""
         return frozenset(
             self.spec.features if isinstance(self.spec, InstanceWeighting) and self.net is not None else ()
         )
@@ -221,7 +222,7 @@ class BetaWeighting(nn.Module):
         return torch.cat([self.norms[name](part) for name, part in zip(self.spec.features, parts, strict=True)], dim=1)
 
     def _positive(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """β = 1 at u = 0, and smoothly inside [e^-bound, e^bound]."""
+        """Return β for u: 1 at u = 0, and bounded smoothly to [e^-bound, e^bound]."""
         assert isinstance(self.spec, LearnedWeighting)
         log_beta = u if self.spec.positivity == "exp" else _log_softplus(u + UNIT_SOFTPLUS)
         return torch.exp(_Bounded.apply(log_beta, self.spec.log_bound))
@@ -235,17 +236,21 @@ class BetaWeighting(nn.Module):
 def present_channels(
     channels: Sequence[str], valid: Bool[Tensor, " batch"], has_image: Bool[Tensor, " batch"]
 ) -> Bool[Tensor, "batch channels"]:
-    """Which channels a sample has: none if it is not `valid`, none on image tokens without an image."""
+    """Return whether each sample has each channel.
+
+    A sample that is not `valid` has none. A sample without an image has no channel on image tokens.
+    """
     return torch.stack([valid & has_image if name in VISUAL_ENERGIES else valid for name in channels], dim=1)
 
 
 class _Bounded(torch.autograd.Function):
-    """bound · tanh(x / bound), with a way back.
+    """bound · tanh(x / bound), with a gradient that can always bring x back.
 
-    Ten bounds away the slope of tanh is zero in float32, as a hard clamp's is at once, and a parameter that got so far
-    would stay. So a gradient whose descent leads inside has a slope of at least LEAST_SLOPE. One that leads outside
-    keeps tanh's own, or nothing would stop it. `x` has an entry a sample: of a sum over samples, the sign would depend
-    on how the global batch is cut.
+    At |x| = 10 · bound, the slope of tanh is zero in float32 (a hard clamp has slope zero everywhere outside). A
+    parameter that got so far could never return. Therefore a gradient whose descent step moves x inside uses a slope of
+    at least LEAST_SLOPE. A gradient whose descent step moves x outside keeps the slope of tanh, which stops x.
+    `x` must have one entry per sample: the sign of a gradient summed over samples would depend on how the global batch
+    is split.
     """
 
     @staticmethod
@@ -258,17 +263,24 @@ class _Bounded(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         x, tanh = ctx.saved_tensors
         slope = 1 - tanh.square()
+        # A descent step changes x by −grad, so it moves x towards 0 where grad and x have the same sign.
         leads_inside = grad * x > 0
         return grad * torch.where(leads_inside, slope.clamp_min(LEAST_SLOPE), slope), None
 
 
 def _log_softplus(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """log(softplus(x)), which is x itself far below zero, where softplus would underflow to a gradient of 0/0."""
+    """Return log(softplus(x)).
+
+    Far below zero this is x itself; there softplus would underflow and give a gradient of 0/0.
+    """
     return torch.where(x < -15, x, nn.functional.softplus(x.clamp_min(-15)).log())
 
 
 def _network(width: int, hidden: int, outputs: int) -> nn.Sequential:
-    """g_φ of Eq. 14, after its normalisation. The last layer starts at zero, so every β starts at 1."""
+    """Return the network g_φ of Eq. 14, without its input normalisation.
+
+    The last layer starts at zero, so every β starts at 1.
+    """
     last = nn.Linear(hidden, outputs)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)

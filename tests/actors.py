@@ -1,4 +1,4 @@
-"""Handles of actors that are none."""
+"""Fake handles of actors: the objects behind them are in this process."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ from ray.actor import ActorHandle
 
 
 class Local(ActorHandle):
-    """An actor's handle, of an object in this process."""
+    """Fake handle of an actor, for an object in this process."""
 
     def __init__(self, instance: object) -> None:
         self._instance = instance

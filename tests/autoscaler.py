@@ -1,4 +1,4 @@
-"""A cluster that begins as a head alone, under Ray's own autoscaler (v2); its nodes are logical ones."""
+"""A cluster that starts with only a head node, and grows under Ray's own autoscaler (v2); its nodes are logical."""
 
 import os
 import signal
@@ -15,14 +15,14 @@ from tenacity import Retrying, stop_after_delay, wait_fixed
 from tests.nodes import LABEL, free_port
 
 HEAD_ID = "f" * 51 + "00000"
-"""Id by which the provider knows the head."""
+"""Node id by which the provider recognises the head."""
 ADDRESS = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's public address
 IDLE_MINUTES = 0.1
 
 
 @contextmanager
 def autoscaled(most: dict[str, int]) -> Iterator[str]:
-    """The address of one that may grow to so many nodes of each pool, each for one teacher or student."""
+    """Yield the address of a cluster that may grow to `most[pool]` nodes per pool, each for one teacher or student."""
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         address = f"{ADDRESS}:{free_port(ADDRESS)}"
         config = Path(folder) / "autoscaler.yaml"
@@ -83,12 +83,12 @@ def _config(most: dict[str, int], address: str) -> dict[str, object]:
 
 
 def _status(address: str) -> None:
-    """Raises until the cluster answers."""
+    """Raise an error until the cluster answers."""
     subprocess.run(["ray", "status", "--address", address], check=True, capture_output=True, timeout=20)
 
 
 def _end(head: subprocess.Popen[bytes]) -> None:
-    """It, and all that it started."""
+    """End the head process and all processes that it started."""
     try:
         family = psutil.Process(head.pid).children(recursive=True)
     except psutil.NoSuchProcess:

@@ -1,7 +1,7 @@
 """The environment of every test: quiet, offline, one thread, one seed.
 
-It is set while this file is imported, before torch, transformers or Ray are, and Ray's workers inherit it. A variable
-that is already set wins: `RAY_LOG_TO_DRIVER=1 make test` shows what the workers print.
+It is set while this file is imported, before torch, transformers and Ray. Ray's workers inherit it. A variable that
+is already set keeps its value: `RAY_LOG_TO_DRIVER=1 make test` shows what the workers print.
 """
 
 import os
@@ -20,7 +20,7 @@ import pytest
 SEED = 0
 SCRIPTS = sysconfig.get_path("scripts")
 ENVIRONMENT = {
-    # One thread a process: sums are then added in one order, and Ray's workers do not fight for the cores.
+    # One thread per process: sums are then computed in one order, and Ray's workers do not compete for the cores.
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -66,7 +66,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def opened() -> Iterator[list[Any]]:
-    """What is to be closed after the test."""
+    """Yield a list, whose objects are closed after the test."""
     made: list[Any] = []
     yield made
     for each in made:

@@ -53,7 +53,7 @@ SPECIAL = {
 }
 VOCAB = 448
 SIDE, PATCH = 16, 8
-"""Pixels of an image, or a crop of one, and of a patch."""
+"""Width and height in pixels of an image or of one of its crops, and of a patch."""
 HIDDEN = 32
 
 CHATML = (
@@ -64,13 +64,13 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 Turns = Sequence[tuple[str, str]]
-"""Questions, each with `<image>` where an image is, and answers."""
+"""Pairs of question and answer; a question has `<image>` at the place of an image."""
 Pieces = list[tuple[str, bool]]
-"""Text, and whether it is learned."""
+"""Pairs of a text and a flag, which is true if the text is trained on."""
 
 
 def tokenizer(**named: str) -> PreTrainedTokenizerFast:
-    """The one of all families, which has the special tokens of one of them by name."""
+    """Return the tokenizer with the special tokens of all families; `named` gives one family's attributes for them."""
     made = tiny_tokenizer(chat_template=None)
     made.add_special_tokens({"additional_special_tokens": list(SPECIAL.values())})
     for name, token in named.items():
@@ -85,7 +85,7 @@ def token_id(token: str) -> int:
 
 
 def _with_video(kind: type, *arguments: Any, **options: Any) -> Any:
-    """A processor that also takes videos, for which it would need torchvision and num2words; here it gets none."""
+    """Return a processor for images and videos, without torchvision and num2words, which only videos need."""
     with (
         mock.patch.object(ProcessorMixin, "check_argument_for_proper_class"),
         mock.patch.object(processing_smolvlm, "num2words", str),
@@ -94,7 +94,7 @@ def _with_video(kind: type, *arguments: Any, **options: Any) -> Any:
 
 
 def text_config(kind: str = "llama", **options: Any) -> dict[str, Any]:
-    """Return the configuration of a language model."""
+    """Return the configuration of a language model, as a dict."""
     return {
         "model_type": kind,
         "vocab_size": VOCAB,
@@ -112,7 +112,7 @@ def text_config(kind: str = "llama", **options: Any) -> dict[str, Any]:
 
 
 def vision_config(kind: str, **options: Any) -> dict[str, Any]:
-    """Return the configuration of a vision tower."""
+    """Return the configuration of a vision tower, as a dict."""
     return {
         "model_type": kind,
         "hidden_size": 16,
@@ -305,14 +305,14 @@ def _utterances(turns: Turns) -> Iterator[tuple[str, bool]]:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture."""
+    """One family: its processor, its configuration and its template."""
 
     processor: Callable[[], Any]
     config: Callable[[], dict[str, Any]]
     template: str
-    """Template as a DataSpec names it."""
+    """Value of `DataSpec.template`."""
     pieces: Callable[[Turns], Iterator[tuple[str, bool]]]
-    """A conversation, image tokens not expanded, written down again from the template's definition."""
+    """Rendering of a conversation without expanded image tokens, written again from the template's definition."""
 
 
 def _llava_processor() -> Any:
@@ -344,7 +344,7 @@ FAMILIES = {
 
 
 def save_language_model(folder: str | Path, *, seed: int = 0, **options: Any) -> str:
-    """A folder with a causal language model and a tokenizer; returns its path."""
+    """Write a causal language model and a tokenizer into a folder; return its path."""
     tree = text_config(**options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -355,7 +355,7 @@ def save_language_model(folder: str | Path, *, seed: int = 0, **options: Any) ->
 
 
 def save_llava_qwen(folder: str | Path, *, seed: int = 0) -> str:
-    """A folder with LLaVA of SigLIP, whose patches are all image tokens, and Qwen2; returns its path."""
+    """Write a LLaVA of Qwen2 and SigLIP, whose patches are all image tokens, into a folder; return its path."""
     config = {
         "model_type": "llava",
         "text_config": text_config("qwen2"),
@@ -371,7 +371,7 @@ def save_llava_qwen(folder: str | Path, *, seed: int = 0) -> str:
 
 
 def build(config: dict[str, Any], *, seed: int = 0) -> PreTrainedModel:
-    """A model with random weights, the same for the same seed; large enough that logits differ from token to token."""
+    """Return a model with random weights that depend only on the seed, so large that logits differ between tokens."""
     tree = dict(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: the real feed, with teachers, rows and collectives that are none."""
+"""Ranks as threads of one process: the real feed, with fake teachers, rows and collectives."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,16 +18,16 @@ NEEDS = Needs()
 
 
 def sample(number: int, length: int = 8, *, has_image: bool = False) -> Sample:
-    """Return a text-only sample whose last token is the answer; number `n` is the n-th of shard 0."""
+    """Return the text-only sample with this number in shard 0; its last token is the answer."""
     ids = np.full(length, 5 + number % 90, np.int32)
     view = Rendering(ids, np.arange(length) == length - 1)
     return Sample(0, 0, number, number, f"key-{number}", view, view)
 
 
 class Answers:
-    """A teacher client that answers at once, or as `work` has it; refuses the keys in `refused`.
+    """Fake teacher client that answers at once, after it has called `work` with the group.
 
-    `busy_s` is what it says that a group took.
+    It refuses the samples whose first token is in `refused`. `busy_s` is the time in seconds that it reports per group.
     """
 
     def __init__(self, work: Callable[[Sequence[Rendering]], None] = lambda group: None, busy_s: float = 0.001) -> None:
@@ -49,7 +49,7 @@ def collator(**limits: int) -> Collator:
 
 
 def together(ranks: int, work: Callable[[int], T]) -> list[T]:
-    """Return what `work(rank)` returns in a thread for each rank."""
+    """Run `work(rank)` in one thread per rank, and return the results."""
     with ThreadPoolExecutor(ranks) as executor:
         return list(executor.map(work, range(ranks)))
 

@@ -1,4 +1,4 @@
-"""Steps of the real learner, without Ray: in processes of their own, as DeepSpeed keeps what it once set up."""
+"""Steps of the real learner without Ray, in separate processes, because DeepSpeed keeps global state in a process."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -27,14 +27,17 @@ from tests.nodes import free_port
 
 
 def on_this_machine(patch: pytest.MonkeyPatch, ranks: int) -> None:
-    """DeepSpeed names shared memory by these: two groups of one name would add up each other's gradients."""
+    """Set the variables from which DeepSpeed makes the names of its shared memory.
+
+    Two groups with the same name would add up each other's gradients.
+    """
     patch.setenv("LOCAL_SIZE", str(ranks))
     patch.setenv("MASTER_ADDR", "127.0.0.1")
     patch.setenv("MASTER_PORT", str(free_port()))
 
 
 def spawned(work: Callable[..., Any], folder: Path, *arguments: Any, ranks: int = 1) -> Any:
-    """What `work(*arguments)` returns on rank 0 of so many processes; `folder` is for their agreement."""
+    """Run `work(*arguments)` in `ranks` processes, which meet through a file in `folder`; return rank 0's result."""
     with pytest.MonkeyPatch.context() as patch:
         on_this_machine(patch, ranks)
         store = folder / f"store-{work.__name__}-{ranks}"
@@ -56,14 +59,14 @@ def _rank(rank: int, ranks: int, store: Path, work: Callable[..., Any], argument
 
 @dataclass(frozen=True)
 class Part:
-    """One rank's micro-batches of a global batch, and what all ranks have."""
+    """One rank's micro-batches of a global batch, and the counts over all ranks."""
 
     batches: list[MicroBatch]
     counts: StepCounts
 
     @classmethod
     def of(cls, learner: Learner, collator: Collator, samples: Sequence[tuple[Sample, Signal]]) -> "Part":
-        """Collective: this rank's share of the global batch `samples`, which every rank is given whole."""
+        """Return this rank's share of the global batch `samples`. Collective: every rank passes the whole batch."""
         sizes = shares(len(samples), learner.world_size, step=1)
         start = sum(sizes[: learner.rank])
         batches = collator.micro_batches(samples[start : start + sizes[learner.rank]])
@@ -77,31 +80,31 @@ class Part:
         return cls([*batches, *[collator.empty()] * (counts.micro_batches - len(batches))], counts)
 
     def step(self, learner: Learner, number: int, progress: float, *, statistics: bool = False) -> Totals:
-        """Collective: one step on it."""
+        """Run one step on this part (a collective call)."""
         return learner.step(map(learner.loader, self.batches), self.counts, number, progress, statistics=statistics)
 
 
 def sample_of(number: int, student: Rendering, teacher: Rendering | None = None) -> Sample:
-    """A sample of nowhere in particular."""
+    """Return a sample with this number, in shard 0."""
     return Sample(0, 0, number, number, str(number), student, teacher or student)
 
 
 def collator_of(spec: JobSpec, renderer: Renderer, needs: Needs, facts: TeacherFacts | None) -> Collator:
-    """Return a collator, as a worker makes it."""
+    """Return a collator with the settings that a worker uses."""
     limits = (spec.training.micro_batch_samples, spec.training.micro_batch_tokens)
     return Collator(renderer.pad_token_id, renderer.image_token_id, needs, facts, *limits)
 
 
 @dataclass(frozen=True)
 class Study:
-    """A learner, and one global batch that it can go over again and again."""
+    """A learner, and one global batch on which it can run any number of steps."""
 
     learner: Learner
     part: Part
 
     @classmethod
     def of(cls, spec: JobSpec, samples: Sequence[RawSample]) -> "Study":
-        """`samples` are the global batch; each rank takes its part of them."""
+        """Build a learner; the global batch is `samples`, of which each rank takes its part."""
         job = BetaKDJob(spec)
         renderers = job.renderers()
         student = renderers["student"]
@@ -121,7 +124,7 @@ class Study:
         return cls(learner, Part.of(learner, collator, list(zip(made, signals, strict=True))))
 
     def steps(self, count: int) -> list[float]:
-        """The loss of each of so many steps."""
+        """Run `count` steps and return the loss of each."""
         losses = []
         for number in range(1, count + 1):
             totals = self.part.step(self.learner, number, 0.5)

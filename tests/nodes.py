@@ -1,4 +1,4 @@
-"""A cluster of several logical nodes on this machine, as cluster/ makes them of machines."""
+"""A cluster of several logical nodes on this machine, with the node types of the clusters in cluster/."""
 
 import socket
 import subprocess
@@ -15,7 +15,7 @@ HEAD = "head"
 
 
 class Nodes:
-    """A head, which reads, and nodes for one teacher or student each; each can be taken away and comes back."""
+    """A head node for readers, and nodes for one teacher or student each, which can be lost and are then replaced."""
 
     def __init__(self, folder: str, pools: Mapping[str, int], gpus: int = 0, **head: Any) -> None:
         head = {"include_dashboard": False, "dashboard_agent_listen_port": 0, "object_store_memory": 256 << 20, **head}
@@ -32,19 +32,19 @@ class Nodes:
         return self._cluster.address
 
     def lose(self, name: str) -> None:
-        """The node dies at once, and another takes its place."""
+        """Kill the node at once, and add another one in its place."""
         self._cluster.remove_node(self._nodes[name], allow_graceful=False)
         self._nodes[name] = self._add(name)
 
     def announce(self, name: str, notice_s: int) -> None:
-        """Drain a node, as a cloud does before it takes a spot node back."""
+        """Announce the end of a node, as a cloud does before it takes a spot node back."""
         command = ["ray", "drain-node", "--address", self.address, "--node-id", self._nodes[name].node_id]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         command += ["--deadline-remaining-seconds", str(notice_s)]
         subprocess.run(command, check=True, capture_output=True)
 
     def processes(self, role: str) -> dict[int, str]:
-        """Return process id → node of the processes whose title has `role` in it."""
+        """Return the processes whose command line contains `role`: process id → node."""
         found = {}
         for name, node in {HEAD: self._cluster.head_node, **self._nodes}.items():
             for process in _below(node.all_processes["raylet"][0].process.pid):
@@ -74,7 +74,7 @@ def _below(pid: int) -> list[psutil.Process]:
 
 
 def title(process: psutil.Process) -> str:
-    """What it calls itself; nothing if it has gone meanwhile."""
+    """Return the command line of a process; an empty string if the process has ended."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
@@ -82,7 +82,7 @@ def title(process: psutil.Process) -> str:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """One that nobody listened on a moment ago."""
+    """Return a port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
@@ -90,8 +90,8 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 @contextmanager
 def nodes(pools: Mapping[str, int], gpus: int = 0, **head: Any) -> Iterator[Nodes]:
-    """Such a cluster, in a folder of its own; `head` goes to its first node."""
-    # Not pytest's tmp_path: sockets lie in it, whose paths end at 107 bytes.
+    """Yield a cluster of logical nodes in a temporary folder; `head` has further options of its head node."""
+    # Not pytest's tmp_path: the folder holds sockets, whose paths may have at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         cluster = Nodes(folder, pools, gpus, **head)
         try:

@@ -1,4 +1,4 @@
-"""Tiny MobileVLMs, and checkpoints in their authors' layouts: names and fields are written down here once more."""
+"""Tiny MobileVLMs, and checkpoints in their authors' layouts, whose names and fields are written here independently."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ LDPV2_NAMES = (("linear_1.", "mlp.mlp.0."), ("linear_2.", "mlp.mlp.2."), ("peg."
 
 
 def mobilevlm_config(*, side: int = 2, pixels: int = 32, patch: int = 8, vocab: int = 384) -> MobileVLMConfig:
-    """Return a configuration, by default with 4×4 patches, which become 2×2 tokens."""
+    """Return a configuration; by default an image has 4×4 patches, which become 2×2 tokens."""
     return MobileVLMConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=VISION_WIDTH,
@@ -58,13 +58,13 @@ def mobilevlm_config(*, side: int = 2, pixels: int = 32, patch: int = 8, vocab: 
 
 
 def mobilevlm(config: MobileVLMConfig | None = None, *, seed: int = 0) -> MobileVLMForConditionalGeneration:
-    """Weights large enough for every part to show in the logits."""
+    """Return a MobileVLM with weights so large that every part has a visible effect on the logits."""
     model = MobileVLMForConditionalGeneration(config or mobilevlm_config()).eval()
     return with_large_weights(model, seed)
 
 
 def save_mobilevlm(folder: Path, *, seed: int = 0) -> str:
-    """A folder with a MobileVLM and its processor; returns its path."""
+    """Write a MobileVLM and its processor into a folder; return its path."""
     config = mobilevlm_config()
     size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
     mobilevlm(config, seed=seed).save_pretrained(folder)
@@ -74,7 +74,7 @@ def save_mobilevlm(folder: Path, *, seed: int = 0) -> str:
 
 
 def with_large_weights(model: Any, seed: int = 0) -> Any:
-    """The same model with weights from N(0, 0.3²)."""
+    """Fill the model's parameters from N(0, 0.3²), and return the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -83,7 +83,7 @@ def with_large_weights(model: Any, seed: int = 0) -> Any:
 
 
 def plain_tokenizer() -> PreTrainedTokenizerFast:
-    """The tiny tokenizer as it was before anyone thought of images."""
+    """Return the tiny tokenizer without the token `<image>`."""
     content = tiny_tokenizer().backend_tokenizer.to_str().replace(IMAGE, "<other>")
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(content), pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK
@@ -91,7 +91,7 @@ def plain_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def original_names(state: dict[str, torch.Tensor], parts: Any, projector: Any) -> dict[str, torch.Tensor]:
-    """A transformers LLaVA's weights by their authors' names."""
+    """Return the weights of a transformers LLaVA under the names of the original authors."""
     renamed = {}
     for name, weight in state.items():
         for new, old in parts:
@@ -106,7 +106,7 @@ def original_names(state: dict[str, torch.Tensor], parts: Any, projector: Any) -
 
 
 def flat_config(model: Any, tower: Path, **fields: Any) -> dict[str, Any]:
-    """Return a flat configuration, as liuhaotian/llava-v1.5-7b and mtgv/MobileVLM_V2-1.7B have it."""
+    """Return a configuration like those of liuhaotian/llava-v1.5-7b and mtgv/MobileVLM_V2-1.7B."""
     text = model.config.text_config
     return {
         "architectures": ["LlavaLlamaForCausalLM"],
@@ -145,7 +145,7 @@ def flat_config(model: Any, tower: Path, **fields: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor], *, shards: int = 1) -> Path:
-    """config.json, weights in safetensors, and the plain tokenizer."""
+    """Write config.json, weights in safetensors, and the plain tokenizer; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     plain_tokenizer().save_pretrained(folder)
@@ -160,7 +160,7 @@ def write(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor]
 
 
 def write_tower(folder: Path, model: Any) -> Path:
-    """The vision tower's own folder, as openai/clip-vit-large-patch14-336 is one."""
+    """Write the vision tower into a folder like that of openai/clip-vit-large-patch14-336, and return the folder."""
     vision = model.config.vision_config
     state = model.model.vision_tower.state_dict()
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Functions run on several ranks, in processes that import little: for what needs a process group and no model."""
+"""Functions run on several ranks, in processes with few imports, for tests with a process group and no model."""
 
 import os
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 
 def on_ranks(work: Callable[..., Any], folder: Path, *arguments: Any, ranks: int) -> list[Any]:
-    """Return what `work(*arguments)` returned on each of so many ranks; `folder` is for their agreement."""
+    """Run `work(*arguments)` on every rank and return all results; the ranks meet through a file in `folder`."""
     store = folder / f"group-{work.__name__}"
     mp.spawn(_rank, (ranks, store, work, arguments), nprocs=ranks)
     return [torch.load(f"{store}-{rank}.pt", weights_only=False) for rank in range(ranks)]

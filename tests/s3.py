@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS on loopback, up within a second and gone with whoever started it."""
+"""A real S3 server for tests: SeaweedFS on loopback, which starts within a second and ends with its parent."""
 
 import ctypes
 import os
@@ -33,7 +33,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 class SeaweedServer:
-    """One SeaweedFS process with one empty bucket; its objects survive `stop()` and `start()`, not the `with` block.
+    """One SeaweedFS process with one empty bucket.
+
+    Its objects survive `stop()` and `start()`, but not the end of the `with` block.
 
     with SeaweedServer() as s3:
         os.environ |= s3.environment
@@ -55,7 +57,7 @@ class SeaweedServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client's usual credential chain reads; nothing falls through to an instance's metadata service."""
+        """Return variables with a client's credentials, so that it does not ask an instance's metadata service."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self._secret,
@@ -80,7 +82,7 @@ class SeaweedServer:
         with open(self._directory / "log", "ab") as log:
             self._process = subprocess.Popen(
                 self._command(self._directory),
-                # GOMEMLIMIT: it grows to 1.8 GB otherwise.
+                # Without GOMEMLIMIT, the process grows to 1.8 GB.
                 env={**os.environ, **self.environment, "GOMEMLIMIT": "400MiB", "TMPDIR": str(self._directory)},
                 cwd=self._directory,
                 stdout=log,
@@ -95,7 +97,7 @@ class SeaweedServer:
             raise
 
     def stop(self) -> None:
-        """End this server's own process, and no other."""
+        """End this server's own process, and no other process."""
         if self._process is None:
             return
         self._process.terminate()
@@ -105,7 +107,7 @@ class SeaweedServer:
             self._process.kill()
             self._process.wait()
         self._process = None
-        for port in range(self.port, self.port + PORTS):  # it forgets some of its sockets
+        for port in range(self.port, self.port + PORTS):  # SeaweedFS does not remove all of its sockets
             for forgotten in Path(tempfile.gettempdir()).glob(f"seaweedfs-*-grpc-{port + GRPC_OFFSET}.sock"):
                 forgotten.unlink(missing_ok=True)
 
@@ -174,7 +176,7 @@ class SeaweedServer:
 
 @contextmanager
 def served() -> Iterator[SeaweedServer]:
-    """A server with an empty bucket, and its credentials in this process's environment while it runs."""
+    """Yield a server with an empty bucket; its credentials are in this process's environment while it runs."""
     with SeaweedServer() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)
@@ -182,7 +184,7 @@ def served() -> Iterator[SeaweedServer]:
 
 
 def _free_ports() -> int:
-    """The first of `PORTS` neighbouring ports that are free, each with its gRPC counterpart."""
+    """Return the first of `PORTS` consecutive free ports, whose gRPC ports are free too."""
     for first in random.SystemRandom().sample(FIRST_PORTS, 100):
         if all(_is_free(port) and _is_free(port + GRPC_OFFSET) for port in range(first, first + PORTS)):
             return first
@@ -199,6 +201,6 @@ def _is_free(port: int) -> bool:
 
 
 def _die_with_parent() -> None:
-    """In the child, before exec: have the kernel end it when the thread that started it ends, however that happens."""
+    """Make the kernel end this process when the thread that started it ends. It runs in the child before exec."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""A bad network before an S3 server: a proxy on loopback that breaks some of the requests, by seed or on demand."""
+"""A bad network in front of an S3 server: a proxy on loopback that breaks some requests, by seed or on demand."""
 
 import http.client
 import random
@@ -21,18 +21,18 @@ from betakd_ray.storage import S3
 from tests.s3 import LOOPBACK, SeaweedServer
 
 FAULTS = (
-    "slow_down",  # 503; like the next two, the server never hears of the request
+    "slow_down",  # 503; for this and the next two, the server does not get the request
     "error",  # 500
     "reset",  # the connection is reset in the middle of the request
     "cut",  # the server did as asked; the connection is reset in the middle of the answer, or before its first byte
-    "truncated",  # likewise, but ended in good order
+    "truncated",  # like `cut`, but the connection is closed normally
     "pause",  # nothing comes for `pause_s` in the middle of the answer
     "silence",  # nothing comes for `silence_s` in the middle of the answer, which is more than a client waits
 )
 SHORT = "short"
-"""A well-formed answer that lacks the end of an object. No network does this, so it comes on demand only."""
+"""A well-formed answer without the end of an object. No network does this, so it happens only on demand."""
 NO_BUCKET = "no_bucket"
-"""404, likewise."""
+"""Answer 404, which also happens only on demand."""
 _ERRORS = {"slow_down": (503, "SlowDown"), "error": (500, "InternalError"), NO_BUCKET: (404, "NoSuchBucket")}
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "expect"}
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
@@ -40,22 +40,22 @@ _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to one request, and where."""
+    """A fault of one request, and its place in the message."""
 
     kind: str
     at: int | None = None
-    """Bytes of the body that still pass; None: `fraction` of the whole message."""
+    """Bytes of the body that are sent before the fault; None for `fraction` of the whole message."""
     fraction: float = 0.0
     only: str = ""
-    """A regular expression that must be found in `METHOD /path?query`."""
+    """Regular expression that must match a part of `METHOD /path?query`."""
 
     def position(self, head: int, body: int) -> int:
-        """Bytes that pass of a message of so many."""
+        """Return the bytes that are sent before the fault, for a message of `head` + `body` bytes."""
         return head + min(self.at, body) if self.at is not None else int(self.fraction * (head + body))
 
 
 class FaultyS3:
-    """The server's second address, where a share `rate` of the requests goes wrong. Signatures stay valid.
+    """A second address of the server, where a share `rate` of the requests fails. Signatures stay valid.
 
     with FaultyS3(server, seed=0, rate=0.02) as proxy:
         fsspec.open("s3://betakd/x", endpoint_url=proxy.endpoint_url)
@@ -76,7 +76,7 @@ class FaultyS3:
         self.pause_s, self.silence_s = pause_s, silence_s
         self.faults_injected: Counter[str] = Counter()
         self.requests: list[str] = []
-        """`METHOD /path?query` of each, in order."""
+        """All requests as `METHOD /path?query`, in order."""
         self.planned: list[Fault] = []
         """Injected faults that have not happened yet."""
         self.upstream = server.port
@@ -91,16 +91,17 @@ class FaultyS3:
         return f"http://{LOOPBACK}:{self._listener.server_port}"
 
     def inject(self, kind: str, at: int | None = None, only: str = "", times: int = 1) -> None:
-        """Have the next requests that `only` is found in go wrong, whatever `rate` is.
+        """Make the next `times` requests that `only` matches fail, whatever `rate` is.
 
-        `at`: bytes of the answer's body (of the request's, for a reset) that still pass; None: not a byte of it all.
+        `at` is the number of bytes of the answer's body that are sent before the fault (for a reset, of the request's
+        body). With None, no byte of the message is sent.
         """
         with self._lock:
             self.planned += [Fault(kind, at, only=only)] * times
 
     @contextmanager
     def outage(self) -> Iterator[None]:
-        """Every request is answered with 500."""
+        """Answer every request with 500 inside the block."""
         before = self.rate, self.faults
         self.rate, self.faults = 1.0, ("error",)
         try:
@@ -109,7 +110,7 @@ class FaultyS3:
             self.rate, self.faults = before
 
     def draw(self, request: str) -> Fault | None:
-        """What is to happen to the request."""
+        """Return the fault that the request gets, or None, and record both."""
         with self._lock:
             self.requests.append(request)
             fault = next((fault for fault in self.planned if re.search(fault.only, request)), None)
@@ -135,7 +136,7 @@ class FaultyS3:
 
 
 class _Listener(ThreadingHTTPServer):
-    """A thread for each connection; all of them end with the proxy."""
+    """HTTP server with one thread per connection; all threads end with the proxy."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -147,13 +148,13 @@ class _Listener(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         for connection in list(self.connections):
-            with suppress(OSError):  # gone already
+            with suppress(OSError):  # the connection has ended already
                 connection.shutdown(socket.SHUT_RDWR)
         super().server_close()
 
 
 class _Connection(BaseHTTPRequestHandler):
-    """Requests of one client, passed on one by one."""
+    """Connection of one client, whose requests are passed to the server one by one."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -173,7 +174,7 @@ class _Connection(BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             super().handle()
-        except ConnectionError:  # the client waited long enough
+        except ConnectionError:  # the client closed the connection after its timeout
             self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None: ...
@@ -189,7 +190,7 @@ class _Connection(BaseHTTPRequestHandler):
             return self._write(*self._error(*_ERRORS[fault.kind]))
         try:
             head, content = self._ask(body, fault)
-        except (OSError, http.client.HTTPException):  # no server there, or not for long
+        except (OSError, http.client.HTTPException):  # no server listens, or it ended during the request
             return self._reset()
         if fault is None or fault.kind == SHORT:
             return self._write(head, content)
@@ -198,7 +199,7 @@ class _Connection(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass_on  # noqa: N815
 
     def _ask(self, body: bytes, fault: Fault | None) -> tuple[bytes, bytes]:
-        """The server's answer. The Host header stays the client's, since it is signed."""
+        """Return the server's answer. The Host header stays the client's, because it is signed."""
         upstream = http.client.HTTPConnection(LOOPBACK, self.proxy.upstream)
         upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
@@ -240,11 +241,11 @@ class _Connection(BaseHTTPRequestHandler):
             self._reset()
 
     def _reset(self) -> None:
-        """Close with RST, which a plain close does not send."""
+        """Close the connection with RST, which a plain close does not send."""
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self.connection.close()
-        self.rfile.close()  # the socket closes with the last file on it
+        self.rfile.close()  # the socket closes only when the last file on it is closed
 
 
 def _head(status: int, reason: str, headers: dict[str, str]) -> bytes:
@@ -253,7 +254,7 @@ def _head(status: int, reason: str, headers: dict[str, str]) -> bytes:
 
 
 def client_without_pauses(patch: pytest.MonkeyPatch) -> None:
-    """Has the package's S3 client ask again at once, and as often as it likes after a SlowDown."""
+    """Make the package's S3 client retry without a delay, and without its limit on retries after a SlowDown."""
     patch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda self, context: 0.0)
     patch.setattr("aiobotocore.retries.bucket.AsyncTokenBucket.acquire", _at_once)
     patch.setattr(cast(Any, S3._whole_answer).retry, "wait", wait_none())

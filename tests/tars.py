@@ -32,7 +32,7 @@ def tar_bytes(members, mode="w", tar_format=tarfile.USTAR_FORMAT):
 
 
 def written(folder, content, name="train-0.tar", manifest=True):
-    """A file of the folder, and its entry, which says of its bytes what is true before anybody damages them."""
+    """Write a shard into the folder; return its manifest entry, which describes the bytes before any damage."""
     (folder / name).write_bytes(content)
     return index_shards([str(folder / name)], STORAGE)[0] if manifest else None
 

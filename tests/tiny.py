@@ -1,6 +1,6 @@
-"""A vision–language model small enough for a test: LLaVA with 4 tokens an image, and its processor.
+"""A vision–language model that is small enough for a test: LLaVA with 4 tokens per image, and its processor.
 
-Nothing is downloaded; the vocabulary is trained on a few lines, and is the same in every process.
+Nothing is downloaded. The vocabulary is trained on a few lines of text, and is the same in every process.
 """
 
 import io
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, which begins a text with `<s>` and knows `<image>`."""
+    """Return a byte-level BPE tokenizer, which begins a text with `<s>` and knows `<image>`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -70,7 +70,7 @@ def tiny_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTo
 
 
 def tiny_processor(*, image_size: int = IMAGE_SIZE, chat_template: str | None = CHAT_TEMPLATE) -> LlavaProcessor:
-    """The tokenizer, and CLIP's image processor at 16×16 pixels: (16 / 8)² = 4 tokens an image."""
+    """Return the tokenizer with CLIP's image processor at 16×16 pixels: (16 / 8)² = 4 tokens per image."""
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
             size={"height": image_size, "width": image_size},
@@ -85,7 +85,7 @@ def tiny_processor(*, image_size: int = IMAGE_SIZE, chat_template: str | None = 
 
 
 def tiny_config(*, hidden: int = 16, layers: int = 2, vocab: int = VOCAB, image_size: int = IMAGE_SIZE) -> LlavaConfig:
-    """A LLaVA of about 30,000 parameters."""
+    """Return the configuration of a LLaVA of about 30,000 parameters."""
     vision = CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=32,
@@ -120,7 +120,7 @@ def tiny_config(*, hidden: int = 16, layers: int = 2, vocab: int = VOCAB, image_
 
 
 def raw_sample(number: int, answer: str, *, has_image: bool) -> RawSample:
-    """One question, with or without an image, and its answer."""
+    """Return a sample of one question, with or without an image, and its answer."""
     question = f"{IMAGE}\nWhich?" if has_image else "Which?"
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     buffer = io.BytesIO()
@@ -129,21 +129,24 @@ def raw_sample(number: int, answer: str, *, has_image: bool) -> RawSample:
 
 
 def tiny_model(*, seed: int = 0, **config: Any) -> LlavaForConditionalGeneration:
-    """Random weights, the same for the same seed."""
+    """Return a model with random weights that depend only on the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlavaForConditionalGeneration(tiny_config(**config)).eval()
 
 
 def save_tiny(folder: str | Path, *, seed: int = 0, **config: Any) -> str:
-    """A folder with model and processor, as a hub snapshot has them; returns its path."""
+    """Write model and processor into a folder, as in a hub snapshot; return its path."""
     tiny_model(seed=seed, **config).save_pretrained(folder)
     tiny_processor(image_size=config.get("image_size", IMAGE_SIZE)).save_pretrained(folder)
     return str(folder)
 
 
 def numbered_samples(count: int, broken: int | None = None) -> list[dict[str, Any]]:
-    """Return samples as `pack` takes them; some are text only, and the image of number `broken` is cut off."""
+    """Return samples in the form that `pack` takes.
+
+    Some samples are text only. The image of number `broken` is truncated.
+    """
     samples = []
     for number in range(count):
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""A LLaVA, or a MobileVLM, out of a language model and a vision tower: configuration, processor, vocabulary."""
+"""Assembly of a LLaVA or a MobileVLM from a language model and a vision tower: configuration, processor, vocabulary."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from betakd_ray.models.mobilevlm import MobileVLMConfig, mobilevlm_processor
 
 IMAGE = "<image>"
 PAD_ROWS_TO = 64
-"""A vocabulary that grows does so to a multiple of this, for the speed of the product with the head."""
+"""A vocabulary that grows gets a multiple of this many rows, so that the product with the head stays fast."""
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
-"""Vision towers → their tokens that stand for no patch."""
+"""Model type of a vision tower → number of its tokens that represent no patch."""
 
 
 def assembled(
@@ -27,9 +27,10 @@ def assembled(
     layer: int,
     select: str,
 ) -> tuple[LlavaConfig, LlavaProcessor]:
-    """Configuration and processor of the whole. `select` is transformers': `default` drops the first image token.
+    """Return the configuration and the processor of the assembled model.
 
-    The tokenizer has to know `<image>`, and `text` to have a row for it. Raises ModelError.
+    `select` has the values of transformers: `default` drops the first image token. The tokenizer must know `<image>`,
+    and `text` must have a row for it. Raises ModelError.
     """
     common: dict[str, Any] = {
         "vision_config": vision,
@@ -54,33 +55,36 @@ def assembled(
 
 
 def _pixels(image_processor: Any) -> int:
-    """Along a side of the images that it makes; a tower may have learned on others."""
+    """Return the height in pixels of the images that the processor makes.
+
+    The vision tower may have been trained on another size.
+    """
     cropped = getattr(image_processor, "do_center_crop", False)
     return (image_processor.crop_size if cropped else image_processor.size)["height"]
 
 
 def require_tower(path: str, config: PretrainedConfig) -> None:
-    """Raises ModelError for a vision tower whose tokens are not known here."""
+    """Raise ModelError for a vision tower that is not in `CLASS_TOKENS`."""
     if config.model_type not in CLASS_TOKENS:
         raise ModelError(f"{path}: a {config.model_type!r}; vision towers are {', '.join(CLASS_TOKENS)}")
 
 
 def with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The tokenizer, with `<image>` by the first id that was free unless it knew it."""
+    """Add `<image>` to the tokenizer at the first free id, unless the tokenizer knows it; return the tokenizer."""
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     return tokenizer
 
 
 def rows_for(index: int, rows: int) -> int:
-    """Return how many rows an embedding or head of `rows` needs so that it has a row `index`."""
+    """Return the number of rows that an embedding or head of `rows` rows needs to have a row `index`."""
     return rows if index < rows else -(-(index + 1) // PAD_ROWS_TO) * PAD_ROWS_TO
 
 
 def with_row(weight: Float[Tensor, "vocab width"], index: int) -> Float[Tensor, "rows width"]:
-    """An embedding or head that has a row `index`: as it was, or longer by copies of its mean row.
+    """Return an embedding or head that has a row `index`; missing rows are copies of its mean row.
 
-    The mean row's logit is the mean logit. So it is never the largest, and by Jensen's inequality no new id gets more
-    than 1/vocab of the probability.
+    The logit of a mean row is the mean logit. So it is never the largest, and by Jensen's inequality no new id gets
+    more than 1/vocab of the probability.
     """
     if index < len(weight):
         return weight

@@ -1,4 +1,4 @@
-"""Can this teacher teach this student? Answered from tokenizers and configurations, before any weights are loaded."""
+"""Checks that a teacher fits a student, from tokenizers and configurations, before any weights are loaded."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ PROBE = "Is the 2nd shape (on the left) a blue triangle?\n\tÉtait-ce — 它是
 
 
 def check_vocabularies(teacher_processor: Any, student_processor: Any) -> None:
-    """Raises VocabularyMismatch unless the tokenizers agree wherever both define a token.
+    """Raise VocabularyMismatch unless the tokenizers agree wherever both define a token.
 
-    Compared by content, not by size: one family pads its vocabulary to several sizes, and two families may share a
-    size.
+    The check compares contents, not sizes: one family pads its vocabulary to several sizes, and two families may have
+    vocabularies of the same size.
     """
     teacher, student = (
         getattr(processor, "tokenizer", processor) for processor in (teacher_processor, student_processor)
@@ -34,7 +34,10 @@ def check_vocabularies(teacher_processor: Any, student_processor: Any) -> None:
 
 
 def check_features(objective: ObjectiveSpec, teacher_tokens: tuple[int, ...], student_tokens: tuple[int, ...]) -> None:
-    """Raises ModelError where an energy would compare different numbers of image tokens, of images of some sizes."""
+    """Raise ModelError if an energy compares image tokens and the two models make different numbers of them.
+
+    `teacher_tokens` and `student_tokens` are the numbers of image tokens, for images of the same few sizes.
+    """
     visual = [name for name in objective.channels if name in VISUAL_ENERGIES]
     if visual and not (any(teacher_tokens) and any(student_tokens)):
         raise ModelError(f"objective.energies: {', '.join(visual)} compare image tokens; a language model has none")
@@ -47,7 +50,10 @@ def check_features(objective: ObjectiveSpec, teacher_tokens: tuple[int, ...], st
 
 
 def check_feature_layer(objective: ObjectiveSpec, teacher: Any, student: Any) -> None:
-    """Raises ModelError where `fd.layer` names a layer that a model, whose configuration this is, does not have."""
+    """Raise ModelError if `fd.layer` names a layer that the teacher or the student does not have.
+
+    `teacher` and `student` are the configurations of the models.
+    """
     if objective.feature_layer is None:
         return
     for name, config in (("teacher", teacher), ("student", student)):

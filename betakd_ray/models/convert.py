@@ -1,8 +1,8 @@
-"""Checkpoints as their authors' code wrote them → folders that transformers loads.
+"""Conversion of checkpoints in their authors' formats into folders that transformers loads.
 
 Two layouts are read: the flat one of LLaVA, MobileVLM V2 and TinyLLaVA's first models (a language model's configuration
-with `mm_…` fields beside its own), and the nested one of TinyLLaVA Factory. A weight that has no place in the model, or
-a place that gets no weight, is an error: nothing is left at random.
+with additional `mm_…` fields), and the nested one of TinyLLaVA Factory. A weight without a place in the model and a
+parameter without a weight are both errors, so no parameter keeps random values.
 """
 
 import json
@@ -43,7 +43,7 @@ from betakd_ray.models.source import local_folder
 from betakd_ray.spec import StorageSpec
 
 Names = Mapping[str, str]
-"""How a weight's name begins → how it does in transformers. The first that fits is taken."""
+"""Prefix of a weight's name → its prefix in transformers. The first prefix that matches is used."""
 
 VISION, PROJECTOR, LANGUAGE = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
 EMBEDDING, HEAD = f"{LANGUAGE}embed_tokens.weight", "lm_head.weight"
@@ -60,21 +60,21 @@ NESTED: Names = {
     "language_model.lm_head.": "lm_head.",
 }
 TOWER: Names = {"vision_model.": VISION}
-"""Names of the vision tower in CLIP and SigLIP, which have a text tower too."""
+"""Prefixes of the vision tower's weights in CLIP and SigLIP, which have a text tower too."""
 PROJECTORS: Mapping[str, Names] = {
     "mlp2x_gelu": {"0.": "linear_1.", "2.": "linear_2."},
     "ldpnetv2": {"mlp.mlp.0.": "linear_1.", "mlp.mlp.2.": "linear_2.", "peg.peg.0.": "peg."},
 }
 COMPUTED = ("inv_freq", "position_ids")
-"""Buffers that older versions of transformers wrote among the weights."""
+"""Endings of the names of buffers that older versions of transformers saved with the weights."""
 LANGUAGE_MODELS = {"Llama": "llama", "Mistral": "mistral", "Qwen": "qwen2"}
-"""A part of the architecture's name, in the flat layout → transformers' model type."""
+"""Part of the architecture's name in the flat layout → model type in transformers."""
 SELECTS = {"patch": "default", "cls_patch": "full"}
 
 
 @dataclass(frozen=True)
 class Original:
-    """What an original configuration says, in the same words for both layouts."""
+    """Content of an original configuration, with the same fields for both layouts."""
 
     names: Names
     projector: str
@@ -83,9 +83,9 @@ class Original:
     text: PretrainedConfig
     layer: int
     select: str
-    """`patch`, without the first token, or `cls_patch`."""
+    """Image tokens that the projector gets: `patch` (without the first token) or `cls_patch` (all tokens)."""
     needs_class_token: bool
-    """Whether `patch` keeps all tokens of a tower that has no class token."""
+    """True if `patch` keeps all tokens of a tower that has no class token."""
 
 
 def convert(
@@ -93,9 +93,10 @@ def convert(
 ) -> PreTrainedModel:
     """Write the original-format checkpoint `source` (folder, hub id or URL) into the folder `target`.
 
-    `vision_tower` replaces the place that the configuration names; its configuration and image processor are read, and
-    its weights where the checkpoint has none. Pickled weights need `allow_pickle`, and may hold tensors only. All
-    weights become of the language model's type. The model is held in memory. Raises ModelError and OutputError.
+    `vision_tower` replaces the vision tower that the configuration names. Its configuration and image processor are
+    read; its weights are read if the checkpoint has none. Pickled weights need `allow_pickle`, and may hold tensors
+    only. All weights get the dtype of the language model. The whole model is held in memory. Raises ModelError and
+    OutputError.
     """
     target = new_folder(target)
     folder = fetch(source, allow_pickle)
@@ -119,7 +120,7 @@ def convert(
 
 
 def renaming(name: str, names: Names) -> str:
-    """The name with its beginning exchanged; as it is, if none fits."""
+    """Return the name with its prefix replaced, or unchanged if no prefix matches."""
     old = next((old for old in names if name.startswith(old)), "")
     return names.get(old, "") + name.removeprefix(old)
 
@@ -128,7 +129,7 @@ def renaming(name: str, names: Names) -> str:
 
 
 def new_folder(target: str | Path) -> Path:
-    """The folder, made if it is not there. Raises OutputError if something is in it."""
+    """Return the folder, and create it if it does not exist. Raises OutputError if it is not empty."""
     folder = Path(target)
     if folder.exists() and any(folder.iterdir()):
         raise OutputError(f"{folder}: is there, and not empty. Name a new folder.")
@@ -137,7 +138,7 @@ def new_folder(target: str | Path) -> Path:
 
 
 def fetch(location: str, allow_pickle: bool = False) -> Path:
-    """A folder as it is; this machine's copy of a URL or hub id. Raises ModelError."""
+    """Return `location` if it is a folder, otherwise this machine's copy of the URL or hub id. Raises ModelError."""
     if "://" in location:
         return Path(local_folder(location, StorageSpec()))
     if Path(location).is_dir():
@@ -226,7 +227,7 @@ def _flat(file: Path, config: Mapping[str, Any]) -> Original:
 
 
 def _flat_text(file: Path, config: Mapping[str, Any]) -> PretrainedConfig:
-    """The language model's own fields."""
+    """Return the language model's configuration, made of the fields that belong to it."""
     architecture = _given(file, config, "architectures")[0]
     kind = next((kind for name, kind in LANGUAGE_MODELS.items() if name in architecture), None)
     if kind is None:
@@ -237,7 +238,7 @@ def _flat_text(file: Path, config: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def own_fields(config: Any) -> set[str]:
-    """The fields of a configuration, or its class, that not every configuration has."""
+    """Return the names of the fields of a configuration, or of its class, that `PretrainedConfig` does not have."""
     return {field.name for field in fields(config)} - {field.name for field in fields(PretrainedConfig)}
 
 
@@ -266,7 +267,7 @@ def _given(file: Path, config: Mapping[str, Any], field: str) -> Any:
 def _configured(
     original: Original, tower: Path, tokenizer: PreTrainedTokenizerFast, vocabulary: int
 ) -> tuple[LlavaConfig, LlavaProcessor]:
-    """The model's configuration in transformers, and its processor."""
+    """Return the model's configuration in transformers, and its processor."""
     vision, image_processor = _vision(tower)
     no_class_token = original.needs_class_token and not CLASS_TOKENS[vision.model_type]
     original.text.vocab_size = vocabulary
@@ -285,7 +286,7 @@ def _configured(
 
 
 def _vision(tower: Path) -> tuple[PretrainedConfig, Any]:
-    """Configuration and image processor of a vision tower, or of the CLIP or SigLIP that it is a part of."""
+    """Return the configuration and the image processor of a vision tower. `tower` may hold a whole CLIP or SigLIP."""
     try:
         config = AutoConfig.from_pretrained(tower, trust_remote_code=False)
         image_processor = AutoImageProcessor.from_pretrained(tower, trust_remote_code=False)
@@ -300,7 +301,7 @@ def _vision(tower: Path) -> tuple[PretrainedConfig, Any]:
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """A fast tokenizer that knows `<image>`, by the first id that was free."""
+    """Return a fast tokenizer that knows `<image>`, at the first free id if it was added."""
     if (folder / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     elif (folder / "tokenizer.model").exists():
@@ -313,12 +314,12 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
     if not is_sentencepiece_available():
         raise ModelError(f"{folder / 'tokenizer.model'}: needs sentencepiece. Run: pip install 'betakd_ray[convert]'")
-    # What a file does not say is as it was when these models learned, not as it is by default today.
+    # A missing field means the default when these models were trained. Today's defaults would tokenize differently.
     said = _json(folder / "tokenizer_config.json")
     tokenizer = LlamaTokenizer.from_pretrained(
         folder, legacy=said.get("legacy") is not False, add_bos_token=said.get("add_bos_token") is not False
     )
-    # Saved as LlamaTokenizer it would be built anew, by today's defaults, wherever it is loaded.
+    # Saved as LlamaTokenizer, it would be rebuilt with today's defaults whenever it is loaded.
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
         model_max_length=tokenizer.model_max_length,
@@ -327,7 +328,10 @@ def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _renamed(folder: Path, names: Names, allow_pickle: bool, *, only_these: bool = False) -> dict[str, Tensor]:
-    """A folder's weights by their names in transformers. A name unknown is an error, or with `only_these` left out."""
+    """Return a folder's weights by their names in transformers.
+
+    Raises ModelError for a weight with an unknown name; with `only_these`, such a weight is left out instead.
+    """
     found = _weights(folder, allow_pickle)
     known = {name: weight for name, weight in found.items() if name.startswith(tuple(names))}
     if len(known) < len(found) and not only_these:
@@ -336,7 +340,7 @@ def _renamed(folder: Path, names: Names, allow_pickle: bool, *, only_these: bool
 
 
 def _filled(config: LlavaConfig, weights: dict[str, Tensor]) -> PreTrainedModel:
-    """The model with exactly these weights. Raises ModelError if some are missing or have no place."""
+    """Return the model with exactly these weights. Raises ModelError if some are missing or have no place."""
     is_mobilevlm = isinstance(config, MobileVLMConfig)
     model_class: Any = MobileVLMForConditionalGeneration if is_mobilevlm else LlavaForConditionalGeneration
     dtype = weights[EMBEDDING].dtype

@@ -1,4 +1,4 @@
-"""A MobileVLM in its authors' layout, for the tool chain that their checkpoints come with."""
+"""Export of a MobileVLM to its authors' layout, for the tools that their checkpoints come with."""
 
 import json
 import shutil
@@ -22,8 +22,8 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_m
 def export_mobilevlm(source: str, target: str | Path, tokenizer: str) -> None:
     """Write the MobileVLM `source` into the folder `target`, with the original names and configuration.
 
-    `tokenizer` is the folder, hub id or URL of an original checkpoint, whose tokenizer files are copied: the original
-    code reads `tokenizer.model`, which transformers does not keep. Raises ModelError and OutputError.
+    `tokenizer` is the folder, hub id or URL of an original checkpoint. Its tokenizer files are copied, because the
+    original code reads `tokenizer.model`, which transformers does not save. Raises ModelError and OutputError.
     """
     target = new_folder(target)
     spec = ModelSpec(path=source)
@@ -42,7 +42,7 @@ def export_mobilevlm(source: str, target: str | Path, tokenizer: str) -> None:
 
 
 def _exportable(source: str, model: PreTrainedModel) -> MobileVLMConfig:
-    """Raises ModelError for what the original code has built in, and this model has otherwise."""
+    """Return the model's configuration. Raises ModelError if it differs from what is fixed in the original code."""
     if not isinstance(model, MobileVLMForConditionalGeneration):
         raise ModelError(f"{source}: is a {type(model).__name__}; only a MobileVLM can have its original format")
     config = model.config
@@ -60,7 +60,10 @@ def _exportable(source: str, model: PreTrainedModel) -> MobileVLMConfig:
 
 
 def _original_rows(config: MobileVLMConfig, tokenizer: Any) -> int:
-    """The vocabulary without `<image>` and the padding after it, if `<image>` is the tokenizer's last token."""
+    """Return the number of vocabulary rows to export.
+
+    These are the rows before `<image>` if it is the tokenizer's last token (only padding follows), otherwise all rows.
+    """
     is_last = config.image_token_id == len(tokenizer) - 1
     return config.image_token_id if is_last else config.text_config.vocab_size
 

@@ -1,7 +1,8 @@
-"""Floating-point operations of a student's step, and what a device could do at most: their ratio is the utilisation.
+"""Floating-point operations of a student's step, and the peak rate of a device; their ratio gives the utilisation.
 
-Counted is what the mathematics asks for, by the usual convention (PaLM, appendix B): 2 a multiply–add; attention as if
-it were not causal; nothing for what gradient checkpointing does twice, for norms, embeddings and elementwise work.
+The count follows the usual convention (PaLM, appendix B): only operations that the mathematics needs. A multiply–add
+counts as 2, and attention counts as if it were not causal. Recomputation by gradient checkpointing, norms, embeddings
+and elementwise operations count as zero.
 """
 
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ PEAKS = (
     ("MI325X", 1307e12),
     ("MI300X", 1307e12),
 )
-"""In a device's name → dense bfloat16 operations a second, by its maker. The first that fits counts."""
+"""Words in a device's name, and its dense bfloat16 operations per second by its maker. The first match counts."""
 
 
 def peak_flops(device_name: str) -> float | None:
@@ -60,14 +61,17 @@ def device_peak(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class Matrices:
-    """The weights that every token of a part is multiplied with, in elements."""
+    """Number of elements in the weight matrices that multiply every token of a part."""
 
     trained: int
     frozen: int
 
     @classmethod
     def of(cls, *modules: nn.Module, without: nn.Module | None = None) -> "Matrices":
-        """Return those of all linear layers. Their features are asked for, as ZeRO-3 leaves the weights empty."""
+        """Return the matrices of all linear layers in `modules`, except `without`.
+
+        Sizes come from the layers' feature counts, because ZeRO-3 leaves the weights themselves empty.
+        """
         found = {layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear)} - {without}
         sizes = [(layer.in_features * layer.out_features, layer.weight.requires_grad) for layer in found]
         return cls(sum(size for size, learns in sizes if learns), sum(size for size, learns in sizes if not learns))
@@ -77,26 +81,29 @@ class Matrices:
         return self.trained + self.frozen
 
     def flops(self, tokens: int, has_gradient: bool) -> float:
-        """Return forward and backward of so many tokens; `has_gradient` where something at or below them learns."""
+        """Return the operations of forward and backward for `tokens` tokens.
+
+        `has_gradient` is true if a gradient flows back through these matrices, for them or for a part before them.
+        """
         return 2.0 * tokens * (self.size + (self.size if has_gradient else 0) + self.trained)
 
 
 @dataclass(frozen=True)
 class StudentFlops:
-    """What a student's step takes, known once it is built."""
+    """Counts from which the operations of a student's step follow; they are known when the student is built."""
 
     language: Matrices
     attention: int
-    """Width of the queries times layers: with it, a sequence of L tokens takes 4·L²·attention in the forward."""
+    """Width of the queries × number of layers: the forward pass on L tokens takes 4·L²·attention operations."""
     head: Matrices
     teacher_head: int
-    """Elements of the teacher's lm_head, where the student makes its logits."""
+    """Elements of the teacher's lm_head if the student worker computes the teacher's logits, otherwise 0."""
     tower: float
-    """FLOPs of one number in `pixel_values`, in the vision tower's forward."""
+    """Operations of the vision tower's forward pass per number in `pixel_values`."""
     projector: Matrices
     tower_learns: bool
     reaches_language: bool
-    """Whether gradients go through the language model: for itself, or for what is before it."""
+    """True if gradients flow through the language model, for itself or for a part before it."""
 
     @classmethod
     def of(
@@ -106,9 +113,9 @@ class StudentFlops:
         blank: dict[str, Tensor] | None,
         teacher_head: int = 0,
     ) -> "StudentFlops":
-        """Count a student's weights. Its vision tower, of any family, is run on `blank` and its operations counted.
+        """Count a student's weights. Its vision tower, of any family, is run on `blank` to count its operations.
 
-        Call it before DeepSpeed takes the model. A mixture of experts is counted as if all of them took each token.
+        Call this before DeepSpeed takes over the model. A mixture of experts counts as if each token used all experts.
         """
         of_parts = parts(student)
         head = lm_head(student)
@@ -125,15 +132,16 @@ class StudentFlops:
             teacher_head=teacher_head,
             tower=tower,
             projector=projector,
-            tower_learns=_learns(of_parts["vision_tower"], but=of_parts["projector"]),  # Qwen's is inside of it
+            tower_learns=_learns(of_parts["vision_tower"], but=of_parts["projector"]),  # Qwen's is inside the tower
             reaches_language=any(learns.values()),
         )
 
     def step(self, tokens: int, squares: int, rows: int, image_tokens: int, pixels: int) -> float:
-        """Return the operations of a step over all its micro-batches.
+        """Return the number of operations of a step, over all its micro-batches.
 
-        `tokens` go through the language model, text and image tokens without padding; `squares` is Σ L² over the
-        samples' lengths; `rows` are answer rows, `pixels` the numbers in `pixel_values`.
+        `tokens` is the number of text and image tokens in the language model, without padding. `squares` is Σ L² over
+        the samples' lengths L. `rows` is the number of answer rows. `pixels` is the number of values in
+        `pixel_values`.
         """
         attention = 4.0 * squares * self.attention * (3 if self.reaches_language else 1)
         return (
@@ -147,14 +155,14 @@ class StudentFlops:
 
 
 def _learns(modules: list[nn.Module], but: list[nn.Module] | None = None) -> bool:
-    """Return whether a parameter of theirs, and of none `but`, is trained."""
+    """Return whether a parameter of `modules` that is not in `but` is trained."""
     other = {parameter for module in but or () for parameter in module.parameters()}
     return any(p.requires_grad and p not in other for module in modules for p in module.parameters())
 
 
 @torch.no_grad()
 def _tower(model: Any, normalize: Normalization, blank: dict[str, Tensor], projector: Matrices) -> float:
-    """Return the operations of one number in `pixel_values`, the projector's apart."""
+    """Return the operations of the vision tower per number in `pixel_values`, without those of the projector."""
     images = normalize.of_images(blank, model.dtype)
     with FlopCounterMode(display=False) as counter:
         features = base_model(model).get_image_features(**images, return_dict=True)

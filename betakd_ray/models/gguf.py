@@ -1,4 +1,4 @@
-"""A language model in one GGUF: found on this node, and refused where transformers would read it wrongly or in part."""
+"""Lookup of a language model's GGUF file, and checks that transformers reads it correctly and completely."""
 
 import os
 import struct
@@ -14,10 +14,10 @@ from betakd_ray.spec import ModelSpec
 
 
 def find_gguf(spec: ModelSpec, name: str) -> Path:
-    """The file `name` beside a model's other files, on this node.
+    """Return the path on this node of the file `name` among a model's files.
 
-    Raises ModelError if it is not there, or is no GGUF; for what transformers would not read, or only a part of; and
-    where the package gguf is missing.
+    Raises ModelError if the file does not exist or is not a GGUF, if transformers would read it wrongly or only in
+    part, and if the package gguf is missing.
     """
     if not is_gguf_available():
         raise ModelError(f"gguf_file: {name} is read by the package gguf: pip install 'betakd_ray[gguf]'")

@@ -1,4 +1,7 @@
-"""What a forward pass gives, apart from `vlm`: processes that only hand it on do not load transformers for it."""
+"""Result of a forward pass.
+
+It is not in `vlm`, so that processes which only pass it on do not import transformers.
+"""
 
 from dataclasses import dataclass
 
@@ -8,13 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Hidden:
-    """A forward pass up to the language model's last hidden states."""
+    """Result of a forward pass up to the language model's last hidden states."""
 
     rows: Float[Tensor, "rows width"]
-    """At the answer rows, in order."""
+    """Last hidden states at the answer rows, in order."""
     visual: Float[Tensor, "image_tokens width"] | None
-    """Projector tokens, as the language model receives them."""
+    """Image tokens from the projector, as the language model receives them."""
     visual_layer: Float[Tensor, "image_tokens width"] | None = None
-    """What a layer of the language model makes of them."""
+    """Output of a layer of the language model at the image tokens."""
     attention: Float[Tensor, "pairs heads"] | None = None
     """Attention weights of the first layer, from each answer row to each image token of its sample."""

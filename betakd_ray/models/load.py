@@ -1,4 +1,4 @@
-"""A whole model by path, hub id or URL: configuration, processor, weights, and its skeleton without weights."""
+"""Loading of a model by path, hub id or URL: configuration, processor, weights, or a skeleton without weights."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -31,12 +31,12 @@ CPU = torch.device("cpu")
 
 
 def load_config(spec: ModelSpec) -> PretrainedConfig:
-    """The configuration alone.
+    """Return the configuration of a model, without its weights.
 
-    Raises ModelError if it cannot be read, is no model that this trains, or has its weights in a pickle.
+    Raises ModelError if it cannot be read, if the model is of no supported kind, or if its weights are in a pickle.
     """
     config = from_pretrained(AutoConfig, spec)
-    if hasattr(config, "mm_projector_type"):  # transformers would take it for a LLaVA, with random weights
+    if hasattr(config, "mm_projector_type"):  # transformers would load it as a LLaVA with random weights
         raise ModelError(
             f"{spec.path}: is in its authors' layout. Run: betakd convert {spec.path} FOLDER, and name that folder."
         )
@@ -50,7 +50,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
 
 
 def load_processor(spec: ModelSpec) -> Any:
-    """Tokenizer and image processor of a model; of a language model its tokenizer. Raises ModelError."""
+    """Return the processor of a vision–language model, or the tokenizer of a language model. Raises ModelError."""
     processor = from_pretrained(AutoTokenizer if spec.gguf_file else AutoProcessor, spec)
     if isinstance(processor, PreTrainedTokenizerBase):
         return processor
@@ -62,9 +62,9 @@ def load_processor(spec: ModelSpec) -> Any:
 def load_model(
     spec: ModelSpec, dtype: torch.dtype | str = "auto", devices: Sequence[torch.device] = (CPU,)
 ) -> PreTrainedModel:
-    """Weights in `dtype`, in evaluation mode, on a device or over several (`models.split`).
+    """Return a model with weights in `dtype`, in evaluation mode, on one device or split over several (`models.split`).
 
-    A teacher's `options` may name another `device_map`. Weights of a GGUF are unpacked. Raises ModelError.
+    A teacher's `options` may give another `device_map`. Quantised weights of a GGUF are unpacked. Raises ModelError.
     """
     config = load_config(spec)
     extra: dict[str, Any] = deepcopy(spec.options) if isinstance(spec, TeacherSpec) else {}
@@ -74,9 +74,9 @@ def load_model(
         if len(devices) > 1:
             with torch.device("meta"):
                 extra["device_map"] = device_map(model_skeleton(spec, dtype), devices)
-        elif quantization(spec, config):  # is made for the device that it is loaded to, and may not be moved
+        elif quantization(spec, config):  # quantised weights are made for one device and cannot be moved
             extra["device_map"] = {"": devices[0]}
-    if spec.gguf_file:  # packed they could be neither trained nor saved
+    if spec.gguf_file:  # packed weights can be neither trained nor saved
         extra["quantization_config"] = GgufConfig(dequantize=True)
     model, info = from_pretrained(
         auto_class(config, is_trusted=spec.trust_remote_code),
@@ -86,14 +86,17 @@ def load_model(
         output_loading_info=True,
         **extra,
     )
-    if spec.gguf_file and (missing := info["missing_keys"]):  # transformers would make them at random
+    if spec.gguf_file and (missing := info["missing_keys"]):  # transformers would initialise them at random
         raise ModelError(f"{spec.path}/{spec.gguf_file}: has not all of the weights, e.g. none for {min(missing)}")
     model.eval()
     return model if "device_map" in extra else model.to(devices[0])
 
 
 def model_skeleton(spec: ModelSpec, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """A model from its configuration alone, for fake tensors; "auto" is the dtype in it. Raises ModelError."""
+    """Return a model made only from its configuration, for fake tensors. Raises ModelError.
+
+    With "auto", the dtype is the one in the configuration.
+    """
     config = load_config(spec)
     return auto_class(config).from_config(
         config,
@@ -104,9 +107,10 @@ def model_skeleton(spec: ModelSpec, dtype: torch.dtype | str = "auto") -> PreTra
 
 
 def auto_class(config: PretrainedConfig, *, is_trusted: bool = False) -> Any:
-    """What loads it: as a vision–language model where it is one, else as a causal language model; or None.
+    """Return the auto class of transformers that loads a model with this configuration, or None if there is none.
 
-    `is_trusted`: the classes that the configuration names, in code beside it, count too.
+    A vision–language model is loaded as one, any other model as a causal language model. With `is_trusted`, classes
+    in the model's own code count too, if the configuration names them.
     """
     own_code = (getattr(config, "auto_map", None) or {}) if is_trusted else {}
     for found, mapping in (
@@ -119,11 +123,11 @@ def auto_class(config: PretrainedConfig, *, is_trusted: bool = False) -> Any:
 
 
 def sees_images(config: PretrainedConfig) -> bool:
-    """Whether it is a vision–language model's."""
+    """Return whether the configuration is that of a vision–language model."""
     return getattr(config, "vision_config", None) is not None
 
 
 def require_images(path: str, config: PretrainedConfig, processor: Any) -> None:
-    """Raises ModelError for a vision–language model that comes with nothing that would read its images."""
+    """Raise ModelError for a vision–language model that has a tokenizer but no image processor."""
     if sees_images(config) and isinstance(processor, PreTrainedTokenizerBase):
         raise ModelError(f"{path}: there is only a tokenizer, which takes no images; add the processor's files")

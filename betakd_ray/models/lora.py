@@ -1,4 +1,7 @@
-"""Adapters in a student's language model, through peft. Imported where there are some: peft takes seconds."""
+"""Low-rank adapters in a student's language model, through peft.
+
+This module is imported only if there are adapters, because the import of peft takes seconds.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,14 +20,14 @@ from betakd_ray.models.vlm import language_model
 from betakd_ray.spec import LoraSpec
 
 NAME = "default"
-"""Name that peft gives an adapter."""
+"""Name of the adapter in peft."""
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraSpec, *, is_skeleton: bool = False) -> None:
-    """Put adapters into the linear layers of the language model, in place; the head is none of them.
+    """Put adapters into the linear layers of the language model, in place; the head gets none.
 
-    Their A is random, by torch's global generator, and their B zero. `is_skeleton`: the model has no data. Raises
-    ModelError for layers that are not there.
+    Matrix A is random, from torch's global generator, and matrix B is zero. `is_skeleton` is true if the model's
+    tensors have no data. Raises ModelError for layers that do not exist.
     """
     language = language_model(model)
     place = next(name for name, module in model.named_modules() if module is language)
@@ -47,7 +50,11 @@ def add_adapters(model: PreTrainedModel, lora: LoraSpec, *, is_skeleton: bool = 
 
 @contextmanager
 def _made_in_place(dtype: torch.dtype) -> Iterator[None]:
-    """Adapters of this type from the start: peft would move them afterwards, which fake tensors refuse."""
+    """Create new modules in `dtype` inside the block.
+
+    peft creates adapters in the default dtype and then calls `Module.to`, which fails for fake tensors. So the block
+    sets the default dtype and makes `Module.to` do nothing.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -58,9 +65,10 @@ def _made_in_place(dtype: torch.dtype) -> Iterator[None]:
 
 
 def without_adapters(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The state of the model that has W + scale · B A in place of each adapted W.
+    """Return the state of a model that has W + scale · B A in place of each adapted W.
 
-    It computes the same with a scale of alpha / r (Hu et al. 2022, §4.1), and has its first weights with 0.
+    With scale = alpha / r it computes the same as the adapted model (Hu et al. 2022, §4.1). With scale = 0 it has the
+    weights that the model had before training.
     """
     result = {}
     for name, weight in state.items():
@@ -74,7 +82,7 @@ def without_adapters(state: Mapping[str, Tensor], scale: float) -> dict[str, Ten
 
 
 def save_adapters(model: PreTrainedModel, state: Mapping[str, Tensor], base: str | None, folder: str) -> None:
-    """Write the files that peft loads onto a model, and transformers onto the one that lies beside them."""
+    """Write the files that peft loads onto a model; transformers loads them onto the model in the same folder."""
     config = model.peft_config[NAME]
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(folder)

@@ -1,8 +1,8 @@
-"""MobileVLM V2 (arXiv 2402.03766) as a transformers model: LLaVA whose projector is LDPv2.
+"""MobileVLM V2 (arXiv 2402.03766) as a transformers model: a LLaVA whose projector is LDPv2.
 
-Vision tower, language model, generation and saving are those of transformers' LLaVA. Importing this module makes the
-family known to transformers' Auto classes, under the model type `mobilevlm_v2`; `mobilevlm` is the original's, whose
-folders betakd_ray.models.convert reads and writes.
+Vision tower, language model, generation and saving are those of transformers' LLaVA. The import of this module
+registers the family with transformers' Auto classes, under the model type `mobilevlm_v2`. `mobilevlm` is the type of
+the original format, which betakd_ray.models.convert reads and betakd_ray.models.export writes.
 """
 
 import math
@@ -28,16 +28,16 @@ from betakd_ray.errors import ModelError
 
 @no_type_check  # transformers gives it an __init__ that takes more than its signature says
 class MobileVLMConfig(LlavaConfig):
-    """LLaVA's configuration; `image_seq_length` (a square number) is how many tokens LDPv2 makes of an image."""
+    """LLaVA's configuration, whose `image_seq_length` is the number of tokens per image after LDPv2, a square."""
 
     model_type = "mobilevlm_v2"
 
-    # LLaVA also takes them as trees; they are configurations by the time anyone reads them.
+    # LLaVA also accepts dicts here; its __post_init__ turns them into configurations.
     vision_config: Any = None
     text_config: Any = None
     image_seq_length: int = 144
     mm_vision_tower: str = "openai/clip-vit-large-patch14-336"
-    """Where the original tool chain finds its image processor; only an export reads this."""
+    """Hub id or folder from which the original code loads its image processor; only an export reads this."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -46,15 +46,15 @@ class MobileVLMConfig(LlavaConfig):
 
     @property
     def side(self) -> int:
-        """Image tokens along one side of an image."""
+        """Return the number of image tokens along one side of an image."""
         return math.isqrt(self.image_seq_length)
 
 
 class MobileVLMProjector(LlavaMultiModalProjector):
     """LDPv2: LLaVA's two linear layers, an average pool, and a position-encoding generator (PEG).
 
-    PEG is a 3×3 convolution of each channel by itself, added to what it saw; its zero padding tells a token where it
-    is (MobileVLM V2 §3.3).
+    PEG is a 3×3 convolution of each channel separately, added to its input. Its zero padding gives each token its
+    position (MobileVLM V2 §3.3).
     """
 
     def __init__(self, config: MobileVLMConfig) -> None:
@@ -66,7 +66,7 @@ class MobileVLMProjector(LlavaMultiModalProjector):
     def forward(
         self, image_features: Float[Tensor, "images patches vision_width"]
     ) -> Float[Tensor, "images tokens width"]:
-        """Raises ModelError if the patches are no square."""
+        """Return the image tokens of each image. Raises ModelError if the number of patches is not a square."""
         patches = image_features.shape[1]
         rows = math.isqrt(patches)
         if rows**2 != patches:
@@ -93,7 +93,7 @@ class MobileVLMModel(LlavaModel):
 
 
 class MobileVLMForConditionalGeneration(LlavaForConditionalGeneration):
-    """The whole model; called, trained and saved as transformers' LLaVA is."""
+    """The whole model, which is called, trained and saved like transformers' LLaVA."""
 
     config: MobileVLMConfig
 
@@ -105,9 +105,11 @@ class MobileVLMForConditionalGeneration(LlavaForConditionalGeneration):
 
 
 def mobilevlm_processor(config: MobileVLMConfig, image_processor: Any, tokenizer: Any) -> LlavaProcessor:
-    """LLaVA's processor, which counts image tokens by their size in pixels: here that of pooled patches.
+    """Return LLaVA's processor with the patch size for which it counts `image_seq_length` tokens per image.
 
-    Raises ModelError where no size gives `image_seq_length` tokens; from `side`² pixels on there is always one.
+    LLaVA's processor computes the number of image tokens from their size in pixels; here this is the size of a pooled
+    patch. Raises ModelError if no size gives `image_seq_length` tokens; for images of `side`² pixels a side or more,
+    one always does.
     """
     pixels = config.vision_config.image_size
     size = pixels // config.side

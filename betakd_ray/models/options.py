@@ -1,4 +1,4 @@
-"""What else a teacher is loaded with: `teacher.options`, checked before any weights are read."""
+"""Checks of `teacher.options`, the further keywords for loading a teacher, before any weights are read."""
 
 import difflib
 import inspect
@@ -15,22 +15,25 @@ from betakd_ray.models.quantization import check_quantization
 from betakd_ray.spec import TeacherSpec
 
 _RETIRED = {"from_flax", "from_tf", "low_cpu_mem_usage", "mirror", "offload_state_dict"}
-"""Keywords that from_pretrained takes, and no longer heeds."""
+"""Keywords that from_pretrained accepts and ignores."""
 
 
 def check_options(spec: TeacherSpec, config: PretrainedConfig) -> None:
-    """Raises ModelError for an option that neither transformers nor the teacher's configuration knows, and for a
-    quantisation that cannot be read, or whose package is not here. No weights are read.
+    """Raise ModelError for an unknown option and for a quantisation that cannot be used. No weights are read.
+
+    An option is unknown if neither transformers nor the teacher's configuration has it. A quantisation cannot be used
+    if its settings cannot be read, or if its package is not installed here.
     """
     given = {name: value for name, value in spec.options.items() if name != "quantization_config"}
-    if given and not spec.trust_remote_code:  # code of its own may take any
+    if given and not spec.trust_remote_code:  # a model with its own code may accept any keyword
         _check_keywords(spec, given, config)
     check_quantization(spec, config)
 
 
 def _check_keywords(spec: TeacherSpec, given: dict[str, Any], config: PretrainedConfig) -> None:
     try:
-        # As from_pretrained does it: what the configuration does not take is a keyword, or of the model's __init__.
+        # from_pretrained does the same: an option that the configuration does not take is a keyword of from_pretrained
+        # itself or of the model's __init__.
         _, others = from_pretrained(AutoConfig, spec, return_unused_kwargs=True, **given)
     except (ModelError, TypeError) as error:
         raise ModelError(f"teacher.options: {error}") from error
@@ -49,9 +52,9 @@ def _check_keywords(spec: TeacherSpec, given: dict[str, Any], config: Pretrained
 
 
 def loading_keywords() -> set[str]:
-    """Return the keywords of transformers' from_pretrained: its parameters, and what it takes from its **kwargs.
+    """Return the keywords of transformers' from_pretrained.
 
-    There is no list of the latter, so they are read from its source.
+    They are in its signature, or its source code pops them from **kwargs; transformers has no list of the latter.
     """
     function = inspect.unwrap(PreTrainedModel.from_pretrained)
     popped = re.findall(r'kwargs\.pop\(\s*"(\w+)"', inspect.getsource(function))

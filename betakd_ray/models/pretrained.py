@@ -1,7 +1,7 @@
-"""Whatever transformers reads of a spec's model goes through here.
+"""The only module through which transformers reads the files of a spec's model.
 
-Weights are read from safetensors, or from a GGUF that the spec names, and from nothing else: neither holds code. Code
-beside a checkpoint runs only where the spec says `trust_remote_code`.
+Weights are read only from safetensors, or from a GGUF that the spec names, because neither can hold code. Code beside a
+checkpoint runs only if the spec sets `trust_remote_code`.
 """
 
 import json
@@ -20,10 +20,10 @@ from betakd_ray.spec import ModelSpec
 
 
 def from_pretrained(auto_class: Any, spec: ModelSpec, **options: Any) -> Any:
-    """What an auto class of transformers makes of a model's files, or of its GGUF; `options` are its keywords.
+    """Return the result of `auto_class.from_pretrained` for a model's files or its GGUF; `options` are its keywords.
 
-    Raises ModelError for what transformers cannot read, and as `find_gguf` and `local_folder` do. It does not refuse
-    pickles: `require_safetensors` comes before weights are read.
+    Raises ModelError for files that transformers cannot read, and for the reasons of `find_gguf` and `local_folder`. It
+    does not refuse pickles: call `require_safetensors` before weights are read.
     """
     problem = "cannot load it"
     if spec.gguf_file:
@@ -31,7 +31,7 @@ def from_pretrained(auto_class: Any, spec: ModelSpec, **options: Any) -> Any:
     with explained(spec, f"{auto_class.__name__} {problem}"):
         if spec.gguf_file:
             file = find_gguf(spec, spec.gguf_file)
-            # By its whole path: a bare name transformers would look for in the working directory first.
+            # The full path, because transformers looks for a bare name in the working directory first.
             place, options = str(file.parent), {**options, "gguf_file": str(file)}
         else:
             place = local_folder(spec.path, spec.storage)
@@ -41,8 +41,8 @@ def from_pretrained(auto_class: Any, spec: ModelSpec, **options: Any) -> Any:
 
 
 def require_safetensors(spec: ModelSpec, config: PretrainedConfig) -> None:
-    """Raises ModelError where transformers would come to a pickle. It is not opened, nor fetched from a hub."""
-    if spec.gguf_file:  # numbers and text, and the only file that is read
+    """Raise ModelError if transformers would load a pickle. The pickle is neither opened nor fetched from a hub."""
+    if spec.gguf_file:  # holds only numbers and text, and is the only file that is read
         return
     with explained(spec, "its weights cannot be found"):
         files = _weight_files(local_folder(spec.path, spec.storage), spec.revision or "main", config)
@@ -55,7 +55,10 @@ def require_safetensors(spec: ModelSpec, config: PretrainedConfig) -> None:
 
 
 def _weight_files(folder: str, revision: str, config: PretrainedConfig) -> set[str]:
-    """Where transformers would find weights, of a folder or hub id; nothing if they are not there, or not yet."""
+    """Return the names of the files in which transformers would find the weights of a folder or hub id.
+
+    The set is empty if there are no weights, or none yet.
+    """
     named = getattr(config, "transformers_weights", None)
     names = [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
     first = next((name for name in names if has_file(folder, name, revision=revision)), None)

@@ -1,4 +1,4 @@
-"""Weights that are packed in fewer bits: as they are stored, or as a teacher's options ask for it."""
+"""Quantised weights: stored in this form, or quantised at loading because a teacher's options request it."""
 
 from copy import deepcopy
 from typing import Any
@@ -11,15 +11,18 @@ from betakd_ray.spec import ModelSpec, TeacherSpec
 
 
 def quantization(spec: ModelSpec, config: PretrainedConfig) -> str | None:
-    """The method by which a model's weights are packed when they are loaded; None if they are plain numbers."""
+    """Return the quantisation method of a model's weights after loading; None if they are not quantised."""
     asked = spec.options.get("quantization_config") if isinstance(spec, TeacherSpec) else None
     found = asked or _own_quantization(config)
-    # bitsandbytes alone may be asked for without a name
+    # Only bitsandbytes settings may have no `quant_method`.
     return str(found.get("quant_method") or "bitsandbytes") if found else None
 
 
 def check_quantization(spec: TeacherSpec, config: PretrainedConfig) -> None:
-    """Raises ModelError for a quantisation that cannot be read, or whose package is not here. No weights are read."""
+    """Raise ModelError for a quantisation whose settings cannot be read or whose package is not installed here.
+
+    No weights are read.
+    """
     asked = spec.options.get("quantization_config")
     settings, is_own = asked or _own_quantization(config), not asked
     if not settings:
@@ -34,10 +37,10 @@ def check_quantization(spec: TeacherSpec, config: PretrainedConfig) -> None:
     except ImportError as error:
         raise ModelError(f"{where}: {error}") from error
     except (RuntimeError, ValueError, NotImplementedError):
-        pass  # of this process's devices, which are not the teacher's; where it holds there, too, loading raises it
+        pass  # about this process's devices, which are not the teacher's; if it is true there too, loading raises it
 
 
 def _own_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
-    """Return the quantization of the stored weights; None if they are not quantized."""
+    """Return the quantisation settings of the stored weights; None if they are not quantised."""
     found = (getattr(each, "quantization_config", None) for each in (config, config.get_text_config()))
     return next(filter(None, found), None)

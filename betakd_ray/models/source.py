@@ -1,4 +1,4 @@
-"""Where a model is read from: a folder, a hub id or a URL; and what transformers says of it, in the words of a spec."""
+"""Local copies of models from a folder, a hub id or a URL, and errors of transformers as ModelError."""
 
 import hashlib
 import os
@@ -15,9 +15,9 @@ from betakd_ray.storage import join, open_store
 
 
 def local_folder(location: str, storage: StorageSpec, only: str | None = None) -> str:
-    """A folder or hub id as it is; a URL, or only a file of it, copied to this node's cache once.
+    """Return a folder or hub id unchanged; for a URL, copy it to this node's cache once and return the copy's path.
 
-    Raises ModelError for a URL that cannot be listed, or has no files.
+    With `only`, a single file of the URL is copied. Raises ModelError for a URL that cannot be listed or has no files.
     """
     if "://" not in location:
         return location
@@ -25,7 +25,7 @@ def local_folder(location: str, storage: StorageSpec, only: str | None = None) -
     source = join(path, only) if only else path
     cache = Path(os.environ.get("BETAKD_CACHE", Path.home() / ".cache" / "betakd")) / "models"
     try:
-        listing = cast(dict[str, Any], filesystem.find(source, detail=True))  # a list only without detail
+        listing = cast(dict[str, Any], filesystem.find(source, detail=True))  # it is a list only without `detail`
     except OSError as error:
         raise ModelError(f"{location}: cannot be listed ({error})") from error
     if not listing:
@@ -33,7 +33,8 @@ def local_folder(location: str, storage: StorageSpec, only: str | None = None) -
     state = repr(sorted((name, info.get("size"), str(info.get("ETag", ""))) for name, info in listing.items()))
     target = cache / hashlib.sha256((location + state).encode()).hexdigest()[:20]
     if not target.exists():
-        # Two processes of a node may copy at once; the rename decides, and a half copy is never seen.
+        # Two processes of a node may copy at the same time. Each copies to its own folder and renames it, so no process
+        # sees an incomplete copy.
         partial = target.with_name(f"{target.name}.{os.getpid()}")
         if only:
             (partial / only).parent.mkdir(parents=True, exist_ok=True)
@@ -50,15 +51,16 @@ def local_folder(location: str, storage: StorageSpec, only: str | None = None) -
 
 @contextmanager
 def explained(spec: ModelSpec, problem: str) -> Iterator[None]:
-    """What transformers raises inside, as ModelError: the model's path, `problem`, and the first line of what it said.
+    """Raise errors of transformers inside the block as ModelError.
 
-    Of code beside a model, which was not run, it says what to do instead.
+    The message has the model's path, `problem`, and the first line of the original message. If the model needs its own
+    code, which was not run, the message says how to allow it.
     """
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, TypeError, StrictDataclassError) as error:
         said = str(error).strip() or type(error).__name__
-        if isinstance(error, StrictDataclassError):  # says which field, and then what is wrong with it
+        if isinstance(error, StrictDataclassError):  # the first line names only the field, the next one the fault
             said = " ".join(said.split())
         if "trust_remote_code" in said and not spec.trust_remote_code:
             raise ModelError(

@@ -1,15 +1,16 @@
-"""A model that is larger than one GPU, over the GPUs of one process.
+"""Split of a model that is larger than one GPU over the GPUs of one process.
 
-Whole layers of the language model are put on the GPUs, one run of them after the other, by transformers' `device_map`;
-accelerate's hooks move what goes from layer to layer. All else is on the first GPU: inputs go in there, the last hidden
-states come out there, and vision tower, projector, embedding and lm_head need not know.
+Each GPU gets a run of consecutive whole layers of the language model, by transformers' `device_map`. accelerate's hooks
+move the activations from layer to layer. Everything else is on the first GPU: inputs enter there, the last hidden
+states are returned there, and vision tower, projector, embedding and lm_head work as on one GPU.
 
-Not `tp_plan`, which cuts each matrix: it wants a process for each GPU, where a teacher is one actor, and no family's
-plan has its vision tower (Qwen3-VL's has the lm_head alone). Nor `device_map="auto"`: it cuts inside of Idefics3's
-vision layers, whose two halves then meet on different GPUs, and turns to the CPU, in silence, where memory is short.
+`tp_plan`, which splits each matrix, is not used: it needs one process per GPU, but a teacher is one actor. And no
+family's plan includes the vision tower (Qwen3-VL's has only the lm_head). `device_map="auto"` is not used either: it
+splits inside Idefics3's vision layers, so that their two halves are on different GPUs, and if memory is short it uses
+the CPU without a message.
 
-The price: a group of samples is on one GPU at a time. A teacher on n GPUs therefore computes n groups at once, each on
-another GPU; for a single group it is no faster than one GPU would be.
+The cost: a group of samples is on one GPU at a time. Therefore a teacher on n GPUs computes n groups at once, each on a
+different GPU. A single group is no faster than on one GPU.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,9 +24,9 @@ from betakd_ray.models.vlm import language_model
 
 
 def device_map(model: PreTrainedModel, devices: Sequence[torch.device]) -> dict[str, torch.device]:
-    """Name of a module or parameter → its device, such that each device has about as many bytes of weights.
+    """Return a map from names of modules and parameters to devices; each device gets about the same bytes of weights.
 
-    The first layer of the language model stays on the first device, too: its attention is read there.
+    The first layer of the language model stays on the first device, because its attention is read there.
     """
     _, *layers = language_model(model).layers
     placed = dict.fromkeys(_outside(model, set(layers)), devices[0])
@@ -33,6 +34,7 @@ def device_map(model: PreTrainedModel, devices: Sequence[torch.device]) -> dict[
     before = total - sum(map(_bytes, layers))
     names = {module: name for name, module in model.named_modules()}
     for layer in layers:
+        # A layer goes to the device whose share of the bytes holds the middle of the layer.
         middle = before + _bytes(layer) / 2
         placed[names[layer]] = devices[int(middle * len(devices) / total)]
         before += _bytes(layer)
@@ -40,7 +42,7 @@ def device_map(model: PreTrainedModel, devices: Sequence[torch.device]) -> dict[
 
 
 def device_bytes(model: PreTrainedModel, devices: Sequence[torch.device]) -> dict[torch.device, int]:
-    """Bytes of weights and buffers on each device."""
+    """Return the bytes of weights and buffers on each device."""
     held, tensors = dict.fromkeys(devices, 0), dict(model.named_parameters()) | dict(model.named_buffers())
     for name, device in expand_device_map(device_map(model, devices), list(tensors)).items():
         held[torch.device(device)] += tensors[name].nbytes
@@ -48,7 +50,7 @@ def device_bytes(model: PreTrainedModel, devices: Sequence[torch.device]) -> dic
 
 
 def _outside(module: nn.Module, layers: set[nn.Module], prefix: str = "") -> Iterator[str]:
-    """The largest modules, and the parameters between them, that none of the layers is in."""
+    """Yield the names of the largest modules that contain none of `layers`, and of the parameters outside of them."""
     yield from (f"{prefix}{name}" for name, _ in module.named_parameters(recurse=False))
     for name, child in module.named_children():
         if child in layers:

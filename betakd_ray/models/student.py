@@ -1,4 +1,4 @@
-"""The student: from a checkpoint, from a configuration, or in parts; its adapters, and what of it is frozen."""
+"""Construction of the student from a checkpoint, a configuration or parts; its adapters and its frozen parameters."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ from betakd_ray.spec import CheckpointInit, ConfigInit, ModelSpec, PartsInit, St
 
 
 def student_config(student: StudentSpec) -> PretrainedConfig:
-    """The student's configuration, without weights. Raises ModelError."""
+    """Return the student's configuration; no weights are read. Raises ModelError."""
     init = student.init
     if isinstance(init, CheckpointInit):
         return _trainable("student.init.path", init, load_config(init))
@@ -56,7 +56,7 @@ def student_config(student: StudentSpec) -> PretrainedConfig:
 
 
 def student_processor(student: StudentSpec) -> Any:
-    """Tokenizer and image processor of a student; of a language model its tokenizer. Raises ModelError."""
+    """Return the student's processor, or its tokenizer if it is a language model. Raises ModelError."""
     init = student.init
     if isinstance(init, PartsInit):
         return _assembled(init)[1]
@@ -67,9 +67,9 @@ def student_processor(student: StudentSpec) -> Any:
 
 
 def build_student(student: StudentSpec, dtype: torch.dtype) -> PreTrainedModel:
-    """The student with its initial weights, frozen where `student.train` does not name a part. Raises ModelError.
+    """Return the student with its initial weights; parts that `student.train` does not name are frozen.
 
-    Random weights come from torch's global generator: seed it first.
+    Random weights come from torch's global generator: seed it first. Raises ModelError.
     """
     init = student.init
     if isinstance(init, CheckpointInit):
@@ -83,7 +83,7 @@ def build_student(student: StudentSpec, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def student_skeleton(student: StudentSpec, dtype: torch.dtype) -> PreTrainedModel:
-    """The student as `build_student` makes it, with none of its weights read: for fake tensors. Raises ModelError."""
+    """Return a student like that of `build_student`, but read no weights: for fake tensors. Raises ModelError."""
     if isinstance(student.init, CheckpointInit):
         model = model_skeleton(student.init, dtype)
     else:
@@ -92,7 +92,7 @@ def student_skeleton(student: StudentSpec, dtype: torch.dtype) -> PreTrainedMode
 
 
 def check_adapters(student: StudentSpec) -> None:
-    """Raises ModelError for adapters that the student's language model has no layers for. No weights are read."""
+    """Raise ModelError if `student.lora` names layers that the language model does not have. No weights are read."""
     if student.lora:
         with torch.device("meta"):
             student_skeleton(student, torch.bfloat16)
@@ -113,9 +113,9 @@ def _from_config(student: StudentSpec, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _partly_frozen(model: PreTrainedModel, student: StudentSpec, *, is_skeleton: bool = False) -> PreTrainedModel:
-    """Freeze what the spec does not train, and add adapters if it asks for some.
+    """Freeze the parts that are not trained and add the adapters of `student.lora`; return the model.
 
-    With adapters, nothing else of the language model learns.
+    With adapters, they are the only trained parameters of the language model.
     """
     for part, parameters in part_parameters(model).items():
         for parameter in parameters:
@@ -125,7 +125,7 @@ def _partly_frozen(model: PreTrainedModel, student: StudentSpec, *, is_skeleton:
 
         learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         add_adapters(model, student.lora, is_skeleton=is_skeleton)
-        for name in learning:  # peft freezes all that is not its own
+        for name in learning:  # peft freezes every parameter that is not an adapter's
             model.get_parameter(name).requires_grad_()
     return model
 
@@ -134,7 +134,7 @@ def _partly_frozen(model: PreTrainedModel, student: StudentSpec, *, is_skeleton:
 
 
 def _assembled(init: PartsInit) -> tuple[PretrainedConfig, Any]:
-    """Configuration and processor of a student in parts. Raises ModelError."""
+    """Return the configuration and the processor of a student made from parts. Raises ModelError."""
     language_model, tower = (_source(init, path) for path in (init.language_model, init.vision_tower))
     text = _trainable("student.init.language_model", language_model, load_config(language_model))
     if sees_images(text):
@@ -159,9 +159,9 @@ def _assembled(init: PartsInit) -> tuple[PretrainedConfig, Any]:
 
 
 def _copy_language_model(model: PreTrainedModel, source: ModelSpec) -> None:
-    """Copy a language model into `model`; add an `<image>` row to embedding and head if they have none.
+    """Copy the weights and the generation settings of the language model `source` into `model`.
 
-    The ids that end a generated sequence are copied, too.
+    A missing row for `<image>` is added to embedding and head. The generation settings hold the end-of-sequence tokens.
     """
     original: Any = load_model(source, model.dtype)
     for module in (original.get_input_embeddings(), lm_head(original)):
@@ -181,10 +181,7 @@ def _copy_vision_tower(model: PreTrainedModel, source: ModelSpec) -> None:
 
 
 def _vision_tower(source: ModelSpec) -> nn.Module:
-    """Load a vision tower that stands alone, or is a part of a CLIP, a SigLIP or a vision–language model.
-
-    Raises ModelError.
-    """
+    """Return the vision tower of `source`: a tower, a CLIP, a SigLIP or a vision–language model. Raises ModelError."""
     config = _tower_config(source)
     if auto_class(config) is not None:
         return _only(parts(load_model(source))["vision_tower"])
@@ -197,7 +194,7 @@ def _vision_tower(source: ModelSpec) -> nn.Module:
 
 
 def _tower_config(source: ModelSpec) -> PretrainedConfig:
-    """Load the configuration of a vision tower, or of the model that it is a part of. Raises ModelError."""
+    """Return the configuration of a vision tower, or of the model that contains it. Raises ModelError."""
     config = from_pretrained(AutoConfig, source)
     if auto_class(config) is not None:
         return load_config(source)

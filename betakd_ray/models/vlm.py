@@ -1,9 +1,9 @@
-"""What training needs of a model, whatever its family: its parts, its head, and its last hidden states.
+"""Access to a model of any family for training: its parts, its head, and its last hidden states.
 
-transformers gives every image–text-to-text model the same outline: a base model with `get_image_features`, which runs
-vision tower and projector, and a forward that takes their tokens and runs the language model; an output embedding turns
-its last hidden states into logits. Families differ in what their parts are called and in what goes with the pixels. A
-causal language model is the same without images.
+In transformers every image–text-to-text model has the same structure. A base model has `get_image_features`, which runs
+vision tower and projector, and a forward pass, which takes their tokens and runs the language model. An output
+embedding turns the last hidden states into logits. Families differ in the names of their parts and in the inputs that
+they need besides the pixels. A causal language model has the same structure without images.
 """
 
 import inspect
@@ -31,14 +31,14 @@ _NAMES: dict[Part, tuple[str, ...]] = {
     "vision_tower": ("vision_tower", "vision_model", "visual"),
 }
 _MERGERS = ("merger", "deepstack_merger_list")
-"""Qwen's projectors, which are inside of its vision tower."""
+"""Names of Qwen's projectors, which are inside its vision tower."""
 
 
 def parts(model: PreTrainedModel) -> dict[Part, list[nn.Module]]:
-    """The model's parts by the names a spec uses; the lm_head goes with the language model.
+    """Return the modules of each part of the model, by the names that a spec uses.
 
-    A model without images is a language model, and has nothing else. Raises ModelError for a vision–language model in
-    which the parts cannot be told apart.
+    The lm_head belongs to the language model. A model without images has only the part `language_model`. Raises
+    ModelError for a vision–language model in which a part is not found.
     """
     head = lm_head(model)
     base = base_model(model)
@@ -56,13 +56,14 @@ def parts(model: PreTrainedModel) -> dict[Part, list[nn.Module]]:
 
 
 def part_parameters(model: PreTrainedModel) -> dict[Part, list[nn.Parameter]]:
-    """Every parameter of the model, in the one part it belongs to.
+    """Return the parameters of each part; every parameter of the model is in exactly one part.
 
-    What stands between the parts (LLaVA-NeXT's `image_newline`) goes with the projector. Raises ModelError as `parts`.
+    A parameter outside all parts (LLaVA-NeXT's `image_newline`) belongs to the projector. Raises ModelError as `parts`
+    does.
     """
     owners: dict[nn.Parameter, Part] = {}
     of_parts = parts(model)
-    for part in ("projector", "vision_tower", "language_model"):  # Qwen's projector is inside of its tower
+    for part in ("projector", "vision_tower", "language_model"):  # Qwen's projector is inside its tower
         for module in of_parts[part]:
             for parameter in module.parameters():
                 owners.setdefault(parameter, part)
@@ -81,17 +82,20 @@ def _children(module: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:
 
 
 def base_model(model: PreTrainedModel) -> Any:
-    """The model without its head."""
+    """Return the model without its head."""
     return model.base_model
 
 
 def language_model(model: PreTrainedModel) -> Any:
-    """The language model without its head."""
+    """Return the language model without its head."""
     return parts(model)["language_model"][0]
 
 
 def lm_head(model: PreTrainedModel) -> nn.Linear:
-    """What makes logits of the last hidden states. Raises ModelError where that is not one matrix and nothing else."""
+    """Return the layer that turns the last hidden states into logits.
+
+    Raises ModelError unless the logits are exactly one matrix of plain numbers times the hidden states.
+    """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(
@@ -99,7 +103,7 @@ def lm_head(model: PreTrainedModel) -> nn.Linear:
             "that leaves the head as it is"
         )
     weight: Tensor | None = getattr(head, "weight", None)  # some quantisations keep it under other names
-    # A subclass says that it has the numbers' dtype, and holds others.
+    # A tensor subclass of a quantisation reports the dtype of the unpacked numbers but holds packed data.
     if weight is None or weight.dtype not in _NUMBERS or is_traceable_wrapper_subclass(weight):
         seen = "packed" if weight is None else f"in {weight.dtype} ({type(weight).__name__})"
         raise ModelError(
@@ -121,7 +125,7 @@ _LOGIT_SETTINGS = ("logit_scale", "logits_scaling", "final_logit_softcapping", "
 
 
 def takes_images(model: PreTrainedModel) -> bool:
-    """Whether it is a vision–language model."""
+    """Return whether the model is a vision–language model."""
     return hasattr(base_model(model), "get_image_features")
 
 
@@ -133,12 +137,13 @@ def hidden_rows(
     pairs: Pairs | None = None,
     layer: int | None = None,
 ) -> Hidden:
-    """Run a model to its answer rows; no logits are computed.
+    """Run a model and return its hidden states at the answer rows; no logits are computed.
 
-    Rows of prompt, image and padding never reach the vocabulary. In training, a micro-batch without images sees
-    `blank`, with a weight of zero: ranks must agree about which parameters have a gradient, and ZeRO-3's about which
-    modules run, in which order. With `pairs`, their attention in the first layer comes along; the model then has to be
-    `with_attention_weights`. With `layer`, counted from 1, its output at the image tokens does.
+    Logits are thus never computed for rows of prompt, image and padding. In training, a micro-batch without images runs
+    on the images `blank`, with weight zero: all ranks must have a gradient for the same parameters, and with ZeRO-3
+    they must run the same modules in the same order. With `pairs`, the result has the first layer's attention for these
+    pairs; the model must then come from `with_attention_weights`. With `layer`, counted from 1, the result has the
+    output of that layer at the image tokens.
     """
     images = inputs.images or blank
     features = None
@@ -150,29 +155,30 @@ def hidden_rows(
         _outputs_of(layers[0].self_attn if pairs else None) as attended,
         _outputs_of(layers[layer - 1] if layer else None) as states,
     ):
-        # Without the mask of the padding: it is on the right, where causal attention does not look, and nobody reads
-        # its own rows. With one, attention leaves its fast kernels, and transformers waits for the device to see
-        # whether anything is masked.
+        # No attention mask: padding is on the right, so causal attention never reads it from a real token, and the
+        # rows of the padding are not used. With a mask, attention would not use its fast kernels, and transformers
+        # would wait for the device to find out whether anything is masked.
         output = base_model(model)(input_ids=inputs.input_ids, attention_mask=None, use_cache=False, **beside)
     rows = output.last_hidden_state.flatten(0, 1)[inputs.answer_rows]
     attention = _of_pairs(attended[0][1], pairs, inputs) if pairs else None
     if features is None:
         return Hidden(rows, None, attention=attention)
     if not inputs.images:
+        # Zero times the blank image's features: it changes no value but keeps the vision parameters in the graph.
         return Hidden(rows + 0.0 * _sum(features), None, attention=attention)
     visual_layer = _at_image_tokens(states[0], inputs) if layer else None
     return Hidden(rows, torch.cat(list(features.pooler_output)), visual_layer, attention)
 
 
 def with_image_tokens(model: PreTrainedModel, input_ids: Tensor, images: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A forward's arguments for images: themselves, and where the family asks which tokens are theirs, that."""
+    """Return a forward pass's image arguments, with `mm_token_type_ids` (1 at image tokens) if the family has it."""
     if "mm_token_type_ids" not in _arguments(type(base_model(model))):
         return images
     return {**images, "mm_token_type_ids": (input_ids == model.config.image_token_id).int()}
 
 
 def _beside_features(model: PreTrainedModel, inputs: TensorInputs) -> dict[str, Tensor]:
-    """What the language model asks of the images, their features apart: Qwen's positions are made of the grid."""
+    """Return the image inputs besides the pixels that the forward pass takes; Qwen computes positions from the grid."""
     asked = with_image_tokens(model, inputs.input_ids, inputs.images)
     known = _arguments(type(base_model(model)))
     return {name: value for name, value in asked.items() if name != PIXELS and name in known}
@@ -184,25 +190,28 @@ def _arguments(kind: type) -> frozenset[str]:
 
 
 def _sum(features: Any) -> Tensor:
-    """Sum all features that the language model would see of an image."""
+    """Return the sum of all image features that the language model would receive."""
     layers = [features.pooler_output, *getattr(features, "deepstack_features", [])]
     return torch.stack([each.sum() for layer in layers for each in layer]).sum()
 
 
 def with_attention_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with a language model that computes attention in the open: slower, and with memory for L² weights."""
+    """Make the language model compute attention weights explicitly, and return the model.
+
+    This is slower than a fused kernel, and holds L² weights per head and layer in memory for L tokens.
+    """
     language_model(model).set_attn_implementation("eager")
     return model
 
 
 def attention_heads(model: PreTrainedModel) -> int:
-    """Return the number of attention heads of a layer of the language model."""
+    """Return the number of attention heads in a layer of the language model."""
     return model.config.get_text_config().num_attention_heads
 
 
 @contextmanager
 def _outputs_of(module: nn.Module | None) -> Iterator[list[Any]]:
-    """Catch what a module returns in each forward that this thread runs; of no module, nothing."""
+    """Collect the outputs of a module in the forward passes of this thread; without a module, the list stays empty."""
     caught: list[Any] = []
     if module is None:
         yield caught
@@ -210,7 +219,8 @@ def _outputs_of(module: nn.Module | None) -> Iterator[list[Any]]:
     thread = threading.get_ident()
 
     def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        # A teacher over several GPUs is run by several threads at once, and each registers a hook of its own.
+        # Several threads run a teacher on several GPUs at once, and each registers its own hook on the same module. A
+        # hook therefore ignores the forward passes of the other threads.
         if threading.get_ident() == thread:
             caught.append(output)
 
@@ -232,12 +242,15 @@ def _of_pairs(
 def _at_image_tokens(
     states: Float[Tensor, "batch length width"] | tuple[Tensor, ...], inputs: TensorInputs
 ) -> Float[Tensor, "image_tokens width"]:
-    """Select the image tokens from what a layer returns; the layer may be on another GPU than the inputs."""
+    """Return a layer's output at the image tokens, on the device of the inputs.
+
+    In a model that is split over several GPUs, the layer may be on a different GPU.
+    """
     states = states[0] if isinstance(states, tuple) else states
     at = (inputs.visual_sample.to(states.device), inputs.visual_position.to(states.device))
     return states[at].to(inputs.input_ids.device)
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Evaluation mode, no gradients."""
+    """Put the module into evaluation mode, turn off its gradients, and return it."""
     return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""How long the storm blows."""
+"""Option `--seeds`, the number of failure schedules of each chaos test."""
 
 import pytest
 

@@ -1,6 +1,6 @@
-"""A job on a cluster of several nodes, and a seeded schedule of what befalls it.
+"""A job on a cluster of several nodes, and a seeded schedule of failures.
 
-The driver is a process of its own, as under `ray job submit`; whoever is to die is found among the cluster's processes.
+The driver is a separate process, as under `ray job submit`. A process to kill is found among those of the cluster.
 """
 
 import os
@@ -25,15 +25,15 @@ REPOSITORY = Path(__file__).parents[2]
 TEACHER, POOL, STUDENT, MONITOR = "TeacherScorer", "TeacherPool", "RayTrainWorker", "ray::Monitor"
 RESUME_ME = os.EX_TEMPFAIL
 NOTICE_S = 15
-"""That a spot node has; clouds give 30 to 120."""
+"""Seconds between the notice and the end of a spot node; clouds give 30 to 120."""
 OUTAGE_S = 90
-"""Twice what requests are repeated for."""
+"""Seconds that the store is down: twice the time for which requests are repeated."""
 PATIENCE_S = 300.0
-"""Seconds to wait for the next checkpoint; a job that makes none for so long hangs."""
+"""Longest wait in seconds for the next checkpoint; a job that needs longer hangs."""
 
 
 class Storm(AbstractContextManager["Storm"]):
-    """Runs a job to its end, come what may; `befell` counts what did. Ends its driver on leaving."""
+    """A job run under failures until its end. `befell` counts the failures. It kills its driver on exit."""
 
     def __init__(self, spec: JobSpec, nodes: Nodes, seed: int, store: FaultyS3 | None = None) -> None:
         self.spec, self.nodes, self.store = spec, nodes, store
@@ -46,7 +46,7 @@ class Storm(AbstractContextManager["Storm"]):
         self._driver = self._start()
 
     def run(self, events: Sequence[str]) -> None:
-        """Each event after some progress since the last, then on to the end."""
+        """Cause each event after some progress since the last one, then run the job to its end."""
         for event in events:
             if not self._wait_for_progress():
                 break  # the job was quicker
@@ -63,7 +63,7 @@ class Storm(AbstractContextManager["Storm"]):
 
     @property
     def log(self) -> str:
-        """What the drivers said."""
+        """Return the output of the drivers."""
         return (self._folder / "log").read_text()[-2000:]
 
     # --------------------------------------------------------------------------------------------- events
@@ -81,7 +81,7 @@ class Storm(AbstractContextManager["Storm"]):
         self._signal(MONITOR, signal.SIGKILL)
 
     def stop_worker(self) -> None:
-        """It hangs, as in a driver's call that never returns; the others notice in their next collective."""
+        """Make a worker hang, as in a driver call that never returns; the others notice in their next collective."""
         self._signal(STUDENT, signal.SIGSTOP)
 
     def lose_teacher_node(self) -> None:
@@ -91,14 +91,14 @@ class Storm(AbstractContextManager["Storm"]):
         self.nodes.lose(self._random.choice(["student-0", "student-1"]))
 
     def reclaim_student_node(self) -> None:
-        """A spot node's end: announced, and some seconds later it is gone."""
+        """Announce the end of a spot node, and remove the node some seconds later."""
         pool = self._random.choice(["student-0", "student-1"])
         self.nodes.announce(pool, NOTICE_S)
         time.sleep(NOTICE_S)
         self.nodes.lose(pool)
 
     def lose_store(self) -> None:
-        """It answers nobody, for longer than a request is repeated."""
+        """Make the store unreachable for longer than a request is repeated."""
         assert self.store is not None
         with self.store.outage():
             time.sleep(OUTAGE_S)
@@ -109,7 +109,7 @@ class Storm(AbstractContextManager["Storm"]):
         self._driver = self._start()
 
     def end_driver(self) -> None:
-        """Terminate the driver as `ray job stop` does, and a drained node: it saves, and asks to be resumed."""
+        """Send SIGTERM, as `ray job stop` and a drained node do; the driver saves and asks to be resumed."""
         self._wait(self._hears)
         self._driver.terminate()
         code = self._driver.wait(timeout=PATIENCE_S)
@@ -126,18 +126,18 @@ class Storm(AbstractContextManager["Storm"]):
             return subprocess.Popen(command, cwd=self._folder, env=environment, stdout=log, stderr=log)
 
     def _hears(self) -> bool:
-        """Whether the driver handles SIGTERM, which Python itself does not while it starts."""
+        """Return whether the driver handles SIGTERM; Python does not handle it while it starts."""
         status = Path(f"/proc/{self._driver.pid}/status").read_text()
         caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
         return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 
     def _wait_for_progress(self) -> bool:
-        """Until another checkpoint is there; false if the job ends before."""
+        """Wait for another checkpoint; return false if the job ends before."""
         before = self._step()
         return self._wait(lambda: self._step() > before)
 
     def _end(self) -> int:
-        """The driver's exit code, once it has one; until then, progress."""
+        """Wait for the driver's end, and require progress until then; return its exit code."""
         while self._wait_for_progress():
             pass
         return self._driver.wait()
@@ -156,7 +156,7 @@ class Storm(AbstractContextManager["Storm"]):
         return False
 
     def _signal(self, role: str, number: signal.Signals) -> None:
-        """To one of those who have the role, if the job has any at this moment."""
+        """Send a signal to one process with the role, if the job has any at this moment."""
         if victims := sorted(self.nodes.processes(role)):
             with suppress(ProcessLookupError):  # it has gone meanwhile
                 os.kill(self._random.choice(victims), number)

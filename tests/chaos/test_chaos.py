@@ -43,7 +43,7 @@ def s3() -> Iterator[SeaweedServer]:
 
 @pytest.fixture(scope="session")
 def data(s3: SeaweedServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards in the store; the folder has the models."""
+    """Write shards into the store; return the folder with the models."""
     folder = tmp_path_factory.mktemp("models")
     save_tiny(folder / "teacher", hidden=32, seed=1)
     save_tiny(folder / "student", hidden=16, seed=2)
@@ -60,7 +60,7 @@ def cluster(s3: SeaweedServer) -> Iterator[Nodes]:
 
 @pytest.fixture(scope="session")
 def undisturbed(s3: SeaweedServer, data: Path, cluster: Nodes) -> list[float]:
-    """The losses of the job that nothing befell, on one worker."""
+    """Return the losses of the job without failures, on one worker."""
     spec = _spec(s3, s3.endpoint_url, data, "undisturbed", workers=1)
     with Storm(spec, cluster, seed=0) as storm:
         storm.run([])
@@ -71,8 +71,10 @@ def undisturbed(s3: SeaweedServer, data: Path, cluster: Nodes) -> list[float]:
 def test_a_storm_changes_nothing(
     seed: int, s3: SeaweedServer, data: Path, cluster: Nodes, undisturbed: list[float]
 ) -> None:
-    """Even seeds: one worker, where the order of samples is fixed, and the losses with it. Odd: as many as there is
-    room for, at most two, where it is not."""
+    """Even seeds use one worker, so the order of samples is fixed, and with it the losses.
+
+    Odd seeds use as many workers as there is room for, at most two; then the order is not fixed.
+    """
     draw = random.Random(seed)
     is_elastic = bool(seed % 2)
     # One worker alone has nobody to notice that it hangs.
@@ -97,7 +99,7 @@ def test_a_storm_changes_nothing(
 
 
 def _end(losses: list[float]) -> float:
-    """Mean loss of the last quarter."""
+    """Return the mean loss of the last quarter."""
     last = losses[-len(losses) // 4 :]
     return sum(last) / len(last)
 

@@ -24,14 +24,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[SeaweedServer]:
-    """A real S3 server with the empty bucket `s3.bucket`; its credentials are in this process's environment."""
+    """Yield a real S3 server with the empty bucket `s3.bucket`; its credentials are in this process's environment."""
     with served() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3: SeaweedServer) -> Iterator[str]:
-    """The address of a fresh one-node cluster; its workers have the S3 server's credentials, as it starts after it."""
+    """Yield the address of a new one-node cluster, whose workers inherit the credentials of the running S3 server."""
     import ray
 
     # Not pytest's tmp_path: session name and socket are added to it, and a Unix socket's path ends at 107 bytes.

@@ -1,4 +1,4 @@
-"""A job on a cluster that grows for it: under Ray's own autoscaler, from a head alone and back to it."""
+"""A job on a cluster that grows for it from one head node and shrinks back to it, under Ray's own autoscaler."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_the_cluster_grows_with_the_teachers_and_is_a_head_again_in_the_end(tmp_
 
 
 def _waits(run: Path) -> list[float]:
-    """Share of its time that the student waited for the teachers, early and late in the job."""
+    """Return the share of its time that the student waited for the teachers, early and late in the job."""
     waits = [record["teacher_wait"] for record in read_metrics(str(run))]
     quarter = len(waits) // 4
     return [fmean(waits[1 : 1 + min(quarter, 6)]), fmean(waits[-quarter:])]

@@ -32,17 +32,17 @@ PLANNED: dict[str, dict[str, Any]] = {"fits": {}, "greedy": {"teacher": {"gpus":
 
 @dataclass
 class Submitted:
-    """Jobs that were submitted one soon after the other, and where their processes were seen."""
+    """Jobs that were submitted one after the other, and the nodes on which their processes were seen."""
 
     folder: Path
     codes: dict[str, int]
     output: dict[str, str]
     status: dict[str, str]
-    """What `betakd status` said of a job: of the newest, and of the one that was stopped."""
+    """Output of `betakd status` for the newest job, and for the stopped one."""
     logs: str
-    """What `betakd logs` said of the latter."""
+    """Output of `betakd logs` for the stopped job."""
     places: dict[str, set[str]] = field(default_factory=dict)
-    """Role → nodes."""
+    """Role of a process → the nodes where it was seen."""
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Site:
     folder: Path
 
     def spec(self, name: str, epochs: int = 1, **cluster: Any) -> Path:
-        """A job whose pools are those of cluster/pools.yaml, at this cluster's size."""
+        """Write the spec of a job with the pools of cluster/pools.yaml, at this cluster's size."""
         pools = {
             pool: {"gpus": 1, "labels": {LABEL: pool}, "resources": {f"{pool}_slot": 1}, **cluster.get(pool, {})}
             for pool in POOLS
@@ -87,20 +87,20 @@ class Site:
         return path
 
     def submit(self, spec: Path, submission_id: str, **environment: str) -> subprocess.Popen[str]:
-        """`ray job submit`, which follows the job and ends as it does."""
+        """Run `ray job submit`, which follows the job and ends with the job's exit code."""
         command = ["ray", "job", "submit", "--address", self.dashboard, "--working-dir", str(REPOSITORY)]
         command += ["--submission-id", submission_id, "--", "python", "jobs/distill.py", "--spec", str(spec)]
         return self._run(command, environment)
 
     def stop(self, submission_id: str) -> None:
-        """What `ray job stop` does; returns when the job has ended."""
+        """Stop a job as `ray job stop` does, and wait until it has ended."""
         client = JobSubmissionClient(self.dashboard)
         assert client.stop_job(submission_id)
         while not client.get_job_status(submission_id).is_terminal():
             time.sleep(0.5)
 
     def plan(self, spec: Path) -> subprocess.Popen[str]:
-        """`betakd plan` for this cluster."""
+        """Run `betakd plan` for this cluster."""
         return self._run(
             ["betakd", "plan", str(spec), "--address", self.nodes.address], {"PYTHONPATH": str(REPOSITORY)}
         )
@@ -116,7 +116,7 @@ class Site:
         )
 
     def said(self, command: str, *submission_id: str) -> str:
-        """What `betakd status` or `betakd logs` prints."""
+        """Return the output of `betakd status` or `betakd logs`."""
         return CliRunner().invoke(app, [command, *submission_id, "--address", self.dashboard]).output
 
 
@@ -138,7 +138,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 def _run_nothing(dashboard: str) -> None:
-    """Raises until the cluster runs jobs from this folder: a new one refuses its first, or loses it unstarted."""
+    """Raise until the cluster runs jobs from this folder: a new cluster refuses its first job, or never starts it."""
     client = JobSubmissionClient(dashboard)
     job = client.submit_job(entrypoint="true", runtime_env={"working_dir": str(REPOSITORY)})
     while not (status := client.get_job_status(job)).is_terminal():
@@ -148,7 +148,7 @@ def _run_nothing(dashboard: str) -> None:
 
 @pytest.fixture(scope="module")
 def submitted(site: Site) -> Submitted:
-    """The second job is submitted while the first one trains; the first is then stopped, and submitted again."""
+    """Submit a second job while the first one trains; then stop the first job and submit it again."""
     spec = site.spec("first", epochs=20)
     running, status = {"first": site.submit(spec, "first")}, {}
     places: dict[str, set[str]] = {role: set() for role in (TEACHER, STUDENT, READER)}

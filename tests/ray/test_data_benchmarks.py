@@ -1,4 +1,4 @@
-"""The benchmarks of the stream, in miniature: they run, and what they say is of the right kind."""
+"""The benchmarks of the stream at a small size: they run, and their results have the right form."""
 
 from benchmarks import plan_scale, stream_rate
 

@@ -1,4 +1,4 @@
-"""Short jobs across families, with adapters, and without images; each result is used as anyone would use it."""
+"""Short jobs across families, with adapters, and without images; each result is used as a user would use it."""
 
 import os
 import subprocess
@@ -78,7 +78,7 @@ def fit(home: Path, name: str, data: dict[str, Any], **sections: Any) -> JobResu
 
 
 def said(result: JobResult, kind: str, text: str) -> str:
-    """What the result says, in a process that does not know of this package."""
+    """Return what the exported model generates in a process without this package."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-c", GENERATE, result.model, kind, text]
     done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)

@@ -163,7 +163,7 @@ def test_a_killed_driver_pool_and_worker_lose_and_double_nothing(
 
 
 def _wait_for_a_checkpoint(spec: JobSpec, after: int, has_ended: Callable[[], bool]) -> int:
-    """The step of the first committed checkpoint beyond `after`."""
+    """Wait for the first committed checkpoint after step `after`, and return its step."""
     store = CheckpointStore(BetaKDJob(spec).run, spec.output.storage)
     while not has_ended():
         newest = store.latest()

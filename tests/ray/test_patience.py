@@ -19,13 +19,13 @@ from betakd_ray.teacher.scorer import TeacherScorer
 from tests.tiny import numbered_samples, save_tiny
 
 LIMIT_S = 10.0
-"""`collective_timeout_s`: long enough for two processes that start on a busy machine."""
+"""Value of `collective_timeout_s`, in seconds, long enough for two processes that start on a busy machine."""
 DEADLY_TOKENS = 100
 LOADED = "loaded"
 
 
 class SlowToReturn(TeacherScorer):
-    """Loads at once the first time, takes three times the ranks' limit after that, and dies of long samples."""
+    """Teacher that loads at once the first time, later in three times the ranks' limit, and dies of long samples."""
 
     def __init__(self, spec: Any, needs: Any) -> None:
         marker = Path(spec.path) / LOADED
@@ -42,7 +42,7 @@ class SlowToReturn(TeacherScorer):
 
 
 class Pool(module.TeacherPool):
-    """A pool of such teachers."""
+    """Pool of teachers that are slow to return."""
 
     _scorer = SlowToReturn
 

@@ -1,4 +1,4 @@
-"""The teacher pool with real actors: it outlives its members, and is as large as the students need."""
+"""The teacher pool with real actors: it survives the death of its members, and is as large as the students need."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def _client(pool, teacher: TeacherSpec, opened: list[TeacherClient]) -> TeacherC
 
 
 def _group(*tokens: int) -> list[Rendering]:
-    """Text-only samples of four tokens (one token throughout), the last of them the answer."""
+    """Return text-only samples of four equal tokens, of which the last one is the answer."""
     return [Rendering(np.full(4, token, np.int32), np.arange(4) == 3) for token in tokens]
 
 
@@ -106,7 +106,7 @@ def test_the_head_goes_from_a_teacher_to_the_students_as_one_object(ray_cluster:
 
 
 class SlowScorer(TeacherScorer):
-    """Takes its time for one group, while others come in."""
+    """Teacher that needs long for one group, while others arrive."""
 
     def _receive(self, inputs: ModelInputs):
         self.received = getattr(self, "received", 0) + 1
@@ -119,7 +119,7 @@ class SlowScorer(TeacherScorer):
 
 
 class SlowPool(TeacherPool):
-    """A pool of such teachers."""
+    """Pool of slow teachers."""
 
     _scorer = SlowScorer
 
@@ -148,7 +148,7 @@ DEADLY = 77
 
 
 class MortalScorer(TeacherScorer):
-    """Dies of one token."""
+    """Teacher that dies when it scores a certain token."""
 
     def _score(self, inputs: ModelInputs) -> GroupAnswer:
         if (inputs.input_ids == DEADLY).any():
@@ -157,7 +157,7 @@ class MortalScorer(TeacherScorer):
 
 
 class MortalPool(TeacherPool):
-    """A pool of such teachers."""
+    """Pool of mortal teachers."""
 
     _scorer = MortalScorer
 
@@ -204,7 +204,7 @@ def test_a_teacher_that_hangs_is_replaced_and_its_groups_go_elsewhere(
 
 
 def _size(pool: TeacherPool, client: str, waiting: float) -> int:
-    """The number of members after a heartbeat."""
+    """Send a heartbeat and return the number of members."""
     roster = pool.heartbeat(client, waiting, answers=1)
     assert roster.members is not None
     assert pool.roster(roster.version).members is None  # handles travel only to who does not have them

@@ -21,7 +21,7 @@ PLAN = Plan(tuple(Shard(f"{n}.tar", size, 1, "") for n, size in enumerate(SIZES)
 
 @dataclass
 class FakeReader:
-    """Blocks of numbers, after some time."""
+    """Reader that yields blocks of numbers after a delay."""
 
     pauses: tuple[float, ...]
     row_bytes: int = 1000
@@ -39,7 +39,7 @@ class FakeReader:
 
 @ray.remote(num_cpus=0)
 def consume(split) -> list[list[tuple[int, int, int]]]:
-    """The blocks of one rank, each a list of ids."""
+    """Return the blocks of one rank, each a list of ids."""
     found = []
     for table in split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
         columns = (table[name].to_pylist() for name in ("epoch", "shard", "index"))
@@ -79,7 +79,7 @@ def test_what_the_ledger_has_is_not_read(ray_cluster):
 
 
 def test_blocks_come_as_the_reader_made_them(ray_cluster):
-    """Ray Data would join small ones, and cut large ones; see AsTheyCome."""
+    """Ray Data would join small blocks and split large ones; see AsTheyCome."""
     for row_bytes in (10, 200_000):
         rank = ranks((0.0,), world_size=1, row_bytes=row_bytes)[0]
         sizes = [size for epoch in range(2) for size in np.array(SIZES)[PLAN.order(epoch)].tolist()]

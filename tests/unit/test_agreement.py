@@ -1,4 +1,4 @@
-"""What ranks agree on before a step: shares that rotate, and how a last step is filled."""
+"""Agreement of the ranks before a step: shares that rotate, and the filling of a last step."""
 
 from collections import Counter
 

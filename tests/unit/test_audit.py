@@ -40,8 +40,10 @@ def ledger_of(places: list[tuple[int, int, int]], plan: Plan = A_PLAN) -> Ledger
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run of three steps of four samples: 16 planned, 11 consumed, 2 quarantined (one of them dropped from
-    a step), 3 left over. Each field is what one file says."""
+    """A finished run of three steps of four samples, in which each field is the content of one file.
+
+    16 samples are planned, 11 consumed, 2 quarantined (one of them dropped from a step), and 3 left over.
+    """
 
     training: dict[str, Any] = field(default_factory=lambda: {"global_batch_size": 4, "micro_batch_size": 4})
     plan: Plan = A_PLAN
@@ -57,7 +59,7 @@ class Run:
     tail: tuple[tuple[int, int, int], ...] = tuple(LEFT)
 
     def write(self, folder: Path) -> str:
-        """Into `folder`/run, as a job would; returns where."""
+        """Write the files into `folder`/run, as a job would; return this folder."""
         run = folder / "run"
         run.mkdir()
         (run / "spec.json").write_text(spec(folder, self.training))

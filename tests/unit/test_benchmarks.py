@@ -1,4 +1,4 @@
-"""Every benchmark still runs: in miniature, as none is anybody's daily work."""
+"""Every benchmark still runs, here at a small size, because nobody runs the benchmarks every day."""
 
 import inspect
 from importlib import import_module
@@ -9,9 +9,9 @@ import pytest
 import benchmarks
 
 NAMES = {module.name for module in iter_modules(benchmarks.__path__)} - {"fakes"}
-"""Without what they share."""
+"""Names of the benchmarks, without the modules that they share."""
 ON_RAY = {"plan_scale", "stream_rate"}
-"""These need a cluster: tests/ray/test_data_benchmarks.py runs them."""
+"""Names of the benchmarks that need a cluster; tests/ray/test_data_benchmarks.py runs them."""
 
 
 def test_there_are_benchmarks() -> None:

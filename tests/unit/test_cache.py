@@ -25,7 +25,7 @@ FACTS = TeacherFacts(width=5, heads=2, dtype="bfloat16", fingerprint="weights")
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No index is older than a moment, and none is another test's."""
+    """Make every index expire at once, and let no test use another test's index."""
     monkeypatch.setattr(module, "REFRESH_S", 0.0)
     module._index.cache_clear()
 
@@ -236,7 +236,7 @@ def test_what_comes_again_before_it_could_be_read_is_still_in_memory_up_to_a_lim
 
 
 def rounded(one: Signal, by: float) -> Signal:
-    """The signal with noise of a relative size on every number."""
+    """Return the signal with relative noise of size `by` on every number."""
     changed, random = dict(one), np.random.default_rng(1)
     for name, array in one.items():
         if array.dtype == np.int32:

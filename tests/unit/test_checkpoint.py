@@ -1,4 +1,4 @@
-"""Whatever befalls a checkpoint on its way to the store or back, the one before stays current and somebody says why."""
+"""After any failure of a checkpoint's upload or download, the one before stays current and a message says why."""
 
 import errno
 import itertools
@@ -32,12 +32,12 @@ CONTENT = {"ledger.json": b"{}", "deepspeed/model.pt": bytes(range(256)) * 40, "
 
 
 class Died(BaseException):
-    """A process ended here."""
+    """The simulated death of a process."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _alone(tmp_path_factory):
-    """One rank on one node."""
+    """Set up this process as the only rank on one node."""
     store = tmp_path_factory.mktemp("group") / "store"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "0")
@@ -48,7 +48,7 @@ def _alone(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path, monkeypatch):
-    """The folder of temporary files, which is to be empty at the end."""
+    """Yield the folder of temporary files, which must be empty at the end."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -77,7 +77,7 @@ def proxy(s3, monkeypatch):
 
 @pytest.fixture
 def remote(proxy, request):
-    """A run of the test's own, in a bucket."""
+    """Return a separate run in a bucket for the test."""
     run = re.sub(r"\W", "-", request.node.name)
     return CheckpointStore(f"s3://betakd/{run}", StorageSpec(endpoint_url=proxy.endpoint_url, region="us-east-1"))
 
@@ -99,7 +99,7 @@ def saved(store, step, attempt="a", keep=2):
 
 
 def put(store, name, content=CONTENT):
-    """Files of a folder, which nobody committed."""
+    """Write files of a folder without a commit."""
     for file, each in content.items():
         path = f"{store.root}/{name}/{file}"
         store.filesystem.makedirs(os.path.dirname(path), exist_ok=True)
@@ -107,7 +107,7 @@ def put(store, name, content=CONTENT):
 
 
 def uncommitted(store, name):
-    """A checkpoint whose files are there."""
+    """Write the files of a checkpoint without its commit."""
     put(store, name)
     return Manifest(name, int(name.split("-")[1]), 1, {file: len(content) for file, content in CONTENT.items()})
 
@@ -121,7 +121,7 @@ def folders(store):
 
 
 def is_whole(store, manifest):
-    """What comes back is what was saved; the ledger, which rank 0 alone reads, comes from the store."""
+    """Return whether the restored files are those saved; the ledger, which only rank 0 reads, is from the store."""
     with store.on_disk(manifest, "test") as folder:
         back = {file: (folder / file).read_bytes() for file in CONTENT if file != "ledger.json"}
     return back | {"ledger.json": store.read_text(manifest, "ledger.json").encode()} == CONTENT
@@ -164,7 +164,7 @@ CHANGES = ("makedirs", "put_file", "pipe_file", "rm_file", "rm")
 
 @contextmanager
 def dying(at):
-    """The `at`th change to the local store is half done, and the process dies. Counts the changes."""
+    """Let the process die in the middle of the `at`th change to the local store. Counts the changes."""
     done = SimpleNamespace(changes=0)
 
     def half(change, real):
@@ -190,7 +190,7 @@ def dying(at):
 
 
 def dies(store, at):
-    """Whether the save of step 2 dies at that change."""
+    """Return whether the save of step 2 dies at that change."""
     with dying(at):
         try:
             saved(store, 2, keep=1)
@@ -509,7 +509,7 @@ def two_nodes(run):
 
 
 def write_rank(folder):
-    """Write files as DeepSpeed does: every rank has its own, and the first those that all read."""
+    """Write files as DeepSpeed does: each rank writes its own, and the first rank also those that all ranks read."""
     rank = dist.get_rank()
     (folder / "deepspeed").mkdir()
     (folder / OPTIMIZER.format(rank)).write_bytes(bytes([rank]) * 100)
@@ -542,7 +542,7 @@ def test_a_rank_copies_its_own_files_and_a_node_once_what_all_of_them_read(tmp_p
 
 
 def convert(folder):
-    """Convert as DeepSpeed does, on a node that has every rank's files."""
+    """Convert the files as DeepSpeed's conversion does, on a node that has the files of every rank."""
     assert len(list((folder / "deepspeed").glob("*_optim_states.pt"))) == 3
     (folder / PARAMETER).parent.mkdir(parents=True)
     (folder / PARAMETER).write_bytes(b"parameter")

@@ -30,7 +30,7 @@ def seconds(inputs: ModelInputs) -> float:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hearts beat, and teachers that leave are ended, in a fraction of the time."""
+    """Set the intervals of heartbeats, and the wait for teachers that leave, to a fraction of their values."""
     for name, value in (("HEARTBEAT_S", 0.1), ("CHECK_S", 0.1), ("POLL_S", (0.02, 0.1))):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(pool_module, "QUIET_S", 0.2)
@@ -54,7 +54,7 @@ def group(*tokens: int):
 
 
 def assert_answers(answer: Answer, *tokens: int | None) -> None:
-    """Each sample has its own answer, and none where there is to be none."""
+    """Check that each sample has its own answer, or none if `tokens` has None."""
     assert len(answer.signals) == len(tokens)
     for signal, token in zip(answer.signals, tokens, strict=True):
         if token is None:

@@ -1,4 +1,4 @@
-"""Whether a job finds room, from what the nodes have."""
+"""Checks that the nodes' resources are enough for a job."""
 
 from typing import Any
 

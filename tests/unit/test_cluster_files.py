@@ -38,20 +38,20 @@ def manifest(name):
 
 
 def ray_cluster(name):
-    """The RayCluster's spec, alone or inside a RayJob."""
+    """Return the RayCluster's spec, alone or inside a RayJob."""
     spec = manifest(name)["spec"]
     return spec.get("rayClusterSpec", spec)
 
 
 def pods(name):
-    """Group → pod spec; the head is a group too."""
+    """Return the map from group to pod spec; the head is a group too."""
     spec = ray_cluster(name)
     groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]} | {"head": spec["headGroupSpec"]}
     return {name: group["template"]["spec"] for name, group in groups.items()}
 
 
 def node_types(file):
-    """Name → resources, labels and numbers of nodes, as Ray's autoscaler reads them; without the head."""
+    """Return name → resources, labels and numbers of nodes, as Ray's autoscaler reads them; without the head."""
     if file in CLOUDS:
         config = read(f"{file}.yaml")
         return {name: node for name, node in config["available_node_types"].items() if name != config["head_node_type"]}
@@ -64,7 +64,7 @@ def slots(node):
 
 
 def pools():
-    """Node type → what one process of the pool that runs there needs."""
+    """Return node type → resources that one process of the pool on that node needs."""
     spec = ClusterSpec(**read("pools.yaml")["cluster"])
     return {"teacher": spec.teacher, "student": spec.student, "cpu": spec.readers}
 
@@ -74,7 +74,7 @@ def pools():
 
 @cache
 def kuberay(kind):
-    """A validator by KubeRay's own schema, closed: a field that is not declared is an error, as it is to `kubectl`."""
+    """Return a validator by KubeRay's own schema, in which an undeclared field is an error, as for `kubectl`."""
     packed = ROOT / f"tests/schemas/ray.io_{kind.lower()}s.yaml.gz"
     definition = yaml.load(gzip.decompress(packed.read_bytes()), yaml.CSafeLoader)
     version = next(version for version in definition["spec"]["versions"] if version["name"] == "v1")
@@ -162,7 +162,7 @@ def test_a_node_has_a_slot_and_the_cpus_for_a_process_on_each_gpu(file, pool):
 @pytest.mark.parametrize("file", CLOUDS)
 @pytest.mark.parametrize("pool", ["teacher", "student"])
 def test_a_node_type_says_what_gpu_ray_will_find_on_it(file, pool):
-    """What a pool with an accelerator_type asks for, which the autoscaler else learns from the first node."""
+    """A pool with an accelerator_type needs this; otherwise the autoscaler learns it only from the first node."""
     (named,) = [name for name in node_types(file)[pool]["resources"] if name.startswith(ACCELERATOR)]
     assert named.removeprefix(ACCELERATOR) in {value for name, value in vars(accelerators).items() if name.isupper()}
 
@@ -192,7 +192,7 @@ def pins():
 
 
 def images(file):
-    """Node type → image."""
+    """Return node type → image."""
     if file not in CLOUDS:
         return {group: pod["containers"][0]["image"] for group, pod in pods(file).items()}
     config = read(f"{file}.yaml")
@@ -449,7 +449,7 @@ esac
 
 @pytest.fixture
 def local(tmp_path):
-    """Runs local.sh, with a `ray` that writes down how it is called."""
+    """Return a function that runs local.sh, with a fake `ray` that records its calls."""
     ray = tmp_path / "bin/ray"
     ray.parent.mkdir()
     ray.write_text(RAY)

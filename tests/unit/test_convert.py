@@ -55,7 +55,7 @@ def llava(vocab=VOCAB):
 
 
 def original_mobilevlm(vocab=VOCAB):
-    """Return a model as published: 24×24 patches, 144 tokens."""
+    """Return a model with the published sizes of images: 24×24 patches, 144 tokens."""
     return mobilevlm(mobilevlm_config(side=12, pixels=96, patch=4, vocab=vocab))
 
 
@@ -72,7 +72,7 @@ def write_llava(root, model=None, *, tower_inside=False, shards=1, **fields):
 
 
 def write_mobilevlm(root, model=None, **fields):
-    """Write a model whose inner tower is not the separate one."""
+    """Write a MobileVLM whose own tower differs from the separate one."""
     model = model or original_mobilevlm()
     tower = write_tower(root / "clip", mobilevlm(model.config, seed=9))
     mobile = {
@@ -88,7 +88,7 @@ def write_mobilevlm(root, model=None, **fields):
 
 
 def logits_of(model):
-    """Return the logits of one image and a few tokens; the image token is each model's own."""
+    """Return the logits of one image and a few tokens; the image token is the one of the model."""
     config = model.config
     count = config.image_seq_length
     ids = [1, 40, *[config.image_token_id] * count, 50, 60, 70]
@@ -150,7 +150,7 @@ def test_a_mobilevlm_exported_and_read_again_has_the_same_logits_and_the_same_fi
 
 
 def factory(vision, *, tied):
-    """TinyLLaVA Factory's Qwen2 with SigLIP."""
+    """Return TinyLLaVA Factory's model of Qwen2 with SigLIP."""
     text = Qwen2Config(
         vocab_size=400,  # padded, as Qwen's are
         hidden_size=16,
@@ -268,7 +268,7 @@ def test_no_new_id_is_the_likeliest_or_more_likely_than_one_in_the_vocabulary(se
 
 
 def sentencepiece_model():
-    """A model like LLaMA's, and its bytes."""
+    """Return a sentencepiece model like LLaMA's, and its bytes."""
     written = io.BytesIO()
     text = ["USER: What is in the image? ASSISTANT: A red circle on the left.", "USER: Which color? ASSISTANT: blue"]
     sentencepiece.SentencePieceTrainer.train(
@@ -312,7 +312,7 @@ def test_a_pickle_is_read_only_when_that_is_asked_for(tmp_path):
 
 
 class Mine:
-    """What a pickle may ask for."""
+    """Object whose pickle asks for a call on loading: it creates a file."""
 
     def __init__(self, file):
         self.file = file

@@ -13,7 +13,7 @@ LOSSES = [2.0, 1.5, 1.6, 0.9, 0.9, 0.4, 0.0, 0.3]
 
 
 def taid(losses, **schedule):
-    """t before the first step and after each."""
+    """Return the values of t before the first step and after each step."""
     curriculum = Curriculum([TemporallyAdaptiveInterpolation(schedule=schedule)])
     seen = [curriculum.values()["taid"].item()]
     for step, loss in enumerate(losses, start=1):

@@ -146,7 +146,7 @@ def test_every_map_and_the_first_layer_learn_from_images(distiller, inputs, teac
     "energies", [["fd"], ["relation"], [LAYER], ["align_attention", "align_topk"]], ids=lambda each: str(each[0])
 )
 def test_the_same_parameters_have_a_gradient_with_and_without_images(inputs, teacher, energies, ce):
-    """Ranks whose batches differ would else wait for each other's gradients."""
+    """Otherwise, ranks whose batches differ would wait for each other's gradients."""
     facts = TeacherFacts(width=TEACHER_WIDTH, heads=TEACHER_HEADS, dtype="float32")
     objective = ObjectiveSpec(energies=energies, ce=ce, weighting="equal")
     view = dataclasses.replace(teacher, parts=dict(teacher.parts) | {"visual_layer": teacher.parts["visual"]})
@@ -168,7 +168,7 @@ def test_the_same_parameters_have_a_gradient_with_and_without_images(inputs, tea
 
 @pytest.fixture
 def deep():
-    """Makes a distiller whose `fd` is at the first layer of a student of two."""
+    """Return a function that makes a distiller with `fd` at the first layer of a student with two layers."""
 
     def make(*, checkpointing=False):
         facts = TeacherFacts(width=TEACHER_WIDTH, heads=1, dtype="float32")

@@ -19,7 +19,7 @@ SCALE = (ROOT / "docs/scale.md").read_text()
 
 
 def blocks(path, language, mark=""):
-    """(name, text) of each fenced block; with `mark`, only those right after it."""
+    """Return (name, text) of each fenced block; with `mark`, only of the blocks right after it."""
     found = re.finditer(rf"{mark}^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
     return [pytest.param(match[1], id=f"{path.name}-{at}") for at, match in enumerate(found)]
 
@@ -54,7 +54,7 @@ COMMAND = re.compile(r"^```\n\$ (betakd .*?)(?: \| grep (?:-E )?(\S+))?\n(.*?)^`
 
 @pytest.fixture(scope="module")
 def printed():
-    """The commands of docs/scale.md → what the page shows, and what they print."""
+    """Return the commands of docs/scale.md → the output that the page shows, and the output that they print."""
     shown = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)

@@ -338,7 +338,7 @@ def test_a_constant_added_to_a_row_changes_nothing(name):
 
 
 def masked_out(*tensors):
-    """The same rows with two more ids, at the start and at the end, that are masked out."""
+    """Return the rows with two additional masked-out ids, one at the start and one at the end."""
     return tuple(torch.nn.functional.pad(tensor, (1, 1), value=-INF) for tensor in tensors)
 
 

@@ -1,4 +1,4 @@
-"""A group that its teachers die of: the samples at fault are found, and every other is answered as before."""
+"""A group that kills its teachers: the samples at fault are found, and every other sample gets its answer."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ POISON = 99
 
 
 def group(*poisoned: int) -> list[Rendering]:
-    """Eight samples of different lengths and tokens."""
+    """Return eight samples of different lengths and tokens."""
     return [rendering(POISON if at in poisoned else 10 + at, length=6 + 2 * (at % 3)) for at in range(8)]
 
 

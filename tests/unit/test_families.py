@@ -35,7 +35,7 @@ SIZES = {
     "two at once": [(16, 16), (64, 20)],
     "another": [(31, 62)],
 }
-"""Width and height of their images."""
+"""Sizes of the images of each sample, as (width, height) in pixels."""
 OF_TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 
@@ -81,7 +81,7 @@ def sample(name):
 
 
 def its_own(family, processor, name):
-    """What the processor itself makes of a sample, and which of its tokens are answers, character by character."""
+    """Return the processor's own output for a sample, and which tokens are answers, found character by character."""
     pieces = list(family.pieces(CONVERSATIONS[name]))
     text = "".join(piece for piece, _ in pieces)
     options = {"return_text_replacement_offsets": True, "return_tensors": "pt"}
@@ -117,7 +117,7 @@ def tensors(images):
 
 
 def crops(pixels):
-    """Without the padding that makes as many of each image, or of each sample."""
+    """Return the crops without the padding that gives each image, or each sample, the same number of them."""
     flat = pixels.float().flatten(0, 1) if pixels.ndim == 5 else pixels.float()
     return flat[flat.flatten(1).any(1)]
 

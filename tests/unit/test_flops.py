@@ -1,4 +1,4 @@
-"""The count of a step's operations is that of a hand, and of torch."""
+"""The count of a step's operations equals a count by hand, and torch's count."""
 
 from typing import Any
 

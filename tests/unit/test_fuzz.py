@@ -27,7 +27,7 @@ from tests.tiny import IDS, IMAGE, tiny_processor
 JOBS = Path(__file__).parents[2] / "jobs"
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 MEMORY_BYTES = 1 << 30
-"""What the mutations of one kind may take, together, beyond what the process had taken before."""
+"""Limit in bytes of additional memory for all mutations of one kind together."""
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def _bounded_memory():
 
 
 def place(content, rng):
-    """(start, end) of a run that is in the content."""
+    """Return (start, end) of a random range in the content."""
     start = rng.randrange(len(content) + 1)
     return start, min(len(content), start + rng.choice([1, 2, 8, 64, 600]))
 
@@ -124,7 +124,7 @@ def encoded(kind, mode="RGB", size=(20, 12)):
 
 
 def sample_members():
-    """Members of six samples: images of several kinds, one sample with two, one with none."""
+    """Return the members of six samples: images of several kinds, one sample with two, one with none."""
     images = [encoded("JPEG"), encoded("PNG"), encoded("WEBP"), encoded("PNG", "P"), encoded("GIF"), encoded("TIFF")]
     two = [{"from": "human", "value": "<image><image> Same?"}, {"from": "gpt", "value": "No."}]
     text = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}]
@@ -153,7 +153,7 @@ def header_at(rng):
 
 
 def header_field(_, rng):
-    """A header with another value in one or two fields, and a checksum that says all is well."""
+    """Return a header with other values in one or two fields, and a checksum that fits them."""
     at = header_at(rng)
     header = bytearray(WHOLE[at : at + 512])
     for _ in range(rng.choice([1, 1, 2])):
@@ -164,7 +164,7 @@ def header_field(_, rng):
 
 
 def extended_header(_, rng):
-    """A header more, which changes what is said of the next member: its name, its size, where its holes are."""
+    """Return an additional header, which changes the name, the size or the holes of the next member."""
     at = header_at(rng)
     kind = rng.choice([b"x", b"x", b"g", b"X", b"L", b"K", b"S"])
     text = rng.choice(PAX)
@@ -182,7 +182,7 @@ def mutated_bytes(content, rng):
 
 
 def member_content(_, rng):
-    """One member's bytes changed, in a tar written as if they were right."""
+    """Return a valid tar in which the bytes of one member are changed."""
     members = list(MEMBERS)
     at = rng.randrange(len(members))
     members[at] = (members[at][0], mutated_bytes(members[at][1], rng))
@@ -190,7 +190,7 @@ def member_content(_, rng):
 
 
 def json_tokens(_, rng):
-    """A json member with other words in one or two places."""
+    """Return a json member with other tokens in one or two places."""
     members = list(MEMBERS)
     at = rng.choice([number for number, (name, _) in enumerate(members) if name.endswith("json")])
     name, content = members[at]
@@ -203,7 +203,7 @@ def json_tokens(_, rng):
 
 
 def members_moved(_, rng):
-    """Members doubled, dropped, moved or renamed."""
+    """Return a tar with one to three changes: members doubled, dropped, moved or renamed."""
     members = list(MEMBERS)
     for _ in range(rng.choice([1, 1, 2, 3])):
         at, to = rng.randrange(len(members)), rng.randrange(len(members))
@@ -231,13 +231,13 @@ each_mutation = pytest.mark.parametrize("kind", SHARD_MUTATIONS)
 
 
 def mutations(kind, changes, content, count):
-    """(number, content mutated) of each."""
+    """Yield (number, mutated content) for each mutation."""
     for number in range(count):
         yield number, changes[kind](content, random.Random(f"{kind} {number}"))
 
 
 def read_until_error(shard):
-    """The samples read, and the error that ended it, if any; any other exception fails the test."""
+    """Return the samples read, and the error that ended the reading, if any; any other exception fails the test."""
     samples, error = [], None
     try:
         for sample in read_shard(shard, STORAGE):
@@ -253,7 +253,7 @@ def renderer():
 
 
 def require_trainable(renderer, sample):
-    """Rendered, or refused with a reason."""
+    """Check that the sample is rendered, or refused with a reason."""
     rendering, reason = None, ""
     try:
         rendering = renderer.render(sample)
@@ -373,7 +373,7 @@ YAML_CHARACTERS = "\0\t\n\r\x07\x85\ufeff\u2028 !\"#%&'()*+,-./0:;<=>?@[\\]^_`a{
 
 
 def spec_sources():
-    """(kind of spec, YAML): those shipped, and one of each kind that has every section."""
+    """Return (kind of spec, YAML) of the shipped specs, and of one spec per kind that has every section."""
     for path in sorted(JOBS.rglob("*.yaml")):
         yield (SweepSpec if path.parent.name == "grids" else JobSpec), path.read_text()
     job = load_spec(JOBS / "easy_vqa/distill.yaml", ["teacher.cache=/c", "training.deepspeed={zero_optimization: {}}",
@@ -406,7 +406,7 @@ def lines(text, rng):
 
 
 def raw_values(text, rng):
-    """A value of the text, or a section more, that YAML has ways of its own for."""
+    """Return the text with a value, or an additional section, for which YAML has special syntax."""
     if rng.random() < 0.15:
         return f"{text}\n{rng.choice([LAUGHS, MERGES, *(f'more: {raw}' for raw in RAW)])}"
     value = rng.choice(list(re.finditer(r"(?<=: )[^,{}\[\]\n]+", text)))
@@ -414,7 +414,7 @@ def raw_values(text, rng):
 
 
 def nodes(tree):
-    """(container, key) of every value in it."""
+    """Yield (container, key) of every value in the tree."""
     found = list(tree.items()) if isinstance(tree, dict) else list(enumerate(tree)) if isinstance(tree, list) else []
     for key, value in found:
         yield tree, key
@@ -422,7 +422,7 @@ def nodes(tree):
 
 
 def values(text, rng):
-    """The tree with one or two values of another type or size, or of another place."""
+    """Return the tree with one or two values of another type or size, or from another place."""
     tree = yaml.safe_load(text)
     for _ in range(rng.choice([1, 1, 2])):
         places = list(nodes(tree))
@@ -437,7 +437,7 @@ def values(text, rng):
 
 
 def keys(text, rng):
-    """The tree with a key dropped, added or renamed."""
+    """Return the tree with a key dropped, added or renamed."""
     tree = yaml.safe_load(text)
     sections = [tree, *(node[key] for node, key in nodes(tree) if isinstance(node[key], dict) and node[key])]
     section = rng.choice(sections)

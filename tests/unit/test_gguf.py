@@ -47,7 +47,7 @@ LAYER = {
 
 
 def llama(seed: int = 0, *, ties: bool = False) -> LlamaForCausalLM:
-    """Random weights; its rotary base is not the default, so that a reader who missed it would be found out."""
+    """Return a model with random weights; its rotary base is not the default, so a reader that ignores it fails."""
     config = LlamaConfig(
         vocab_size=len(TOKENS),
         hidden_size=32,
@@ -78,9 +78,9 @@ def save_gguf(
     without: str = "",
     also: dict[str, str] | None = None,
 ) -> Path:
-    """Write a file as llama.cpp's converter does: names, order of rotary rows and metadata are its own.
+    """Write a GGUF as llama.cpp's converter does, with its own names, order of rotary rows and metadata.
 
-    Matrices are of a `kind`, one tensor is left `without`, and `also` are further texts of the metadata.
+    Matrices have the type `kind`, the tensor `without` is left out, and `also` has further texts of the metadata.
     """
     config, weights = model.config, {name: each.detach().numpy() for name, each in model.state_dict().items()}
     writer = gguf.GGUFWriter(str(file), architecture)
@@ -132,7 +132,7 @@ def save_gguf(
 
 
 def _interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
-    """The two halves of each head, which llama.cpp rotates in pairs of neighbours."""
+    """Interleave the two halves of each head, because llama.cpp rotates pairs of neighbouring rows."""
     return rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -314,7 +314,7 @@ def of_parts(file: Path) -> None:
 
 
 def _with(file: Path, key: str, number: int) -> bytes:
-    """Return the file with one more number in the metadata, before all others."""
+    """Return the file's content with an additional number at the beginning of the metadata."""
     content = file.read_bytes()
     version, tensors, keys = struct.unpack_from("<IQQ", content, 4)
     entry = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<II", gguf.GGUFValueType.UINT32, number)

@@ -37,7 +37,7 @@ DONE = JobResult("job", "run", "model", {"loss": 1.0}, 1, 1, 1, 0, 0, 0)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher, a student and a dozen packed samples."""
+    """Return a folder with a teacher, a student and a dozen packed samples."""
     folder = tmp_path_factory.mktemp("home")
     save_tiny(folder / "teacher", seed=1)
     save_tiny(folder / "student", seed=2)
@@ -63,7 +63,7 @@ def spec(home: Path, output: Path, **changes: Any) -> JobSpec:
 
 
 def refused(job: JobSpec, kind: type[errors.UserError], match: str) -> None:
-    """`check()` raises, and leaves nothing behind."""
+    """Check that `check()` raises this error and leaves no files."""
     with pytest.raises(kind, match=match):
         BetaKDJob(job).check()
     assert not Path(job.output.path).exists()
@@ -239,7 +239,7 @@ def _raised(outcome):
 
 @pytest.fixture
 def attempts(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[BetaKDJob, list[int]]]:
-    """Makes a job whose first so many runs lose a process; and what it began."""
+    """Return a function that makes a job whose first `deaths` runs lose a process, and the list of its runs."""
 
     def make(deaths: int) -> tuple[BetaKDJob, list[int]]:
         began: list[int] = []

@@ -30,7 +30,7 @@ QWEN = FAMILIES["qwen2_5_vl"]
 
 
 def save_all() -> None:
-    """A small model under every path that the specs name, from the working directory on."""
+    """Save a small model under every path that the specs name, relative to the working directory."""
     for seed, folder in enumerate(("models/mobilevlm-7b", "models/mobilevlm-1.7b", "runs/mobilevlm-stage1/model")):
         save_mobilevlm(Path(folder), seed=seed)
     save_language_model("mtgv/MobileLLaMA-1.4B-Chat")
@@ -72,7 +72,7 @@ def learn(home: Path) -> dict[str, tuple[list[float], int]]:
 
 
 def _learn(spec: JobSpec) -> tuple[list[float], int]:
-    """The losses of two steps, and how many numbers learned."""
+    """Return the losses of two steps, and the number of trained parameters."""
     with processors(spec):
         study = Study.of(spec, [raw_sample(at, f"It is {at}.", has_image=at < 3) for at in range(4)])
     losses = study.steps(2)
@@ -99,7 +99,7 @@ def test_a_shipped_spec_plans_and_learns_with_small_models(file: Path, home: Pat
 
 
 def test_the_recipe_is_the_papers() -> None:
-    """Compare with the paper's recipe; what is a default there is one here."""
+    """The values are those of ../shared/paper/models.md; a default there is a default here."""
     recipe = {file.stem: load_spec(file) for file in (JOBS / "mobilevlm").glob("*.yaml")}
     for name, spec in recipe.items():
         optimizer, training = spec.optimizer, spec.training

@@ -48,7 +48,7 @@ IMAGES = [True, False, False, False] * 3
 
 @dataclass(frozen=True)
 class Case:
-    """How one global batch is cut up, and by what engine it is learned."""
+    """Split of one global batch, and settings of the engine that trains on it."""
 
     micro: int
     zero: int = 2
@@ -75,13 +75,13 @@ RANKS_BEFORE = {1: 2, 2: 1, 3: 2}
 
 @dataclass(frozen=True)
 class Step:
-    """What a step saw and did, gathered from all ranks."""
+    """Inputs and results of a step, gathered from all ranks."""
 
     loss: float
     energies: torch.Tensor
     gradients: dict[str, torch.Tensor]
     norm: float
-    """Norm of the student's gradient, before clipping."""
+    """Norm of the student's gradient before clipping."""
     moving: dict[str, float]
     """ctkd's temperature and taid's t after the step."""
 
@@ -145,12 +145,12 @@ class Taught:
         return cls(learner, collator, list(zip(samples, signals, strict=True)))
 
     def part(self) -> Part:
-        """Collective: this rank's part of the global batch."""
+        """Return this rank's part of the global batch. It is a collective call."""
         return Part.of(self.learner, self.collator, self.samples)
 
 
 def _recorded(learner: Learner) -> dict[str, torch.Tensor]:
-    """The full gradients that the optimizers are about to use, once they are there."""
+    """Record the full gradients that the optimizers use, just before each step."""
     from deepspeed.utils import safe_get_full_grad
 
     gradients: dict[str, torch.Tensor] = {}
@@ -180,7 +180,7 @@ def _recorded(learner: Learner) -> dict[str, torch.Tensor]:
 
 
 def _learn(folder: Path, case: Case, resumed: Path | None = None) -> list[Step]:
-    """STEPS steps from the start, the last of them after a checkpoint; or that last one, from its checkpoint."""
+    """Run STEPS steps with a checkpoint before the last one, or resume from that checkpoint and run the last step."""
     spec = _spec(folder, case, dist.get_world_size())
     taught = Taught.of(folder, spec)
     learner, part = taught.learner, taught.part()
@@ -208,7 +208,7 @@ def _learn(folder: Path, case: Case, resumed: Path | None = None) -> list[Step]:
 
 
 def _skips_alike(learner: Learner, part: Part) -> None:
-    """A gradient that is not finite on one rank changes nothing on any."""
+    """Check that a gradient that is not finite on one rank changes nothing on any rank."""
     before = _held(learner)
     if learner.rank == 0:
         first, *rest = part.batches
@@ -220,7 +220,7 @@ def _skips_alike(learner: Learner, part: Part) -> None:
 
 
 def _held(learner: Learner) -> dict[str, torch.Tensor]:
-    """Copies of what this rank has of all that can change. ZeRO 3's last parts end in memory that nobody writes to."""
+    """Return copies of this rank's state that can change, without the unused memory at the end of ZeRO-3's parts."""
     found = {
         f"{module}.{name}": value.clone()
         for module in ("weighting", "curriculum")
@@ -253,7 +253,7 @@ def _rank(rank: int, ranks: int, folder: Path, cases: list[Case]) -> None:
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Case], list[Step]]:
-    """Every case's steps, by (ranks, case)."""
+    """Return (ranks, case) → the steps of the case."""
     folder = tmp_path_factory.mktemp("learner")
     found: dict[Any, Any] = {"folder": folder}
     save_tiny(folder / "teacher", hidden=32, seed=1)
@@ -304,7 +304,7 @@ def test_so_does_the_mean_over_tokens(steps, ranks, case):
 
 
 def _answers(steps, name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(logits [rows, V], targets [rows]) of each sample of the global batch, by transformers alone."""
+    """Return (logits [rows, V], targets [rows]) of each sample of the global batch, computed by transformers alone."""
     folder = steps["folder"]
     renderer, renderings = _renderings(folder, _spec(folder, REFERENCE, 1))
     model = AutoModelForImageTextToText.from_pretrained(folder / name, dtype="float32").eval()
@@ -395,7 +395,7 @@ def test_what_moves_moves_with_the_job(steps):
 
 
 def _left_alone(folder: Path) -> None:
-    """The second rank agrees to a step and never takes it."""
+    """Let the second rank agree to a step and never take it."""
     spec = _spec(folder, Case(micro=6), 2)
     spec = spec.model_copy(update={"training": spec.training.model_copy(update={"collective_timeout_s": 5.0})})
     taught = Taught.of(folder, spec)

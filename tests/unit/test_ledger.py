@@ -1,4 +1,4 @@
-"""The ledger: what is done is done once, whatever the order in which it is said."""
+"""The ledger: each sample counts once, in whatever order samples are reported."""
 
 import pickle
 
@@ -136,7 +136,7 @@ def test_ledgers_of_different_plans_are_not_merged():
 
 
 def shuffled(shards, size, finished, in_flight, seed):
-    """A ledger amid a shuffled epoch: `finished` shards in the plan's order, and half of each of the next ones."""
+    """Return a ledger inside a shuffled epoch: `finished` shards in the plan's order, and half of each next one."""
     rng = np.random.default_rng(seed)
     ledger = Ledger([size] * shards)
     order = rng.permutation(shards)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @dataclass(frozen=True)
 class Case:
-    """How adapters are trained and what becomes of them."""
+    """Training settings of adapters, and their export."""
 
     zero: int = 2
     precision: str = "fp32"
@@ -69,16 +69,16 @@ def spec(home: Path, case: Case, **lora: Any) -> JobSpec:
 
 @dataclass(frozen=True)
 class Found:
-    """What a case did."""
+    """Results of a case."""
 
     losses: list[float]
     resumed: list[float]
-    """The last steps once more, from a checkpoint before them."""
+    """Losses of the last steps, run again from a checkpoint before them."""
     learned: set[str]
     stored: int
     """Bytes of the engine's checkpoint."""
     logits: torch.Tensor | None
-    """Logits of the student with its adapters; None for one that ZeRO-3 has in pieces."""
+    """Logits of the student with its adapters; None if ZeRO-3 has split its weights."""
 
 
 def inputs() -> dict[str, torch.Tensor]:

@@ -1,8 +1,9 @@
 """The memory that a plan promises is what the real engine takes.
 
-Measured is the peak of torch's own CPU allocator, as its profiler records every allocation and release of it, from the
-building of the learner through two steps. The resident set of the process would say less: it has the libraries, memory
-that was freed and not given back, and lacks what was allocated and not touched (DeepSpeed's gradient bucket).
+The tests measure the peak of torch's own CPU allocator, whose allocations and releases torch's profiler records, from
+the construction of the learner through two steps. The resident set of the process would be less exact. It contains the
+libraries, and memory that was freed but not returned. It lacks memory that was allocated but never used (DeepSpeed's
+gradient bucket).
 """
 
 import gc
@@ -87,7 +88,7 @@ def _spec(folder: Path, case: Case) -> JobSpec:
 
 
 def _inputs(spec: JobSpec) -> ModelInputs:
-    """Long enough that activations matter, 384 tokens, and one of them shorter: padding costs an attention mask."""
+    """Return samples of 384 tokens, so that activations matter, and a shorter one, because padding needs a mask."""
     renderer = Renderer(student_processor(spec.student), spec.data)
     short, long = (
         renderer.render(raw_sample(1, "It is a long red circle. " * times, has_image=True)) for times in (20, 25)
@@ -102,12 +103,12 @@ def _needs(spec: JobSpec) -> Needs:
 
 
 def _measure(folder: Path, cases: list[Case]) -> Measured:
-    """Each case with the real engine, one after the other."""
+    """Measure each case with the real engine, one after the other."""
     return {case: _measured(folder, case) for case in cases}
 
 
 def _measured(folder: Path, case: Case) -> dict[str, int]:
-    """Peak and checkpoint size of two steps."""
+    """Return the peak memory and the checkpoint size of two steps, in bytes."""
     spec = _spec(folder, case)
     assert spec.teacher
     scorer = TeacherScorer(spec.teacher, _needs(spec))
@@ -157,7 +158,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Measured:
-    """One rank's cases."""
+    """Return the measurements of the cases with one rank."""
     return spawned(_measure, folder, folder, ALONE)
 
 

@@ -1,4 +1,4 @@
-"""MobileVLM V2 against the same model written with loops, and in the trainer's hands."""
+"""MobileVLM V2 against the same model written with loops, and in training."""
 
 import json
 import math
@@ -91,7 +91,7 @@ class Weights:
 
 
 def attend(q, k, v, *, heads, shared=1, causal=False):
-    """[L, width] each; `shared` query heads see the same key head."""
+    """Return attention over q, k, v, [L, width] each; `shared` query heads use the same key head."""
     size = q.shape[1] // heads
     mixed = []
     for head in range(heads):
@@ -105,7 +105,7 @@ def attend(q, k, v, *, heads, shared=1, causal=False):
 
 
 def clip_patches(w, vision, image):
-    """[patches, width]: the last layer but one, without the class token."""
+    """Return the output of the second-last layer without the class token, [patches, width]."""
     side = vision.image_size // vision.patch_size
     kernel, size = (w / "embeddings")["patch_embedding.weight"], vision.patch_size
     x = [(w / "embeddings")["class_embedding"]]
@@ -126,7 +126,7 @@ def clip_patches(w, vision, image):
 
 
 def ldpv2(w, patches, side):
-    """[side², width]: two linear layers, the mean of each window, and a convolution that is added."""
+    """Return [side², width] after two linear layers, the mean of each window, and an added convolution."""
     inner = (w / "linear_1").linear(patches)
     inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
     grid = (w / "linear_2").linear(inner)

@@ -72,7 +72,7 @@ class Case:
         return self.objective(self.rows, self.teacher, self.targets, self.weights, moving=MOVING, **options)
 
     def whole(self):
-        """(total, values) from all logits at once, by autograd."""
+        """Return (total, values), computed from all logits at once, for autograd."""
         logits = self.head(self.rows)
         values = [cross_entropy(logits, self.targets)] if self.spec.ce else []
         for energy in self.spec.energies:
@@ -172,7 +172,7 @@ def test_the_gradient_of_a_moving_number_is_that_of_the_whole_logits(chunk_rows,
 
 @pytest.mark.parametrize("teacher", [None, TeacherRows()])
 def test_energies_without_a_teacher_s_rows_are_an_error(teacher):
-    """And not the cross-entropy, with their weights."""
+    """It must not become the cross-entropy with the weights of the energies."""
     case = Case(["fkl"])
     with pytest.raises(ValueError, match="compare with a teacher: give its rows"):
         case.objective(case.rows, teacher, case.targets, case.weights)
@@ -198,7 +198,7 @@ class Buckets(Case):
         return TeacherRows(top_ids=self.ids.int(), top_log_probs=self.log_probs)
 
     def whole(self):
-        """On the same buckets, made by a loop over the rows."""
+        """Return (total, values) on the same buckets, which a loop over the rows makes."""
         logits = self.head(self.rows)
         log_probs = logits.log_softmax(1)
         buckets = []

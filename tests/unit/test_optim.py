@@ -18,9 +18,9 @@ pytestmark = pytest.mark.timeout(600)
 TINY = 2.0**-9
 """Added to 1 in bfloat16 it is lost: 1 + 2⁻⁹ is half of the way to the next number, and rounds to even."""
 MICRO_BATCHES = (129, 3, 1, 40)
-"""Micro-batches of one step after the other."""
+"""Number of micro-batches of each step."""
 Gradients = list[list[float]]
-"""Distinct values that a parameter's gradient has, for each step; one if all is well."""
+"""Distinct values in a parameter's gradient, per step; exactly one if the sum is correct."""
 
 
 class Toy(nn.Module):
@@ -66,7 +66,7 @@ def _as_shipped_by_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def terms(step: int, rank: int) -> list[float]:
-    """The gradient of each micro-batch: 1 in the first of rank 0, and very little in all others."""
+    """Return the gradient of each micro-batch: 1 in the first of rank 0, and a very small number in all others."""
     return [1.0 if (micro, rank) == (0, 0) else TINY for micro in range(MICRO_BATCHES[step])]
 
 
@@ -110,7 +110,7 @@ def _all(cases: list[tuple[int, str, bool]]) -> dict[tuple[int, str, bool], Grad
 
 
 def _unname_shared_memory() -> None:
-    """Unname it as the learner does: DeepSpeed leaves it behind."""
+    """Remove the names of shared memory that DeepSpeed leaves, as the learner does."""
     dist.barrier()
     for left in Path("/dev/shm").glob(f"deepspeed_*_{os.environ['MASTER_PORT']}_{dist.get_rank()}"):
         left.unlink()
@@ -134,7 +134,7 @@ def test_many_small_gradients_sum_up_exactly(summed: tuple[int, Any], case: tupl
 
 @pytest.mark.parametrize("case", AS_SHIPPED, ids=str)
 def test_in_bfloat16_they_are_lost(summed: tuple[int, Any], case: tuple[int, str, bool]) -> None:
-    """What the test above would see of DeepSpeed's own choice."""
+    """The test above would find this with DeepSpeed's own choice of dtype."""
     ranks, found = summed
     assert found[case][0][0] < 0.9 * _exact(0, ranks)
 

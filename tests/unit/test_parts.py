@@ -47,7 +47,7 @@ TOWERS = ("clip", "siglip", "dinov2", "llava")
 
 
 def save_tower(folder: Path, kind: str) -> str:
-    """Save a tower as the hub has it: CLIP and SigLIP with their text towers; DINOv2, of larger images, alone."""
+    """Save a tower as on the hub: CLIP and SigLIP with text towers, DINOv2 alone and trained on larger images."""
     size = {"height": SIDE, "width": SIDE}
     words = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     if kind == "llava":
@@ -73,7 +73,7 @@ def save_tower(folder: Path, kind: str) -> str:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`plain` has no `<image>` and no row for it; `aware` has both."""
+    """Return a folder with two language models: `plain` has no `<image>` and no row for it; `aware` has both."""
     home = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     for kind in TOWERS:

@@ -1,4 +1,4 @@
-"""Micro-batches on their way to the device, and what a wait for them is put down to."""
+"""Transfer of micro-batches to the device, and the cause to which a wait for them is attributed."""
 
 import time
 from typing import Any

@@ -1,4 +1,4 @@
-"""One shard on its way to the job: what becomes rows, and what is reported as bad."""
+"""Reading of one shard for a job: its rows, and its samples that are reported as bad."""
 
 import io
 
@@ -35,7 +35,7 @@ def _nothing_kept(monkeypatch):
 
 
 class Job:
-    """A reader of one shard, and what it told the job."""
+    """A reader of one shard, and its reports to the job."""
 
     def __init__(self, folder, samples, *, student_length=2048, teacher_length=None, epochs=2, **data):
         self.shard = written(folder, tar_bytes([member for each in samples for member in each]))
@@ -237,7 +237,7 @@ def test_only_a_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
 
 
 def test_a_read_task_gives_the_same_blocks_whatever_the_cache_holds(tmp_path):
-    """Ray Data takes up a task that it runs again by the number of its blocks: others would lose or repeat rows."""
+    """Ray Data resumes a repeated task by the number of its blocks, so other blocks would lose or repeat rows."""
     known = {}
     group = Group(tmp_path, locate=lambda shard: known.get(shard, {}))
     size = sum(block.nbytes for block in group.blocks()) // 6

@@ -54,7 +54,7 @@ def renderer(processor, **options):
 
 
 def reference(turns, template, system=None):
-    """[(piece of text, learned)] with image tokens expanded, written down again from the formats' definitions."""
+    """Return [(piece of text, learned)] with expanded image tokens, written again from the formats' definitions."""
     pictures = IMAGE * IMAGE_TOKENS
     pieces = []
     if template == "vicuna_v1":
@@ -74,7 +74,7 @@ def reference(turns, template, system=None):
 
 
 def learned_by_offsets(tokenizer, pieces):
-    """(ids, mask), token by token and character by character."""
+    """Return (ids, mask), found token by token and character by character."""
     text = "".join(piece for piece, _ in pieces)
     learned = [flag for piece, flag in pieces for _ in piece]
     encoded = tokenizer(text, return_offsets_mapping=True)
@@ -350,7 +350,7 @@ def test_a_postscript_image_is_refused_and_starts_no_ghostscript(processor, monk
 
 
 def declaring(width, height, extra=b""):
-    """A PNG of some hundred bytes that says how large it is."""
+    """Return a PNG of some hundred bytes whose header declares this size in pixels."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -422,7 +422,7 @@ def test_renderers_that_differ_have_fingerprints_that_differ(processor):
 
 
 def changed(part, change):
-    """A processor whose tokenizer has another setting in its tokenizer.json."""
+    """Return a processor whose tokenizer has another setting in its tokenizer.json."""
     processor = tiny_processor()
     content = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     content[part] = change(content[part])

@@ -32,7 +32,7 @@ def samples():
 
 
 def table(student, teacher=None, stored=()):
-    """A block of these renderings; `stored` for the first of them."""
+    """Return a block of these renderings; `stored` is for the first of them."""
     teacher = teacher or student
     places = [*stored, *[None] * (len(student) - len(stored))]
     return block_of(

@@ -62,7 +62,7 @@ def inputs(renderings) -> ModelInputs:
 
 @pytest.fixture(scope="module")
 def logits(folder, renderings):
-    """[answer rows, V], each sample through the whole model alone, without padding."""
+    """Return the logits [answer rows, V] of each sample run alone through the whole model, without padding."""
     renderer, found = renderings
     model = load_model(ModelSpec(path=folder), torch.float32)
     rows = []
@@ -86,7 +86,7 @@ def teacher_of(folder, needs: Needs, **fields) -> TeacherScorer:
 
 
 def parts_of(teacher: TeacherScorer, inputs: ModelInputs) -> dict[str, torch.Tensor]:
-    """What a student makes of an answer in which every sample is well."""
+    """Return the parts that a student reads from an answer in which every sample is valid."""
     signals = Answer.of(teacher.score(inputs)).signals
     assert None not in signals
     joined = join([signal for signal in signals if signal is not None], inputs, teacher.needs)
@@ -169,7 +169,7 @@ def test_top_k_are_the_largest_and_the_rest_of_the_common_ids(folder, inputs, lo
 
 
 def assert_only_is_refused(answer: Answer, refused: int, expected: Answer) -> None:
-    """The others' signals are as they were."""
+    """Check that only this sample is refused and that the signals of the others are unchanged."""
     assert answer.reasons == {refused: "the teacher's output is not finite"}
     for at, (signal, whole) in enumerate(zip(answer.signals, expected.signals, strict=True)):
         if at == refused:

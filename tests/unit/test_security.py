@@ -36,7 +36,7 @@ CANARIES = {name: f"canary-of-{name.lower()}" for name in SECRET_VARIABLES}
 
 
 class Trap:
-    """Its pickle makes a file when it is loaded."""
+    """Object whose pickle creates a file when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,13 +47,13 @@ class Trap:
 
 @pytest.fixture
 def sprung(tmp_path: Path) -> Path:
-    """There once a trap was run."""
+    """Return the path of the file that exists only after a trap was run."""
     return tmp_path / "sprung"
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and a shard."""
+    """Return a folder with a model and a shard."""
     folder = tmp_path_factory.mktemp("home")
     save_tiny(folder / "model")
     pack(numbered_samples(8), str(folder / "shards"))
@@ -61,7 +61,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tree(home: Path, out: str, **changes: Any) -> dict[str, Any]:
-    """Plain fine-tuning, unless a change brings a teacher."""
+    """Return the tree of a plain fine-tuning job, unless a change adds a teacher."""
     job: dict[str, Any] = {
         "name": "job",
         "data": {"train": str(home / "shards" / "train-*.tar")},
@@ -158,7 +158,7 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 
 
 def with_code(folder: Path, sprung: Path, file: str) -> ModelSpec:
-    """A model that asks, in one of its files, for code that lies beside it."""
+    """Write a model that requests, in one of its files, code from its own folder."""
     save_tiny(folder)
     (folder / "own.py").write_text(CODE.format(sprung=str(sprung)))
     if file == "config.json":
@@ -216,7 +216,7 @@ def test_torch_does_not_obey_a_pickle_even_if_told_to(tmp_path, sprung):
 
 
 def _tampered(rank: int, folder: Path, spec: JobSpec) -> None:
-    """Writes what came of loading a checkpoint, and of it with a trap in each of its files."""
+    """Write the results of loading a checkpoint, and of loading it with a trap in each of its files."""
     os.environ["LOCAL_RANK"] = "0"
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     learner = Learner(spec, None, total_steps=10)
@@ -341,7 +341,7 @@ def test_pydantic_s_own_error_does_not_repeat_it_either():
 
 
 class Telltale(BaseHTTPRequestHandler):
-    """Refuses everything, and repeats in its refusal what it was sent, and secrets that it was not."""
+    """Server that refuses every request; its answer repeats the request, and has secrets that were not in it."""
 
     protocol_version = "HTTP/1.1"
 

@@ -1,4 +1,4 @@
-"""One shard: its samples, what damage does to it, and what a failing store does to its reader."""
+"""One shard: its samples, the effects of damage to it, and the effects of a failing store on its reader."""
 
 import bz2
 import gzip
@@ -74,7 +74,7 @@ def special(name, kind):
 
 
 def extended_header(size):
-    """A header whose content GNU tar takes for the next member's name."""
+    """Return a header whose content GNU tar reads as the next member's name."""
     info = tarfile.TarInfo("././@LongLink")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, size
     return info
@@ -310,7 +310,7 @@ def test_another_number_of_samples_than_the_manifest_says_is_damage(tmp_path, sa
 
 
 def read_until_damage(shard):
-    """Indexes yielded before the error, and the error; no error fails the test."""
+    """Return the indexes yielded before the error, and the error; the test fails without an error."""
     indexes = []
     try:
         for sample in read_shard(shard, STORAGE):

@@ -1,4 +1,4 @@
-"""A SIGTERM at any moment of a driver's life."""
+"""A SIGTERM at any time while a driver runs."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ job(globals()[sys.argv.pop(1)])
 
 @pytest.fixture
 def heard() -> Iterator[list[str]]:
-    """What this process is told by a SIGTERM."""
+    """Yield the list of the SIGTERMs that reach this process's earlier handler."""
     said: list[str] = []
     before = signal.signal(signal.SIGTERM, lambda *_: said.append("before"))
     yield said
@@ -44,7 +44,7 @@ def heard() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize(("where", "code"), [("at_work", os.EX_TEMPFAIL), ("done", 0)])
 def test_a_driver_says_whether_it_is_to_be_run_again(where: str, code: int) -> None:
-    """Also where no job listens: while its modules load, and while the interpreter ends."""
+    """The same holds while no job handles signals: while its modules load, and while the interpreter ends."""
     command = [sys.executable, "-c", ENTRY_POINT, where, "--spec", "job.yaml"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as driver:
         assert driver.stdout
@@ -69,7 +69,7 @@ def test_a_second_one_does_what_the_first_would_have_done_without_us(heard: list
 
 @pytest.fixture
 def rays_handler(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """`ray.init`, as far as SIGTERM goes; one may come `meanwhile`."""
+    """Return a fake `ray.init` that does what Ray does with SIGTERM; a signal may come `meanwhile`."""
     how = SimpleNamespace(meanwhile=False)
 
     def init(**_: Any) -> None:

@@ -1,4 +1,4 @@
-"""The figure of the energies: what it shows is what the energies say."""
+"""The figure of the energies shows the values of the energies."""
 
 import pytest
 import torch

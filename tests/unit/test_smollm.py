@@ -1,4 +1,4 @@
-"""What `make smollm` begins with, in small: a tower out of an ONNX graph, a student with fewer layers, captions."""
+"""The first steps of `make smollm`, small: a tower from an ONNX graph, a student with fewer layers, captions."""
 
 import onnx
 import pytest
@@ -15,7 +15,7 @@ from tests.tiny import save_tiny
 
 
 def traced(state: dict[str, torch.Tensor]) -> onnx.GraphProto:
-    """The graph of a Dinov2Model as tracing leaves it; of its nodes, the products."""
+    """Return the graph of a Dinov2Model as tracing leaves it, with only the nodes of matrix products."""
     constants, nodes = {"decoder.final.bias": torch.zeros(3), "onnx::MatMul_99": torch.ones(3, 2)}, []
     nodes.append(helper.make_node("MatMul", ["x", "onnx::MatMul_99"], ["y"], name="/decoder/final/MatMul"))
     for name, tensor in state.items():

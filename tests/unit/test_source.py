@@ -31,7 +31,7 @@ def ids(*places: tuple[int, int, int]) -> SampleIds:
 
 
 def commit(run: Path, step: int, *places: tuple[int, int, int]) -> str:
-    """A checkpoint that has done these samples, and set one aside."""
+    """Commit a checkpoint that has done these samples and quarantined one."""
     ledger = PLAN.empty_ledger()
     ledger.add(ids(*places))
     local = run.parent / f"local-{step}"
@@ -46,7 +46,7 @@ def commit(run: Path, step: int, *places: tuple[int, int, int]) -> str:
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Starts workers: returns what is subtracted from the plan, and what the monitor tells the workers."""
+    """Return a function that starts workers; it returns what is subtracted from the plan, and the monitor's reply."""
     (tmp_path / "run").mkdir()
     tree = {
         "name": "run",

@@ -1,4 +1,4 @@
-"""What a job may say, and what it is told when it says something else."""
+"""Valid values of a spec, and the messages for invalid ones."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A teacher over several GPUs: which part is where, that it says the same, and that no two GPUs' tensors meet."""
+"""A teacher on several GPUs: its placement, its equal results, and no operation with tensors of two GPUs."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -86,14 +86,14 @@ def test_a_teacher_in_parts_says_what_it_says_in_one(tmp_path, monkeypatch, need
 
 @pytest.fixture(scope="module")
 def elsewhere() -> Iterator[ProcessPoolExecutor]:
-    """A process of its own: torch now knows a device of three, which nobody else shall find there."""
+    """Yield a separate process, because it registers a device type with three devices, which no other test may see."""
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=_setup_privateuseone_for_python_backend) as pool:
         yield pool
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_operation_of_a_language_model_has_tensors_of_two_gpus(name, elsewhere: ProcessPoolExecutor) -> None:
-    """On fake tensors, which have no data and a device, and refuse to meet another device's."""
+    """Fake tensors have a device but no data, and an operation on tensors of two devices fails."""
     weights, outputs = elsewhere.submit(_language_model, name).result()
     assert weights >= {0, 2}
     assert outputs == {0}
@@ -107,7 +107,7 @@ def test_nor_does_the_way_from_pixels_to_answer_rows(name, elsewhere: ProcessPoo
 
 
 Devices = tuple[set[int | None], set[int | None]]
-"""Numbers of those that have weights, and of those that have what comes out."""
+"""Indices of the devices that have weights, and of those that have the outputs."""
 
 
 def _language_model(name: str) -> Devices:
@@ -143,7 +143,7 @@ def _devices(model: PreTrainedModel, *outputs: Tensor) -> Devices:
 
 @contextmanager
 def _split(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, Callable[..., Any]]]:
-    """A model over three devices, all on fake tensors; and what moves others to the first."""
+    """Yield a model split over three devices, with fake tensors, and a function that moves tensors to the first one."""
     gpus = [torch.device("privateuseone", number) for number in range(3)]
     with_attention_weights(freeze(model))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -164,7 +164,7 @@ def _split(model: PreTrainedModel) -> Iterator[tuple[PreTrainedModel, Callable[.
 
 
 def _put(model: PreTrainedModel, places: dict[str, torch.device], moved: Callable[..., Any]) -> None:
-    """The weights as fake ones, each on its device, as loading leaves them."""
+    """Replace the weights by fake tensors, each on its device, as after loading."""
     held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, device in expand_device_map(places, list(held)).items():
         module, _, leaf = name.rpartition(".")

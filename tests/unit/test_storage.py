@@ -1,4 +1,4 @@
-"""S3 at its worst, on loopback: silent, busy, gone, or breaking off. Who repeats what, and for how long."""
+"""A failing S3 on loopback (silent, busy, unreachable, interrupted): which requests are repeated, and for how long."""
 
 import errno
 import io
@@ -36,7 +36,7 @@ def at(port):
 
 @pytest.fixture
 def no_pauses(monkeypatch):
-    """Attempts follow each other at once."""
+    """Make attempts follow each other without a pause."""
     client_without_pauses(monkeypatch)
 
 
@@ -45,7 +45,7 @@ def no_pauses(monkeypatch):
 
 @pytest.fixture
 def silent(monkeypatch, no_pauses):
-    """A server that accepts every connection and says nothing: its port, and the connections so far."""
+    """Yield the port of a server that accepts every connection and never answers, and its connections so far."""
     monkeypatch.setattr(module, "TIMEOUT_S", 0.05)
     accepted = []
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -123,7 +123,7 @@ def test_silence_is_given_up_after_two_minutes_on_average():
 
 
 class Troubled(BaseHTTPRequestHandler):
-    """Gives CONTENT to GET and HEAD, once `server.troubles` are used up: a status, or "cut" for half of an answer."""
+    """Server that answers GET and HEAD with CONTENT after `server.troubles`: a status, or "cut" for half an answer."""
 
     protocol_version = "HTTP/1.1"
 
@@ -249,7 +249,7 @@ def beyond(proxy):
 
 
 def every_call(filesystem, folder, path):
-    """Each kind of request once, and what came of it."""
+    """Make each kind of request once, and return the results."""
     filesystem.pipe_file(path, CONTENT)
     (folder / "file").write_bytes(CONTENT)
     filesystem.put_file(str(folder / "file"), f"{path}.2")
@@ -317,7 +317,7 @@ def test_each_part_of_a_large_file_gets_through(proxy, tmp_path, monkeypatch, ki
 
 @pytest.fixture
 def shard(s3):
-    """30 samples, some 60 kB, in the store."""
+    """Write a shard of 30 samples, about 60 kB, into the store."""
     content = tar_bytes([member for number in range(30) for member in good(f"{number:03d}")])
     s3.filesystem().pipe_file("betakd/shards/train-0.tar", content)
     return Shard("s3://betakd/shards/train-0.tar", 30, len(content), f"{zlib.crc32(content):08x}")

@@ -21,7 +21,7 @@ JOBS = [
 
 
 class Client:
-    """Two of our jobs, one of somebody else."""
+    """Fake client with two of our jobs and one job of another user."""
 
     def __init__(self, address: str | None) -> None:
         if address == "http://nowhere:8265":

@@ -1,4 +1,4 @@
-"""Grids: their cells, and the table over seeds. Running one is for tests/ray."""
+"""Grids: their cells, and the table over seeds. tests/ray runs a whole sweep."""
 
 import json
 import math
@@ -143,7 +143,7 @@ def test_a_cell_has_a_name_that_a_folder_can_have(grid, prompts):
 
 
 class Job:
-    """Stands for BetaKDJob."""
+    """Fake BetaKDJob."""
 
     def __init__(self, name, end, begun):
         self.name, self.end, self.begun = name, end, begun
@@ -170,7 +170,10 @@ def failing(error):
 
 @pytest.fixture
 def sweep(grid, monkeypatch):
-    """A sweep of five cells, two at a time, and the names of those that were begun; what a cell does, by its name."""
+    """Return a function that makes a sweep of five cells, two at a time, and the list of started cells.
+
+    Its keywords map the name of a cell to the cell's action.
+    """
 
     def make(evaluation=None, **ends):
         begun = []

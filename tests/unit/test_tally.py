@@ -11,7 +11,7 @@ ENERGIES = torch.tensor([[1.0, 0.5], [3.0, 0.0], [2.0, 1.5], [4.0, 2.5]])
 BETA = torch.tensor([[1.0, 2.0], [1.0, 99.0], [1.0, 4.0], [1.0, 6.0]])
 PRESENT = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
 SHARE = torch.tensor([0.4, 0.1, 0.3, 0.2])
-"""Shares of samples with four, one, three and two tokens, where all tokens count alike."""
+"""Shares of samples with four, one, three and two tokens, if every token has the same weight."""
 STATISTICS = torch.tensor([[1.0], [2.0], [3.0], [6.0]])
 
 

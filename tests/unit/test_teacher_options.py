@@ -1,4 +1,4 @@
-"""What else a teacher is loaded with: further keywords of transformers, and weights that are quantised."""
+"""Further options for loading a teacher: keywords of transformers, and quantised weights."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ TORCHAO = {
     "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}},
 }
 METHODS = {"optimum.quanto": INT8, "torchao": TORCHAO}
-"""Package → what asks for it."""
+"""Package → the quantisation settings that need it."""
 WITH_HEAD = {
     "optimum.quanto": INT8 | {"modules_to_not_convert": []},
     "torchao": TORCHAO | {"include_input_output_embeddings": True},
@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> str:
 
 @pytest.fixture
 def empty(folder, tmp_path) -> str:
-    """The same without weights."""
+    """Return a copy of the folder without weights."""
     shutil.copytree(folder, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
     return str(tmp_path / "empty")
 
@@ -168,7 +168,7 @@ def need(package: str) -> None:
 
 @pytest.fixture(scope="module")
 def stored(folder, tmp_path_factory) -> str:
-    """A folder with weights that are quantised already, as transformers saves them; quanto's it does not save."""
+    """Return a folder with quantised weights as transformers saves them; it cannot save those of quanto."""
     need("torchao")
     target = tmp_path_factory.mktemp("stored")
     load_model(teacher(folder, quantization_config=TORCHAO)).save_pretrained(target)
@@ -178,7 +178,7 @@ def stored(folder, tmp_path_factory) -> str:
 
 @pytest.fixture
 def declared(empty) -> str:
-    """A folder whose configuration says that its weights are quantised."""
+    """Return a folder whose configuration declares quantised weights."""
     file = Path(empty, "config.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": INT8}))
     return empty
@@ -186,7 +186,7 @@ def declared(empty) -> str:
 
 @pytest.fixture(scope="module")
 def answered(folder):
-    """What a teacher says of three samples, by its spec."""
+    """Return a function from a teacher's spec to its answer for three samples."""
     renderer = Renderer(load_processor(ModelSpec(path=folder)), DataSpec(train=("unused",)))
     samples = [renderer.render(raw_sample(number, "It is so.", has_image=number != 1)) for number in range(3)]
     inputs = stack(samples, renderer.pad_token_id, renderer.image_token_id)

@@ -1,4 +1,4 @@
-"""What a job asks of its teacher, by the one table of parts."""
+"""The parts that a job needs of its teacher, by the table of parts."""
 
 import pytest
 from pydantic import TypeAdapter

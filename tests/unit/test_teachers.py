@@ -1,4 +1,4 @@
-"""Pools that jobs share, with pools that are none."""
+"""Pools that jobs share, tested with fake pools."""
 
 import pytest
 from ray.actor import ActorHandle
@@ -16,7 +16,7 @@ TOP_K = Needs(frozenset({"top_ids", "top_log_probs"}), top_k=4, vocab=9)
 
 
 class Pool(ActorHandle):
-    """A handle of nothing."""
+    """Fake handle of a pool."""
 
     def __init__(self, number):
         self.number = number
@@ -27,7 +27,7 @@ class Pool(ActorHandle):
 
 @pytest.fixture
 def pools(monkeypatch):
-    """[what was started], [the numbers of those that were ended]"""
+    """Return the list of the started pools and the list of the numbers of the ended pools."""
     started, ended = [], []
     monkeypatch.setattr(module, "start_pool", lambda *wish: started.append(wish) or Pool(len(started)))
     monkeypatch.setattr(module.ray, "kill", lambda pool: ended.append(pool.number))

@@ -186,7 +186,7 @@ def test_logging_waits_for_nothing_and_an_error_of_the_store_comes_with_the_next
 
 
 class Broken:
-    """A tracker whose server goes away after a record."""
+    """A tracker whose server fails after one record."""
 
     def __init__(self, spec: JobSpec, run: str) -> None:
         self.seen: list[Record] = []

@@ -88,7 +88,7 @@ def test_saturation_is_the_share_of_samples_at_the_bounds():
 @each_learned
 @pytest.mark.parametrize(("first", "then"), [(0.0, 1.0), (1e3, 0.5)])
 def test_a_beta_that_was_driven_to_a_bound_comes_back(kind, positivity, first, then):
-    """Driven by Adam, and clipped, as in training."""
+    """Adam with clipped gradients moves it, as in training."""
     weighting = build(kind=kind, positivity=positivity)
     features, has_image = inputs(1)
     optimizer = torch.optim.AdamW(weighting.parameters(), lr=1e-2 if kind == "instance" else 0.5, weight_decay=0.0)
@@ -123,7 +123,7 @@ def test_far_outside_the_bounds_a_gradient_leads_back_and_none_farther_out(u):
 @pytest.mark.parametrize("u", [-20.0, -0.5, 0.5, 20.0])
 @pytest.mark.parametrize("energies", [(0.004, 0.0), (0.002, 0.004), (140.0, 10.0)])
 def test_the_gradient_is_the_same_however_the_batch_is_cut(positivity, u, energies):
-    """Also where one sample leads β towards its bound and the other away from it."""
+    """The same holds if one sample moves β towards its bound and another one away from it."""
     weighting = at(build(kind="task", positivity=positivity), u)
     values = torch.tensor([[1.0, each] for each in energies])
     found = []
@@ -334,7 +334,7 @@ def test_a_loop_of_your_own_gives_the_features_that_beta_needs():
 
 
 class Unasked(TorchDispatchMode):
-    """Fails where the host would wait for the device, to learn a number or a size."""
+    """Torch mode that fails if the host would wait for the device to read a number or a size."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
