@@ -74,7 +74,7 @@ def placement(pool: GPUPoolSpec, gpus: float) -> dict[str, Any]:
 
 
 def gpus_each(asked: float | str) -> float:
-    """Return the GPUs of one process of a pool: as in the spec; `auto` is 1.0 if the cluster has GPUs, else 0.0."""
+    """Return the GPUs of one process of a pool: as in the spec; `auto` is 1.0 if the cluster has GPUs, or 0.0."""
     if asked == "auto":
         return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
     return float(asked)
