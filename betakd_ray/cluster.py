@@ -1,4 +1,4 @@
-"""The cluster: a connection to it, and whether it can hold a job."""
+"""Connection to the Ray cluster, and the check whether the cluster can hold a job."""
 
 import logging
 import math
@@ -19,13 +19,15 @@ from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec
 
 PLURALS = {"GPU": "GPUs", "CPU": "CPUs"}
 ACCELERATOR = "accelerator_type:"
-"""Before the model of a node's GPUs, a resource that each node has one of; Ray takes a thousandth for a process."""
+"""Prefix of the resource that names the model of a node's GPUs. A node has 1.0 of it; a process takes 0.001."""
 
 
 @contextmanager
 def connected(spec: Any, jobs: int = 1) -> Iterator[None]:
-    """A connection to Ray: the one that is there, the one the spec names, or a local one, with room for so many jobs
-    at a time."""
+    """Connect to Ray for the block: use the connection that exists, or the cluster of the spec, or start a local one.
+
+    A local cluster has enough logical CPUs for `jobs` concurrent jobs.
+    """
     _quiet()
     if ray.is_initialized():
         yield
@@ -46,7 +48,7 @@ def connected(spec: Any, jobs: int = 1) -> Iterator[None]:
 
 
 def _logical_cpus(spec: Any, jobs: int) -> int:
-    """Return the CPUs of a local cluster: the machine's, and at least one for every reader, teacher and worker."""
+    """Return the logical CPUs of a local cluster: the machine's, or more if the job's processes need more."""
     pools = spec.cluster
     workers = spec.training.workers.max if isinstance(spec, JobSpec) else 1
     asked = pools.teacher.min * pools.teacher.cpus + jobs * (workers * pools.student.cpus + pools.readers.cpus)
@@ -54,14 +56,14 @@ def _logical_cpus(spec: Any, jobs: int) -> int:
 
 
 def _quiet() -> None:
-    """Ray's and its libraries' chatter goes to their log files, not to the user's terminal."""
+    """Keep messages of Ray and its libraries off the user's terminal; they still go to log files."""
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def placement(pool: GPUPoolSpec, gpus: float) -> dict[str, Any]:
-    """The options of an actor or a task that takes one place of the pool."""
+    """Return the options of an actor or task that runs as one process of the pool."""
     return {
         "num_cpus": pool.cpus,
         "num_gpus": gpus,
@@ -72,7 +74,7 @@ def placement(pool: GPUPoolSpec, gpus: float) -> dict[str, Any]:
 
 
 def gpus_each(asked: float | str) -> float:
-    """GPUs of one process of a pool: what the spec says, or one where the cluster has any."""
+    """Return the GPUs of one process of a pool: as in the spec; `auto` is 1.0 if the cluster has GPUs, or 0.0."""
     if asked == "auto":
         return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
     return float(asked)
@@ -80,7 +82,7 @@ def gpus_each(asked: float | str) -> float:
 
 @dataclass(frozen=True)
 class Demand:
-    """Processes of one pool, and what each needs of its node."""
+    """Processes of one pool, and the resources and labels that each needs of its node."""
 
     pool: str
     count: int
@@ -109,21 +111,21 @@ def _need(resource: str, amount: float) -> str:
 
 @dataclass(frozen=True)
 class Node:
-    """What a node has."""
+    """Resources and labels of a node."""
 
     resources: dict[str, float]
     labels: dict[str, str]
 
 
 ASK_TIMEOUT_S = 30.0
-"""An autoscaler that has not answered by then is not waited for: the pools wait for their nodes anyway."""
+"""Timeout in seconds for the autoscaler's answer. After it the job starts; the pools wait for their nodes."""
 
 
 def check_feasible(spec: JobSpec) -> list[tuple[Demand, int]]:
-    """What the job asks for, and how many processes of each pool the nodes that are up have room for.
+    """Return the demand of each pool, and how many of its processes the present nodes have room for.
 
-    A pool that lacks some has to wait for nodes that the autoscaler is to bring. Raises ClusterError when the pools ask
-    for what the cluster does not have and can never have.
+    A pool with room for fewer than it asks for has to wait until the autoscaler adds nodes. Raises ClusterError if the
+    pools ask for more than the cluster has and can ever have.
     """
     wanted = demands(spec)
     lacking = without_room(wanted, alive_nodes())
@@ -142,12 +144,12 @@ def check_feasible(spec: JobSpec) -> list[tuple[Demand, int]]:
 
 
 def alive_nodes() -> list[Node]:
-    """What the connected cluster has now."""
+    """Return the nodes of the connected cluster that are alive now."""
     return [Node(dict(node["Resources"]), dict(node["Labels"])) for node in ray.nodes() if node["Alive"]]
 
 
 def demands(spec: JobSpec) -> list[Demand]:
-    """The least that a job runs on, on the connected cluster."""
+    """Return the smallest demand with which a job can run on the connected cluster."""
     pools = spec.cluster
     readers = Demand.of("readers", 1, pools.readers, 0.0, "Lower cluster.readers.cpus")
     students = Demand.of(
@@ -164,18 +166,18 @@ def demands(spec: JobSpec) -> list[Demand]:
 
 
 def check_room(demands: Sequence[Demand], nodes: Sequence[Node]) -> None:
-    """Raises ClusterError for the first demand that finds no place beside those before it.
+    """Raise ClusterError for the first demand that does not fit on the nodes beside the demands before it.
 
-    Ray would wait for a place in silence.
+    Without this check Ray would wait for resources without a message.
     """
     if lacking := without_room(demands, nodes):
         raise _no_room(*lacking[0], len(nodes))
 
 
 def without_room(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[tuple[Demand, int]]:
-    """The demands that find no place beside those before them, and how much of each does.
+    """Return the demands that do not fit beside those before them, and how many processes of each do fit.
 
-    Demands with labels choose first, as they have the fewest nodes to go to.
+    Demands with labels are placed first, because the fewest nodes suit them.
     """
     left = [dict(node.resources) for node in nodes]
     lacking = []
@@ -205,7 +207,7 @@ def _take(needs: dict[str, float], free: dict[str, float]) -> bool:
 
 
 def _matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
-    """Ray's label selectors: `a`, `!a`, `in(a,b)`, `!in(a,b)`."""
+    """Return whether labels match a selector of Ray: values are `a`, `!a`, `in(a,b)` or `!in(a,b)`."""
     for key, wanted in selector.items():
         choices = wanted.removeprefix("!").removeprefix("in(").removesuffix(")").split(",")
         if (labels.get(key) in [choice.strip() for choice in choices]) == wanted.startswith("!"):
@@ -214,20 +216,22 @@ def _matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
 
 
 def has_autoscaler() -> bool:
-    """Whether one (version 2) reports to the connected cluster."""
+    """Return whether the connected cluster has an autoscaler (of version 2)."""
     return _status().autoscaling_state.autoscaler_state_version > 0
 
 
 def _is_out_of_reach(demands: Sequence[Demand]) -> bool:
-    """Whether the autoscaler says that the cluster, fully grown and with nobody else on it, cannot hold all demands.
+    """Return whether the autoscaler says that even the fully scaled, otherwise idle cluster cannot hold all demands.
 
-    Ray publishes no limits of its node types. But a request for resources is checked against them, whatever is in use,
-    and one that cannot be met starts nothing and is reported. One that can starts the nodes that the job needs anyway.
+    Ray does not publish the limits of its node types. But the autoscaler checks a request for resources against these
+    limits, regardless of what is in use. If the request cannot be met, it starts no node and reports the request as
+    infeasible. If it can be met, it starts the nodes that the job needs anyway.
     """
     bundles = [demand.resources for demand in demands for _ in range(demand.count)]
     selectors = [demand.labels for demand in demands for _ in range(demand.count)]
     request_resources(bundles=bundles, bundle_label_selectors=selectors)
     try:
+        # The autoscaler has seen the request once it has seen a state newer than the one right after the request.
         asked = _status().cluster_resource_state.cluster_resource_state_version
         deadline = time.monotonic() + ASK_TIMEOUT_S
         while time.monotonic() < deadline:
@@ -241,7 +245,7 @@ def _is_out_of_reach(demands: Sequence[Demand]) -> bool:
 
 
 def _is_same(bundles: Sequence[dict[str, float]], refused: Any) -> bool:
-    """Whether it is our request: another job's may have taken its place."""
+    """Return whether a refused request is ours: a request of another job may have replaced it."""
     there = [dict(each.request.resources_bundle) for each in refused.resource_requests for _ in range(each.count)]
     return Counter(map(_shape, bundles)) == Counter(map(_shape, there))
 
@@ -251,7 +255,7 @@ def _shape(bundle: dict[str, float]) -> frozenset[tuple[str, float]]:
 
 
 def _status() -> Any:
-    """What the cluster and its autoscaler last reported (`GetClusterStatusReply`)."""
+    """Return the last report of the cluster and its autoscaler (`GetClusterStatusReply`)."""
     from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]  # compiled
     from ray.core.generated.autoscaler_pb2 import (
         GetClusterStatusReply,  # pyright: ignore[reportAttributeAccessIssue]  # generated

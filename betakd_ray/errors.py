@@ -1,23 +1,23 @@
-"""What can go wrong, as a tree.
+"""The errors of this package, as a tree.
 
     BetaKDError
-    ├── Interrupted                  asked to stop: a checkpoint is committed, run it again to go on; exit code 75
-    ├── UserError                    the user can mend it: exit code 2, caught before training starts
+    ├── Interrupted                  asked to stop: a checkpoint is committed; run the job again to go on; exit code 75
+    ├── UserError                    the user can fix it: exit code 2, found before training starts
     │   ├── SpecError                a field of the job spec
     │   ├── DataError                shards, manifests, samples
-    │   │   ├── DataUnreachable      their store does not answer, for longer than requests are repeated
+    │   │   ├── DataUnreachable      the store of the data does not answer, even after all retries
     │   │   └── TooManyBadSamples    more of the data is bad than `data.max_bad_fraction` allows
-    │   ├── ModelError               a checkpoint, a config, what a model can do
+    │   ├── ModelError               a checkpoint, a config, or an ability that a model lacks
     │   │   └── VocabularyMismatch   teacher and student do not share a tokenizer
-    │   ├── ClusterError             the cluster can never give what the job asks
+    │   ├── ClusterError             the cluster can never provide what the job asks for
     │   └── OutputError              the output holds another job, or cannot be written
-    │       └── OutputUnreachable    its store does not answer, for longer than requests are repeated
+    │       └── OutputUnreachable    the store of the output does not answer, even after all retries
     └── TrainingError                the run itself failed; the last committed checkpoint is still good
         ├── NonFiniteLoss            too many skipped steps in a row
-        ├── SampleRepeated           a sample counts as trained on a second time in its epoch
+        ├── SampleRepeated           a sample was trained on a second time in its epoch
         └── TeacherError             the teacher pool cannot answer
 
-Every message names the field or file, says what was seen, and what to do about it. None repeats a credential.
+Every message names the field or file, says what was seen and what to do. No message contains a credential.
 """
 
 import os
@@ -33,8 +33,9 @@ SECRET_VARIABLES = (
     "MLFLOW_TRACKING_TOKEN",
     "RAY_AUTH_TOKEN",
 )
-"""Variables of the environment whose values are blanked."""
-# user:password@ with a slash in the password, too, but not host:9000/…@; over HTTP a user alone may be a token.
+"""Environment variables whose values are replaced by *** in messages."""
+# Matches user:password@, even with a slash in the password, but not host:9000/…@. In HTTP URLs it also matches a user
+# without a password, which may be a token.
 _USER = re.compile(r"(https?://)[^/\s@]+@|(://)[^/\s:@]*:(?!\d+/)[^\s@]+@")
 _SIGNED = re.compile(
     r"([?&](?:[\w.-]*(?:signature|credential|token|secret|password)[\w.-]*|[\w.-]*key(?:id)?|sig)=)[^&\s'\"]+",
@@ -43,40 +44,40 @@ _SIGNED = re.compile(
 
 
 def without_url_secrets(text: str) -> str:
-    """Text whose URLs have neither user and password nor a signature."""
+    """Return `text` with user, password and signature removed from its URLs."""
     return _SIGNED.sub(r"\1***", _USER.sub(r"\1\2***@", text))
 
 
 def without_secrets(text: str) -> str:
-    """The same, and without what the environment holds as a credential."""
+    """Return `text` without the secrets of URLs and without the values of `SECRET_VARIABLES`."""
     for value in (os.environ.get(name, "") for name in SECRET_VARIABLES):
-        if len(value) > 4:  # a shorter one hides nothing, and would be blanked out of common words
+        if len(value) > 4:  # a shorter value is no secret, and replacing it would damage common words
             text = text.replace(value, "***")
     return without_url_secrets(text)
 
 
 def kind(error: BaseException) -> str:
-    """The name that an error travels by: of its nearest class in this module."""
+    """Return the name under which an error is reported: the name of its nearest base class in this module."""
     return next(each.__name__ for each in type(error).__mro__ if each.__module__ == __name__)
 
 
 class BetaKDError(Exception):
-    """The root of every error this package raises on purpose. Its message has credentials blanked."""
+    """Base class of every error that this package raises on purpose. Credentials in its message are replaced by ***."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(without_secrets(message))
 
 
 class Interrupted(BetaKDError):
-    """The job was asked to stop, saved, and waits to be run again."""
+    """The job was asked to stop and has saved a checkpoint; run it again to go on."""
 
 
 class UserError(BetaKDError):
-    """Something the user gave is wrong; nothing was trained and nothing was lost."""
+    """An input of the user is wrong. Nothing was trained and nothing was lost."""
 
 
 class SpecError(UserError):
-    """A field of a spec is missing, misspelt, of the wrong type, or contradicts another."""
+    """A field of a spec is missing, misspelt, of the wrong type, or contradicts another field."""
 
 
 class DataError(UserError):
@@ -84,11 +85,11 @@ class DataError(UserError):
 
 
 class DataUnreachable(DataError):
-    """The store, not the file, failed; it may answer again."""
+    """The store failed, not the file. A later attempt may succeed."""
 
 
 class TooManyBadSamples(DataError):
-    """The quarantined part of the data exceeds `data.max_bad_fraction`."""
+    """The quarantined fraction of the data exceeds `data.max_bad_fraction`."""
 
 
 class ModelError(UserError):
@@ -96,11 +97,11 @@ class ModelError(UserError):
 
 
 class VocabularyMismatch(ModelError):
-    """Energies on logits need one vocabulary; teacher and student have two."""
+    """Energies on logits need one common vocabulary, but teacher and student have different ones."""
 
 
 class ClusterError(UserError):
-    """The cluster, fully scaled, could not hold the job."""
+    """The cluster cannot hold the job, even when fully scaled up, or it does not answer."""
 
 
 class OutputError(UserError):
@@ -108,11 +109,11 @@ class OutputError(UserError):
 
 
 class OutputUnreachable(OutputError):
-    """The store of the output does not answer, or refuses what it took before; it may again."""
+    """The store of the output does not answer, or refuses what it accepted before. A later attempt may succeed."""
 
 
 class TrainingError(BetaKDError):
-    """The run stopped; the last committed checkpoint is untouched."""
+    """The run stopped. The last committed checkpoint is still valid."""
 
 
 class NonFiniteLoss(TrainingError):
@@ -120,7 +121,7 @@ class NonFiniteLoss(TrainingError):
 
 
 class SampleRepeated(TrainingError):
-    """A sample that the ledger has was trained on again: the promise of exactly once is broken."""
+    """A sample that the ledger has as done was trained on again: the exactly-once guarantee is broken."""
 
 
 class TeacherError(TrainingError):

@@ -1,6 +1,6 @@
-"""What a running job shows to Prometheus, through Ray's metrics agent on each node (which puts `ray_` before a name).
+"""Metrics of a running job for Prometheus. Ray's metrics agent on each node exports them with the prefix `ray_`.
 
-cluster/grafana/betakd.json draws them.
+The dashboard cluster/grafana/betakd.json shows them.
 """
 
 from collections.abc import Mapping
@@ -30,14 +30,14 @@ BY_CHANNEL = frozenset({"betakd_beta", "betakd_loss"})
 
 
 class Gauges:
-    """This process's share of a job's metrics."""
+    """Prometheus gauges of this process, labelled with the job's name."""
 
     def __init__(self, job: str) -> None:
         self._job = job
         self._gauges: dict[str, Gauge] = {}
 
     def set(self, values: Mapping[str, float | int]) -> None:
-        """Metric → value; `betakd_beta/fkl` is the metric `betakd_beta` of the channel `fkl`."""
+        """Set metrics to values; the name `betakd_beta/fkl` means the metric `betakd_beta` of the channel `fkl`."""
         for key, value in values.items():
             name, _, channel = key.partition("/")
             tags = {"job": self._job} | ({"channel": channel} if name in BY_CHANNEL else {})

@@ -1,4 +1,4 @@
-"""Progress lines on the driver's terminal. What runs side by side shares the one live display that a terminal has."""
+"""Progress lines on the driver's terminal. A terminal can have one live display, so concurrent jobs share it."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -8,11 +8,11 @@ from functools import partial
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Update = Callable[..., None]
-"""Takes `completed`, `advance` and `numbers`, each if it has changed."""
+"""Function that updates a progress line; takes those of `completed`, `advance` and `numbers` that have changed."""
 
 
 class _Display:
-    """Live while any line is."""
+    """Live display that is shown as long as it has at least one line."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -35,7 +35,7 @@ class _Display:
             return self._progress
 
     def close(self) -> bool:
-        """Whether other lines go on."""
+        """Remove one line; return whether other lines are still shown."""
         with self._lock:
             self._lines -= 1
             if self._lines == 0 and self._progress is not None:
@@ -49,7 +49,10 @@ _DISPLAY = _Display()
 
 @contextmanager
 def progress_line(label: str, total: int, numbers: str = "", *, is_shown: bool = True) -> Iterator[Update]:
-    """A line with a bar, until the block ends; `numbers` stand behind it. A line that ends before others vanishes."""
+    """Show a line with a bar, and `numbers` after it, until the block ends.
+
+    A line that ends while others are still shown is hidden.
+    """
     if not is_shown:
         yield lambda **_: None
         return

@@ -1,4 +1,4 @@
-"""SIGTERM: what `ray job stop`, an evicted pod and a node that is drained send to a driver."""
+"""SIGTERM handling. `ray job stop`, the eviction of a pod and the draining of a node send SIGTERM to the driver."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def on_sigterm(stop: Callable[[], None]) -> Iterator[None]:
-    """A SIGTERM calls `stop`; a second one does what it did before."""
+    """Call `stop` on the first SIGTERM in the block; a second SIGTERM goes to the previous handler."""
     with _restored() as before:
         if before is not None:
 
@@ -25,11 +25,15 @@ def on_sigterm(stop: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def kept_sigterm() -> Iterator[None]:
-    """`ray.init` has a SIGTERM exit with code 15, from then on for good. Here it goes to whom it went to before."""
+    """Keep the SIGTERM handler that was set before the block.
+
+    `ray.init` replaces it for good by one that exits with code 15.
+    """
     with _restored() as before:
         try:
             yield
         except SystemExit as ended:
+            # A SIGTERM during the block ran Ray's handler: send it again, to the handler that was set before.
             if before is None or ended.code != signal.SIGTERM:
                 raise
             signal.signal(signal.SIGTERM, before)
@@ -39,9 +43,9 @@ def kept_sigterm() -> Iterator[None]:
 
 @contextmanager
 def answering_sigterm() -> Iterator[None]:
-    """Let a SIGTERM end the process with exit code 75 (run me again), unless another handler takes it.
+    """End the process with exit code 75 (EX_TEMPFAIL, "run it again") on a SIGTERM that no other handler takes.
 
-    After the block, SIGTERM is ignored, so that it cannot change the exit code while Ray and Python shut down.
+    After the block SIGTERM is ignored, so that it cannot change the exit code while Ray and Python shut down.
     """
 
     def end(*_: Any) -> None:
@@ -57,7 +61,10 @@ def answering_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _restored() -> Iterator[Any]:
-    """The present handler; None where it cannot be set again: not Python's own, or this is not the main thread."""
+    """Yield the present handler, and set it again after the block.
+
+    Yields None if it cannot be set again: it was not set from Python, or this is not the main thread.
+    """
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM) if is_main else None
     try:

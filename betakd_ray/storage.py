@@ -1,7 +1,7 @@
-"""Paths and object stores behind one interface: fsspec, with the patience that storage needs.
+"""Local paths and object stores through one interface: fsspec, with timeouts and retries.
 
-`open_store(url, storage)` gives a filesystem and the path inside it. Credentials come from the environment's usual
-chain (for S3: AWS_ACCESS_KEY_ID …, a profile, or the instance's role); a spec never holds them.
+`open_store(url, storage)` returns a filesystem and the path in it. Credentials come from the usual places in the
+environment (for S3: AWS_ACCESS_KEY_ID …, a profile, or the instance's role). A spec never holds credentials.
 """
 
 import io
@@ -34,12 +34,12 @@ from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_ra
 
 from betakd_ray.spec import StorageSpec
 
-# Between attempts botocore pauses for a random part of 1, 2, 4, 8, 16, 20, 20 … seconds, with nine of them for 45 s on
-# average. That outlasts half a minute of 5xx, and with the timeout a silent store is given up after two minutes.
+# Between attempts botocore waits for a random part of 1, 2, 4, 8, 16, 20, 20 … seconds: 45 s on average with nine
+# attempts. So a request survives half a minute of 5xx answers, and a silent store is given up after two minutes.
 ATTEMPTS = 9
 TIMEOUT_S = 8.0
 ANSWERS = 4
-"""How often a request is made whose answer begins, and then breaks off."""
+"""Number of times that a request is made whose answer begins and then breaks off."""
 
 _BROKEN_OFF = (
     aiohttp.ClientError,
@@ -51,16 +51,16 @@ _BROKEN_OFF = (
 
 
 class StoreSilent(OSError):
-    """A store did not answer, however often it was asked: whoever waited so long need not ask again."""
+    """A store did not answer any attempt. The caller should not retry: the attempts took about two minutes already."""
 
 
 def open_store(
     url: str, storage: StorageSpec | None = None, *, attempts: int = ATTEMPTS
 ) -> tuple[AbstractFileSystem, str]:
-    """The filesystem of `url` and the path within it. Raises ValueError for a protocol fsspec does not know.
+    """Return the filesystem of `url` and the path in it. Raises ValueError for a protocol that fsspec does not know.
 
-    A request to S3 is made up to `attempts` times, then raises an OSError: StoreSilent where there was no answer, after
-    about two minutes unless `attempts` are fewer.
+    A request to S3 is made up to `attempts` times. Then it raises an OSError; StoreSilent if there was no answer, which
+    takes about two minutes with the default `attempts`.
     """
     if not url.startswith(("s3://", "s3a://")):
         return fsspec.core.url_to_fs(url)
@@ -69,12 +69,12 @@ def open_store(
 
 
 def join(url: str, *parts: str) -> str:
-    """URL or path, one level deeper for each part."""
+    """Return a URL or path with `parts` appended, each after a slash."""
     return "/".join([url.rstrip("/"), *parts])
 
 
 def replace_file(filesystem: AbstractFileSystem, path: str, content: bytes) -> None:
-    """Write a file that is whole or as it was: a PUT replaces at once, a local file is written aside and renamed."""
+    """Write a file atomically: a PUT replaces an object at once; a local file is written aside and renamed."""
     if not isinstance(filesystem, LocalFileSystem):
         filesystem.pipe_file(path, content)
         return
@@ -84,24 +84,24 @@ def replace_file(filesystem: AbstractFileSystem, path: str, content: bytes) -> N
 
 
 class S3(S3FileSystem):
-    """s3fs where each failure is repeated by one layer, and a request that failed is an OSError.
+    """s3fs, changed so that one layer retries each kind of failure, and that a failed request raises an OSError.
 
-    As it comes, s3fs repeats five times the requests that botocore has given up, and those for a range five times five:
-    an hour of silence. An answer that breaks off, on the other hand, it repeats for some requests only: not for a
-    listing, nor for a part of a large file. Here botocore repeats requests until they are answered, and `_whole_answer`
-    answers until one is whole.
+    By default, s3fs retries five times what botocore has given up, and requests for a range five times five: a silent
+    store then blocks for an hour. But it retries an answer that breaks off only for some requests: not for a listing,
+    and not for a part of a large file. Here botocore retries a request until it is answered, and `_whole_answer`
+    retries until an answer is complete.
     """
 
-    retries = ANSWERS  # of answers too large for that
+    retries = ANSWERS  # s3fs's own retries, for answers too large for `_whole_answer`
 
     async def set_session(self, *arguments: Any, **options: Any) -> Any:
         client = await super().set_session(*arguments, **options)
-        # aiohttp would wait for "100 Continue" before each PUT, and for ever.
+        # Without this, aiohttp would wait for "100 Continue" before each PUT, without a timeout.
         client.meta.events.unregister("before-call.s3", add_expect_header)
         return client
 
     async def _makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Nothing: an object store has no folders, and to make a bucket that is missing would hide that it is."""
+        """Do nothing: an object store has no folders, and creating a missing bucket would hide a wrong name."""
 
     makedirs = sync_wrapper(_makedirs)
 
@@ -115,7 +115,7 @@ class S3(S3FileSystem):
             raise translate_boto_error(error) from error
         except NoCredentialsError as error:
             raise PermissionError(str(error)) from error
-        # All below are classes that s3fs does not take for a reason to begin again.
+        # The errors raised below are of classes that s3fs does not retry.
         except _BROKEN_OFF as error:
             raise ConnectionError(f"{ANSWERS} answers broke off, the last with {error}") from error
         except (ReadTimeoutError, ConnectTimeoutError) as error:
@@ -131,7 +131,7 @@ class S3(S3FileSystem):
         reraise=True,
     )
     async def _whole_answer(self, operation: Any, arguments: dict[str, Any]) -> Any:
-        """An answer with its body read, if that is not larger than what s3fs reads at a time."""
+        """Return an answer, with its body read if that is not larger than one block of s3fs."""
         answer = await operation(**arguments)
         size = answer.get("ContentLength")
         if "Body" in answer and size is not None and size <= self.default_block_size:
@@ -146,7 +146,7 @@ class S3(S3FileSystem):
 
 
 class _Body:
-    """What s3fs asks of an answer's body, of bytes at hand."""
+    """Body of an answer whose bytes are read already, with the methods that s3fs uses."""
 
     def __init__(self, content: bytes) -> None:
         self._rest = io.BytesIO(content)
@@ -169,17 +169,20 @@ def _s3_options(storage: StorageSpec, attempts: int) -> dict[str, Any]:
             "connect_timeout": TIMEOUT_S,
             "read_timeout": TIMEOUT_S,
             "connector_args": {"socket_factory": _socket},
-            # Adaptive mode backs off with jitter on throttling and 5xx, inside botocore.
+            # In adaptive mode botocore itself backs off, with jitter, on throttling and 5xx.
             "retries": {"mode": "adaptive", "total_max_attempts": attempts},
         },
         "default_cache_type": "readahead",
-        # A listing cached by one process hides what another just wrote.
+        # A cached listing would hide what another process has just written.
         "use_listings_cache": False,
     }
 
 
 def _socket(address: Any) -> socket.socket:
-    """A TCP socket that breaks when nobody takes what it sends; a read timeout begins only after the last byte."""
+    """Return a TCP socket that fails if the peer acknowledges nothing for `TIMEOUT_S`.
+
+    The read timeout does not cover this: it begins only after the last byte is sent.
+    """
     family, kind, protocol, *_ = address
     made = socket.socket(family, kind, protocol)
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux

@@ -1,6 +1,7 @@
-"""Jobs that were submitted with `ray job submit`, through Ray's own client.
+"""Access to jobs that were submitted with `ray job submit`, through Ray's own client.
 
-Address and token are found as `ray job submit` finds them: RAY_ADDRESS, RAY_AUTH_MODE with RAY_AUTH_TOKEN or its file.
+The address and the token come from the same places as for `ray job submit`: RAY_ADDRESS, and RAY_AUTH_MODE with
+RAY_AUTH_TOKEN or its file.
 """
 
 import asyncio
@@ -14,11 +15,11 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 from betakd_ray.errors import ClusterError
 
 OURS = re.compile(r"\bbetakd\b|\bjobs/(distill|sft|sweep|evaluate|pack)\.py\b")
-"""Entry points that are this package's."""
+"""Pattern of the entry points of this package."""
 
 
 class Submissions:
-    """The jobs of one cluster. Every method raises ClusterError if it does not answer."""
+    """Submitted jobs of one cluster. Every method raises ClusterError if the job server does not answer."""
 
     def __init__(self, address: str | None = None) -> None:
         with _errors(address):
@@ -26,7 +27,10 @@ class Submissions:
         self._address = address
 
     def find(self, submission_id: str | None = None) -> JobDetails:
-        """A job by its submission id; without one, the newest that is this package's. Raises ClusterError."""
+        """Return a job by its submission id; without an id, the newest job of this package.
+
+        Raises ClusterError if there is no such job.
+        """
         with _errors(self._address):
             jobs = [job for job in self._client.list_jobs() if job.submission_id]
         if submission_id:
@@ -39,7 +43,7 @@ class Submissions:
         return max(found, key=lambda job: job.start_time or 0)
 
     def logs(self, submission_id: str, *, follow: bool = False) -> Iterator[str]:
-        """What the job has printed; with `follow`, also what it prints until it ends."""
+        """Yield what the job has printed; with `follow`, also what it prints until it ends."""
         with _errors(self._address):
             if not follow:
                 yield self._client.get_job_logs(submission_id)
@@ -56,7 +60,7 @@ async def _next(lines: Any) -> str | None:
 
 @contextmanager
 def _errors(address: str | None) -> Iterator[None]:
-    """What Ray's client raises, as ClusterError."""
+    """Turn errors of Ray's client into ClusterError."""
     try:
         yield
     except (RuntimeError, ConnectionError, OSError) as error:

@@ -1,9 +1,9 @@
-"""Metrics out: the run's own, and whichever trackers the spec names; all of it on a thread of its own.
+"""Metrics of a run: written to the run's folder and sent to the spec's trackers, on a separate thread.
 
-Object stores cannot append. So metrics are written in parts, metrics/NUMBER-ATTEMPT.jsonl, each with what was logged
-since the one before, and joined into metrics.jsonl once the job is done. Every attempt at the run begins with a line
-`{"resumed_after": step}`: what earlier attempts logged after that step does not count, as it is done again. Whoever
-reads metrics does so by `read_metrics`, which knows all this.
+Object stores cannot append to a file. So metrics are written in parts, metrics/NUMBER-ATTEMPT.jsonl. Each part has the
+records since the part before it. When the job is done, the parts are joined into metrics.jsonl. Every attempt at a run
+begins with a line `{"resumed_after": step}`: records of earlier attempts after that step do not count, because these
+steps are done again. Read metrics only through `read_metrics`, which applies these rules.
 """
 
 import hashlib
@@ -29,24 +29,27 @@ METRICS, PARTS = "metrics.jsonl", "metrics"
 Record = dict[str, Any]
 RESUMED = "resumed_after"
 FLUSH_S, MOST_S = 10.0, 300.0
-"""Between two parts: a fiftieth of the time since the start, within these. A run of three days has a thousand parts."""
+"""Limits in seconds of the time between two parts. Within them it is 1/50 of the time since the start.
+
+A run of three days has about a thousand parts.
+"""
 _PART = re.compile(r"(\d{8})-([0-9a-f]+)\.jsonl")
 _READERS = 16
 _WHOLE = ""
-"""In place of an attempt: metrics.jsonl has what counts of all of them."""
+"""Attempt name of metrics.jsonl, which has the records of all attempts that count."""
 _LOG = logging.getLogger(__name__)
 
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Takes the numbers of a step."""
+    """Destination of the numbers of each step."""
 
     def log(self, record: Record) -> None: ...
     def close(self) -> None: ...
 
 
 class TensorBoard:
-    """Event files beside the run, or in ./tensorboard/NAME when the run is in an object store."""
+    """Event files in the run's folder, or in ./tensorboard/NAME if the run is in an object store."""
 
     def __init__(self, spec: JobSpec, run: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -62,7 +65,7 @@ class TensorBoard:
 
 
 class MLflow:
-    """One MLflow run of the job's name; the server comes from MLFLOW_TRACKING_URI."""
+    """One MLflow run with the job's name. The server's address comes from MLFLOW_TRACKING_URI."""
 
     def __init__(self, spec: JobSpec, run: str) -> None:
         import mlflow  # pyright: ignore[reportMissingImports]  # an extra
@@ -80,7 +83,7 @@ class MLflow:
 
 
 class WandB:
-    """One Weights & Biases run, resumed by the run's place; the key comes from the environment."""
+    """One Weights & Biases run. Its id follows from the run's URL, so a restart resumes it."""
 
     def __init__(self, spec: JobSpec, run: str) -> None:
         import wandb  # pyright: ignore[reportMissingImports]  # an extra
@@ -97,7 +100,7 @@ class WandB:
 
 
 class Prometheus:
-    """Gauges on the node's metrics agent, always: nothing but a scrape makes them cost anything."""
+    """Gauges on the node's metrics agent. Always on, because gauges cost nothing until they are scraped."""
 
     def __init__(self, spec: JobSpec) -> None:
         self._gauges = Gauges(spec.name)
@@ -111,7 +114,7 @@ class Prometheus:
         self._gauges.set({name: value for name, value in named.items() if name.partition("/")[0] in NAMES})
 
     def close(self) -> None:
-        """Gauges go with their process."""
+        """Do nothing: gauges end with their process."""
 
 
 SHOWN_AS = {
@@ -121,15 +124,15 @@ SHOWN_AS = {
     "checkpoint_age_s": "checkpoint_age_seconds",
     "checkpoint_s": "checkpoint_duration_seconds",
 }
-"""Numbers whose name in Prometheus has its unit written out."""
+"""Names in Prometheus of the numbers whose unit or kind is written out there."""
 TRACKERS = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
 
 
 class Metrics:
-    """Take the numbers of steps, and write them without holding up the caller.
+    """Writer of the numbers of steps that does not block the caller.
 
-    An error of the store is raised by the next call. One of a tracker is a warning, and ends that tracker: no run
-    stops because a dashboard is away.
+    An error of the store is raised by the next call. An error of a tracker is logged as a warning and ends that
+    tracker, so that no run stops because a dashboard is unreachable.
     """
 
     def __init__(self, spec: JobSpec, run: str) -> None:
@@ -138,9 +141,8 @@ class Metrics:
         self._count = 0
         self._filesystem, self._root = open_store(run, spec.output.storage)
         self._attempt = os.urandom(4).hex()
-        # Of the thread: lines not written yet, and the number of the next part once it is known. Nothing is written
-        # before `_resume` has said from where: a part that began at step 0 would undo what was logged before.
-        self._lines: list[Record] = []
+        # Used by the thread alone: the lines not written yet, and the number of the next part once it is known.
+        self._lines: list[Record] = [{RESUMED: 0}]
         self._number: int | None = None
         self._trackers: list[Tracker] = []
         self._failure: BaseException | None = None
@@ -148,31 +150,34 @@ class Metrics:
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
-        # On the thread, as MLflow's run belongs to the one that starts it.
+        # On the thread, because MLflow binds its run to the thread that starts it.
         self._do(lambda: self._open(spec, run))
 
     def log(self, record: Record) -> None:
-        """Take the numbers of a step; returns at once."""
+        """Queue the numbers of a step and return at once."""
         self._raise_failure()
         self.last = record
         self._count += 1
         self._work.put(partial(self._add, record))
 
     def flush(self) -> None:
-        """Return once everything logged so far is stored."""
+        """Block until everything logged so far is stored."""
         self._do(self._write_part)
 
     def write(self, name: str, content: str) -> None:
-        """Write a file of the run's folder, whole; returns at once."""
+        """Queue the writing of a whole file in the run's folder and return at once."""
         self._raise_failure()
         self._work.put(partial(self._replace, name, content))
 
     def reference(self) -> str:
-        """Return what a checkpoint keeps of the metrics so far, for `restore`; call `flush` before it is committed."""
+        """Return what a checkpoint stores about the metrics so far, for `restore`.
+
+        Call `flush` before that checkpoint is committed.
+        """
         return json.dumps({"step": self.last.get("step", 0), "records": self._count})
 
     def restore(self, reference: str | None) -> None:
-        """Go on from a checkpoint's metrics, or from none: what was logged later does not count any more.
+        """Go on from the metrics of a checkpoint, or from none: records that were logged later no longer count.
 
         Call it at every start, before the first `log`.
         """
@@ -197,7 +202,7 @@ class Metrics:
             raise self._failure
 
     def _do(self, work: Callable[[], None]) -> None:
-        """Wait for the thread to do it, after all that was asked of it before; raises what went wrong."""
+        """Run `work` on the thread, after everything queued before, and wait for it. Raises the thread's error."""
         done = threading.Event()
         self._work.put(work)
         self._work.put(done.set)
@@ -243,7 +248,7 @@ class Metrics:
         self._flushed = time.monotonic()
         if not self._lines:
             return
-        if self._number is None:  # known once there is something to write, which is after any earlier attempt's parts
+        if self._number is None:  # known at the first write, when the parts of all earlier attempts exist
             self._number = 1 + max((number for number, *_ in _parts(self._filesystem, self._root)), default=0)
         self._store_part(self._number, self._attempt, to_jsonl(self._lines))
         self._lines = []
@@ -257,13 +262,13 @@ class Metrics:
         whole = join(self._root, METRICS)
         has_whole = self._filesystem.exists(whole)
         if has_whole and not _parts(self._filesystem, self._root):
-            # A run from before there were parts: all that it logged is in this one file.
+            # An older version of this package wrote no parts: all records are in this one file.
             logged = cast(bytes, self._filesystem.cat_file(whole)).decode()
             self._store_part(0, "0", to_jsonl([{RESUMED: 0}]) + logged)
         self._lines.append({RESUMED: step})
         self._write_part()
         if has_whole:
-            # Else of an attempt that was done but for its last word; its parts are there.
+            # Either it was copied to a part above, or an attempt had joined its parts, which are still there.
             self._filesystem.rm_file(whole)
 
     def _join(self) -> None:
@@ -275,20 +280,20 @@ class Metrics:
 
 
 def read_metrics(run: str, storage: StorageSpec | None = None) -> list[Record]:
-    """Return what counts of all that a run has logged, in order, also while it goes on; [] where there is nothing.
+    """Return the records of a run that count, in order; [] if there are none. The run may still be going on.
 
-    Raises OSError where the store fails, and ValueError or LookupError where a file is damaged.
+    Raises OSError if the store fails, and ValueError or LookupError if a file is damaged.
     """
     return parse_metrics(fetch_metrics(run, storage))
 
 
 def fetch_metrics(run: str, storage: StorageSpec | None = None) -> list[tuple[str, str]]:
-    """Return a run's metrics as they are stored, for `parse_metrics`: the first half of `read_metrics`."""
+    """Return a run's stored metrics as (attempt, lines), for `parse_metrics`: the first half of `read_metrics`."""
     return _fetch(*open_store(run, storage))
 
 
 def parse_metrics(stored: Iterable[tuple[str, str]]) -> list[Record]:
-    """Return the records of (attempt, lines) that no later attempt did again."""
+    """Return the records of stored (attempt, lines) whose steps no later attempt did again."""
     counted: list[Record] = []
     current = _WHOLE
     for attempt, text in stored:
@@ -296,7 +301,7 @@ def parse_metrics(stored: Iterable[tuple[str, str]]) -> list[Record]:
         if records and RESUMED in records[0]:
             current, after = attempt, records.pop(0)[RESUMED]
             counted = [record for record in counted if record["step"] <= after]
-        if attempt == current:  # else of a process that was given up, and still writes
+        if attempt == current:  # a part of another attempt comes from a process that was given up and still writes
             counted += records
     return counted
 
@@ -325,17 +330,17 @@ def _parts(filesystem: AbstractFileSystem, root: str) -> list[tuple[int, str, st
 
 
 def _run_id(run: str) -> str:
-    """The same for every start of a run, and for no other run of its name."""
+    """Return an id that is the same for every start of a run, and differs between runs of one name."""
     return hashlib.sha256(run.encode()).hexdigest()[:16]
 
 
 def to_jsonl(records: Iterable[Record]) -> str:
-    """One JSON object a line."""
+    """Return records as JSON lines."""
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def from_jsonl(text: str) -> list[Record]:
-    """The inverse."""
+    """Return the records of JSON lines: the inverse of `to_jsonl`."""
     return [json.loads(line) for line in text.splitlines()]
 
 

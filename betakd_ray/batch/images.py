@@ -1,7 +1,8 @@
-"""A sample's images as its model takes them, by whichever processor the model comes with.
+"""The images of a sample as the arrays that its model takes. The model's own processor makes them.
 
-A processor makes arrays of images (pixels; for some families also grids, sizes or masks) and says which text stands for
-an image. Families differ in both; they agree in how they are asked, and that is all that is used here.
+A processor turns images into arrays (pixels; for some model families also grids, sizes or masks) and says which text
+stands for an image. The arrays and the text differ between families; the processor's interface is the same for all, and
+this module uses nothing else.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,19 +17,19 @@ from PIL import Image
 from torch import Tensor
 
 Images = dict[str, NDArray[Any]]
-"""The image arguments of a model by name: `pixel_values` and what goes with them. Empty where there is no image.
+"""Arrays by the model's argument names: `pixel_values` and the arrays that belong to it. Empty if there is no image.
 
-Arrays of several images, or samples, are one after the other along the first axis, which may count images, crops of
-images or patches.
+The arrays of several images, or of several samples, are concatenated along the first axis. That axis counts images,
+crops of images or patches, depending on the model family.
 """
 PIXELS, MASK = "pixel_values", "pixel_attention_mask"
 TOGETHER = ("LlavaOnevisionProcessor",)
-"""Processors that see an image otherwise where others stand beside it: not cut into crops."""
+"""Processors that treat an image differently if the sample has several: they do not cut it into crops then."""
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """How uint8 pixels become a vision tower's input; applied on the device. Other pixels are normalised already."""
+    """Normalisation of uint8 pixels for the vision tower, on the device. Other dtypes are normalised already."""
 
     scale: float
     mean: tuple[float, ...]
@@ -36,14 +37,14 @@ class Normalization:
 
     @classmethod
     def of(cls, image_processor: Any) -> "Normalization":
-        """Return the normalization that the image processor would do; the identity for a model without one."""
+        """Return the normalisation that `image_processor` would apply; the identity if it is None (text-only model)."""
         scale = image_processor.rescale_factor if getattr(image_processor, "do_rescale", False) else 1.0
         if not getattr(image_processor, "do_normalize", False):
             return cls(scale, (0.0,) * 3, (1.0,) * 3)
         return cls(scale, tuple(image_processor.image_mean), tuple(image_processor.image_std))
 
     def __call__(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
-        """Normalize images [..., 3, height, width], or flat patches [patches, 3 · values a channel]."""
+        """Normalise images [..., 3, height, width] or flat patches [patches, 3 · values per channel]."""
         if pixels.dtype != torch.uint8:
             return pixels.to(dtype)
         channels = pixels.view(len(pixels), 3, -1, 1) if pixels.ndim == 2 else pixels
@@ -51,7 +52,7 @@ class Normalization:
         return ((channels * self.scale - mean) / std).to(dtype).view(pixels.shape)
 
     def of_images(self, images: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        """All that the vision tower takes; what a mask marks as padding is zero, as processors have it."""
+        """Return all inputs of the vision tower. Pixels that a mask marks as padding are zero, as from a processor."""
         pixels = self(images[PIXELS], dtype)
         if MASK in images:
             pixels = pixels * images[MASK][..., None, :, :]
@@ -59,7 +60,7 @@ class Normalization:
 
 
 def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return one number a channel, [channels, 1, 1], on the device."""
+    """Return one number per channel on the device: [channels, 1, 1]."""
     if device.type == "cuda":
         return _kept_constants(values, device)
     return torch.tensor(values, device=device)[:, None, None]
@@ -67,13 +68,13 @@ def _constants(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 @cache
 def _kept_constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return `_constants`, made once: a copy from unpinned host memory waits until the GPU has done all its work."""
-    with torch.inference_mode(False):  # otherwise autograd could not use what a teacher made
+    """Return what `_constants` does, but create it once: a copy from unpinned memory waits for all queued GPU work."""
+    with torch.inference_mode(False):  # an inference tensor cannot be used where autograd records
         return torch.tensor(values, device=device)[:, None, None]
 
 
 class ImageProcessing:
-    """The images of one sample → arrays, and for each image the text that stands for it, image tokens and all."""
+    """Turns the images of one sample into arrays, and says which text, with its image tokens, stands for each image."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
@@ -82,12 +83,15 @@ class ImageProcessing:
         self._is_late = _normalises_late(self._images, self._options)
 
     def __call__(self, images: Iterable[Image.Image]) -> tuple[Images, list[str]]:
-        """Raises ValueError for an image that the processor refuses, e.g. a strip of 1×1000."""
+        """Return the arrays of all images, and the text that stands for each image.
+
+        Raises ValueError for an image that the processor refuses, e.g. a strip of 1×1000 pixels.
+        """
         if type(self._processor).__name__ in TOGETHER:
             sample = list(images)
             made = self._made([sample])
             return self._kept(made), [self._processor.replace_image_token(made, at) for at in range(len(sample))]
-        # One by one, as a hundred large images decoded at the same time would not fit.
+        # One image at a time: a hundred large decoded images would not fit in memory together.
         arrays, texts = [], []
         for image in images:
             made = self._made([image])
@@ -96,17 +100,17 @@ class ImageProcessing:
         return joined_images(arrays), texts
 
     def blank(self) -> Images:
-        """A small black image."""
+        """Return the arrays of a small black image."""
         return self([Image.new("RGB", (32, 32))])[0]
 
     def _made(self, images: Sequence[Any]) -> Any:
         return _made(self._images, images, self._options, is_late=self._is_late)
 
     def _kept(self, made: Any) -> Images:
-        """What the model takes of it."""
+        """Return those of the processor's arrays that the model takes."""
         arrays = {name: np.asarray(made[name]) for name in self._images.model_input_names if name in made}
         if self._is_late:
-            # Normalising later, on the device, moves a quarter of the bytes.
+            # uint8 is a quarter of the bytes of float32 to move; the device normalises later.
             arrays[PIXELS] = arrays[PIXELS].astype(np.uint8, copy=False)
         if MASK in arrays:
             arrays[MASK] = arrays[MASK].astype(bool)
@@ -114,7 +118,7 @@ class ImageProcessing:
 
 
 def joined_images(parts: Sequence[Images]) -> Images:
-    """Join the arrays of several images or samples along the first axis; zeros fill up an axis in which they differ."""
+    """Concatenate the arrays of several images or samples. An axis in which their sizes differ is padded with zeros."""
     return {name: _joined([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
@@ -137,12 +141,13 @@ def _made(image_processor: Any, images: Sequence[Any], options: dict[str, Any], 
 
 
 def _normalises_late(image_processor: Any, options: dict[str, Any]) -> bool:
-    """Whether normalising uint8 pixels afterwards gives what the processor gives: tried, with noise."""
+    """Return whether normalising uint8 pixels later gives the processor's own result; it is tested on a noise image."""
     noise = np.random.default_rng(0).integers(0, 256, (37, 53, 3)).astype(np.uint8)
     now, later = (
         _made(image_processor, [Image.fromarray(noise)], options, is_late=is_late) for is_late in (False, True)
     )
     whole = np.asarray(later[PIXELS])
+    # Some processors scale or normalise whatever the options say: then the pixels are not whole numbers of 0 … 255.
     if not np.array_equal(whole, whole.astype(np.uint8)):
         return False
     images = {PIXELS: torch.from_numpy(whole.astype(np.uint8))}

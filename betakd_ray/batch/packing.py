@@ -1,7 +1,7 @@
-"""Samples → micro-batches: how a step's samples are cut, and how the samples of one micro-batch become arrays.
+"""Samples → micro-batches: divide the samples of a step into batches, and stack the samples of one batch into arrays.
 
-Everything that can be known on the CPU is made here (which positions are answer rows, which sample each belongs to), so
-that the device never has to be asked for a shape.
+All indexes are computed here, on the CPU (which positions are answer rows, which sample each row belongs to). So the
+host never waits for the device to learn a shape.
 """
 
 import math
@@ -14,23 +14,24 @@ from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.batch.sample import Rendering
 
 BATCH_COST = 96
-"""What a batch costs beside its tokens, in tokens: launching its kernels takes as long as so many more would."""
+"""Fixed cost of a batch, in tokens: launching its kernels takes as long as computing this many tokens."""
 
 
 def cut(lengths: Sequence[int], max_samples: int | None = None, max_tokens: int | None = None) -> list[list[int]]:
-    """Divide samples into batches of like lengths; return the positions of each batch's samples, longest batch first.
+    """Divide samples into batches of similar length; return the positions of each batch's samples, longest first.
 
-    A batch of n samples, padded to its longest, has n × longest tokens. It has at most `max_samples` samples and
-    `max_tokens` tokens; a sample longer than that is a batch of its own. With `max_tokens` the cut is the one with the
-    fewest padded tokens, where each batch counts as `BATCH_COST` more; without, the batches are full but for the last.
-    The result depends on nothing but the arguments: equal lengths keep their order.
+    A batch of n samples is padded to its longest sample and so has n × longest tokens. It has at most `max_samples`
+    samples and `max_tokens` tokens; a sample longer than `max_tokens` is a batch by itself. With `max_tokens` the
+    result is the division with the fewest tokens, padding included, where each batch counts as `BATCH_COST` tokens
+    more. Without it, every batch but the last is full. The result depends only on the arguments: samples of equal
+    length keep their order.
     """
     order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
     if max_tokens is None:
         step = max_samples or max(1, len(order))
         return [order[start : start + step] for start in range(0, len(order), step)]
-    # Best cost of the first n samples, and where the last batch of that cut begins: in sorted order an optimal batch is
-    # a run of neighbours.
+    # Dynamic programming over the sorted samples, where an optimal batch is a run of neighbours. For the first n
+    # samples, costs[n] is the lowest cost, and begins[n] is where the last batch of that division begins.
     costs, begins = [0.0] + [math.inf] * len(order), [0] * (len(order) + 1)
     for start, at in enumerate(order):
         longest = max(1, lengths[at])
@@ -47,7 +48,7 @@ def cut(lengths: Sequence[int], max_samples: int | None = None, max_tokens: int 
 
 
 def stack(samples: Sequence[Rendering], pad_token_id: int, image_token_id: int) -> ModelInputs:
-    """Pad renderings to one length and index their answer rows and image tokens."""
+    """Pad renderings to one length; index their answer rows and image tokens."""
     lengths = [len(sample.input_ids) for sample in samples]
     shape = (len(samples), max(lengths))
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
@@ -57,6 +58,7 @@ def stack(samples: Sequence[Rendering], pad_token_id: int, image_token_id: int) 
         input_ids[row, :length] = sample.input_ids
         attention_mask[row, :length] = 1
         answer_mask[row, :length] = sample.answer_mask
+    # Logits at position n predict token n + 1, so the row of an answer token is one position before it.
     row_sample, position = np.nonzero(answer_mask[:, 1:])
     visual_sample, visual_position = np.nonzero(input_ids == image_token_id)
     return ModelInputs(

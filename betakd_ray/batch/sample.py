@@ -1,4 +1,4 @@
-"""One sample of the stream: what each model sees of it, and where the teacher's answer to it is kept."""
+"""One sample of the stream: what each model sees of it, and where the teacher's signal for it is stored."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,46 +14,51 @@ class Rendering:
     """One sample as one model sees it."""
 
     input_ids: NDArray[np.int32]
-    """[tokens], image tokens expanded."""
+    """[tokens] with one token id for each image token that the model makes of an image."""
     answer_mask: NDArray[np.bool_]
-    """[tokens], true on answer tokens and the end-of-sequence that closes each answer."""
+    """[tokens] true on answer tokens and on the end-of-sequence token that closes each answer."""
     images: Images = field(default_factory=dict)
-    """Empty for a text-only sample."""
+    """Inputs of the vision tower; empty for a text-only sample."""
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of all its arrays."""
+        """Return the size in bytes of all arrays."""
         arrays = (self.input_ids, self.answer_mask, *self.images.values())
         return sum(array.nbytes for array in arrays)
 
     @property
     def pixels(self) -> NDArray[Any] | None:
-        """uint8 where normalising can wait, e.g. [images, 3, height, width] of LLaVA; else as the processor has it."""
+        """Return the pixels, e.g. [images, 3, height, width] for LLaVA; None without an image.
+
+        They are uint8 if the device normalises them, otherwise as the processor makes them.
+        """
         return self.images.get(PIXELS)
 
 
 class Stored(NamedTuple):
-    """Where a cache keeps one sample's signal: a range of bytes in a file."""
+    """Place of one sample's signal in a cache: a range of bytes in a file."""
 
     file: str
-    """Relative to the cache's folder."""
+    """Path relative to the cache's folder."""
     offset: int
+    """First byte."""
     length: int
+    """Number of bytes."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample, identified by its place in the plan: (epoch, shard, index) occurs once in a job."""
+    """A sample, identified by its place in the plan: each (epoch, shard, index) occurs once in a job."""
 
     epoch: int
     shard: int
     index: int
     member: int
-    """Number of the sample within its shard's file; differs from `index` where an epoch takes a part of a shard."""
+    """Number of the sample in its shard's file. It differs from `index` if an epoch takes only a part of the shard."""
     key: str
-    """The sample's name in its shard."""
+    """Name of the sample in its shard."""
     student: Rendering
     teacher: Rendering
-    """The same object as `student` where both models see the sample alike."""
+    """Rendering for the teacher; the same object as `student` if both models see the sample alike."""
     stored: Stored | None = None
-    """Where the teacher's answer is kept; None if it is not."""
+    """Place of the teacher's signal in the cache; None if it is not cached."""

@@ -1,1 +1,1 @@
-"""Object storage → rows → batches: shards and their manifests, packing, rendering, collating."""
+"""Data pipeline from object storage to rows: shards, manifests, packing, the plan, the ledger and rendering."""

@@ -1,7 +1,6 @@
-"""Files of a store, with their bytes counted and checksummed, and their failures put into words.
+"""Files of a store: their bytes are counted and checksummed, and their errors get a clear message.
 
-What a store or its client library raises comes out as DataUnreachable where another attempt may help, and as DataError
-where it would not.
+An error of a store or its client library becomes DataUnreachable if another attempt may help, and DataError otherwise.
 """
 
 import os
@@ -24,7 +23,7 @@ CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"
 
 
 class ChecksumStream:
-    """A file object that counts and checksums the bytes that pass. `url` is absolute."""
+    """File object that counts and checksums the bytes that are read or written. `url` is absolute."""
 
     def __init__(self, raw: Any, url: str, errors: Callable[[], AbstractContextManager[None]]) -> None:
         self.url = url
@@ -35,7 +34,7 @@ class ChecksumStream:
 
     @property
     def checksum(self) -> str:
-        """crc32 of what passed so far, 8 hex digits."""
+        """Return the crc32 of all bytes so far, as 8 hex digits."""
         return f"{self._crc:08x}"
 
     def read(self, size: int = -1) -> bytes:
@@ -57,7 +56,7 @@ class ChecksumStream:
 
 @contextmanager
 def opened(url: str, mode: str, storage: StorageSpec) -> Iterator[ChecksumStream]:
-    """A file of the store, whose errors come out as DataUnreachable or DataError."""
+    """Open a file of the store. Its errors become DataUnreachable or DataError."""
     errors = partial(store_errors, url, storage)
     with errors():
         filesystem, path = open_store(url, storage)
@@ -73,9 +72,10 @@ def opened(url: str, mode: str, storage: StorageSpec) -> Iterator[ChecksumStream
 
 @contextmanager
 def store_errors(url: str, storage: StorageSpec) -> Iterator[None]:
-    """What a store raises, as DataUnreachable, or DataError where waiting would not help.
+    """Turn errors of a store into DataUnreachable, or into DataError if waiting would not help.
 
-    fsspec passes on OSError, botocore's and aiohttp's classes, which share no base but Exception.
+    Catches Exception, because fsspec passes on OSError and classes of botocore and aiohttp, which have no other
+    common base class.
     """
     try:
         yield
@@ -86,7 +86,7 @@ def store_errors(url: str, storage: StorageSpec) -> Iterator[None]:
 
 
 def url_like(given: str, filesystem: AbstractFileSystem, path: str) -> str:
-    """One spelling for one file: a URL where a URL was given, or an absolute path."""
+    """Return the one spelling of a file: a URL if a URL was given, otherwise an absolute path."""
     return filesystem.unstrip_protocol(path) if "://" in given else path
 
 
@@ -95,7 +95,7 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _explain(url: str, storage: StorageSpec, error: Exception) -> str:
-    """What the store said and what to do."""
+    """Return what the store said and what to do."""
     said = f"{type(error).__name__}: {error}"
     if not url.startswith(("s3://", "s3a://")):
         return f"{url}: cannot be opened ({said}). Check the path and its permissions."
@@ -112,6 +112,6 @@ def _explain(url: str, storage: StorageSpec, error: Exception) -> str:
 
 
 def _endpoint(storage: StorageSpec) -> str:
-    """Without user and password, should the URL hold them."""
+    """Return the store's URL without user and password, or "AWS"."""
     parts = urlsplit(storage.endpoint_url or os.environ.get("AWS_ENDPOINT_URL", ""))
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if parts.hostname else "AWS"

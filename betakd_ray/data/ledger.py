@@ -1,7 +1,7 @@
-"""Which planned samples are done: one bit each, and one bit for a whole finished shard.
+"""Ledger of the planned samples that are done: one bit per sample, or one bit for a whole finished shard.
 
-The ledger is what makes a stream exactly-once. It rides in every checkpoint; the stream subtracts it from the plan at
-every start, whatever the number of workers then is.
+The ledger makes the stream exactly-once. Every checkpoint contains it. At each start the stream leaves out the samples
+that are done; the number of workers may differ from start to start.
 """
 
 import base64
@@ -23,7 +23,7 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class SampleIds:
-    """Where each sample of a batch came from; the ledger's terms. All [B]."""
+    """Identity of each sample of a batch, as the ledger records it. Each array is [B]."""
 
     epoch: NDArray[np.int32]
     shard: NDArray[np.int32]
@@ -31,26 +31,26 @@ class SampleIds:
 
     @classmethod
     def joined(cls, parts: "Sequence[SampleIds]") -> "SampleIds":
-        """Return the ids of several batches as one."""
+        """Concatenate the ids of several batches."""
         none = [np.zeros(0, np.int32)]
         columns = ([getattr(part, name) for part in parts] for name in ("epoch", "shard", "index"))
         return cls(*(np.concatenate(column or none) for column in columns))
 
 
 class Ledger:
-    """Done samples by (epoch, shard, index). `sizes` are the samples that each epoch takes of each shard of the plan.
+    """Set of done samples (epoch, shard, index). `sizes` are the samples per epoch of each shard of the plan.
 
-    A finished shard costs a bit in each epoch, one that was begun and is not finished a bit for each of its samples.
-    The latter are the shards in flight and, for good, those with a quarantined sample, which is never done.
+    A finished shard takes one bit per epoch. A shard that was begun and is not finished takes one bit per sample. Such
+    shards are those being read, and permanently those with a quarantined sample, which is never done.
     """
 
     def __init__(self, sizes: Sequence[int] | NDArray[np.integer]) -> None:
         self.sizes = np.asarray(sizes, dtype=np.int64)
         self._complete: dict[int, NDArray[np.bool_]] = {}
-        self._partial: dict[Place, NDArray[np.uint8]] = {}  # packed, eight samples a byte; replaced, never changed
+        self._partial: dict[Place, NDArray[np.uint8]] = {}  # eight samples per byte; replaced, never modified
 
     def add(self, ids: SampleIds) -> None:
-        """Mark samples as done. Raises SampleRepeated, and marks none, if one is done already or stands twice."""
+        """Mark samples as done. Raises SampleRepeated, and marks none, if a sample is done already or given twice."""
         marked = []
         for place, at in _by_place(ids):
             done = self.done(*place)
@@ -63,16 +63,16 @@ class Ledger:
             self._put(place, bits)
 
     def include(self, ids: SampleIds) -> None:
-        """Mark samples as done, whether or not they are: for what is to be left out, not for what was trained on."""
+        """Mark samples as done without a check. For samples that are left out, not for samples that were trained on."""
         for place, at in _by_place(ids):
             done = self.done(*place)
             done[ids.index[at]] = True
             self._put(place, np.packbits(done))
 
     def merge(self, other: "Ledger") -> None:
-        """Add everything that another ledger of the same plan has.
+        """Add all done samples of another ledger of the same plan.
 
-        Raises SampleRepeated, and adds nothing, if both have a sample; ValueError if it is of another plan.
+        Raises SampleRepeated, and adds nothing, if a sample is done in both; ValueError if the plans differ.
         """
         if not np.array_equal(self.sizes, other.sizes):
             raise ValueError("two ledgers of different plans cannot be merged: their shards differ")
@@ -85,12 +85,12 @@ class Ledger:
             self._put(place, self._partial[place] | bits if place in self._partial else bits)
 
     def _places_in(self, other: "Ledger") -> Iterator[Place]:
-        """Yield the shards of which both ledgers have a sample; of a delta, a handful."""
+        """Yield the shards of which both ledgers have done samples, which must be compared; for a delta a few."""
         for epoch in self._complete.keys() & other._complete.keys():
             yield from ((epoch, int(at)) for at in np.flatnonzero(self._complete[epoch] & other._complete[epoch]))
         for begun, finished in ((self, other), (other, self)):
             for epoch, shards in finished._complete.items():
-                # The shorter of the two lists is walked: rank 0 merges hundreds of deltas into one long ledger.
+                # Loop over the shorter list: rank 0 merges hundreds of short deltas into one long ledger.
                 if np.count_nonzero(shards) < len(begun._partial):
                     places = ((epoch, int(shard)) for shard in np.flatnonzero(shards))
                     yield from (place for place in places if place in begun._partial)
@@ -99,25 +99,25 @@ class Ledger:
         yield from self._partial.keys() & other._partial.keys()
 
     def is_complete(self, epoch: int, shard: int) -> bool:
-        """Whether every sample of the shard is done in that epoch."""
+        """Return whether all samples of the shard are done in that epoch."""
         return epoch in self._complete and bool(self._complete[epoch][shard])
 
     def done(self, epoch: int, shard: int) -> NDArray[np.bool_]:
-        """[samples of the shard] true where done."""
+        """Return [samples of the shard] true for each sample that is done."""
         size = int(self.sizes[shard])
         if (epoch, shard) in self._partial:
             return _unpacked(self._partial[epoch, shard], size)
         return np.full(size, self.is_complete(epoch, shard))
 
     def holds(self, ids: SampleIds) -> NDArray[np.bool_]:
-        """[B] true for the samples that are done."""
+        """Return [B] true for each sample that is done."""
         held = np.zeros(len(ids.index), dtype=bool)
         for place, at in _by_place(ids):
             held[at] = self.done(*place)[ids.index[at]]
         return held
 
     def counts(self, epochs: int) -> NDArray[np.int64]:
-        """[epochs, shards] samples done."""
+        """Return [epochs, shards] the number of samples that are done."""
         counts = np.zeros((epochs, len(self.sizes)), dtype=np.int64)
         for epoch in self._complete.keys() & range(epochs):
             counts[epoch] = np.where(self._complete[epoch], self.sizes, 0)
@@ -128,11 +128,12 @@ class Ledger:
 
     @property
     def count(self) -> int:
-        """Samples done, over all epochs."""
+        """Return the number of done samples over all epochs."""
         complete = sum(int(self.sizes[shards].sum()) for shards in self._complete.values())
         return complete + sum(_count(bits) for bits in self._partial.values())
 
     def _put(self, place: Place, bits: NDArray[np.uint8]) -> None:
+        # A shard whose bits are all set becomes one bit, so that the ledger stays small.
         epoch, shard = place
         if _count(bits) < self.sizes[shard]:
             self._partial[place] = bits
@@ -144,24 +145,24 @@ class Ledger:
         return self._complete.setdefault(epoch, np.zeros(len(self.sizes), dtype=bool))
 
     def to_json(self) -> str:
-        """Return a compact text form: deflated bits.
+        """Return a compact text form: the bits, compressed.
 
-        Where bits are random, and a shuffled plan's are, deflating gains nothing: the text then has 4/3 bytes for each
-        byte of bits. Measured with 200,000 shards of 10,000 samples: 45 kB with half of the shards finished, 1.7 kB
-        more for each that is half done (in flight), 60 bytes for each that lacks ten samples, 290 for a hundred.
-        Shards of uneven sizes add 2.5 bytes each.
+        Compression gains nothing if the bits are random, as with a shuffled plan: then the text has 4/3 bytes for each
+        byte of bits. Measured with 200,000 shards of 10,000 samples: 45 kB if half of the shards are finished, plus
+        1.7 kB for each half-done shard, 60 bytes for each shard that lacks ten samples, and 290 bytes for one that
+        lacks a hundred. Shards of different sizes add 2.5 bytes each.
         """
         return json.dumps({"sizes": _deflated(self.sizes.astype("<i8").tobytes()), **self._bits()})
 
     def delta_to_json(self) -> str:
         """Return the text form without the shards' sizes, for `merge_delta` of a ledger of the same plan.
 
-        A rank sends what it did since the last checkpoint; of 200,000 shards that is some hundred bytes.
+        A rank sends the samples that it did since the last checkpoint: with 200,000 shards a few hundred bytes.
         """
         return json.dumps({"plan": self._plan, **self._bits()})
 
     def merge_delta(self, text: str) -> None:
-        """Add what `delta_to_json` of another ledger of the same plan returned. Raises as `merge` does."""
+        """Add the samples of a text from `delta_to_json` of a ledger of the same plan. Raises as `merge` does."""
         tree = json.loads(text)
         if tree["plan"] != self._plan:
             raise ValueError("a ledger's delta is of another plan: its shards differ")
@@ -171,7 +172,7 @@ class Ledger:
 
     @classmethod
     def from_json(cls, text: str) -> "Ledger":
-        """Read what `to_json` returned."""
+        """Make a ledger from a text of `to_json`."""
         tree = json.loads(text)
         ledger = cls(np.frombuffer(_inflated(tree["sizes"]), "<i8"))
         ledger._take(tree)
@@ -179,7 +180,7 @@ class Ledger:
 
     @cached_property
     def _plan(self) -> str:
-        """A checksum of the shards' sizes."""
+        """Return a checksum of the shards' sizes, which tells plans apart."""
         return f"{zlib.crc32(self.sizes.astype('<i8').tobytes()):08x}"
 
     def _bits(self) -> dict[str, Any]:
@@ -197,7 +198,7 @@ class Ledger:
         self._unpack(places, np.frombuffer(_inflated(tree["done"]), np.uint8))
 
     def _packed(self) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """Return the shards that are begun, [shards, 2] (epoch, shard), and their bits one after the other."""
+        """Return the begun shards, [shards, 2] (epoch, shard), and their bits, concatenated."""
         places = sorted(self._partial)
         bits = [self._partial[place] for place in places]
         return np.array(places, "<i4").reshape(-1, 2), np.concatenate(bits) if bits else np.zeros(0, np.uint8)
@@ -211,7 +212,7 @@ class Ledger:
         }
 
     def __getstate__(self) -> tuple[Any, ...]:
-        # As few arrays, however many shards are begun: a pickle of 100,000 small ones takes seconds.
+        # A few large arrays for any number of begun shards: pickling 100,000 small arrays takes seconds.
         return self.sizes, self._complete, *self._packed()
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -220,7 +221,7 @@ class Ledger:
 
 
 def _by_place(ids: SampleIds) -> Iterator[tuple[Place, NDArray[np.intp]]]:
-    """(epoch, shard), and where in the batch its samples are."""
+    """Yield each (epoch, shard) of a batch, and the positions of its samples in the batch."""
     order = np.lexsort((ids.shard, ids.epoch))
     epoch, shard = ids.epoch[order], ids.shard[order]
     is_first = (np.diff(epoch, prepend=-1) != 0) | (np.diff(shard, prepend=-1) != 0)

@@ -1,6 +1,6 @@
-"""The manifest of a folder of shards: finding shards by name, and noticing one that is cut, missing or unknown.
+"""Manifest of a folder of shards: finds shards by name, and detects shards that are cut, missing or unknown.
 
-A folder of shards holds `manifest.jsonl`, one line a shard: {"shard": name, "samples": n, "bytes": b, "crc32": hex}.
+A folder of shards has a `manifest.jsonl`, one line per shard: {"shard": name, "samples": n, "bytes": b, "crc32": hex}.
 """
 
 import json
@@ -18,16 +18,16 @@ from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import join, open_store, replace_file
 
 MANIFEST = "manifest.jsonl"
-PLANNING_ATTEMPTS = 3  # a person waits to hear whether the store answers, before the job starts
+PLANNING_ATTEMPTS = 3  # fewer than while reading: a user waits at the terminal until the job starts
 
 _REMEDY = "Delete the manifest and run `betakd index` on the folder's shards."
 
 
 def find_shards(patterns: Sequence[str], storage: StorageSpec) -> list[Shard]:
-    """The shards that paths or URLs with {00..07} braces and * globs name, sorted by URL, each once.
+    """Return the shards that the patterns match (paths or URLs with {00..07} braces and * globs), sorted, each once.
 
-    Raises DataError when nothing matches, a named shard is missing, the store refuses or stays silent (half a
-    minute), or a shard and its manifest disagree.
+    They are sorted by URL. Raises DataError if nothing matches, a named shard is missing, the store refuses access or
+    is silent for half a minute, or a shard differs from its manifest.
     """
     sizes = _locate(patterns, storage)
     manifests = {folder: read_manifest(folder, storage) for folder in sorted({_folder(url) for url in sizes})}
@@ -35,9 +35,9 @@ def find_shards(patterns: Sequence[str], storage: StorageSpec) -> list[Shard]:
 
 
 def index_shards(patterns: Sequence[str], storage: StorageSpec) -> list[Shard]:
-    """Read shards from elsewhere whole, and enter them into the manifest of their folder.
+    """Read whole shards that were written elsewhere, and add them to the manifest of their folder.
 
-    Raises ShardDamaged for one that is no whole tar, DataError as `find_shards` does.
+    Raises ShardDamaged for a shard that is not a complete tar, and DataError as `find_shards` does.
     """
     by_folder: dict[str, list[Shard]] = defaultdict(list)
     for url, size in _locate(patterns, storage).items():
@@ -48,7 +48,7 @@ def index_shards(patterns: Sequence[str], storage: StorageSpec) -> list[Shard]:
 
 
 def read_manifest(folder: str, storage: StorageSpec) -> dict[str, Shard]:
-    """Base name → shard; empty where there is no manifest. Raises DataError for a line that is none."""
+    """Return base name → shard; empty if there is no manifest. Raises DataError for an invalid line."""
     url = join(folder, MANIFEST)
     with store_errors(url, storage):
         filesystem, path = open_store(url, storage, attempts=PLANNING_ATTEMPTS)
@@ -66,9 +66,9 @@ def read_manifest(folder: str, storage: StorageSpec) -> dict[str, Shard]:
 
 
 def merge_manifest(folder: str, shards: Iterable[Shard], storage: StorageSpec, dropped: Container[str] = ()) -> None:
-    """Add shards to a folder's manifest, by base name, after taking out the names in `dropped`.
+    """Add shards to a folder's manifest, by base name, after removing the names in `dropped`.
 
-    The manifest changes at once or not at all; of two writers at the same time, one loses its entries.
+    The manifest is replaced atomically. If two processes write at the same time, one of them loses its entries.
     """
     entries = {name: shard for name, shard in read_manifest(folder, storage).items() if name not in dropped}
     entries |= {_name(shard.url): shard for shard in shards}
@@ -84,7 +84,7 @@ def merge_manifest(folder: str, shards: Iterable[Shard], storage: StorageSpec, d
 
 
 def remove_shards(folder: str, names: Iterable[str], storage: StorageSpec) -> None:
-    """Delete shards; one that is gone already is fine."""
+    """Delete shards; a shard that does not exist is no error."""
     for url in (join(folder, name) for name in names):
         with store_errors(url, storage):
             filesystem, path = open_store(url, storage)
@@ -93,7 +93,7 @@ def remove_shards(folder: str, names: Iterable[str], storage: StorageSpec) -> No
 
 
 def _locate(patterns: Sequence[str], storage: StorageSpec) -> dict[str, int]:
-    """URL → size in bytes, sorted by URL."""
+    """Return URL → size in bytes, sorted by URL."""
     urls = [url for pattern in patterns for url in _expand_braces(pattern)]
     by_folder: dict[str, list[str]] = defaultdict(list)
     sizes: dict[str, int] = {}
@@ -129,7 +129,7 @@ def _glob(pattern: str, storage: StorageSpec) -> dict[str, int]:
 
 
 def _sizes_in(folder: str, urls: list[str], storage: StorageSpec) -> dict[str, int]:
-    """Sizes of shards named one by one: a single listing of their folder, whatever their number."""
+    """Return the sizes in bytes of single shards, from one listing of their folder instead of a request per shard."""
     with store_errors(folder, storage):
         filesystem, folder_path = open_store(folder, storage, attempts=PLANNING_ATTEMPTS)
         try:
@@ -173,7 +173,7 @@ def _manifest_entry(folder: str, where: str, line: bytes | str) -> Shard:
     try:
         row = json.loads(line)
         shard = Shard(join(folder, str(row["shard"])), int(row["samples"]), int(row["bytes"]), str(row["crc32"]))
-        if not 1 <= shard.samples <= shard.bytes:  # else a count from nowhere decides how large the ledger is
+        if not 1 <= shard.samples <= shard.bytes:  # otherwise a wrong count would decide the size of the ledger
             raise ValueError(f"{shard.samples} samples in {shard.bytes} bytes")
         return shard
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:

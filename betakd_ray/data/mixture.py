@@ -1,4 +1,4 @@
-"""Which shards an epoch reads, and how often: the entries of `data.train` with their weights → passes over shards."""
+"""Shards that an epoch reads, and how often: entries of `data.train` with weights → passes over shards."""
 
 import math
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from betakd_ray.spec import DataSpec
 
 
 def find_passes(data: DataSpec) -> list[Pass]:
-    """The passes of an epoch, in the order in which they are read without shuffling.
+    """Return the passes of an epoch, in the order in which they are read without shuffling.
 
-    Without weights, every shard once, sorted by URL. With weights, entry by entry: an entry's whole passes one after
-    the other, then what is left of its weight as a part of each shard.
+    Without weights, every shard is read once, sorted by URL. With weights, the entries follow one another: first the
+    whole passes of an entry, then the fraction of its weight as a part of each shard.
 
-    Raises DataError as `find_shards` does, and where two entries name one shard and have weights.
+    Raises DataError as `find_shards` does, and if there are weights and two entries name the same shard.
     """
     if all(entry.weight == 1 for entry in data.train):
         return [Pass(shard, shard.samples) for shard in find_shards(data.paths, data.storage)]
@@ -26,8 +26,10 @@ def find_passes(data: DataSpec) -> list[Pass]:
 
 
 def passes_of(shards: list[Shard], weight: float) -> Iterator[Pass]:
-    """Passes over shards that amount to `weight` an epoch. A part has one sample at the least, so that every shard
-    takes part."""
+    """Yield passes that read the shards `weight` times per epoch.
+
+    A part has at least one sample, so that every shard is used.
+    """
     whole = math.floor(weight)
     for _ in range(whole):
         yield from (Pass(shard, shard.samples) for shard in shards)
@@ -36,7 +38,7 @@ def passes_of(shards: list[Shard], weight: float) -> Iterator[Pass]:
 
 
 def _require_disjoint(found: list[list[Shard]]) -> None:
-    """A shard of two entries would have two weights."""
+    """Raise DataError if a shard belongs to two entries, because it would have two weights."""
     entry_of: dict[str, int] = {}
     for entry, shards in enumerate(found):
         for shard in shards:

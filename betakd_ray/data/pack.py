@@ -1,4 +1,4 @@
-"""Conversations and images, written as checked WebDataset shards by webdataset's own writer."""
+"""Packing of conversations and images into checked WebDataset shards, with webdataset's own writer."""
 
 import io
 import json
@@ -37,11 +37,11 @@ def pack(
 ) -> list[Shard]:
     """Write {"id", "conversations", "images": [bytes or path], …} to `output`/`prefix`-000000.tar and so on.
 
-    The same samples give the same bytes. Other fields are kept in the sample's json. A prefix holds what was packed
-    last: its former shards are replaced, and removed where there are fewer now. The manifest comes last, so shards
-    that an interrupted call left behind are not taken for whole ones. `total` is the progress bar's length.
+    The same samples give the same bytes. Other fields are kept in the sample's json. Packing again with the same prefix
+    replaces its former shards, and removes those that are not needed now. The manifest is written last, so that shards
+    of an interrupted call do not count as complete. `total` is the number of samples for the progress bar.
 
-    Raises DataError for a sample nobody could train on, for no samples at all, or when the store refuses.
+    Raises DataError for a sample that nobody can train on, if there are no samples, or if the store refuses.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", prefix):
         raise DataError(f"prefix {prefix!r}: a shard's name takes letters, digits, _ and -, e.g. train.")
@@ -78,19 +78,56 @@ def pack_from_spec(spec: PackSpec) -> list[Shard]:
 
 
 def llava_samples(conversations: str, images: str | None, storage: StorageSpec) -> Iterator[dict[str, Any]]:
-    """Samples of a LLaVA file: a JSON list, or JSON lines, of {"id", "conversations", "image"?: name or names}.
+    """Yield samples of a LLaVA file: a JSON list, or JSON lines, of {"id", "conversations", "image"?: name or names}.
 
-    Raises DataError naming the file and the entry, from 1.
+    Raises DataError with the file and the number of the entry, counted from 1.
     """
     for where, entry in _numbered_entries(conversations, storage):
         yield _llava_sample(entry, where, images, storage)
+
+
+def easy_vqa_samples(
+    split: Literal["train", "test"],
+    *,
+    limit: int | None = None,
+    wrong_answers: float = 0.0,
+    instead: Literal["kind", "any"] = "kind",
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Yield questions of the easy-VQA package on 64×64 images of one shape, with one-word answers.
+
+    `limit` takes a random subset. `wrong_answers` is the fraction of samples whose answer is replaced by another,
+    all equally likely. With `instead="kind"` it is of the same kind (yes/no, shapes, colours): at a fraction of one
+    half a yes/no answer then says nothing about its question. With `instead="any"` it is any answer (symmetric label
+    noise). All choices follow `seed`. Raises DataError without the package.
+    """
+    package = _easy_vqa()
+    questions, answers, image_ids = getattr(package, f"get_{split}_questions")()
+    paths = getattr(package, f"get_{split}_image_paths")()
+    chosen = list(range(len(questions)))
+    if limit is not None:
+        chosen = sorted(random.Random(f"subset {seed}").sample(chosen, min(limit, len(chosen))))
+    noise = random.Random(f"noise {seed}")
+    wrong = set(noise.sample(chosen, round(wrong_answers * len(chosen))))
+    for number in chosen:
+        answer = answers[number]
+        given = noise.choice(_other_answers(answer, package.get_answers(), instead)) if number in wrong else answer
+        yield {
+            "id": f"{split}-{number:05d}",
+            "conversations": [
+                {"from": "human", "value": f"<image>\n{questions[number]}"},
+                {"from": "gpt", "value": given},
+            ],
+            "type": "yes/no" if _kind(answer) == "yes/no" else "open",
+            "images": [paths[image_ids[number]]],
+        }
 
 
 # ------------------------------------------------------------------------------------------------- writing
 
 
 def _write_shard(url: str, numbered: Iterable[tuple[int, dict[str, Any]]], storage: StorageSpec) -> Shard:
-    from webdataset.writer import TarWriter  # imports torch where it is installed: two seconds only packing should pay
+    from webdataset.writer import TarWriter  # imports torch if it is installed: two seconds that only packing needs
 
     samples = 0
     # Times and owners are fixed: the same samples then give the same bytes, and the same checksum.
@@ -103,7 +140,7 @@ def _write_shard(url: str, numbered: Iterable[tuple[int, dict[str, Any]]], stora
 
 
 def _members(sample: dict[str, Any], number: int, storage: StorageSpec) -> dict[str, bytes]:
-    """Extension → content of one sample's members."""
+    """Return extension → content of one sample's members."""
     if not sample.get("id"):
         raise DataError(f"sample {number}: has no id; give each one, as it names the sample in every report.")
     record = {name: value for name, value in sample.items() if name != "images"}
@@ -119,7 +156,7 @@ def _members(sample: dict[str, Any], number: int, storage: StorageSpec) -> dict[
 
 
 def _encoded_image(image: bytes | str | Path, storage: StorageSpec) -> tuple[str, bytes]:
-    """Extension and content; as it is for jpg, png and webp, else made a png. Raises ValueError for no image."""
+    """Return extension and content: jpg, png and webp unchanged, others as png. Raises ValueError if it is no image."""
     content = image if isinstance(image, bytes) else _read(str(image), storage)
     for extension, magic in MAGIC.items():
         if re.match(magic, content, re.DOTALL):
@@ -148,7 +185,7 @@ def _read(url: str, storage: StorageSpec) -> bytes:
 
 
 def _numbered_entries(location: str, storage: StorageSpec) -> list[tuple[str, Any]]:
-    """(Where it stands, entry) for each entry of a JSON list or of JSON lines."""
+    """Return (location, entry) for each entry of a JSON list or of JSON lines."""
     content = _read(location, storage)
     try:
         entries = _json_values(content.decode("utf-8-sig"))
@@ -196,3 +233,19 @@ def _image_names(value: Any, where: str) -> Sequence[str]:
         if name.startswith("/") or ".." in name.split("/"):
             raise DataError(f"{where}: image {name!r} leaves the folder `images`; name it relative to that folder.")
     return names
+
+
+def _easy_vqa() -> Any:
+    try:
+        return importlib.import_module("easy_vqa")
+    except ImportError as error:
+        raise DataError("the package easy_vqa is not here: pip install --no-deps easy-vqa==1.0") from error
+
+
+def _other_answers(answer: str, answers: Sequence[str], instead: Literal["kind", "any"]) -> list[str]:
+    """Return all other answers, or those of the same kind, in a fixed order."""
+    return sorted(each for each in answers if each != answer and (instead == "any" or _kind(each) == _kind(answer)))
+
+
+def _kind(answer: str) -> str:
+    return "yes/no" if answer in ("yes", "no") else "shape" if answer in SHAPES else "colour"

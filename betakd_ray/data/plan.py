@@ -1,7 +1,7 @@
-"""What a job reads, in which order, and what of it takes no part. Knows nothing of how a sample is read.
+"""Plan of a job: which samples it reads, in which order, and which are quarantined. Independent of how they are read.
 
-An epoch is a list of passes over shards, in an order of its own. Neighbours in that order form a group, which one read
-task interleaves, so that a step mixes shards. Nothing here costs more than a few bytes for each (epoch, shard).
+An epoch is a list of passes over shards; each epoch has its own order. Neighbours in that order form a group. One read
+task interleaves the shards of a group, so that a step mixes shards. The plan takes a few bytes for each (epoch, shard).
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,22 +20,24 @@ from betakd_ray.errors import TooManyBadSamples
 from betakd_ray.spec import DataSpec
 
 MIXED_SHARDS = 8
-"""Shards of a group, and shards that a read task has open at a time."""
+"""Number of shards in a group, and of shards that a read task has open at a time."""
 MIN_GROUPS = 4
-"""Groups of an epoch that small sets still have, as each is read by another process."""
+"""Number of groups that an epoch of a small set is divided into, so that several processes read it."""
 MAX_TASKS = 4000
-"""Groups over all epochs. A read task costs the driver some kilobytes and half a millisecond, before the first row is
-there and again at each restart."""
+"""Largest number of groups over all epochs.
+
+A read task costs the driver some kilobytes and half a millisecond, before the first row and again at each restart.
+"""
 _ORDER, _WINDOW, _MIX = range(3)
 """Tags of the random streams that are drawn from one seed."""
 
 
 class Pass(NamedTuple):
-    """A shard that every epoch reads once: the whole of it, or a part."""
+    """One reading of a shard in every epoch: of the whole shard or of a part."""
 
     shard: Shard
     samples: int
-    """Planned for each epoch; fewer than the shard has where an epoch takes a part of it."""
+    """Number of samples per epoch; fewer than the shard has if an epoch takes only a part of it."""
 
 
 @dataclass(frozen=True)
@@ -43,27 +45,27 @@ class Plan:
     """Every pass over a shard of every epoch, and the order in which they are read.
 
     A sample is identified by (epoch, shard, index): `shard` is the number of the pass in `shards`, and `index` runs
-    from 0 to the pass's samples - 1 in every epoch. Which sample of the file that is, its *member*, says `members`.
+    from 0 to the pass's samples - 1 in every epoch. `members` gives its number in the shard's file, its *member*.
     """
 
     shards: tuple[Shard, ...]
-    """One entry for each pass over a shard: a shard that is read twice an epoch stands here twice."""
+    """One entry for each pass over a shard: a shard that is read twice per epoch is here twice."""
     epochs: int
     seed: int
     shuffle: bool
     parts: tuple[tuple[int, int], ...] = ()
-    """(number of the pass, samples an epoch) of those that take a part of their shard."""
+    """Pairs (number of the pass, samples per epoch) for the passes that take only a part of their shard."""
 
     @classmethod
     def of(cls, passes: Iterable[Pass], epochs: int, seed: int, shuffle: bool) -> "Plan":
-        """Make the plan of these passes an epoch."""
+        """Make the plan whose epochs consist of these passes."""
         passes = tuple(passes)
         parts = [(at, one.samples) for at, one in enumerate(passes) if one.samples != one.shard.samples]
         return cls(tuple(one.shard for one in passes), epochs, seed, shuffle, tuple(parts))
 
     @cached_property
     def sizes(self) -> NDArray[np.int64]:
-        """[passes] samples planned of each, an epoch."""
+        """Return [passes] the number of samples of each pass per epoch."""
         sizes = np.fromiter((shard.samples for shard in self.shards), np.int64, len(self.shards))
         for number, samples in self.parts:
             sizes[number] = samples
@@ -71,17 +73,17 @@ class Plan:
 
     @property
     def samples(self) -> int:
-        """Samples over all epochs."""
+        """Return the number of planned samples over all epochs."""
         return self.epochs * int(self.sizes.sum())
 
     @cached_property
     def distinct(self) -> tuple[Shard, ...]:
-        """The shards, each once."""
+        """Return the shards, each once."""
         return tuple(dict.fromkeys(self.shards))
 
     @cached_property
     def repeats(self) -> NDArray[np.int32]:
-        """[passes] 1 for the first pass over a shard, 2 for the second …"""
+        """Return [passes] 1 for the first pass over a shard, 2 for its second, and so on."""
         seen: dict[Shard, int] = {}
         counts = np.ones(len(self.shards), np.int32)
         for number, shard in enumerate(self.shards):
@@ -96,10 +98,10 @@ class Plan:
 
     @property
     def groups(self) -> int:
-        """Groups of an epoch. Their number follows from the plan alone, so that a seed gives the same order anywhere.
+        """Return the number of groups of an epoch. It depends only on the plan, so a seed gives one order.
 
-        MIXED_SHARDS a group; fewer of small sets, which else had too few groups to be read side by side; more where
-        there would be more than MAX_TASKS groups over all epochs.
+        A group has MIXED_SHARDS shards. It has fewer for small sets, which would otherwise have too few groups to be
+        read in parallel, and more if there would be more than MAX_TASKS groups over all epochs.
         """
         shards = len(self.shards)
         size = min(MIXED_SHARDS, max(2, shards // MIN_GROUPS))
@@ -107,25 +109,25 @@ class Plan:
         return max(1, shards // size)
 
     def bounds(self) -> NDArray[np.int64]:
-        """[groups + 1] where each group begins in an epoch's order; a group ends where the next begins."""
+        """Return [groups + 1] where each group begins in an epoch's order; it ends where the next begins."""
         return np.arange(self.groups + 1, dtype=np.int64) * len(self.shards) // self.groups
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """[passes] the numbers of the passes, in the order of this epoch."""
+        """Return [passes] the numbers of the passes in the order of this epoch."""
         order = np.arange(len(self.shards))
         if self.shuffle:
             self._random(_ORDER, epoch).shuffle(order)
         return order
 
     def mixing(self, epoch: int, first: int) -> np.random.Generator:
-        """Return the random numbers with which the group that begins at `first` is interleaved."""
+        """Return the random generator that interleaves the group that begins at `first`."""
         return self._random(_MIX, epoch, first)
 
     def members(self, epoch: int, shard: int) -> NDArray[np.int64]:
-        """[samples of the pass] the numbers, in the shard's file, of the samples that this epoch takes, ascending.
+        """Return [samples of the pass] the members that this epoch takes: numbers in the shard's file, ascending.
 
-        A pass that takes a part moves a window over a permutation of its shard, so that over as many epochs as the
-        part goes into the shard each sample comes once.
+        A pass over a part of a shard moves a window over one permutation of the shard. With a part of 1/n of the shard,
+        n epochs take each sample once.
         """
         samples, planned = self.shards[shard].samples, int(self.sizes[shard])
         if planned == samples:
@@ -134,17 +136,17 @@ class Plan:
         return np.sort(self._random(_WINDOW, shard).permutation(samples)[window])
 
     def member(self, epoch: int, shard: int, index: int) -> int:
-        """Return the number in the shard's file of one planned sample."""
+        """Return the number in the shard's file of one planned sample, its member."""
         return int(self.members(epoch, shard)[index])
 
     def _random(self, *tags: int) -> np.random.Generator:
-        # A spawn key, and not a longer seed: numpy takes (seed, epoch) and (seed, epoch, 0) for the same.
+        # A spawn key instead of a longer seed: numpy treats the seeds (seed, epoch) and (seed, epoch, 0) as the same.
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=tags))
 
     # -------------------------------------------------------------------------------------------- transport
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Column by column: a pickle of 200,000 dataclasses takes seconds, in every process that the plan reaches.
+        # Column by column: pickling 200,000 dataclasses takes seconds, in every process that gets the plan.
         place = {shard: at for at, shard in enumerate(self.distinct)}
         which = np.fromiter((place[shard] for shard in self.shards), np.int32, len(self.shards))
         columns = tuple(
@@ -170,7 +172,7 @@ class Quarantined:
 
 
 def require_few(fraction: float, data: DataSpec, plan: Plan, last: Quarantined) -> None:
-    """Raises TooManyBadSamples if the quarantined share of the plan is above the limit."""
+    """Raise TooManyBadSamples if the quarantined fraction of the plan is above the limit."""
     if fraction > data.max_bad_fraction:
         raise TooManyBadSamples(
             f"{fraction:.2%} of the planned samples are quarantined, above data.max_bad_fraction "
@@ -180,6 +182,6 @@ def require_few(fraction: float, data: DataSpec, plan: Plan, last: Quarantined) 
 
 
 def ids_of(samples: Sequence[Quarantined | Sample]) -> SampleIds:
-    """Return their places, as the ledger takes them."""
+    """Return the ids of samples, as the ledger takes them."""
     places = np.array([(each.epoch, each.shard, each.index) for each in samples], np.int32).reshape(-1, 3)
     return SampleIds(*places.T)

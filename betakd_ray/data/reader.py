@@ -1,6 +1,6 @@
-"""One group of the plan → blocks of rendered rows; what cannot become a row is reported.
+"""One group of the plan → blocks of rendered rows. Samples that cannot become a row are reported.
 
-Apart from `stream`, so that the processes that only hand blocks on load none of this.
+Separate from `stream`, so that processes that only pass blocks on do not import this module.
 """
 
 from collections import OrderedDict
@@ -24,7 +24,7 @@ from betakd_ray.errors import DataUnreachable, UserError
 from betakd_ray.spec import DataSpec
 
 KEPT_BYTES = 128 << 20
-"""Limit in bytes of the rows that a reading process keeps of small sets, for later epochs and for later jobs."""
+"""Limit in bytes of the rows of small sets that a reading process keeps for later epochs and later jobs."""
 
 
 class Row(NamedTuple):
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """About what it takes of a block; what the cache knows of it does not count, or blocks would follow that."""
+        """Return the approximate size in bytes in a block. The cache does not count: blocks must not depend on it."""
         return sum(view.nbytes for view in self.views.values())
 
 
@@ -53,7 +53,7 @@ class Refusal(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A sample that is still to be done, before or after it is rendered."""
+    """A sample that is not done yet, before or after rendering."""
 
     shard: int
     index: int
@@ -62,35 +62,36 @@ class Planned(NamedTuple):
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads groups of the plan into blocks. Shipped once to every reading process.
+    """Reader of groups of the plan into blocks. It is sent once to every reading process.
 
-    A set that is small and read several times is rendered once a process, whichever of its jobs asks first.
+    A small set that is read several times is rendered once per process, also for several jobs.
     """
 
     plan: Plan
     data: DataSpec
     renderers: dict[str, Renderer]
     report: Callable[[list[Quarantined]], float]
-    """Takes bad samples to the job's monitor; returns the quarantined share of the plan so far."""
+    """Function that reports bad samples to the job's monitor; returns the quarantined fraction of the plan so far."""
     give_up: Callable[[UserError], None]
-    """Tells the job that no retry will help."""
+    """Function that tells the job that no retry will help."""
     locate: Callable[[Shard], Mapping[int, Stored]] | None = None
-    """Looks up where the teacher's answers to a shard's samples are kept, by the sample's number in the file."""
+    """Function that returns the places of a shard's cached signals, by number in the file; None: no cache."""
     pairs_images: bool = False
-    """Whether image tokens are compared one by one, so that both models must make as many of an image."""
+    """Whether image tokens are compared one by one, so that both models must make equally many of an image."""
 
     def blocks(self, epoch: int, first: int, last: int, done: Ledger, rows: int, size: int) -> Iterator[pa.Table]:
-        """Read what is not done of an epoch's passes first ≤ … < last, in blocks of `rows` samples or `size` bytes.
+        """Yield the samples that are not done of an epoch's passes first ≤ … < last, in blocks.
 
-        The same arguments give the same blocks, whenever and wherever they are read and whatever any cache holds: Ray
-        Data runs a read task again when its blocks are lost, and takes up where it was by the number of blocks.
+        A block ends at `rows` samples or `size` bytes. The same arguments give the same blocks at any time, on any node
+        and for any content of the caches: Ray Data runs a read task again if its blocks are lost, and skips as many
+        blocks as it had before.
 
         Raises DataError for a damaged shard, DataUnreachable, TooManyBadSamples.
         """
         try:
             yield from self._blocks(epoch, first, last, done, rows, size)
         except DataUnreachable:
-            raise  # the students restart, and may find the store back
+            raise  # the students restart, and the store may answer then
         except UserError as error:
             self.give_up(error)
             raise
@@ -127,7 +128,7 @@ class Reader:
     def _prepared(
         self, epoch: int, first: int, todo: dict[int, NDArray[np.intp]]
     ) -> Iterator[tuple[int, int, Row | Refusal]]:
-        """What becomes of each sample that is not done, in this epoch's order."""
+        """Yield (shard, index, row or refusal) for each sample that is not done, in this epoch's order."""
         keeping = _Keeping(self._rendering, self.plan.shards, KEPT_BYTES if self._is_small else 0)
         sources = ((len(indexes), self._read(epoch, shard, indexes)) for shard, indexes in todo.items())
         for shard, index, sample in self._mixed(sources, epoch, first):
@@ -139,7 +140,7 @@ class Reader:
             yield shard, index, prepared
 
     def _read(self, epoch: int, shard: int, indexes: NDArray[np.intp]) -> Generator[Planned]:
-        """The samples of a shard that are to be done, in the order of its file."""
+        """Yield the samples of a shard that are not done, in the order of its file."""
         described = self.plan.shards[shard]
         members = self.plan.members(epoch, shard)[indexes]
         index_of = dict(zip(members.tolist(), indexes.tolist(), strict=True))
@@ -154,7 +155,7 @@ class Reader:
             yield Planned(shard, index_of[sample.index], sample)
 
     def _mixed(self, sources: Iterable[tuple[int, Generator[Planned]]], epoch: int, first: int) -> Iterator[Planned]:
-        """The samples of a group: of a few open shards at a time, through one buffer."""
+        """Yield the samples of a group, mixed from a few open shards at a time through one buffer."""
         if not self.plan.shuffle:
             for _, source in sources:
                 yield from source
@@ -164,13 +165,13 @@ class Reader:
 
     @property
     def _is_small(self) -> bool:
-        """Before it is rendered, as far as can be told."""
+        """Return whether the set is read several times and small enough to keep, by its size in bytes."""
         repeats = self.plan.epochs > 1 or len(self.plan.distinct) < len(self.plan.shards)
         return repeats and sum(shard.bytes for shard in self.plan.distinct) <= KEPT_BYTES
 
     @cached_property
     def _rendering(self) -> str:
-        """The same for all jobs whose rows are alike."""
+        """Return a key that is equal for all jobs whose rows are alike."""
         views = {view: renderer.fingerprint for view, renderer in self.renderers.items()}
         return repr((views, self.pairs_images, self.data.storage))
 
@@ -194,7 +195,7 @@ class Reader:
 
 
 class _Answers:
-    """Where the answers to a group's samples are kept, looked up shard by shard as the first sample of each comes."""
+    """Places of the cached signals of a group's samples. A shard is looked up when its first sample comes."""
 
     def __init__(self, locate: Callable[[Shard], Mapping[int, Stored]] | None, left: dict[int, int]) -> None:
         self._locate = locate
@@ -202,7 +203,7 @@ class _Answers:
         self._known: dict[int, Mapping[int, Stored]] = {}
 
     def take(self, number: int, shard: Shard, member: int) -> Stored | None:
-        """Return the place of one sample's answer; after a shard's last sample, forget the others."""
+        """Return the place of one sample's signal, or None. After a shard's last sample, forget its places."""
         if self._locate is None:
             return None
         if number not in self._known:
@@ -215,14 +216,14 @@ class _Answers:
 
 
 class _Keeping:
-    """Collects the rows of a small set's shards, and keeps those shards of which it has every sample."""
+    """Collector of the rows of a small set. It keeps the shards of which it has every sample."""
 
     def __init__(self, rendering: str, shards: tuple[Shard, ...], room: int) -> None:
         self._rendering, self._shards, self._room = rendering, shards, room
         self._rows: dict[int, list[Row | Refusal]] = {}
 
     def add(self, shard: int, row: Row | Refusal) -> None:
-        """Take one more row; the last of a shard keeps them all."""
+        """Add a row. With the last row of a shard, the whole shard is kept."""
         if self._room <= 0:
             return
         self._room -= row.bytes
@@ -232,27 +233,27 @@ class _Keeping:
         rows = self._rows.setdefault(shard, [])
         rows.append(row)
         if len(rows) == self._shards[shard].samples:
-            # In the file's order: mixed anew, they then come as if they were read again.
+            # In the file's order, so that a later epoch mixes them exactly as if it read the file again.
             _KEPT.keep(self._rendering, self._shards[shard], sorted(rows, key=lambda one: one.member))
             del self._rows[shard]
 
 
 class KeptRows:
-    """Rows of small sets, of this process's jobs; sets that were not asked for lately make room."""
+    """Rows of small sets for all jobs of this process. The least recently used sets are dropped first."""
 
     def __init__(self) -> None:
         self._sets: OrderedDict[str, dict[Shard, list[Row | Refusal]]] = OrderedDict()
         self._bytes: dict[str, int] = {}
 
     def find(self, rendering: str, shard: Shard) -> list[Row | Refusal] | None:
-        """In the order of the shard."""
+        """Return the rows of a shard in the order of its file; None if they are not kept."""
         if rendering not in self._sets:
             return None
         self._sets.move_to_end(rendering)
         return self._sets[rendering].get(shard)
 
     def keep(self, rendering: str, shard: Shard, rows: list[Row | Refusal]) -> None:
-        """If there is room, or can be made."""
+        """Keep the rows of a shard, if there is room after dropping older sets."""
         size = sum(row.bytes for row in rows)
         while sum(self._bytes.values()) + size > KEPT_BYTES and next(iter(self._sets), rendering) != rendering:
             oldest, _ = self._sets.popitem(last=False)
@@ -268,9 +269,9 @@ _KEPT = KeptRows()
 def _interleave(
     sources: Iterable[tuple[int, Generator[Planned]]], window: int, rng: np.random.Generator
 ) -> Iterator[Planned]:
-    """Mix sources, given as (items, iterator): `window` at a time, each drawn in proportion to what it has left.
+    """Mix sources, given as (number of items, iterator): `window` at a time, drawn in proportion to the items left.
 
-    Which is drawn follows from the lengths and `rng` alone.
+    The order depends only on the numbers of items and on `rng`.
     """
     waiting = iter(sources)
     opened: list[Generator[Planned]] = []
@@ -282,13 +283,13 @@ def _interleave(
                 left.append(items)
             if not opened:
                 return
-            # So many draws of each, shuffled: drawn in proportion, without asking for a random number each time.
+            # A permutation with each source repeated once per item left: proportional draws with one random call.
             for at in rng.permutation(np.repeat(np.arange(len(opened)), left)).tolist():
                 yield next(opened[at])
                 left[at] -= 1
                 if not left[at]:
                     break
-            next(opened[at], None)  # a shard tells only behind its last sample whether it was whole
+            next(opened[at], None)  # a damaged shard raises only after its last sample
             del opened[at], left[at]
     finally:
         for source in opened:
@@ -296,7 +297,7 @@ def _interleave(
 
 
 def _shuffle(samples: Iterable[Planned], buffer: int, rng: np.random.Generator) -> Iterator[Planned]:
-    """Shuffle by a reservoir: as random as the buffer is long."""
+    """Shuffle with a buffer: the longer the buffer, the more random the order."""
     held: list[Planned] = []
     for sample in samples:
         held.append(sample)

@@ -1,8 +1,8 @@
-"""A conversation with its images → token ids, an answer mask, and what the vision tower takes.
+"""A conversation with its images → token ids, an answer mask, and the inputs of the vision tower.
 
-A `Renderer` is one model's view of a sample: its tokenizer, its chat template, its images and the tokens that stand for
-them. Teacher and student may see a sample differently; their *answer tokens* are the same, and that is where they are
-compared.
+A `Renderer` makes one model's view of a sample: with its tokenizer, its chat template, its image processing and its
+image tokens. Teacher and student may see a sample differently. But their *answer tokens* are the same, and the two
+models are compared on these tokens.
 """
 
 import hashlib
@@ -30,23 +30,23 @@ VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""Read, whatever the member's name says. Pillow knows more; for EPS it would start Ghostscript."""
+"""Image formats that are read, whatever the member's name says. Not all of Pillow's: for EPS it starts Ghostscript."""
 
 PROBES = ((48, 32), (32, 48), (300, 40), (700, 500))
-"""Sizes of images that show how a processor treats an image's shape."""
+"""Sizes (width, height) in pixels of test images that show how a processor treats an image's shape."""
 PROBE = RawSample("probe", 0, "probe", [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A probe."}], [])
 NO_TOKEN = -1
 
 Span = tuple[str, bool]
-"""A piece of the prompt, and whether the model is to learn it."""
+"""A piece of the text, and whether it is an answer, which the model learns."""
 
 
 class Unrenderable(Exception):
-    """This sample cannot become a training example; the message is the reason kept in quarantine."""
+    """Error of a sample that cannot become a training example. Its message is the reason kept in quarantine."""
 
 
 def vicuna_v1(turns: Sequence[dict[str, str]], system: str | None, eos: str) -> Iterator[Span]:
-    """LLaVA's and MobileVLM's conversation format: separators " " and the end-of-sequence token."""
+    """Yield a conversation in LLaVA's and MobileVLM's format, with the separators " " and the end-of-sequence token."""
     system = VICUNA_SYSTEM if system is None else system
     yield (system + " " if system else ""), False
     for turn in turns:
@@ -57,7 +57,7 @@ def vicuna_v1(turns: Sequence[dict[str, str]], system: str | None, eos: str) -> 
 
 
 def plain(turns: Sequence[dict[str, str]], system: str | None, eos: str) -> Iterator[Span]:
-    """Projector warm-up: the image and its caption, no prompt."""
+    """Yield the image and its caption without a prompt, for the warm-up of the projector."""
     for turn in turns:
         if turn["from"] == "human":
             yield IMAGE * turn["value"].count(IMAGE), False
@@ -69,15 +69,15 @@ TEMPLATES = {"vicuna_v1": vicuna_v1, "plain": plain}
 
 
 def _image_first(text: str) -> str:
-    """Images at the head of the turn, one line each, as LLaVA's preprocessing has them."""
+    """Move images to the start of the turn, one per line, as LLaVA's preprocessing does."""
     count = text.count(IMAGE)
     return f"{IMAGE}\n" * count + text.replace(IMAGE, "").strip()
 
 
 class Renderer:
-    """Turns raw samples into one model's inputs. Cheap to build, safe to share between threads.
+    """Converter of raw samples into one model's inputs. Cheap to create, and safe to share between threads.
 
-    Raises ModelError when the processor lacks what rendering needs (a fast tokenizer, an image token, an eos token).
+    Raises ModelError if the processor lacks what rendering needs (a fast tokenizer, an image token, an eos token).
     """
 
     def __init__(self, processor: Any, data: DataSpec) -> None:
@@ -104,24 +104,24 @@ class Renderer:
 
     @property
     def pad_token_id(self) -> int:
-        """The tokenizer's padding, or its end of sequence: padding is masked either way."""
+        """Return the tokenizer's padding token, or its end-of-sequence token: padding is masked in both cases."""
         tokenizer = self.tokenizer
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @property
     def image_tokens(self) -> tuple[int, ...]:
-        """Tokens that the model makes of an image, for images of several sizes (PROBES)."""
+        """Return the number of tokens that the model makes of an image, for each size in PROBES."""
         return tuple(texts[0].count(self.image_token) for _, texts in map(self._probed, PROBES))
 
     def count_image_tokens(self, rendering: Rendering) -> int:
-        """Count the image tokens of a sample, over all its images."""
+        """Return the number of image tokens of all images of a sample."""
         return int((rendering.input_ids == self.image_token_id).sum())
 
     @property
     def fingerprint(self) -> str:
-        """Equal only for renderers that render every sample alike: what a rendering depends on is in it."""
+        """Return a hash of all that a rendering depends on; equal only for renderers that render all samples alike."""
         data = (self.template, self.system_prompt, self.max_length, self.pad_to_square, self.max_image_pixels)
-        # What an image becomes, and how many tokens, is the processor's secret.
+        # A processor does not say how it changes an image or how many tokens it makes: test images show it.
         probed = [self._probed(*sizes) for sizes in (*((size,) for size in PROBES), PROBES[:2])]
         images = [(texts, [(name, a.shape, a.dtype) for name, a in arrays.items()]) for arrays, texts in probed]
         text = self._uncut(PROBE).input_ids.tolist()
@@ -130,7 +130,7 @@ class Renderer:
         return hashlib.sha256(everything.encode()).hexdigest()[:16]
 
     def _probed(self, *sizes: tuple[int, int]) -> tuple[Images, list[str]]:
-        """Images of these sizes, as the model would see them; nothing, if it takes none."""
+        """Return test images of these sizes as the model would see them; nothing if it takes no images."""
         if self._process_images is None:
             return {}, [""]
         return self._process_images(self._framed(Image.new("RGB", size, (200, 30, 90))) for size in sizes)
@@ -140,23 +140,23 @@ class Renderer:
             return None
         own = {name: value for name, value in vars(self.processor).items() if isinstance(value, int | float | str)}
         own.pop("chat_template", None)
-        # Pillow's and torchvision's processors call themselves alike, and round differently.
+        # Processors of Pillow and of torchvision have the same settings but round differently: include the class.
         kind = (type(self.processor).__qualname__, type(self.image_processor).__qualname__)
         return kind, sorted(own.items()), self.image_processor.to_dict()
 
     def render(self, sample: RawSample) -> Rendering:
-        """Tokens, answer mask and pixels of a sample. Raises Unrenderable with the reason."""
+        """Return tokens, answer mask and pixels of a sample. Raises Unrenderable with the reason."""
         whole = self._uncut(sample)
         return Rendering(*self._fit(whole.input_ids, whole.answer_mask), whole.images)
 
     def prompt(self, sample: RawSample) -> Rendering:
-        """The sample up to its last answer: what a model is given to continue. Nothing is cut.
+        """Return the sample up to its last answer, for a model to continue. It is not cut at `max_length`.
 
-        With the `plain` template that is an image's tokens alone. Raises Unrenderable with the reason.
+        With the `plain` template it has the image tokens only. Raises Unrenderable with the reason.
         """
         spans, images = self._shown(sample)
         last = max(i for i, (_, is_answer) in enumerate(spans) if is_answer)
-        # A trailing space would be a token of its own that training never saw before an answer.
+        # A trailing space would become a separate token, which never comes before an answer in training.
         spans = [*spans[: last - 1], (spans[last - 1][0].rstrip(" "), False)]
         input_ids, answer_mask = self._tokenize(spans)
         if not len(input_ids):
@@ -168,7 +168,7 @@ class Renderer:
         return Rendering(*self._tokenize(spans), images)
 
     def _shown(self, sample: RawSample) -> tuple[list[Span], Images]:
-        """The whole text, image tokens expanded, and the images."""
+        """Return the whole text, with image tokens expanded, and the images."""
         spans = self._checked_spans(sample)
         if not sample.images:
             return spans, {}
@@ -176,7 +176,7 @@ class Renderer:
             raise Unrenderable("the sample has images, and the model takes none")
         try:
             images, texts = self._process_images(map(self._decode, sample.images))
-        except ValueError as error:  # some processors refuse what is too thin
+        except ValueError as error:  # some processors refuse a very thin image
             raise Unrenderable(f"the image processor refuses an image: {error}") from error
         return self._expand(spans, iter(texts)), images
 
@@ -200,7 +200,7 @@ class Renderer:
         return TEMPLATES[self.template](conversation, self.system_prompt, self.tokenizer.eos_token)
 
     def _chat(self, conversation: Sequence[dict[str, str]]) -> Iterator[Span]:
-        """The processor's own template: an answer is what a reply adds to the text that asks for it."""
+        """Yield spans by the processor's chat template. The answer is the text that a reply adds to its prompt."""
         messages = [self._message("system", self.system_prompt)] if self.system_prompt else []
         seen = ""
         for turn in conversation:
@@ -215,7 +215,7 @@ class Renderer:
             yield asked[len(seen) :], False
             reply = replied[len(asked) :]
             yield reply.rstrip(), True
-            # Templates end a turn with a newline after its end token: not something to learn.
+            # Templates add a newline after the end token of a turn; the model need not learn it.
             yield reply[len(reply.rstrip()) :], False
             seen = replied
 
@@ -229,7 +229,7 @@ class Renderer:
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether the chat template wants a message as parts, an image being one; older ones want a string."""
+        """Return whether the chat template takes a message as parts, e.g. an image; older templates take a string."""
         if self.image_processor is None:
             return False
         word = "Pomegranate"
@@ -242,7 +242,7 @@ class Renderer:
     def _apply(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
         try:
             return self._applied(messages, generation=generation)
-        except TemplateError as error:  # many demand that roles alternate, or take no system prompt
+        except TemplateError as error:  # many templates require alternating roles, or take no system prompt
             raise Unrenderable(f"the chat template refuses the conversation: {error}") from error
 
     def _applied(self, messages: list[dict[str, Any]], *, generation: bool = False) -> str:
@@ -255,8 +255,10 @@ class Renderer:
         return self.processor.chat_template or self.tokenizer.chat_template
 
     def _expand(self, spans: Sequence[Span], texts: Iterator[str]) -> list[Span]:
-        """Each placeholder becomes the text that stands for its image: as many image tokens as the model makes of it,
-        and what some models have around them."""
+        """Replace each placeholder by the text for its image.
+
+        That text has as many image tokens as the model makes of the image, and for some models tokens around them.
+        """
         expanded: list[Span] = []
         for text, is_answer in spans:
             head, *rest = text.split(self.image_token)
@@ -266,7 +268,7 @@ class Renderer:
         return expanded
 
     def _tokenize(self, spans: Sequence[Span]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """Tokenize the whole text at once, as inference will; a token that reaches into an answer is answer."""
+        """Tokenize the whole text at once, as in inference. A token that overlaps an answer counts as answer."""
         text = "".join(piece for piece, _ in spans)
         has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
         encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
@@ -276,14 +278,15 @@ class Renderer:
             is_answer[start : start + len(piece)] = answer
             start += len(piece)
         offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        # reaches[n] counts the answer characters before n, so a difference shows whether a token has any.
         reaches = np.concatenate([[0], np.cumsum(is_answer)])
         answer_mask = reaches[offsets[:, 1]] > reaches[offsets[:, 0]]
         return np.asarray(encoded["input_ids"], dtype=np.int32), answer_mask
 
     def _tokenization(self) -> tuple[Any, ...]:
-        """All that `_tokenize` and the templates take from the tokenizer."""
+        """Return everything of the tokenizer that `_tokenize` and the templates depend on."""
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        # Whoever used the tokenizer last may have left these; `_tokenize` neither pads nor truncates.
+        # An earlier use of the tokenizer may have set these, and `_tokenize` neither pads nor truncates.
         del backend["padding"], backend["truncation"]
         tokens = (self.tokenizer.bos_token, self.tokenizer.eos_token, self.image_token)
         return backend, self.tokenizer.split_special_tokens, tokens
@@ -309,7 +312,7 @@ class Renderer:
                 decoded = rgb(image)
         except (Unrenderable, MemoryError):
             raise
-        except Exception as error:  # of damaged bytes Pillow's decoders raise nearly anything
+        except Exception as error:  # Pillow's decoders raise almost any class of error for damaged bytes
             raise Unrenderable(f"image cannot be decoded: {error or type(error).__name__}") from error
         return self._framed(decoded)
 
@@ -317,7 +320,7 @@ class Renderer:
         return self._squared(image) if self.pad_to_square else image
 
     def _require_small(self, width: int, height: int) -> None:
-        """What counts is the memory an image will take: a thin strip is small until it is padded, or scaled up."""
+        """Raise Unrenderable if an image takes too much memory, also after a thin image is padded or scaled up."""
         area, becomes = width * height, ""
         size = self.image_processor.size
         shortest = None if size.get("longest_edge") else size.get("shortest_edge")
@@ -341,9 +344,9 @@ class Renderer:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """The first frame as it is stored, whatever its EXIF orientation says, as LLaVA reads it; alpha is dropped.
+    """Return the first frame in RGB, without alpha. The EXIF orientation is ignored, as in LLaVA.
 
-    Raises ValueError for numbers without a known scale.
+    Raises ValueError for pixel values without a known scale.
     """
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} has no known scale; store it with 8 or 16 bits a channel")

@@ -1,6 +1,7 @@
-"""Blocks of the stream: samples → columns of Arrow, and back.
+"""Blocks of the stream: samples → Arrow columns, and back.
 
-A block has as many bytes whatever the teacher's cache holds: Ray Data may run a read task again, and cuts by bytes.
+The size of a block does not depend on what the teacher's cache holds. Ray Data divides blocks by bytes, and may run a
+read task again: then it must get the same blocks.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from betakd_ray.errors import DataError
 IDS = ("epoch", "shard", "index", "member")
 STUDENT, TEACHER = "student", "teacher"
 FILE_BYTES = 192
-"""Longest name of a cache's file. Names are padded to it."""
+"""Limit in bytes of the name of a cache file. All names are padded to this length."""
 NOT_STORED = -1
 ARRAY = pa.struct(
     [("name", pa.string()), ("dtype", pa.string()), ("shape", pa.list_(pa.int32())), ("bytes", pa.large_binary())]
@@ -24,7 +25,7 @@ ARRAY = pa.struct(
 
 
 def block_of(samples: Sequence[Sample]) -> pa.Table:
-    """Write samples as a block; the teacher's view only where it is another object than the student's."""
+    """Make a block of samples. The teacher's view is stored only if it is another object than the student's."""
     columns: dict[str, pa.Array] = {
         name: pa.array(np.array([getattr(sample, name) for sample in samples], np.int32)) for name in IDS
     }
@@ -37,8 +38,10 @@ def block_of(samples: Sequence[Sample]) -> pa.Table:
 
 
 def samples_of(block: pa.Table) -> list[Sample]:
-    """Read a block. No array of a sample is the block's memory, which may lie in Ray's object store: it could not be
-    freed as long as a sample is kept."""
+    """Read the samples of a block.
+
+    All arrays are copies. A view would keep the block in Ray's object store as long as its sample exists.
+    """
     columns = {name: block.column(name).to_pylist() for name in (*IDS, "key")}
     student = _renderings(block, STUDENT)
     teacher = _renderings(block, TEACHER) if f"{TEACHER}_input_ids" in block.column_names else student
@@ -53,7 +56,7 @@ def samples_of(block: pa.Table) -> list[Sample]:
 
 
 def _places(stored: Sequence[Stored | None]) -> dict[str, pa.Array]:
-    """Columns of a fixed width, without nulls: of what is stored and what is not they have as many bytes."""
+    """Return the columns of the places: fixed width, no nulls, so that their size is the same without a cache."""
     names = [one.file.encode() if one else b"" for one in stored]
     if too_long := [name for name in names if len(name) > FILE_BYTES]:
         raise DataError(
@@ -88,7 +91,7 @@ def _rendered(view: str, samples: Sequence[Rendering]) -> dict[str, pa.Array]:
 
 
 def _lists(rows: Sequence[np.ndarray], dtype: type) -> pa.ListArray:
-    """The same as `pa.array(rows)`, which looks at every number by itself."""
+    """Return the same as `pa.array(rows)`, but faster: that function converts each number separately."""
     ends = np.cumsum([len(row) for row in rows])
     values = np.concatenate(rows) if rows else np.zeros(0)
     return pa.ListArray.from_arrays(np.concatenate([[0], ends]).astype(np.int32), values.astype(dtype, copy=False))

@@ -1,13 +1,13 @@
-"""WebDataset shards: reading one, and noticing when it is not whole.
+"""Reading of WebDataset shards, and detection of incomplete ones.
 
-A shard is a tar, plain or gzipped. Neighbouring members with one key make a sample, in webdataset's sense (the key ends
-at the first dot of the base name):
+A shard is a tar, plain or gzipped. Neighbouring members with the same key form a sample. As in webdataset, the key ends
+at the first dot of the base name:
 
     000000012.json     {"id": …, "conversations": [{"from": "human" | "gpt", "value": …}, …], …}
     000000012.jpg      its image (jpg, jpeg, png, webp), or 000000012.0.jpg, 000000012.1.jpg … in order
 
-The members are read with `tarfile` and not with webdataset's `tar_file_iterator`, which leaves header checks to
-`tarfile` as it comes: there a broken header counts as the end of the archive, and what follows is lost without a word.
+The members are read with a stricter `tarfile` and not with webdataset's `tar_file_iterator`, which uses `tarfile`
+unchanged: there a broken header counts as the end of the archive, and all members after it are lost without an error.
 """
 
 import gzip
@@ -31,14 +31,14 @@ from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import StoreSilent
 
 PLACEHOLDER = "<image>"
-TAR_BUFFER_BYTES = 1 << 16  # tarfile copies the rest of its buffer at each read: a larger one is slower
+TAR_BUFFER_BYTES = 1 << 16  # tarfile copies the rest of its buffer at each read, so a larger buffer is slower
 MAX_SAMPLE_BYTES = 256 << 20
 MAX_SAMPLE_MEMBERS = 1000
-MAX_EXTENDED_HEADER_BYTES = 8 << 10  # tarfile searches it with expressions whose time is quadratic
+MAX_EXTENDED_HEADER_BYTES = 8 << 10  # tarfile searches it with regular expressions in quadratic time
 MAX_READS_BEHIND_END = 10
-MAX_UNPACKED_RATIO = 100  # deflate reaches 1000, tars of images 1, and of short texts 20
-PICKLED = frozenset({"pkl", "pickle", "pt", "pth"})  # loading one runs what its author wrote
-BACKOFF = wait_exponential(multiplier=2, max=30) + wait_random(0, 2)  # 2, 4, 8 s: a store may restart meanwhile
+MAX_UNPACKED_RATIO = 100  # limit against gzip bombs: deflate reaches 1000, tars of images 1, and of short texts 20
+PICKLED = frozenset({"pkl", "pickle", "pt", "pth"})  # loading a pickle can run any code
+BACKOFF = wait_exponential(multiplier=2, max=30) + wait_random(0, 2)  # 2, 4, 8 s: enough for a store to restart
 
 _IMAGE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp)")
 _MEMBER = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
@@ -46,11 +46,11 @@ _META = re.compile(r"__[^/]*__($|/)")
 
 Turn = dict[str, str]
 Skip = Callable[[int], bool] | Set[int] | NDArray[np.bool_]
-"""Samples of a shard that are not wanted: a predicate or a set of indexes, or a mask over the shard."""
+"""Samples of a shard to leave out: a predicate on indexes, a set of indexes, or a mask over the shard."""
 
 
 class ShardDamaged(DataError):
-    """A shard does not hold what its manifest says, or is no whole tar."""
+    """A shard differs from its manifest, or is not a complete tar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,8 @@ class Shard:
     url: str
     samples: int
     bytes: int
-    # crc32 of the whole file, 8 hex digits. It guards against accidents and costs 0.4 ms per MB, where parsing the
-    # tar costs several; a cryptographic hash would add nothing, as who can swap a shard can swap its manifest.
+    # crc32 of the whole file, 8 hex digits. It detects accidents and costs 0.4 ms per MB; parsing the tar costs several
+    # ms. A cryptographic hash would not help: an attacker who can replace a shard can also replace its manifest.
     checksum: str
 
 
@@ -79,7 +79,7 @@ class RawSample:
 
 @dataclass(frozen=True, slots=True)
 class BadSample:
-    """A sample nobody can train on, and why."""
+    """A sample that cannot be used for training, and the reason."""
 
     key: str
     index: int
@@ -87,13 +87,13 @@ class BadSample:
 
 
 def read_shard(shard: Shard, storage: StorageSpec, skip: Skip | None = None) -> Iterator[RawSample | BadSample]:
-    """Stream a shard's samples in order, one for each of `shard.samples` indexes not in `skip`.
+    """Yield a shard's samples in order, one for each of `shard.samples` indexes that is not in `skip`.
 
-    A sample that cannot be used comes out as BadSample, and the reading goes on. Where a conversation has images and
-    no `<image>` at all, one placeholder for each image is put before the first human turn. Images are not decoded.
+    A sample that cannot be used is yielded as BadSample, and reading goes on. If a conversation has images but no
+    `<image>`, one placeholder for each image is put before the first human turn. Images are not decoded.
 
-    Raises ShardDamaged when samples, bytes or checksum differ from the manifest's. Damage shows where it breaks the
-    tar, or at the end, after samples were yielded. Raises DataUnreachable when the store fails.
+    Raises ShardDamaged if samples, bytes or checksum differ from the manifest. It raises where the damage breaks the
+    tar, or only at the end, after samples were yielded. Raises DataUnreachable if the store fails.
     """
     skipped = _predicate(skip)
     samples, places = 0, dict[str, int]()
@@ -115,11 +115,10 @@ def read_shard(shard: Shard, storage: StorageSpec, skip: Skip | None = None) -> 
 def read_shard_with_retry(
     shard: Shard, storage: StorageSpec, skip: Skip | None = None, *, attempts: int = 4, wait: wait_base = BACKOFF
 ) -> Iterator[RawSample | BadSample]:
-    """`read_shard`, begun again after damage or a failing store, without yielding an index twice.
+    """Yield what `read_shard` does, and read again after damage or a failing store. No index is yielded twice.
 
-    Raises the last reading's error when `attempts` of them failed: ShardDamaged or DataUnreachable, both DataError. Not
-    tried again are a missing shard, refused credentials, and a store that stayed silent for the two minutes of
-    `open_store`.
+    Raises the last error if all `attempts` fail: ShardDamaged or DataUnreachable, both DataError. There is
+    no retry for a missing shard, refused credentials, or a store that was silent for two minutes (`open_store`).
     """
     skipped, resume_at = _predicate(skip), 0
     for attempt in _retrying(attempts, wait):
@@ -131,7 +130,7 @@ def read_shard_with_retry(
 
 
 def scan_shard(url: str, storage: StorageSpec) -> Shard:
-    """Read a shard of which no manifest tells, and say what its entry should be.
+    """Read a shard that no manifest describes, and return its entry for the manifest.
 
     Raises ShardDamaged or DataUnreachable.
     """
@@ -145,7 +144,7 @@ def _retrying(attempts: int, wait: wait_base) -> Retrying:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether to read again: not from a store that was asked for two minutes, and stayed silent."""
+    """Return whether to read again. Not from a silent store, which was tried for two minutes already."""
     is_silent = isinstance(error.__cause__, StoreSilent)
     return isinstance(error, ShardDamaged) or (isinstance(error, DataUnreachable) and not is_silent)
 
@@ -181,19 +180,19 @@ _EXTENDED_HEADERS = frozenset(
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A member whose broken or missing header is an error; as it comes, `tarfile` takes it for the archive's end."""
+    """Member whose broken or missing header is an error. Unchanged, `tarfile` treats it as the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:  # pyright: ignore[reportIncompatibleMethodOverride]
         try:
             return super().fromtarfile(tar)
         except tarfile.HeaderError as error:
-            if type(error).__name__ == "EOFHeaderError":  # a block of zeros: the mark that does end an archive
+            if type(error).__name__ == "EOFHeaderError":  # a block of zeros: the real end-of-archive mark
                 raise
             raise tarfile.ReadError(f"no header at byte {tar.offset} ({error})") from None
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        """`tarfile`'s hook for each header; the content of some it takes into memory, whatever its size."""
+        """Limit the size of extended headers, which `tarfile` reads into memory. It calls this hook for each header."""
         if self.type in _EXTENDED_HEADERS and not 0 <= self.size <= MAX_EXTENDED_HEADER_BYTES:
             raise tarfile.ReadError(f"an extended header of {self.size} bytes at byte {tar.offset}")
         return super()._proc_member(tar)  # pyright: ignore[reportAttributeAccessIssue]
@@ -201,7 +200,7 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 @dataclass(slots=True)
 class _Group:
-    """The members that share a key: extension → content, and what is wrong with them."""
+    """Members that share a key: extension → content, and the first fault found in them."""
 
     key: str
     index: int
@@ -212,12 +211,12 @@ class _Group:
 
 
 def _groups(stream: ChecksumStream, wanted: Callable[[int], bool]) -> Iterator[_Group]:
-    """Neighbouring members with one key, as groups; the contents only of wanted ones. Reads `stream` to its end."""
+    """Yield neighbouring members with one key as groups, with contents only if wanted. Reads `stream` to its end."""
     group: _Group | None = None
-    open_tar = cast(Any, tarfile.open)  # its stub asks a stream for seek and tell, which "r|" never calls
+    open_tar = cast(Any, tarfile.open)  # Any: the type stub requires seek and tell, which "r|" never calls
     with open_tar(fileobj=_unpacked(stream), mode="r|", bufsize=TAR_BUFFER_BYTES, tarinfo=_StrictTarInfo) as tar:
         while member := tar.next():
-            tar.members.clear()  # else tarfile keeps every header it saw
+            tar.members.clear()  # otherwise tarfile keeps every header in memory
             key, extension = _split(member.name)
             if member.isdir() or key is None:
                 continue
@@ -237,14 +236,14 @@ def _groups(stream: ChecksumStream, wanted: Callable[[int], bool]) -> Iterator[_
 
 
 def _read_rest(tar: Any) -> None:
-    """Behind the end mark stand zeros and nothing else; a header wiped out by zeros looks like that mark."""
+    """Raise if data follows the end mark: a header overwritten by zeros looks like that mark."""
     while rest := tar.fileobj.read(TAR_BUFFER_BYTES):
         if rest.strip(b"\0"):
             raise tarfile.ReadError(f"data behind the end-of-archive mark at byte {tar.offset}")
 
 
 class _Rejoined:
-    """A stream whose first bytes were read already."""
+    """Stream whose first bytes were read already and are returned again."""
 
     def __init__(self, head: bytes, stream: ChecksumStream) -> None:
         self._head, self._stream = head, stream
@@ -255,9 +254,10 @@ class _Rejoined:
 
 
 class _Guarded:
-    """A tar that gzip does not blow up, and whose end cannot be read for ever.
+    """Tar stream with limits on its unpacked size and on the number of reads after its end.
 
-    A damaged header may give any size, and `tarfile` skips that much, one read at a time.
+    A gzip bomb would unpack without limit. A damaged header may give any size, and `tarfile` then skips that many
+    bytes, one read at a time.
     """
 
     def __init__(self, tar: _Rejoined | gzip.GzipFile, stream: ChecksumStream) -> None:
@@ -276,7 +276,7 @@ class _Guarded:
 
 
 def _unpacked(stream: ChecksumStream) -> _Guarded:
-    """The tar within a gzip, or as it is. `tarfile`'s own unpacking has no limit, and stops at gzip's first end."""
+    """Return the tar, unpacked if gzipped. `tarfile` itself unpacks without a limit, and only one gzip member."""
     head = stream.read(6)
     if head.startswith((b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         raise tarfile.ReadError("compressed by another program than gzip, the one that is read")
@@ -286,8 +286,8 @@ def _unpacked(stream: ChecksumStream) -> _Guarded:
 
 
 def _split(name: str) -> tuple[str | None, str]:
-    """Key and lower-case extension by webdataset's rule; (None, "") for what it passes over, such as README."""
-    name = name.encode("utf-8", "backslashreplace").decode()  # tarfile leaves surrogates for bytes that are no UTF-8
+    """Return key and lower-case extension by webdataset's rule; (None, "") for what it ignores, e.g. README."""
+    name = name.encode("utf-8", "backslashreplace").decode()  # tarfile uses surrogates for bytes that are not UTF-8
     match = _MEMBER.fullmatch(name)
     if _is_unsafe(name):
         return name, ""
@@ -320,7 +320,7 @@ def _fault(member: tarfile.TarInfo, extension: str, group: _Group) -> str | None
 
 @contextmanager
 def _tar_errors(url: str) -> Iterator[None]:
-    """Broken headers make `tarfile` raise nearly anything: TarError, ValueError, EOFError, zlib.error, OSError."""
+    """Turn errors of `tarfile` into ShardDamaged. For broken headers it raises almost any class of error."""
     try:
         yield
     except DataError:
@@ -333,7 +333,7 @@ def _tar_errors(url: str) -> Iterator[None]:
 
 
 def check_conversation(turns: Any, images: int) -> list[Turn]:
-    """The turns of a LLaVA conversation, with a placeholder for each image. Raises ValueError saying what is wrong."""
+    """Return the turns of a LLaVA conversation, with a placeholder per image. Raises ValueError with the reason."""
     if not isinstance(turns, list) or not turns:
         raise ValueError('"conversations" is not a list of turns')
     checked = [_turn(number, turn) for number, turn in enumerate(turns)]
@@ -379,7 +379,7 @@ def _record(members: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of two values for one name `json` would keep the last."""
+    """Return a JSON object as a dict. Raises ValueError for a repeated name: `json` would keep the last value."""
     made = dict(pairs)
     if len(made) != len(pairs):
         raise ValueError(f"a name stands twice in {[name for name, _ in pairs]}")
@@ -387,7 +387,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _images(members: dict[str, bytes]) -> list[bytes]:
-    """Images in the order of their numbers; an unnumbered one comes first."""
+    """Return the images in the order of their numbers; an unnumbered image comes first."""
     matches = [(match, content) for name, content in members.items() if (match := _IMAGE.fullmatch(name))]
     numbered = sorted(((int(match[1] or -1), content) for match, content in matches), key=lambda pair: pair[0])
     numbers = [number for number, _ in numbered]

@@ -1,7 +1,7 @@
-"""The job's one stream: the groups of the plan, which Ray Data has read (`reader`).
+"""Stream of a job: Ray Data reads the groups of the plan with `reader`.
 
-One execution covers every epoch; what the ledger says is done is subtracted when the stream starts, so a restart with
-any number of workers replays nothing and loses nothing.
+One execution of Ray Data covers all epochs. When the stream starts, it leaves out the samples that the ledger has as
+done. So a restart with any number of workers repeats no sample and loses none.
 """
 
 import time
@@ -22,36 +22,36 @@ from betakd_ray.data.plan import Plan
 from betakd_ray.spec import PoolSpec
 
 PAUSE_S = 0.02
-"""Pause of each turn of Ray Data's scheduling loop."""
+"""Seconds of sleep in each iteration of Ray Data's scheduling loop."""
 BLOCK_BYTES = 16 << 20
-"""A block costs Ray Data's executor milliseconds, whatever is in it: make it worth that."""
+"""Size in bytes at which a block ends. Not less, because each block costs Ray Data's executor some milliseconds."""
 BLOCK_ROWS = 256
-"""Rows of a block at the most. One rank gets all of a block, so it is to be little of what a rank reads."""
+"""Largest number of rows in a block. One rank gets a whole block, so a block must be a small part of its data."""
 BLOCKS_A_WORKER = 8
-"""Blocks at the least that each worker gets of what is left of a job, so that small jobs are spread evenly."""
+"""Smallest number of blocks per worker that the rest of a job is divided into, so that ranks get equal shares."""
 
 
 class PlanSource(Datasource):
-    """The groups of the plan that are not done, as read tasks in plan order."""
+    """Datasource of the groups of the plan that are not done: one read task per group, in plan order."""
 
     def __init__(self, reader: ray.ObjectRef, plan: Plan, ledger: Ledger, workers: int) -> None:
         super().__init__()
         self._reader = reader
-        # Once for all tasks: hundreds of shards may be begun and not finished.
+        # One object for all tasks: with hundreds of begun shards the ledger is large.
         self._ledger = ray.put(ledger)
         self._groups = _groups(plan, ledger)
         rows = int(self._groups[:, 3].sum())
         self._block_rows = min(BLOCK_ROWS, max(1, -(-rows // (BLOCKS_A_WORKER * workers))))
 
     def __len__(self) -> int:
-        """Count the read tasks."""
+        """Return the number of read tasks."""
         return len(self._groups)
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-        """One task for each group: a group is the unit that is retried. Ray Data asks several times."""
+        """Return one task for each group, the unit that is retried. Ray Data calls this several times."""
         return [self._task(*group) for group in self._groups.tolist()]
 
     def _task(self, epoch: int, first: int, last: int, rows: int) -> ReadTask:
@@ -60,7 +60,7 @@ class PlanSource(Datasource):
 
 
 def _groups(plan: Plan, ledger: Ledger) -> NDArray[np.int64]:
-    """[groups, 4] epoch, first, last and open samples of every group that has any."""
+    """Return [groups, 4] epoch, first, last and samples left, for every group with samples left."""
     bounds = plan.bounds()
     begins, ends = bounds[:-1], bounds[1:]
     left = plan.sizes - ledger.counts(plan.epochs)
@@ -75,43 +75,43 @@ def _groups(plan: Plan, ledger: Ledger) -> NDArray[np.int64]:
 def _read(
     reader: ray.ObjectRef, ledger: ray.ObjectRef, epoch: int, first: int, last: int, block_rows: int
 ) -> Iterator[pa.Table]:
-    """Read one group, where Ray Data runs it."""
+    """Yield the blocks of one group. Ray Data runs this in a reading process."""
     yield from _fetched(reader).blocks(epoch, first, last, _fetched(ledger), block_rows, BLOCK_BYTES)
 
 
 @lru_cache(maxsize=8)
 def _fetched(content: ray.ObjectRef) -> Any:
-    """Get an object, once a process: a tokenizer takes up to a second to unpickle.
+    """Return the value of a reference, fetched once per process, because a tokenizer takes up to a second to unpickle.
 
-    Several are kept, as jobs that run side by side share processes, and each has a reader and a ledger.
+    Several values are kept: concurrent jobs share processes, and each job has a reader and a ledger.
     """
     return ray.get(content)
 
 
 class AsTheyCome(int):
-    """A limit of block sizes in Ray Data that has every block passed on as the reader made it.
+    """Limit of block sizes in Ray Data with which every block is passed on as the reader made it.
 
-    Ray Data joins blocks of a task until they are more than the limit, and cuts those of one and a half times the
-    limit. Joined blocks would be few and large, and a small job's rows would all go to one rank. Whatever has a size is
-    more than this limit; in all else (the cut, estimates of memory) it is its number.
+    Ray Data joins blocks of a task until they exceed the limit, and splits blocks of more than one and a half times the
+    limit. Joined blocks would be few and large, and a small job's rows would all go to one rank. Every size above zero
+    compares as greater than this limit, so nothing is joined. For splitting and memory estimates it is a normal int.
     """
 
     def __lt__(self, size: int) -> bool:
-        return size > 0  # Python asks this for `size > limit`, as the limit's class is the narrower one
+        return size > 0  # Python calls this for `size > limit`, because a subclass of int has precedence
 
 
 class ExecutorThrottle(ExecutionCallback):
-    """Sleep in each turn of Ray Data's scheduling loop: under back-pressure it busy-waits and uses half a core."""
+    """Sleep in each iteration of Ray Data's scheduling loop: under back-pressure it busy-waits and uses half a core."""
 
     def on_execution_step(self, executor: object) -> None:
-        """Called by Ray Data."""
+        """Sleep. Ray Data calls this in each iteration."""
         time.sleep(PAUSE_S)
 
 
 def stream(reader: ray.ObjectRef, plan: Plan, ledger: Ledger, pool: PoolSpec, workers: int) -> "ray.data.Dataset":
-    """Return the rows that are still to be done, in plan order, in the blocks of `rows.block_of`.
+    """Return the rows that are not done, in plan order, in blocks of `rows.block_of`.
 
-    `workers` is the most that may share them.
+    `workers` is the largest number of workers that may share them.
     """
     context = ray.data.DataContext.get_current()
     # A long pause of the consumer (a checkpoint, an evaluation) is not a hang.

@@ -1,15 +1,16 @@
-"""What a teacher said, kept in object storage: one pass of the teacher serves every later epoch, and a whole sweep.
+"""Cache of teacher signals in object storage: one pass of the teacher serves all later epochs, and a whole sweep.
 
-    CACHE / KEY / PARTS / *.signals        the signals of many samples, of whatever shards, one after the other
-    CACHE / KEY / PARTS / *.index          for each such file: (shard, member, offset, length) of what is in it
+    CACHE / KEY / PARTS / *.signals        signals of many samples, of any shards, one after the other
+    CACHE / KEY / PARTS / *.index          for each such file: (shard, member, offset, length) of each signal in it
 
-KEY is a hash of the teacher's weights and code and of all that shapes its view of a sample, so a changed teacher,
-template or image size can never be a wrong hit; energies, temperatures and weightings are not in it. PARTS says what
-was kept, e.g. hidden+visual: a job is served by any folder that has at least what it needs.
+KEY is a hash of the teacher's weights and code and of everything that shapes its view of a sample. So a new teacher,
+template or image size never gives a wrong hit. Energies, temperatures and weightings are not in the key. PARTS names
+the stored parts, e.g. hidden+visual: a job can use any folder that has at least the parts that it needs.
 
-Readers look up where a shard's samples are, in the small indexes, and hand the places on with the rows; students fetch
-the signals of the samples that they are about to use, and write those that they had to ask for. An index is written
-after its file, so what an index names is whole. A sample written twice, by two attempts at one step, is read once.
+Readers look up the places of a shard's signals in the small indexes, and pass the places on with the rows. Students
+fetch the signals of the samples that they use next, and write the signals that they had to ask a teacher for. An index
+is written after its file, so a file that an index names is complete. If two attempts at one step write a sample twice,
+it is read once.
 """
 
 import hashlib
@@ -41,16 +42,18 @@ from betakd_ray.teacher.parts import PARTS, Needs, Signal, TeacherFacts
 
 FORMAT = 2
 FILE_BYTES = 64 << 20
-"""Size in bytes of a file of signals; only the last files of a run are smaller."""
+"""Size in bytes at which a file of signals is written; only the last file of a run is smaller."""
 KEPT_BYTES = 128 << 20
-"""Limit of the signals that a student worker keeps in memory: of a small set, rows are read epochs ahead of their
-answers."""
+"""Limit in bytes of the signals that a student worker keeps in memory.
+
+The rows of a small set are read epochs before their signals are needed, and so before these signals are in an index.
+"""
 REFRESH_S = 30.0
-"""How old a process's list of indexes may be."""
+"""Time in seconds after which a process lists the indexes again."""
 GAP_BYTES = 256 << 10
-"""Two ranges of a file that are no further apart are read as one: a request costs more than so many bytes."""
+"""Largest gap in bytes between two ranges of a file that are read as one: a request costs more than these bytes."""
 RANGE_BYTES = 32 << 20
-"""Ranges are not joined beyond this, so that long ones are read side by side."""
+"""Largest size in bytes of a joined range, so that long ranges are read in parallel."""
 INDEX = pa.schema(
     [
         ("shard", pa.dictionary(pa.int32(), pa.string())),
@@ -62,7 +65,7 @@ INDEX = pa.schema(
 
 
 class Entry(NamedTuple):
-    """A serialised signal, and whose it is."""
+    """A serialised signal, and the sample that it belongs to."""
 
     shard: str
     member: int
@@ -71,7 +74,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class SignalCache:
-    """One teacher's answers to one way of rendering."""
+    """Cached signals of one teacher for one way of rendering samples."""
 
     location: CacheSpec
     key: str
@@ -79,8 +82,10 @@ class SignalCache:
 
     @classmethod
     def of(cls, spec: TeacherSpec, facts: TeacherFacts, view: str, needs: Needs) -> "SignalCache | None":
-        """Return the cache of a teacher as it is loaded, for the renderer with the fingerprint `view`; None if the spec
-        names no cache."""
+        """Return the cache of the loaded teacher for the renderer with the fingerprint `view`.
+
+        Returns None if the spec names no cache.
+        """
         if spec.cache is None:
             return None
         content = [FORMAT, facts.fingerprint, view, spec.attn_implementation]
@@ -88,9 +93,9 @@ class SignalCache:
         return cls(spec.cache, key, needs)
 
     def locate(self, shard: Shard) -> Mapping[int, Stored]:
-        """Return where the signals of a shard's samples are: number of the sample in the shard's file → place.
+        """Return the places of a shard's signals, by the number of the sample in the shard's file.
 
-        Read from indexes that this process keeps, about 20 bytes a sample; new ones are looked for now and then.
+        The process keeps the indexes in memory, about 20 bytes per sample, and looks for new ones every `REFRESH_S`.
         """
         found: dict[int, Stored] = {}
         for part in _index(self).of(_name(shard)):
@@ -100,9 +105,9 @@ class SignalCache:
         return found
 
     def fetch(self, places: Sequence[Stored]) -> list[Signal]:
-        """Read signals by their places, and nothing else: neighbours as one range, ranges side by side.
+        """Read the signals at these places: neighbours as one range, and ranges in parallel.
 
-        Raises OSError, and TeacherError for what is no signal.
+        Raises OSError if the store fails, and TeacherError for bytes that are not a signal.
         """
         filesystem, root = open_store(self.location.path, self.location.storage)
         folder = join(root, self.key)
@@ -125,7 +130,7 @@ class SignalCache:
         return [signals[at] for at in range(len(places))]
 
     def write(self, entries: Sequence[Entry]) -> None:
-        """Add signals as a file of their own and its index. Raises OSError."""
+        """Write signals as a new file, and then its index. Raises OSError."""
         filesystem, root = open_store(self.location.path, self.location.storage)
         folder, name = join(root, self.key, self.needs.tag), uuid4().hex
         filesystem.makedirs(folder, exist_ok=True)
@@ -146,14 +151,14 @@ class SignalCache:
         replace_file(filesystem, join(folder, f"{name}.index"), sink.getvalue().to_pybytes())
 
     def has(self, parts: str) -> bool:
-        """Return whether a folder called PARTS has at least what is needed."""
+        """Return whether a folder with the name `parts` has at least the parts that are needed."""
         return set(self.needs.tag.split("+")) <= set(parts.split("+"))
 
 
 class CacheWriter:
-    """One student worker's side: gathers signals and writes them in the background. Thread-safe.
+    """Writer of one student worker: collects signals and writes them in the background. Thread-safe.
 
-    With `keep`, for samples that come again, the first ones stay in memory as well.
+    With `keep`, for samples that come again, the first `KEPT_BYTES` of signals also stay in memory.
     """
 
     def __init__(self, cache: SignalCache, *, keep: bool) -> None:
@@ -167,8 +172,8 @@ class CacheWriter:
         self._writing: Future[None] | None = None
 
     def add(self, shard: Shard, member: int, signal: Signal) -> None:
-        """Keep what the teacher said of a sample. Raises OSError if earlier signals could not be written."""
-        # As bytes: the arrays are views of a whole group's answer, which must not stay in the object store for them.
+        """Add the signal of a sample. Raises OSError if earlier signals could not be written."""
+        # Serialised: the arrays are views of a whole group's answer and would keep all of it in the object store.
         content = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in signal.items()})
         entry = Entry(_name(shard), member, content)
         with self._lock:
@@ -181,28 +186,28 @@ class CacheWriter:
                 self._start()
 
     def known(self, shard: Shard, member: int) -> Signal | None:
-        """Return what was said of a sample in an earlier epoch, if it is still in memory."""
+        """Return the signal that a sample got in an earlier epoch, if it is in memory; otherwise None."""
         content = self._kept.get((_name(shard), member))
         return None if content is None else safetensors.numpy.load(content)
 
     def flush(self) -> None:
-        """Return once everything is stored. Raises OSError if it cannot be.
+        """Block until everything is stored. Raises OSError if it cannot be stored.
 
-        For the end of a run: whatever is held becomes a file, however small.
+        Call it at the end of a run, because even a few signals become a file.
         """
         with self._lock:
             self._start()
             self._finish()
 
     def close(self) -> None:
-        """Store everything, and end the thread."""
+        """Store everything and end the writing thread."""
         try:
             self.flush()
         finally:
             self._executor.shutdown(wait=False)
 
     def _start(self) -> None:
-        self._finish()  # at most one file is on its way, and one is being gathered
+        self._finish()  # bounds memory: at most one file is being written while the next is collected
         held, self._held, self._bytes = self._held, [], 0
         if held:
             self._writing = self._executor.submit(self._cache.write, held)
@@ -217,7 +222,7 @@ class CacheWriter:
 
 
 class _Range(NamedTuple):
-    """A range of a file, and the positions of the signals in it."""
+    """Range of a file in bytes, and which of the requested places are in it."""
 
     file: str
     start: int
@@ -244,7 +249,7 @@ def _ranges(places: Sequence[Stored]) -> list[_Range]:
 
 @dataclass(frozen=True)
 class _Indexed:
-    """What one file has of one shard."""
+    """Index of the signals that one file has of one shard."""
 
     file: str
     members: NDArray[np.int32]
@@ -253,7 +258,7 @@ class _Indexed:
 
 
 class _Index:
-    """All indexes of a cache, as far as this process has read them."""
+    """All indexes of a cache that this process has read."""
 
     def __init__(self, cache: SignalCache) -> None:
         self._cache = cache
@@ -263,7 +268,7 @@ class _Index:
         self._listed = -REFRESH_S
 
     def of(self, shard: str) -> list[_Indexed]:
-        """Return what is known of a shard, by its name."""
+        """Return the known index entries of the shard with this name."""
         with self._lock:
             if time.monotonic() - self._listed >= REFRESH_S:
                 self._refresh()
@@ -286,6 +291,7 @@ class _Index:
         shards = table["shard"].combine_chunks()
         names, owners = shards.dictionary.to_pylist(), shards.indices.to_numpy()
         members, offsets, lengths = (table[name].to_numpy() for name in ("member", "offset", "length"))
+        # Sorting by shard makes the entries of each shard one slice: bounds[n] … bounds[n + 1].
         order = np.argsort(owners, kind="stable")
         bounds = np.searchsorted(owners[order], np.arange(len(names) + 1))
         for name, start, stop in zip(names, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
@@ -300,21 +306,24 @@ def _index(cache: SignalCache) -> _Index:
 
 @lru_cache(maxsize=4096)
 def _name(shard: Shard) -> str:
-    """Return a name for a shard's content: it may be elsewhere the next time."""
+    """Return a name of a shard's content. It has no folder, because the shard may be moved between jobs."""
     return f"{shard.url.rsplit('/', 1)[-1]}-{shard.samples}-{shard.bytes}-{shard.checksum}"
 
 
 # ------------------------------------------------------------------------------------------------ comparing
 
 ROUNDING = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
-"""Relative difference up to which two answers of one teacher are alike. It computes them in groups of other sizes, with
-other kernels, and layer by layer the differences add up; another template or other weights give differences near 1."""
+"""Largest relative difference between two signals of one teacher for one sample, by dtype.
+
+Groups of other sizes use other kernels, and the rounding differences add up from layer to layer. Another template or
+other weights give differences near 1.
+"""
 
 
 def differs(live: Signal, stored: Signal, dtype: str) -> str | None:
-    """Return which part of a stored signal is not what the teacher says now, and by how much; None if it is the same.
+    """Return which part of a stored signal differs from the teacher's live signal, and by how much; None if none does.
 
-    `dtype` is the one that the teacher computes in (`TeacherFacts.dtype`).
+    `dtype` is the dtype that the teacher computes in (`TeacherFacts.dtype`).
     """
     for name, now in live.items():
         then = stored.get(name)
@@ -328,7 +337,7 @@ def differs(live: Signal, stored: Signal, dtype: str) -> str | None:
 
 
 def _difference(name: str, now: NDArray[Any], then: NDArray[Any]) -> float:
-    """Return ‖now − then‖ / ‖then‖; log-probabilities are compared as probabilities, most of which are next to none."""
+    """Return ‖now − then‖ / ‖then‖. Log-probabilities are compared as probabilities, because most are almost zero."""
     first, second = _numbers(now), _numbers(then)
     if name == "top_log_probs":
         first, second = np.exp(first), np.exp(second)
@@ -337,9 +346,9 @@ def _difference(name: str, now: NDArray[Any], then: NDArray[Any]) -> float:
 
 
 def _missing_mass(live: Signal, stored: Signal) -> float:
-    """Return the probability, in the mean over rows, of stored ids that are not among those of now.
+    """Return the total probability of the stored ids that are not among the live ids, as the mean over rows.
 
-    By their mass, as the last of them change places with the next at every rounding.
+    Probability and not a count, because rounding alone swaps the last of the k ids with the next one.
     """
     mass = np.exp(_numbers(stored["top_log_probs"])[:, :-1])
     is_missing = ~(stored["top_ids"][:, :, None] == live["top_ids"][:, None, :]).any(axis=2)

@@ -1,10 +1,10 @@
-"""A student worker's side of the teacher pool: every group gets its answer, whatever becomes of the teachers.
+"""Client of the teacher pool in a student worker: every group gets an answer, even if teachers fail.
 
-A teacher that dies, or works on one group for longer than `teacher.timeout_s`, is reported, and its groups go to
-others; the student waits, and never restarts for it. How long a group waits for its turn in a teacher's queue is no
-reason to take the teacher for dead. A group that two teachers died of is suspect: it is examined, with a teacher of its
-own, until the sample at fault is found, which then takes no part in training (`examination`). So is one that a teacher
-cannot score and lives. Other groups go on meanwhile.
+A teacher that dies, or that works on one group for longer than `teacher.timeout_s`, is reported to the pool. Its
+groups go to other teachers. The student waits and does not restart. Time that a group waits in a teacher's queue does
+not count towards the timeout. A group that killed two teachers is suspect: it is examined with an exclusive teacher
+until the faulty sample is found, and that sample takes no part in training (`examination`). A group that raised an
+error in a teacher without killing it is examined too. Other groups go on meanwhile.
 """
 
 import itertools
@@ -28,18 +28,19 @@ from betakd_ray.teacher.parts import Answer, GroupAnswer
 from betakd_ray.teacher.ports import IN_HAND, Pending, Pool, Teacher, Unanswered
 
 HEARTBEAT_S = 5.0
+"""Seconds between two heartbeats to the pool."""
 CHECK_S = 5.0
-"""How long an answer is waited for before its teacher is asked how it is, and how long that may take."""
+"""Seconds to wait for an answer before a health check of its teacher, and timeout of that check."""
 POLL_S = (0.2, 2.0)
-"""Between two questions to the pool about teachers that are to come: at first, and in the end."""
+"""Seconds between two polls of the pool while no teacher is there: the first pause, and the longest."""
 SUSPECT_AFTER = 2
-"""Teachers that a group may cost before it is examined."""
+"""Number of teachers that may die of a group before the group is examined."""
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A group that is with a teacher."""
+    """A group that was sent to a teacher."""
 
     teacher: Teacher
     pending: Pending | None = None
@@ -47,15 +48,19 @@ class Ticket:
 
 @dataclass
 class Pulse:
-    """What was last heard of a teacher."""
+    """Times at which this rank last heard from a teacher and last asked it, on the monotonic clock in seconds."""
 
     heard: float = field(default_factory=time.monotonic)
+    """Last answer or health report of the teacher."""
     asked: float = 0.0
+    """Last health check."""
 
 
 class TeacherClient:
-    """One for each rank. Every method may be called from any thread; `score` is called from one thread for each group
-    that is to be with the teachers at a time."""
+    """Client of one rank. Every method may be called from any thread.
+
+    `score` blocks: for several groups in flight, call it from as many threads.
+    """
 
     def __init__(
         self, pool: Pool, rank: int, ranks: int, spec: TeacherSpec, start_timeout_s: float, stack: Stack
@@ -84,14 +89,14 @@ class TeacherClient:
 
     @property
     def in_flight(self) -> int:
-        """Return the groups that are with teachers."""
+        """Return the number of groups that are with teachers."""
         with self._lock:
             return sum(map(len, self._sent.values()))
 
     def score(self, group: Sequence[Rendering]) -> Answer:
-        """Return what the teacher says of each sample, once it is known.
+        """Return the teacher's answer to a group; blocks until there is one.
 
-        Raises TeacherError if the pool has given up, or the teacher cannot answer anything.
+        Raises TeacherError if the pool has given up, or if the teacher cannot score any sample.
         """
         failures = 0
         while True:
@@ -113,14 +118,14 @@ class TeacherClient:
                 return self._examine(group, self._score_alone)
 
     def report_waiting(self, seconds: float) -> None:
-        """Add time that the student waited for answers: the pool grows while students wait."""
+        """Add seconds that the student waited for answers. The pool grows while students wait."""
         with self._lock:
             self._waited_s += seconds
 
     def head(self) -> NDArray[Any] | None:
-        """Return the weight of the teacher's lm_head as it travels (see `parts.to_tensor`), straight from a teacher.
+        """Return the weight of the teacher's lm_head, [V_t, H_t], as `parts.to_wire` makes it; fetched from a teacher.
 
-        None where no hidden states are asked for. All ranks ask the same teacher, so that it comes to a node once.
+        Returns None if no hidden states are asked for. All ranks ask the same teacher, so that each node gets one copy.
         """
         while True:
             with self._lock:
@@ -134,7 +139,7 @@ class TeacherClient:
                 self._report(Ticket(teacher), str(failure))
 
     def close(self) -> None:
-        """End the heartbeat; whoever waits for an answer gets a TeacherError."""
+        """End the heartbeat. Threads that still wait for an answer get a TeacherError."""
         self._is_closed.set()
         self._beating.join(timeout=HEARTBEAT_S)
 
@@ -155,9 +160,10 @@ class TeacherClient:
     def _choose(self) -> Teacher:
         """Return the teacher that has the fewest of this rank's groups.
 
-        Ranks begin at places that are evenly spread over the teachers, and each goes on by one for each group. So every
-        teacher gets the same share of the groups, however many teachers and ranks there are and whoever has died: with
-        a fixed place for each rank, 64 ranks of four groups each would leave a third of 216 teachers without any.
+        Among several such teachers, each rank starts from another place, evenly spread over the teachers, and moves on
+        by one for each group. So every teacher gets the same share of the groups, for any number of teachers and ranks
+        and after any deaths. With a fixed place for each rank, 64 ranks with four groups each would leave a third of
+        216 teachers idle.
         """
         numbers = sorted(self._members)
         count = len(numbers)
@@ -167,7 +173,7 @@ class TeacherClient:
         return self._members[numbers[at]]
 
     def _receive(self, ticket: Ticket) -> GroupAnswer:
-        """Raises Unanswered."""
+        """Wait for the answer to a group. Raises Unanswered."""
         assert ticket.pending is not None
         with self._lock:
             pulse = self._pulses[ticket.teacher.number]
@@ -185,13 +191,13 @@ class TeacherClient:
                     raise Unanswered(reason) from None
 
     def _stalled(self, teacher: Teacher, pulse: Pulse) -> str | None:
-        """Return why a teacher that has not answered yet must be taken for dead, if it must."""
+        """Return why a teacher that has not answered must count as dead; None if it may still answer."""
         now = time.monotonic()
         with self._lock:
             if teacher.number in self._suspects:
                 return "it was reported as dead"
             if now - pulse.asked < self._check_s:
-                return None  # another group's thread asks
+                return None  # one health check per teacher: the thread of another group has just made it
             pulse.asked = now
         try:
             working_s = teacher.health(self._check_s)
@@ -201,15 +207,16 @@ class TeacherClient:
         except Unanswered as failure:
             return str(failure)
         pulse.heard = time.monotonic()
+        # Only computing time counts: a group that waits in a long queue is no sign of a dead teacher.
         if working_s > self._timeout_s:
             return f"no answer to one group within teacher.timeout_s = {self._timeout_s:g} s"
         return None
 
     def _report(self, ticket: Ticket, reason: str) -> bool:
-        """Tell the pool of a dead teacher; returns whether it may have died of this group.
+        """Report a dead teacher to the pool; return whether this group may have killed it.
 
-        A teacher takes groups in the order in which it was asked, and has a few in hand: only the oldest of this rank's
-        can be what it died of. Those that were queued behind them just go elsewhere.
+        A teacher takes groups in the order in which they were sent, and works on `IN_HAND` groups at a time. So only
+        the oldest groups of this rank can have killed it. The groups queued behind them go to other teachers.
         """
         number = ticket.teacher.number
         with self._lock:
@@ -219,7 +226,7 @@ class TeacherClient:
             self._members.pop(number, None)
         if is_first and not self._pool.lost(number, reason):
             with self._lock:
-                del self._suspects[number]  # it was told to leave, and may come back from a lease
+                del self._suspects[number]  # the pool had removed it for a lease, after which it may return
         with self._lock:
             return ticket in self._suspects.get(number, ())
 
@@ -237,7 +244,7 @@ class TeacherClient:
             self._pool.end_lease(holder, is_alive=True)
 
     def _score(self, inputs: ModelInputs, holder: str) -> GroupAnswer:
-        """Ask any teacher: for groups that raised an error without killing one. Raises Unanswered."""
+        """Ask any teacher. For groups that raised an error without killing a teacher. Raises Unanswered."""
         ticket = self._send(inputs)
         try:
             return self._receive(ticket)
@@ -250,7 +257,7 @@ class TeacherClient:
         return self._score_alone(inputs, holder)
 
     def _score_alone(self, inputs: ModelInputs, holder: str) -> GroupAnswer:
-        """Ask a teacher that nobody else can have sent anything to. Raises Unanswered."""
+        """Ask an exclusive teacher. If it dies, this group killed it, as it has no other group. Raises Unanswered."""
         teacher = self._lease(holder)
         try:
             return self._receive(Ticket(teacher, teacher.submit(inputs)))
@@ -260,7 +267,7 @@ class TeacherClient:
             raise
 
     def _lease(self, holder: str) -> Teacher:
-        """Wait for a teacher of one's own. There is no deadline: the pool has one, or is getting one, or raises."""
+        """Wait for an exclusive teacher. There is no timeout: the pool has a teacher, or is starting one, or raises."""
         pause = POLL_S[0]
         while (teacher := self._pool.lease(holder)) is None:
             self._pause(pause)
@@ -270,12 +277,12 @@ class TeacherClient:
     # ---------------------------------------------------------------------------------------------------- the pool
 
     def _wait_for_members(self) -> None:
-        """Return once there is a teacher.
+        """Block until there is a teacher.
 
-        As long as the pool says that teachers are placed, loaded, replaced or lent, there is no deadline: a limit here
-        would be another one beside `teacher.timeout_s`, `cluster.start_timeout_s` and those of the ranks' collectives,
-        and whichever is shortest would end a job that only had to wait. Raises TeacherError where the pool has given
-        up, or knows of no teacher at all for `cluster.start_timeout_s`.
+        There is no timeout while the pool says that teachers are placed, loaded, replaced or leased. A timeout would
+        compete with `teacher.timeout_s`, `cluster.start_timeout_s` and the timeouts of the ranks' collectives, and the
+        shortest of them would end a job that only has to wait. Raises TeacherError if the pool has given up, or if it
+        has no teacher, not even one that starts, for `cluster.start_timeout_s`.
         """
         begun = since = told = time.monotonic()
         pause = POLL_S[0]
@@ -298,7 +305,7 @@ class TeacherClient:
             pause = min(1.5 * pause, POLL_S[1])
 
     def _refresh(self, at_most_every_s: float) -> None:
-        """Ask the pool who is in: one thread for all that wait."""
+        """Ask the pool for its members. Of all waiting threads, one asks."""
         with self._refreshing:
             if time.monotonic() - self._refreshed < at_most_every_s:
                 return
@@ -310,7 +317,7 @@ class TeacherClient:
             self._is_expecting = roster.is_expecting
             if roster.members is not None:
                 self._version = roster.version
-                # One that was reported may still be in a roster that was on its way.
+                # A roster sent before our report may still name a teacher that we reported as dead.
                 self._members = {
                     number: teacher for number, teacher in roster.members.items() if number not in self._suspects
                 }
@@ -326,17 +333,17 @@ class TeacherClient:
             raise TeacherError("the client of the teachers was closed while a group was with them")
 
     def _beat(self) -> None:
-        """Report to the pool every few seconds. Apart from all that trains, as the pool may take its time to answer."""
+        """Send heartbeats to the pool. On a separate thread, so that a slow pool does not delay training."""
         begun = time.monotonic()
         while not self._is_closed.wait(HEARTBEAT_S):
             now = time.monotonic()
             with self._lock:
-                # The feed reports a wait when it is over, which may be longer than the time since the last beat.
+                # The feed reports a wait when it ends, so it may be longer than the time since the last heartbeat.
                 waiting, self._waited_s = min(self._waited_s / (now - begun), 1.0), 0.0
                 answers, self._answers = self._answers, 0
             try:
                 self._take(self._pool.heartbeat(self._name, waiting, answers, self._version))
-            except Exception as error:  # raised again where a group waits
+            except Exception as error:  # raised again by the thread of a group that waits
                 self._failure = error
                 return
             begun = now

@@ -1,4 +1,4 @@
-"""A group that kills its teachers, halved until the samples at fault are found."""
+"""Binary search for the faulty samples of a group that teachers cannot score."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from betakd_ray.teacher.ports import Unanswered
 
 Stack = Callable[[Sequence[Rendering]], ModelInputs]
 Score = Callable[[ModelInputs], GroupAnswer]
-"""Asks a teacher. Raises Unanswered, and that for no other reason than these inputs."""
+"""Function that asks a teacher. It raises Unanswered only if these inputs are the cause."""
 
 
 def examine(group: Sequence[Rendering], stack: Stack, score: Score) -> Answer:
-    """Return the answer to a group, with no signal for the samples that no teacher survives, and the reason.
+    """Return the answer to a group; the samples that teachers cannot score have a reason in place of a signal.
 
-    Asks some 2·log2(n) times for each such sample. Raises TeacherError where it must be the teacher that is at fault:
-    two samples in a row are refused before any is answered, or a blank sample is refused as well.
+    Asks about 2·log2(n) times for each such sample of n. Raises TeacherError if the teacher must be at fault: two
+    samples are refused before any sample is answered, or a blank sample is refused too.
     """
     return _Examination(stack, score).of(group)
 
@@ -36,6 +36,7 @@ class _Examination:
         except Unanswered as reason:
             if len(group) == 1:
                 return self._refuse(group, str(reason))
+            # Halves are examined independently, as several samples of a group may be faulty.
             half = len(group) // 2
             return Answer.joined([self.of(group[:half]), self.of(group[half:])])
         self.answered += len(group)

@@ -1,14 +1,14 @@
-"""What travels from the teacher to the student: the one table of its parts, and how they are joined and cut.
+"""Signals from the teacher to the student: the table of their parts, and functions that join and split them.
 
-A sample's signal is a mapping from a part's name to an array. What the parts are stands in `PARTS` and nowhere else:
-which energies and features ask for one, on what it has a value (an answer row, an image token, a pair of both, or the
-sample), its shape and dtype there, and how it is computed from one forward of the teacher. What is asked of a teacher
-(`Needs`), what travels, the cache, the forecast, the memory estimate and the student all read the table. A new part is
-an entry here, and nothing else.
+A sample's signal is a mapping from a part's name to an array. The parts are defined in `PARTS` and nowhere else: which
+energies and features need a part, what it has a value for (an answer row, an image token, a pair of both, or the
+sample), the shape and dtype of a value, and how it is computed from one forward pass of the teacher. `Needs`, the
+signals, the cache, the forecast, the memory estimate and the student all read this table. To add a part, add an entry
+here, and nothing else.
 
-For energies on logits the part is the final hidden state of each answer row, from which the student, holding a copy of
-the teacher's head, rebuilds the exact logits: at 7B some 8 kB a token instead of 64 kB of logits. `top_k` is smaller
-still, and biased. numpy has no bfloat16: such arrays travel as a view of uint16, which no part has of its own.
+For energies on logits the part is the final hidden state of each answer row. The student has a copy of the teacher's
+head and computes the exact logits from it: for a 7B teacher about 8 kB per token instead of 64 kB of logits. `top_k` is
+even smaller, but biased. numpy has no bfloat16, so such arrays are sent as a view of uint16; no part is uint16 itself.
 """
 
 import math
@@ -30,32 +30,32 @@ from betakd_ray.objective import project, segment_mean, top_k
 from betakd_ray.spec import VISUAL_ENERGIES, Feature, InstanceWeighting, ObjectiveSpec, TeacherSpec, TopKSignal
 
 Signal = dict[str, NDArray[Any]]
-"""What the teacher says of one sample: part → [places, width], [places] or, of a part on the sample, [size].
+"""Signal of the teacher for one sample: part → [places, width] or [places]; [size] for a part of the sample axis.
 
-A sample without an image has no part on image tokens.
+A sample without an image has no parts of the token axis.
 """
 Axis = Literal["row", "token", "pair", "sample"]
-"""What a part has a value on: an answer row, an image token, a pair of both, or the sample as a whole."""
+"""Axis of a part: it has one value for each answer row, each image token, each pair of both, or the whole sample."""
 Asked = Callable[[TeacherSpec, ObjectiveSpec], bool]
 CHUNK_ROWS = 1024
-"""Rows whose teacher logits exist at a time, for what is made of logits."""
+"""Number of rows whose logits are in memory at a time, for parts that are computed from logits."""
 NOT_FINITE = "the teacher's output is not finite"
 
 
 @dataclass(frozen=True)
 class TeacherFacts:
-    """What a student must know of the teacher before the first batch. Small: the head travels by itself."""
+    """Facts about the teacher that a student needs before the first batch. Small: the head is fetched separately."""
 
     width: int
-    """Width of the hidden states, and so of the image tokens that the language model receives."""
+    """Width of the hidden states, which is also the width of the image tokens that the language model receives."""
     heads: int
-    """Attention heads of a layer."""
+    """Number of attention heads of a layer."""
     dtype: str
-    """dtype of the hidden states by torch's name, e.g. bfloat16."""
+    """Dtype of the hidden states by its torch name, e.g. bfloat16."""
     fingerprint: str = ""
-    """A hash of configuration and weights, for the cache; empty if there is none."""
+    """Hash of configuration, code and weights, for the cache; empty if there is no cache."""
     top_k_vocab: int = 0
-    """Ids that a top-k signal is about."""
+    """Number of token ids that a top-k signal chooses from."""
 
     @property
     def feature_sizes(self) -> dict[Feature, int]:
@@ -65,19 +65,19 @@ class TeacherFacts:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a job asks of its teacher."""
+    """Parts that a job needs from its teacher, and their options."""
 
     parts: frozenset[str] = frozenset()
     top_k: int = 0
-    """How many probabilities `top_ids` and `top_log_probs` have of an answer row."""
+    """Number k of the most probable ids in `top_ids` and `top_log_probs`, per answer row."""
     vocab: int = 0
-    """Ids that teacher and student have in common; for `top_k`."""
+    """Number of token ids that teacher and student have in common; for `top_k`."""
     layer: int = 0
-    """The layer, counted from 1, that `visual_layer` is the output of."""
+    """Layer whose output is `visual_layer`, counted from 1; 0 for none."""
 
     @classmethod
     def of(cls, teacher: TeacherSpec, objective: ObjectiveSpec, vocab: int) -> "Needs":
-        """Return what a spec needs; `vocab` is the number of ids that the models have in common."""
+        """Return the needs of a spec; `vocab` is the number of token ids that the models have in common."""
         parts = frozenset(name for name, part in PARTS.items() if part.is_asked(teacher, objective))
         has_top_k = "top_ids" in parts
         layer = objective.feature_layer
@@ -92,41 +92,41 @@ class Needs:
         return part in self.parts
 
     def __or__(self, other: "Needs") -> "Needs":
-        """Return what serves both of two jobs, which ask for the same top-k signal, or none, and the same layer."""
+        """Return needs that serve two jobs. Both must ask for the same layer, and for the same top-k signal or none."""
         assert self.choices == other.choices
         return Needs(self.parts | other.parts, self.top_k, self.vocab, self.layer)
 
     @property
     def choices(self) -> tuple[int, ...]:
-        """What jobs that are answered together have to agree about."""
+        """Return the options that must be equal for jobs that share answers."""
         return self.top_k, self.vocab, self.layer
 
     @property
     def reads_attention(self) -> bool:
-        """Return whether a part is made of attention weights, which fused kernels do not give."""
+        """Return whether a part is computed from attention weights, which fused kernels do not return."""
         return any(PARTS[name].reads_attention for name in self.parts)
 
     @property
     def tag(self) -> str:
-        """Return its parts by name, in one word; a part of another tag is another part to the cache."""
+        """Return the tags of all parts, joined by +. To the cache, a part with another tag is another part."""
         tags = (part.tag(self) if part.tag else name for name, part in PARTS.items() if name in self)
         return "+".join(dict.fromkeys(tags))
 
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward of the teacher over a group of samples: what the parts are computed from."""
+    """Result of one forward pass of the teacher over a group of samples, from which the parts are computed."""
 
     hidden: Hidden
     inputs: TensorInputs
     pairs: Pairs | None
-    """Where a part reads attention."""
+    """Pairs (answer row, image token); None if no part reads attention."""
     head: Tensor
     needs: Needs
 
     @cached_property
     def top(self) -> tuple[Tensor, Tensor]:
-        """Return [R, k] ids and [R, k + 1] log-probabilities, the last of all the rest."""
+        """Return ids [R, k] and log-probabilities [R, k + 1]; the last one is that of all other ids together."""
         ids, log_probs = [], []
         for chunk in self.hidden.rows.split(CHUNK_ROWS):
             logits = project(chunk, self.head)[:, : self.needs.vocab]
@@ -140,7 +140,7 @@ class Forward:
 
 
 def _vision(forward: Forward) -> Tensor:
-    """Return [B, H] the mean image token of each sample; zeros where there is none."""
+    """Return [B, H] the mean image token of each sample; zeros for a sample without an image."""
     hidden, inputs = forward.hidden, forward.inputs
     if hidden.visual is None:
         return hidden.rows.new_zeros((len(inputs.input_ids), forward.head.shape[1]), dtype=torch.float32)
@@ -217,26 +217,27 @@ def _with_feature(name: str) -> Asked:
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that a teacher can say."""
+    """One part of a teacher's signal."""
 
     name: str
     axis: Axis
     is_asked: Asked
-    """Whether a job needs it."""
+    """Whether a job needs this part."""
     compute: Callable[[Forward], Tensor | None]
-    """Its values over all samples of a forward: [places, *shape], or [B, *shape] of a part on the sample; None where no
-    sample has a place."""
+    """Function that computes the values for all samples of a forward pass: [places, *shape], or [B, *shape] for the
+    sample axis. It returns None if no sample has a place."""
     shape: Callable[[Needs, TeacherFacts], tuple[int, ...]]
     """Shape of one value."""
     dtype: str | None = None
-    """dtype by torch's name; None for the teacher's own."""
+    """Dtype by its torch name; None for the dtype of the teacher."""
     tag: Callable[[Needs], str] | None = None
-    """How `Needs.tag` calls it, if not by its name."""
+    """Tag of this part in `Needs.tag`; None if that is its name."""
     reads_attention: bool = False
+    """Whether it is computed from attention weights."""
     must_be_finite: bool = False
-    """A sample is refused if this is not finite. All else is made of such parts."""
+    """Whether a sample is refused if a value is not finite. All other parts are computed from such parts."""
     noise: float = 0.0
-    """Size up to which a value is taken for noise when two answers are compared."""
+    """Absolute size below which a value counts as noise when two signals are compared, in the unit of the part."""
 
 
 def _wide(_: Needs, facts: TeacherFacts) -> tuple[int, ...]:
@@ -253,7 +254,7 @@ _TABLE = (
         shape=_wide,
         must_be_finite=True,
     ),
-    # In its place, the k most probable ids of each answer row, most probable first …
+    # Instead of it, the k most probable ids of each answer row, most probable first …
     Part(
         "top_ids",
         axis="row",
@@ -335,11 +336,11 @@ _TABLE = (
         compute=_entropies,
         shape=lambda *_: (2,),
         dtype="float32",
-        noise=0.1,  # nats: a teacher that is sure has next to none
+        noise=0.1,  # nats: the entropy of a confident teacher is almost zero
     ),
 )
 PARTS: Mapping[str, Part] = {part.name: part for part in _TABLE}
-"""The table, by name of the part."""
+"""All parts by name."""
 FEATURES = cast(tuple[Feature, ...], tuple(name for name, part in PARTS.items() if part.axis == "sample"))
 
 
@@ -347,7 +348,7 @@ FEATURES = cast(tuple[Feature, ...], tuple(name for name, part in PARTS.items() 
 
 
 def to_wire(tensor: Tensor) -> NDArray[Any]:
-    """Return a tensor of any device as an array that numpy knows: bfloat16 as a view of uint16."""
+    """Return a tensor of any device as a numpy array; bfloat16 becomes a view of uint16."""
     tensor = tensor.detach().contiguous().cpu()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
@@ -365,7 +366,7 @@ def wire_dtype(part: str, facts: TeacherFacts) -> np.dtype[Any]:
 
 
 def value_bytes(part: str, needs: Needs, facts: TeacherFacts) -> int:
-    """Return the bytes of a part at one place, e.g. at one answer row."""
+    """Return the size in bytes of one value of a part, e.g. for one answer row."""
     return math.prod(PARTS[part].shape(needs, facts)) * wire_dtype(part, facts).itemsize
 
 
@@ -374,21 +375,21 @@ def value_bytes(part: str, needs: Needs, facts: TeacherFacts) -> int:
 
 @dataclass(frozen=True)
 class GroupAnswer:
-    """What a teacher sends for a group of B samples: few and large arrays, which travel without a copy."""
+    """Answer of a teacher to a group of B samples: few large arrays, which Ray sends without a copy."""
 
     arrays: dict[str, NDArray[Any]]
-    """Part → the values of all samples, one after the other."""
+    """Part → [places of all samples, *shape], the samples one after the other."""
     rows: NDArray[np.integer]
-    """[B] answer rows of each sample."""
+    """[B] the number of answer rows of each sample."""
     tokens: NDArray[np.integer]
-    """[B] its image tokens."""
+    """[B] the number of image tokens of each sample."""
     is_finite: NDArray[np.bool_]
-    """[B] false where an output of the teacher was not finite."""
+    """[B] false for a sample for which an output of the teacher was not finite."""
     busy_s: float = 0.0
-    """Seconds that the teacher computed."""
+    """Seconds that the teacher computed this group."""
 
     def signals(self) -> list[Signal | None]:
-        """Return each sample's signal, as views of the arrays; None where it is not finite."""
+        """Return the signal of each sample, as views of the arrays; None for a sample that is not finite."""
         ends = {axis: np.cumsum(_counts(axis, self.rows, self.tokens)) for axis in ("row", "token", "pair", "sample")}
         found: list[Signal | None] = []
         for at, is_finite in enumerate(self.is_finite.tolist()):
@@ -406,25 +407,25 @@ class GroupAnswer:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is known of a group of samples once a teacher was asked."""
+    """Signals of a group of samples, or the reasons why samples have none."""
 
     signals: list[Signal | None]
-    """None where the teacher cannot answer; such a sample takes no part in training."""
+    """Signal of each sample; None if the teacher cannot score it, and then it takes no part in training."""
     reasons: dict[int, str] = field(default_factory=dict)
-    """Position in the group → why there is no signal."""
+    """Position in the group → why that sample has no signal."""
     busy_s: float = 0.0
-    """Seconds that teachers computed."""
+    """Seconds that teachers computed this group."""
 
     @classmethod
     def of(cls, group: GroupAnswer) -> "Answer":
-        """Return the answer of one teacher."""
+        """Make the answer from what one teacher sent."""
         signals = group.signals()
         reasons = {at: NOT_FINITE for at, signal in enumerate(signals) if signal is None}
         return cls(signals, reasons, group.busy_s)
 
     @classmethod
     def joined(cls, parts: Iterable["Answer"]) -> "Answer":
-        """Return the answer to consecutive pieces of a group as one."""
+        """Join the answers to consecutive pieces of a group."""
         signals: list[Signal | None] = []
         reasons: dict[int, str] = {}
         busy_s = 0.0
@@ -436,7 +437,7 @@ class Answer:
 
 
 def places(part: str, inputs: ModelInputs) -> NDArray[np.integer]:
-    """Return [B] how many values of a part each sample has."""
+    """Return [B] the number of values of a part that each sample has."""
     return _counts(PARTS[part].axis, inputs.rows_per_sample, inputs.visual_per_sample)
 
 
@@ -449,10 +450,11 @@ def _counts(axis: Axis, rows: NDArray[np.integer], tokens: NDArray[np.integer]) 
 
 
 def join(signals: Sequence[Signal], inputs: ModelInputs, needs: Needs) -> dict[str, NDArray[Any]]:
-    """Return the parts of a micro-batch from its samples' signals, which may have more than is needed.
+    """Join the signals of a micro-batch's samples; parts that are not in `needs` are dropped.
 
-    Parts on the sample are stacked, [B, size]; others are put one after the other. A part on image tokens is left out
-    if no sample has an image. Raises TeacherError, naming the part, if the signals do not fit the samples.
+    Parts of the sample axis are stacked to [B, size]; other parts are concatenated to [places, *shape]. A part is left
+    out if no sample has a place for it, e.g. image tokens if no sample has an image. Raises TeacherError, naming the
+    part, if the signals do not fit the samples.
     """
     joined: dict[str, NDArray[Any]] = {}
     for name in (name for name in PARTS if name in needs):
@@ -478,7 +480,7 @@ def join(signals: Sequence[Signal], inputs: ModelInputs, needs: Needs) -> dict[s
 
 
 def empty_signal(needs: Needs, facts: TeacherFacts, rows: int, tokens: int) -> Signal:
-    """Return a signal of zeros, with the shapes and dtypes of a sample with so many answer rows and image tokens."""
+    """Return a signal of zeros, shaped for a sample with `rows` answer rows and `tokens` image tokens."""
     signal: Signal = {}
     for name in (name for name in PARTS if name in needs):
         (count,) = _counts(PARTS[name].axis, np.array([rows]), np.array([tokens])).tolist()

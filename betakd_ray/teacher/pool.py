@@ -1,8 +1,8 @@
-"""The teacher as a service: actors that load once a job and outlive every restart of the students.
+"""Pool of teachers: actors that load the model once per job and keep running when the students restart.
 
-`TeacherPool` is the one process that knows the members: it starts them, replaces the dead, lends one out to find the
-sample that kills them, and between `min` and `max` grows while students wait and shrinks while teachers idle. Students
-talk to the members directly (`TeacherClient`): one hop through the object store.
+`TeacherPool` is the one process that knows the members. It starts them, replaces dead ones, and leases one to a student
+that searches for the sample that kills teachers. Between `min` and `max` it grows while students wait and shrinks
+while teachers are idle. Students send groups directly to the members (`TeacherClient`), through Ray's object store.
 """
 
 import threading
@@ -26,29 +26,33 @@ from betakd_ray.teacher.remote import RemoteTeacher, placed
 from betakd_ray.teacher.scorer import TeacherScorer
 
 FORGET_AFTER_S = 60.0
-"""A student that is silent for so long may be gone, with the workers it was one of."""
+"""Seconds without a heartbeat after which a student counts as gone; its workers may have been restarted."""
 GROW_ABOVE = 0.10
-"""Share of their time that students may wait for teachers before the pool grows."""
+"""Fraction of its time that a student may wait for teachers before the pool grows."""
 SHRINK_BELOW = 0.02
+"""Fraction of waiting time up to which all students count as not waiting."""
 SHRINK_AFTER_S = 60.0
+"""Seconds in which no student waits before the pool shrinks by one teacher."""
 QUIET_S = 12.0
-"""A teacher that leaves is ended, or lent, when it was asked nothing for so long: longer than two heartbeats, by which
-every student has heard of it."""
+"""Seconds without a new group after which a removed teacher is ended or leased.
+
+This is longer than two heartbeats, in which every student learns that the teacher is no longer a member.
+"""
 NEXT_HOLDER_S = 5.0
-"""Who asked for a lease so lately still waits for it."""
+"""Seconds since its last request within which a client still counts as waiting for a lease."""
 
 Members = dict[int, Teacher]
 
 
 @dataclass(frozen=True)
 class Starting:
-    """A teacher that is not a member yet, and what is waited for: its model, or the end of what it has in hand."""
+    """A teacher that is no member, and a Pending: that its model is loaded, or that it has finished its groups."""
 
     teacher: Teacher
     ready: Pending
 
     def is_ready(self) -> bool:
-        """Raises Unanswered if it died meanwhile."""
+        """Return whether the teacher is ready. Raises Unanswered if it has died."""
         try:
             self.ready.result(timeout_s=0.0)
         except TimeoutError:
@@ -58,18 +62,19 @@ class Starting:
 
 @dataclass
 class Lease:
-    """A teacher that one student has to itself."""
+    """An exclusive teacher of one student."""
 
     holder: str
+    """Client and number of the examination."""
     starting: Starting
     seen: float = field(default_factory=time.monotonic)
-    """When its holder was last heard of."""
+    """Time of the holder's last request or heartbeat, on the monotonic clock in seconds."""
 
 
 class TeacherPool:
-    """Keeps the teachers alive. Runs as an actor without CPU or GPU of its own.
+    """Keeper of the teachers. It runs as an actor without a CPU or GPU.
 
-    Once it has given up, as teachers die as fast as they are replaced, every method raises that TeacherError.
+    It gives up when teachers die as fast as they are replaced. From then on its methods raise TeacherError.
     """
 
     _scorer: type[TeacherScorer] = TeacherScorer
@@ -82,7 +87,8 @@ class TeacherPool:
         self._actors: Any = None
         self._min, self._max = pool.min, max(pool.min, pool.max or pool.min)
         self._max_deaths = pool.max_restarts * self._max
-        self._deaths = 0  # since a teacher last answered: on preemptible nodes they may die every hour, for days
+        # Counted since the last answer of a teacher: on preemptible nodes teachers may die every hour, for days.
+        self._deaths = 0
         self._pending: dict[int, Starting] = {}
         self._members: Members = {}
         self._version = 0
@@ -99,9 +105,9 @@ class TeacherPool:
             self._add()
 
     def wait_until_ready(self, timeout_s: float) -> TeacherFacts:
-        """Block until `min` teachers are loaded.
+        """Block until `min` teachers are loaded; return the teacher's facts.
 
-        Raises ClusterError after `timeout_s`, TeacherError if none can load.
+        Raises ClusterError after `timeout_s` seconds, and TeacherError if no teacher can load.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -109,7 +115,7 @@ class TeacherPool:
                 number, teacher = next(iter(self._members.items()))
                 try:
                     return teacher.facts()
-                except Unanswered as error:  # it was well when another job ended
+                except Unanswered as error:  # it has died since another job used it
                     self.lost(number, str(error))
             if time.monotonic() > deadline:
                 raise ClusterError(
@@ -120,7 +126,7 @@ class TeacherPool:
             time.sleep(0.1)
 
     def members(self) -> Members:
-        """Return the teachers that are loaded."""
+        """Return the loaded teachers, after taking in those that became ready and ending those that have left."""
         if self._failure:
             raise self._failure
         self._end_stale_lease()
@@ -138,21 +144,21 @@ class TeacherPool:
                 if not starting.is_ready():
                     continue
             except Unanswered:
-                pass  # it is gone already
+                pass  # it has died already
             del self._leaving[number]
             starting.teacher.kill()
         return self._members
 
     def roster(self, version: int) -> Roster:
-        """Return who is in, to one that knows the members of `version`. Handles are many, and sent only if new."""
+        """Return the roster for a client that knows the members of `version`; they are sent only if changed."""
         members = self.members()
         is_expecting = bool(self._pending) or self._lease is not None
         return Roster(self._version, None if version == self._version else dict(members), is_expecting)
 
     def lost(self, number: int, reason: str) -> bool:
-        """Take out a teacher that a student found dead or silent, and start another.
+        """Remove a teacher that a student found dead or silent, and start another.
 
-        Returns false if it had been told to leave: its end says nothing of the groups that it had.
+        Returns false if the pool had told it to leave: then its groups are not to blame for its end.
         """
         teacher = self._members.pop(number, None)
         if teacher is not None:
@@ -162,9 +168,9 @@ class TeacherPool:
         return number not in self._left
 
     def lease(self, holder: str) -> Teacher | None:
-        """Return a teacher for `holder` alone, to whom nobody else can have sent anything; None while there is none.
+        """Return an exclusive teacher for `holder`, without groups of other students; None while there is none.
 
-        To be asked for again and again. One is lent at a time, and taken back from a holder that falls silent.
+        Poll this method. One teacher is leased at a time. A lease ends if its holder is silent for `FORGET_AFTER_S`.
         """
         self.members()
         now = time.monotonic()
@@ -182,10 +188,10 @@ class TeacherPool:
             return None
 
     def end_lease(self, holder: str, *, is_alive: bool) -> None:
-        """Take back what `holder` has, if it has something.
+        """End the lease of `holder`, if it has one.
 
-        A teacher that is well goes to the next who asks for one, or joins the others. A dead one is replaced and not
-        counted: the group it had is to blame.
+        A live teacher goes to the next client that waits for a lease, or back to the members. A dead one is replaced
+        and does not count as a death, because its group is to blame.
         """
         self._asking.pop(holder, None)
         if self._lease is None or self._lease.holder != holder:
@@ -204,8 +210,11 @@ class TeacherPool:
             self._pending[lease.starting.teacher.number] = lease.starting
 
     def _lendable(self) -> Starting:
-        """Choose a teacher to lend: a member, which first ends what it has; if it is the only one, one that is starting
-        anyway. So a search among many teachers does not wait for a model to load at each of its steps."""
+        """Choose a teacher to lease: a member, which first finishes its groups.
+
+        If there is at most one member, prefer a teacher that is starting anyway; start one if there is none at all.
+        So with many teachers a search does not wait for a model to load at each of its steps.
+        """
         if len(self._members) > 1 or (self._members and not self._pending):
             return self._sent_off(max(self._members))
         if not self._pending:
@@ -213,7 +222,7 @@ class TeacherPool:
         return self._pending.pop(min(self._pending))
 
     def is_lent(self) -> bool:
-        """Return whether one is, so that others may have to wait for theirs."""
+        """Return whether a teacher is leased, so that other clients may have to wait for a lease."""
         return self._lease is not None
 
     def _end_stale_lease(self) -> None:
@@ -221,8 +230,11 @@ class TeacherPool:
             self.end_lease(self._lease.holder, is_alive=False)
 
     def heartbeat(self, client: str, waiting: float, answers: int, version: int = -1) -> Roster:
-        """Take a student's report of the share of its time spent waiting for teachers, and of how many answers it got;
-        resize, and say who is in."""
+        """Take the report of a student, resize the pool, and return the roster.
+
+        Both numbers are since its last heartbeat: `waiting` is the fraction of its time, 0 to 1, that it waited for
+        teachers, and `answers` is the number of answers that it got.
+        """
         if answers:
             self._deaths = 0
         self._show()
@@ -231,6 +243,7 @@ class TeacherPool:
             self._lease.seen = now
         self._reports[client] = (now, waiting)
         self._reports = {name: report for name, report in self._reports.items() if now - report[0] < FORGET_AFTER_S}
+        # The longest wait counts, as one slow rank delays the whole step.
         most = max(share for _, share in self._reports.values())
         if most > SHRINK_BELOW:
             self._calm_since = now
@@ -243,7 +256,7 @@ class TeacherPool:
         return self.roster(version)
 
     def _sent_off(self, number: int) -> Starting:
-        """Take a member out; it is ready when it has answered all that it was asked, so none of it is lost."""
+        """Remove a member. It is ready when it has answered all its groups, so that no group is lost."""
         teacher = self._members.pop(number)
         self._version += 1
         self._left.add(number)
@@ -270,7 +283,7 @@ class TeacherPool:
         self._next += 1
 
     def _place(self, number: int) -> Teacher:
-        """Start a teacher, wherever there is a place for one."""
+        """Start a teacher on any node with room for it."""
         if self._actors is None:
             self._actors = placed(self._scorer, placement(self._spec, self._gpus))
         return RemoteTeacher(number, self._actors.remote(self._teacher, self._needs))
@@ -287,22 +300,19 @@ class TeacherPool:
         self._add()
 
 
-def on_driver_node() -> NodeAffinitySchedulingStrategy:
-    """Place an actor on the driver's node.
-
-    If that node fails the job ends anyway; the failure of another node must not end it.
-    """
+def here() -> NodeAffinitySchedulingStrategy:
+    """Return the strategy that places an actor on the driver's node: if that node fails, the job ends anyway."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def start_pool(teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float, job: str) -> ActorHandle:
-    """The pool as an actor, owned by the caller: it lives as long as the job's driver does."""
-    manager = ray.remote(TeacherPool).options(num_cpus=0, max_concurrency=1, scheduling_strategy=on_driver_node())
+    """Start the pool as an actor that the caller owns, so that it ends with the job's driver."""
+    manager = ray.remote(TeacherPool).options(num_cpus=0, max_concurrency=1, scheduling_strategy=here())
     return cast(ActorHandle, manager.remote(teacher, needs, pool, gpus, job))
 
 
 class Teachers:
-    """The pools of several jobs, one after the other or side by side: a job finds loaded what another has asked for."""
+    """Pools of several jobs that run one after the other or concurrently. Jobs with the same teacher share its pool."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -318,7 +328,7 @@ class Teachers:
         self._loaned = []
 
     def expect(self, teacher: TeacherSpec, needs: Needs) -> None:
-        """A job to come will ask for this: let the teacher answer everyone's questions whenever it answers one."""
+        """Announce the needs of a later job, so that a teacher's answer has what all jobs with this teacher need."""
         key = _question(teacher, needs)
         self._expected[key] = self._expected.get(key, needs) | needs
 
@@ -326,8 +336,10 @@ class Teachers:
     def lent(
         self, teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float, job: str
     ) -> Iterator[tuple[ActorHandle, Needs]]:
-        """A pool, as of `start_pool`, and what it answers. One that saw a job fail is not lent again, and one that
-        nobody uses makes room for another."""
+        """Yield a pool, started or shared, and the needs that it answers.
+
+        A pool whose job failed is not shared again. A pool without users is ended before another one is started.
+        """
         needs = self._expected.get(_question(teacher, needs), needs)
         with self._lock:
             wish = (teacher, needs, pool, gpus)
@@ -350,13 +362,13 @@ class Teachers:
 
     def _end_unused(self) -> None:
         for loan in [loan for loan in self._loaned if not loan.users]:
-            ray.kill(loan.pool)  # and its teachers with it
+            ray.kill(loan.pool)  # this ends its teachers too
             self._loaned.remove(loan)
 
 
 @dataclass
 class Loan:
-    """A pool that jobs use."""
+    """A pool, and the number of jobs that use it."""
 
     wish: tuple[TeacherSpec, Needs, TeacherPoolSpec, float]
     pool: ActorHandle
@@ -365,5 +377,5 @@ class Loan:
 
 
 def _question(teacher: TeacherSpec, needs: Needs) -> tuple[str, tuple[int, ...]]:
-    """Alike for jobs whose needs can be joined."""
+    """Return a key that is equal for jobs whose needs can be joined."""
     return teacher.model_dump_json(), needs.choices

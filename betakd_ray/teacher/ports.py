@@ -1,6 +1,6 @@
-"""What pool and client see of each other and of a teacher: plain objects with plain methods.
+"""Interfaces between the pool, its clients and the teachers: plain objects with plain methods.
 
-`remote` has them as Ray's actors; tests and benchmarks have them as threads.
+`remote` implements them with Ray actors; tests and benchmarks implement them with threads.
 """
 
 from collections.abc import Mapping
@@ -13,35 +13,35 @@ from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.teacher.parts import TeacherFacts
 
 IN_HAND = 3
-"""Groups that a teacher has in hand at a time: one on its way in, one being computed, one on its way out."""
+"""Number of groups that a teacher works on at a time: one is copied in, one is computed, one is copied out."""
 
 
 class Unanswered(Exception):
-    """A teacher died, stayed silent, or (then it is not `is_deadly`) raised; the message says which."""
+    """A teacher died, was silent, or raised (then `is_deadly` is false). The message says which."""
 
     def __init__(self, reason: str, *, is_deadly: bool = True, detail: str = "") -> None:
         super().__init__(reason)
         self.is_deadly = is_deadly
         self.detail = detail or reason
-        """All that is known of it; the last line says most."""
+        """Full text of the failure; its last line says most."""
 
 
 @runtime_checkable
 class Pending(Protocol):
-    """Something that a teacher was asked for."""
+    """Request to a teacher that may not be answered yet."""
 
     def result(self, timeout_s: float) -> Any:
-        """Return the answer. Raises TimeoutError while there is none, and Unanswered if there will be none."""
+        """Return the answer. Raises TimeoutError if none comes within `timeout_s`, Unanswered if none will come."""
         ...
 
 
 @runtime_checkable
 class Teacher(Protocol):
-    """One teacher, wherever it runs. All but `health`, `facts`, `head` return at once."""
+    """One teacher, on any node. All methods but `health`, `facts` and `head` return at once."""
 
     @property
     def number(self) -> int:
-        """Never given to another."""
+        """Return the number of this teacher; no other teacher of the pool ever gets it."""
         ...
 
     def submit(self, inputs: ModelInputs) -> Pending:
@@ -49,23 +49,23 @@ class Teacher(Protocol):
         ...
 
     def health(self, timeout_s: float) -> float:
-        """Return the seconds that it has worked on its present group, 0.0 without one. Raises as Pending.result."""
+        """Return the seconds that it has computed its present group; 0.0 without a group. Raises as Pending.result."""
         ...
 
     def facts(self) -> TeacherFacts:
-        """Raises Unanswered."""
+        """Return the teacher's facts. Raises Unanswered."""
         ...
 
     def head(self) -> NDArray[Any] | None:
-        """Return the lm_head's weight, where hidden states travel. Raises Unanswered."""
+        """Return the lm_head's weight; None if no hidden states are asked for. Raises Unanswered."""
         ...
 
     def ready(self) -> Pending:
-        """Ask to be told when it is loaded."""
+        """Return a Pending that is answered when the teacher is loaded."""
         ...
 
     def drain(self, quiet_s: float) -> Pending:
-        """Ask to be told when nobody has asked it anything for so long."""
+        """Return a Pending that is answered when the teacher has had no group for `quiet_s` seconds."""
         ...
 
     def kill(self) -> None:
@@ -75,36 +75,39 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class Roster:
-    """Who is in the pool."""
+    """Members of the pool at one time."""
 
     version: int
-    """Another one for each change of the members."""
+    """Number that increases with each change of the members."""
     members: Mapping[int, Teacher] | None
-    """Teachers by number; None if the caller has this version already."""
+    """Teachers by number; None if the client has this version already."""
     is_expecting: bool
-    """Whether teachers are being placed, loaded, replaced or lent, so that there will be some who waits for them."""
+    """Whether teachers are being placed, loaded, replaced or leased, so that waiting for a member makes sense."""
 
 
 @runtime_checkable
 class Pool(Protocol):
-    """The keeper of the teachers. Every method raises TeacherError once it has given up."""
+    """Keeper of the teachers. Its methods raise TeacherError once it has given up."""
 
     def roster(self, version: int) -> Roster:
-        """Return who is in; `version` is the one that is known already."""
+        """Return the roster; `version` is the version that the client has already, or -1."""
         ...
 
     def lost(self, number: int, reason: str) -> bool:
-        """Take out a teacher that is dead or silent; returns whether that is news, or (false) it was told to leave."""
+        """Remove a dead or silent teacher; return false if the pool had told it to leave, otherwise true."""
         ...
 
     def lease(self, holder: str) -> Teacher | None:
-        """Return a teacher for `holder` alone; None while there is none: to be asked again and again."""
+        """Return an exclusive teacher for `holder`; None while there is none. To be polled."""
         ...
 
     def end_lease(self, holder: str, *, is_alive: bool) -> None:
-        """Give it back, if there is one."""
+        """Give back the teacher of `holder`, if it has one."""
         ...
 
     def heartbeat(self, client: str, waiting: float, answers: int, version: int) -> Roster:
-        """Report the share of its time that a student waited for teachers, and how many answers it got."""
+        """Report a student's time since its last heartbeat; return the roster.
+
+        `waiting` is the fraction of that time, 0 to 1, that it waited for teachers; `answers` is the number of answers.
+        """
         ...

@@ -1,4 +1,4 @@
-"""Teachers and their pool as Ray's actors: the thin side of `ports`."""
+"""Implementation of `ports` with Ray actors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,14 +15,17 @@ from betakd_ray.teacher.ports import IN_HAND, Roster, Unanswered
 
 SCORE, HEALTH = "score", "health"
 CONCURRENCY = {SCORE: IN_HAND, HEALTH: 1}
-"""Threads of a teacher: one for each group in hand, and one that answers at once."""
+"""Threads of a teacher actor by concurrency group: one for each group in hand, and one for health checks.
+
+The health check has its own thread so that it is answered while groups are computed.
+"""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class RemotePending:
-    """An actor's answer to come."""
+    """Answer that an actor has not given yet."""
 
     reference: "ray.ObjectRef"
 
@@ -32,7 +35,7 @@ class RemotePending:
 
 @dataclass(frozen=True)
 class RemoteTeacher:
-    """A `TeacherScorer` in an actor of its own."""
+    """A `TeacherScorer` in its own actor."""
 
     number: int
     actor: ActorHandle
@@ -47,7 +50,7 @@ class RemoteTeacher:
         return _result(lambda: cast(TeacherFacts, ray.get(self.actor.facts.remote())))
 
     def head(self) -> NDArray[Any] | None:
-        # Two steps, or it would be another object for each who asks, and no node would share its copy.
+        # Fetch a reference first: a returned array would be a new object per call, which no node could share.
         reference = _result(lambda: cast(list[Any], ray.get(self.actor.head_reference.remote())))[0]
         return _result(lambda: cast(NDArray[Any], ray.get(reference)))
 
@@ -63,7 +66,7 @@ class RemoteTeacher:
 
 @dataclass(frozen=True)
 class RemotePool:
-    """A `TeacherPool` in an actor of its own. Raises RayActorError if it died."""
+    """A `TeacherPool` in its own actor. Its methods raise RayActorError if the actor has died."""
 
     actor: ActorHandle
 
@@ -84,13 +87,13 @@ class RemotePool:
 
 
 def placed(scorer: type, options: dict[str, Any]) -> Any:
-    """Return the actor class of a scorer, with its threads and its place."""
-    remote: Any = ray.remote  # which Ray types without this option
+    """Return the actor class of a scorer, with its concurrency groups and placement options."""
+    remote: Any = ray.remote  # Any, because its type stub lacks concurrency_groups
     return remote(concurrency_groups=CONCURRENCY)(scorer).options(**options)
 
 
 def unwrapped(answer: "ray.ObjectRef") -> Any:
-    """Return what a call returned, or raise the error that it raised, as itself."""
+    """Return the result of a remote call, or raise the original error of the call instead of RayTaskError."""
     try:
         return ray.get(answer)
     except RayTaskError as error:
@@ -98,14 +101,14 @@ def unwrapped(answer: "ray.ObjectRef") -> Any:
 
 
 def _result(get: Callable[[], T]) -> T:
-    """Raises TimeoutError and Unanswered in place of Ray's errors."""
+    """Return what `get` returns. Raises TimeoutError and Unanswered instead of Ray's errors."""
     try:
         return get()
     except GetTimeoutError as error:
         raise TimeoutError from error
     except RayTaskError as error:
         raise Unanswered(f"{type(error.cause).__name__}: {error.cause}", is_deadly=False) from error
-    except (RayActorError, ObjectLostError) as error:  # the actor, or the node that held its answer
+    except (RayActorError, ObjectLostError) as error:  # the actor died, or the node that stored its answer
         text = str(error).strip()
-        # Ray's text ends with what the actor itself raised, if it did.
+        # If the actor itself raised an error, Ray's text ends with that error.
         raise Unanswered(f"the teacher died: {text.splitlines()[0]}", detail=text) from error

@@ -1,7 +1,7 @@
-"""One teacher: a frozen model that answers groups of samples. A plain class; the pool makes it an actor.
+"""One teacher: a frozen model that scores groups of samples. A plain class; the pool runs it as an actor.
 
-Several groups are in hand at a time, each in a thread of its own: while one is computed, the next is copied to the
-device and the last one's answer is copied back and pickled. Only the computing takes turns.
+Several groups are in hand at a time, each in its own thread. While one is computed, the next is copied to the device,
+and the answer of the previous one is copied to the host and pickled. Only the computation is serialised.
 """
 
 import hashlib
@@ -36,12 +36,13 @@ from betakd_ray.spec import TeacherSpec
 from betakd_ray.teacher.parts import PARTS, Forward, GroupAnswer, Needs, TeacherFacts, to_wire
 
 QUIET_POLL_S = 0.1
+"""Seconds between two checks of whether the teacher is idle."""
 
 
 class TeacherScorer:
-    """Holds the teacher on this process's devices, over all GPUs if it has several (`models.split`).
+    """Teacher model on the devices of this process; split over all GPUs if there are several (`models.split`).
 
-    Raises ModelError if it cannot be loaded. Every method may be called from any thread.
+    Raises ModelError if the model cannot be loaded. Every method may be called from any thread.
     """
 
     def __init__(self, spec: TeacherSpec, needs: Needs) -> None:
@@ -55,7 +56,7 @@ class TeacherScorer:
             with_attention_weights(self.model)
         self.normalize = Normalization.of(getattr(load_processor(spec), "image_processor", None))
         self.lm_head: Tensor = lm_head(self.model).weight
-        # A teacher over n GPUs has its layers in a row, so that n groups can be under way, each on another GPU.
+        # A teacher split over n GPUs is a pipeline of layers, so n groups can be computed at once, each on its GPU.
         self._permits = threading.Semaphore(len(devices))
         self._work = Work()
         self._local = threading.local()
@@ -63,7 +64,7 @@ class TeacherScorer:
         self._head_reference: Any = None
 
     def facts(self) -> TeacherFacts:
-        """Return what students fetch once."""
+        """Return the facts that each student fetches once."""
         return TeacherFacts(
             width=self.lm_head.shape[1],
             heads=attention_heads(self.model),
@@ -73,27 +74,27 @@ class TeacherScorer:
         )
 
     def head(self) -> NDArray[Any] | None:
-        """Return the lm_head's weight [V_t, H_t] as it travels; None where no hidden states are asked for."""
+        """Return the lm_head's weight [V_t, H_t] in wire format; None if no hidden states are asked for."""
         return to_wire(self.lm_head) if "hidden" in self.needs else None
 
     def head_reference(self) -> list[Any]:
-        """Return [the head in Ray's object store], put there once: it goes to each node once, and past no third one."""
-        import ray  # only in an actor: all else here runs without it
+        """Return [reference to the head in Ray's object store]. It is stored once and copied to each node once."""
+        import ray  # imported here because everything else in this module runs without Ray
 
         with self._head_lock:
             if self._head_reference is None:
                 self._head_reference = ray.put(self.head())
-        return [self._head_reference]  # in a list, or Ray would send what it refers to
+        return [self._head_reference]  # in a list, because Ray replaces a bare reference by its value
 
     def health(self) -> float:
-        """Return the seconds for which the teacher has worked on the group that it computes; 0.0 while there is none.
+        """Return the seconds that the teacher has computed its present group; 0.0 while it computes none.
 
-        What waits for its turn does not count, and neither does a group's way in and out.
+        The time in which a group waits for its turn or is copied does not count.
         """
         return self._work.seconds()
 
     def drain(self, quiet_s: float) -> None:
-        """Return once no group has been in hand for so long, by when every student has heard that it is leaving."""
+        """Block until no group has been in hand for `quiet_s` seconds. By then all students know that it leaves."""
         quiet_since = time.monotonic()
         while time.monotonic() - quiet_since < quiet_s:
             if self._work.in_hand:
@@ -101,12 +102,12 @@ class TeacherScorer:
             time.sleep(min(QUIET_POLL_S, quiet_s))
 
     def score(self, inputs: ModelInputs) -> GroupAnswer:
-        """Return what the job needs of the teacher's forward on a group of samples."""
+        """Run the teacher on a group of samples and return the parts that the job needs."""
         try:
             with self._work.taken():
                 return self._score(inputs)
         except RuntimeError:
-            # After some errors a GPU answers no more. A process that raises is taken for well: this one ends, then.
+            # After some errors the GPU cannot be used any more. The pool keeps a teacher that raises, so exit here.
             try:
                 torch.ones(1, device=self.device).sum().item()
             except RuntimeError:
@@ -126,7 +127,7 @@ class TeacherScorer:
             except BaseException:
                 self._work.end()
                 raise
-        # The next group's kernels are queued from here on, behind this one's.
+        # The permit is released before this group is done, so that the next group's kernels queue behind its kernels.
         if computed is not None:
             computed.synchronize()
         busy_s = self._work.end()
@@ -140,9 +141,9 @@ class TeacherScorer:
         )
 
     def _receive(self, inputs: ModelInputs) -> tuple[TensorInputs, Pairs | None, Any]:
-        """Copy a group to the device.
+        """Copy a group to the device; return its inputs, its pairs, and a CUDA event that marks the end of the copy.
 
-        On a GPU that is done beside the computing of another, and a CUDA event says when it is finished; else None.
+        On a GPU the copy overlaps with the computation of another group. The event is None on other devices.
         """
         if self.device.type != "cuda":
             return *self._tensors(inputs), None
@@ -157,7 +158,7 @@ class TeacherScorer:
         return TensorInputs.of(inputs, self.device), pairs
 
     def _send(self, is_finite: Tensor, values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Copy an answer that is computed to the host: from a GPU through pinned memory, all parts at once."""
+        """Copy a computed answer to the host; from a GPU all parts at once, to pinned memory."""
         if self.device.type != "cuda":
             return is_finite, values
         stream = self._copies()
@@ -167,7 +168,7 @@ class TeacherScorer:
         return copied.pop(""), copied
 
     def _copies(self) -> "torch.cuda.Stream":
-        """Return this thread's stream for copies."""
+        """Return the CUDA stream on which this thread copies."""
         if not hasattr(self._local, "stream"):
             self._local.stream = torch.cuda.Stream(self.device)
         return self._local.stream
@@ -178,8 +179,8 @@ def answer(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Run a teacher on a group of B samples.
 
-    Returns [B] whether what it said of a sample is finite, and the parts that are needed. What it said of other samples
-    does not depend on one that is not finite, whose values mean nothing.
+    Returns [B] whether the output for each sample is finite, and the needed parts. The values of a sample that is not
+    finite have no meaning; they do not influence the other samples.
     """
     hidden = hidden_rows(model, inputs, normalize, pairs=pairs, layer=needs.layer or None)
     forward = Forward(hidden, inputs, pairs, model.get_output_embeddings().weight, needs)
@@ -196,7 +197,7 @@ def answer(
 
 
 def _all_finite(values: Tensor, sample: Tensor, counts: Tensor) -> Tensor:
-    """Return [B] whether every row of a sample is finite; false for a sample without rows."""
+    """Return [B] whether all rows of each sample are finite; false for a sample without rows."""
     return segment_mean(values.isfinite().all(dim=1, keepdim=True).float(), sample, counts)[:, 0] == 1
 
 
@@ -207,7 +208,7 @@ def _to_pinned(tensor: Tensor, stream: "torch.cuda.Stream") -> Tensor:
 
 
 class Work:
-    """What a teacher has in hand, and for how long it has worked on what it computes."""
+    """Counter of the groups that a teacher has in hand, and timer of the group that it computes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -217,7 +218,7 @@ class Work:
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Count a group as in hand."""
+        """Count a group as in hand during the block."""
         with self._lock:
             self.in_hand += 1
         try:
@@ -227,14 +228,14 @@ class Work:
                 self.in_hand -= 1
 
     def begin(self) -> None:
-        """Note that a group is computed, or queued on the device behind others that are."""
+        """Record that a group is being computed, or is queued on the device behind such a group."""
         with self._lock:
             if not self._computing:
                 self._since = time.monotonic()
             self._computing += 1
 
     def end(self) -> float:
-        """Note that a group is done; return the seconds since it began, or since the one before it was done."""
+        """Record that a group is done; return the seconds since it began, or since the group before it was done."""
         with self._lock:
             now = time.monotonic()
             busy_s, self._since = now - self._since, now
@@ -242,14 +243,16 @@ class Work:
             return busy_s
 
     def seconds(self) -> float:
-        """Return the seconds since the group that is computed began; 0.0 without one."""
+        """Return the seconds that the present group has been computed; 0.0 without a group."""
         with self._lock:
             return time.monotonic() - self._since if self._computing else 0.0
 
 
 def _fingerprint(model: Any) -> str:
-    """A hash of the configuration, quantisation and all, of the code, which may have come with the checkpoint, and of
-    names, dtypes and bytes of what the model holds."""
+    """Return a hash of a model: its configuration with quantisation, its code, and all its tensors.
+
+    The code is included because it may come with the checkpoint. Of a tensor, name, dtype, shape and bytes are hashed.
+    """
     config = model.config.to_dict()
     for of_this_copy in ("_name_or_path", "transformers_version"):
         config.pop(of_this_copy, None)
@@ -266,12 +269,12 @@ def _fingerprint(model: Any) -> str:
 def _source(module: str) -> str:
     try:
         return inspect.getsource(sys.modules[module])
-    except (OSError, TypeError, KeyError):  # compiled, or made on the spot
+    except (OSError, TypeError, KeyError):  # a compiled module, or one without a file
         return module
 
 
 def _plain(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield (name, tensor), with the tensors that make up a quantised one in its place."""
+    """Yield (name, tensor); a quantised tensor is replaced by the plain tensors that it consists of."""
     for name, tensor in tensors.items():
         if is_traceable_wrapper_subclass(tensor):
             inner, _ = tensor.__tensor_flatten__()

@@ -1,9 +1,8 @@
-"""A student worker's samples → what the teacher says of each, as far ahead of their use as they come.
+"""Samples of a student worker → signals of the teacher. Samples are added ahead of their use.
 
-A sample's signal is read from the cache where it is kept, and asked of the teachers otherwise. Samples that are not
-known go to the teachers in groups that are made for the teacher: of like lengths, up to its token budget, and whatever
-micro-batches the student will make of them. Groups depend on the order of the samples and on what the cache holds, and
-never on how fast anybody is.
+A sample's signal is read from the cache if it is there; otherwise a teacher is asked. Samples for the teachers are put
+into groups of similar length, up to the teacher's token budget, regardless of the student's micro-batches. The groups
+depend on the order of the samples and on the content of the cache, and never on timing.
 """
 
 import math
@@ -24,31 +23,31 @@ from betakd_ray.teacher.cache import CacheWriter, SignalCache, differs
 from betakd_ray.teacher.parts import Answer, Signal
 
 CHUNK_GROUPS = 2
-"""Groups are cut from so many groups' worth of consecutive samples: enough to find some of like lengths."""
+"""Number of groups' worth of consecutive samples that are divided together, to find samples of similar length."""
 MAX_IN_FLIGHT = 64
-"""Groups that one student worker has with the teachers at a time, at most."""
+"""Largest number of groups that one student worker has with the teachers at a time."""
 FETCH_AT_A_TIME = 32
-"""Samples whose stored signals are read together: neighbours in a file become one range."""
+"""Number of samples whose stored signals are read together, so that neighbours in a file become one range."""
 COMPARED = 4
-"""Stored signals that are compared with a live answer at the start of a run."""
+"""Number of stored signals that are compared with live answers at the start of a run."""
 RECENT = 32
-"""Answers over which a teacher's time for a group is taken."""
+"""Number of recent answers over which a teacher's time per group is averaged."""
 
 
 class Said(NamedTuple):
-    """What became known of a sample."""
+    """Result for one sample: its signal, or the reason why it has none."""
 
     signal: Signal | None
-    """None where the teacher cannot answer."""
+    """Signal of the sample; None if the teacher cannot score it."""
     reason: str = ""
-    """Why there is no signal."""
+    """Reason why there is no signal; empty if there is one."""
     busy_s: float = 0.0
-    """The sample's part of the time that its teacher computed."""
+    """Seconds that its teacher computed the group, divided by the samples of the group; 0.0 if read from the cache."""
 
 
 @dataclass
 class Pending:
-    """A sample on its way to the student."""
+    """Sample whose signal may not have arrived yet."""
 
     sample: Sample
     said: "Future[Said]" = field(default_factory=Future)
@@ -56,15 +55,15 @@ class Pending:
 
 @runtime_checkable
 class Scores(Protocol):
-    """What is needed of a `TeacherClient`."""
+    """Method of `TeacherClient` that is used here."""
 
     def score(self, group: Sequence[Rendering]) -> Answer: ...
 
 
 class SignalSource:
-    """Finds the signals of one rank's samples. Without a teacher (`client` None) every signal is empty.
+    """Source of the signals of one rank's samples. Without a teacher (`client` None) every signal is empty.
 
-    `add` is called by one thread; the futures it returns are resolved by others.
+    Call `add` from one thread only. Other threads resolve the futures that it returns.
     """
 
     def __init__(
@@ -76,8 +75,10 @@ class SignalSource:
         shards: Sequence[Shard] = (),
         dtype: str = "float32",
     ) -> None:
-        """`dtype` is the one that the teacher computes in (`TeacherFacts.dtype`): stored answers may differ by its
-        rounding."""
+        """Start the threads. `dtype` is the dtype that the teacher computes in (`TeacherFacts.dtype`).
+
+        Stored signals may differ from live ones by the rounding of `dtype`.
+        """
         self._client, self._dtype = client, dtype
         self._batch_tokens = batch_tokens
         self._cache, self._writer, self._shards = cache, writer, shards
@@ -90,19 +91,19 @@ class SignalSource:
         self._lock = threading.Lock()
         self._busy_s: deque[float] = deque(maxlen=RECENT)
         self._transfer_s = math.inf
-        """What the quickest answer took beside the teacher's own work."""
+        """Seconds that the quickest answer took in addition to the teacher's computation."""
 
     @property
     def is_filling(self) -> bool:
-        """Return whether samples wait here for others to make a group with: more must be added, or `flush` called."""
+        """Return whether samples wait here for more samples to form a group. Then add more, or call `flush`."""
         return bool(self._unknown or self._stored)
 
     @property
     def latency_s(self) -> float:
-        """Return the seconds in which a teacher that has nothing else to do answers; 0.0 before the first answer.
+        """Return the seconds that an idle teacher takes to answer a group; 0.0 before the first answer.
 
-        Time in a teacher's queue is no part of it: it grows with what is asked for, and what is asked for would grow
-        with it, without end.
+        Time in a teacher's queue does not count. It grows with the number of requests, and the caller makes more
+        requests ahead if the latency is longer, so both would grow without limit.
         """
         with self._lock:
             return self._transfer_s + fmean(self._busy_s) if self._busy_s else 0.0
@@ -126,12 +127,12 @@ class SignalSource:
         return pending
 
     def flush(self) -> None:
-        """Send and fetch what waits for company."""
+        """Send and fetch the samples that wait for more samples."""
         self._fetch_stored()
         self._send_unknown()
 
     def close(self) -> None:
-        """Begin nothing more. What is with the teachers is not waited for."""
+        """Start nothing more. Does not wait for groups that are with teachers."""
         self._scorers.shutdown(wait=False, cancel_futures=True)
         self._readers.shutdown(wait=False, cancel_futures=True)
 
@@ -159,7 +160,7 @@ class SignalSource:
                     self._writer.add(self._shards[pending.sample.shard], pending.sample.member, signal)
                 reason = "" if signal is not None else answer.reasons.get(at, "the teacher's output is not finite")
                 pending.said.set_result(Said(signal, reason, answer.busy_s / len(group)))
-        except BaseException as error:  # handed to whoever asks for the signal, which is where it must end the job
+        except BaseException as error:  # raised again where the signal is used, so that it ends the job
             _fail(group, error)
 
     def _fetch_stored(self) -> None:
@@ -179,10 +180,10 @@ class SignalSource:
             _fail(waiting, error)
 
     def _compare(self, waiting: list[Pending], signals: Sequence[Signal]) -> None:
-        """Ask the teachers about a few samples whose answers are kept. Raises TeacherError where the two differ.
+        """Ask the teachers for a few samples with stored signals. Raises TeacherError if the two differ.
 
-        A teacher that was changed behind its fingerprint (other kernels, another quantisation library, a damaged
-        device) would go unnoticed for as long as its old answers are read.
+        The fingerprint does not show some changes of a teacher: other kernels, another quantisation library, a damaged
+        device. Without this check such a change would go unnoticed as long as old signals are read.
         """
         with self._lock:
             count = min(self._to_compare, len(waiting))
