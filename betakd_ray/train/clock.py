@@ -53,7 +53,7 @@ class StepClock:
                 self._seconds[within] -= duration
 
     def read(self) -> dict[str, float]:
-        """Return the seconds of each phase and stall, and of all ("elapsed"), since the last call; reset them to zero."""
+        """Return the seconds of each phase and stall, and in all ("elapsed"), since the last call; reset them."""
         for name, start, end in self._events:
             end.synchronize()
             self._seconds[name] += start.elapsed_time(end) / 1e3  # from milliseconds
