@@ -1,5 +1,5 @@
-"""What is claimed of speed and precision, as commands: `python -m benchmarks.NAME`, or `make bench` for all of them.
+"""Benchmarks behind the claims on speed and precision: `python -m benchmarks.NAME`, or `make bench` for all of them.
 
-Every module has `main(miniature: bool = False) -> None`. In miniature it takes the same paths with sizes that take a
-few seconds on one core, and starts no cluster; a test runs all of them so. LOG.md has what they said, dated.
+Every module has `main(miniature: bool = False) -> None`. In miniature it runs the same code with small sizes, in a few
+seconds on one core, and starts no cluster; a test runs all of them in this way. LOG.md has the results, with dates.
 """

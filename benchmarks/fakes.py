@@ -1,7 +1,7 @@
-"""Teachers without a model and without Ray: they take their time, in order, and can die, hang or refuse a group.
+"""Fake teachers without a model and without Ray: they answer in order after a set time, and can die, hang or refuse.
 
-They need no threads of their own: when a group will be answered is known when it is sent, and whoever asks for the
-answer sleeps until then. The pool is the real one, around such teachers.
+They need no threads of their own. The time of an answer is known when its group is sent, and the caller sleeps until
+then. The pool is the real one, with such teachers in it.
 """
 
 import itertools
@@ -31,18 +31,18 @@ PAD, IMAGE = 0, 1
 
 
 def rendering(token: int, length: int = 8) -> Rendering:
-    """Return a text-only sample of one token throughout, whose last half is the answer."""
+    """Return a text-only sample that repeats one token; its second half is the answer."""
     answer = np.arange(length) >= length // 2
     return Rendering(np.full(length, token, np.int32), answer)
 
 
 def stacked(group: Sequence[Rendering]) -> ModelInputs:
-    """Return the samples as a teacher takes them."""
+    """Return the samples as one batch, as a teacher takes them."""
     return stack(list(group), PAD, IMAGE)
 
 
 def answered(inputs: ModelInputs, busy_s: float = 0.0) -> GroupAnswer:
-    """Return an answer that shows which sample it is of: its first token and its row's target."""
+    """Return an answer that identifies its sample: hidden states [rows, 2] of the first token and the row's target."""
     first = inputs.input_ids[inputs.row_sample, 0]
     hidden = np.stack([first, inputs.targets], axis=1).astype(np.float32)
     is_finite = np.ones(inputs.size, dtype=bool)
@@ -51,18 +51,20 @@ def answered(inputs: ModelInputs, busy_s: float = 0.0) -> GroupAnswer:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """How teachers are."""
+    """Behaviour of fake teachers."""
 
     seconds: Callable[[ModelInputs], float] = lambda _: 0.0
-    """What a group takes; infinity for one that a teacher hangs at."""
+    """Function that returns the seconds for a group; infinity if the teacher hangs at it."""
     is_deadly: Callable[[ModelInputs], bool] = lambda _: False
+    """Function that says whether a group kills the teacher."""
     is_refused: Callable[[ModelInputs], bool] = lambda _: False
-    """Whether the teacher raises an error, and lives."""
+    """Function that says whether the teacher raises an error at a group, and stays alive."""
     load_s: float = 0.0
+    """Seconds that a teacher takes to load."""
 
 
 class FakeTeacher:
-    """A `ports.Teacher`."""
+    """Fake `ports.Teacher`."""
 
     def __init__(self, number: int, behaviour: Behaviour) -> None:
         self._number, self._behaviour = number, behaviour
@@ -71,7 +73,7 @@ class FakeTeacher:
         self.dies_at = math.inf
         self.is_silent = False
         self.work: list[tuple[float, float]] = []
-        """When it began each group, and when it was done."""
+        """Start and end of each group, in seconds of `time.monotonic`."""
 
     @property
     def number(self) -> int:
@@ -117,12 +119,12 @@ class FakeTeacher:
             self.changed.notify_all()
 
     def require_alive(self) -> None:
-        """Raises Unanswered."""
+        """Raise Unanswered if the teacher is dead."""
         if time.monotonic() >= self.dies_at:
             raise Unanswered("the teacher died")
 
     def busy_s(self, begin: float, end: float) -> float:
-        """Return the seconds that it worked within an interval."""
+        """Return the seconds that it worked within an interval of `time.monotonic`."""
         last = min(end, self.dies_at)
         return sum(max(0.0, min(done, last) - max(start, begin)) for start, done in list(self.work))
 
@@ -133,7 +135,7 @@ def _refuse(reason: str) -> None:
 
 @dataclass(frozen=True)
 class FakePending:
-    """A `ports.Pending`: there at a time that is known."""
+    """Fake `ports.Pending`, whose answer comes at a known time."""
 
     teacher: FakeTeacher
     done_at: float
@@ -157,7 +159,7 @@ class FakePending:
 
 
 class _Pool(TeacherPool):
-    """The real pool around such teachers."""
+    """The real pool with fake teachers."""
 
     def __init__(self, behaviour: Behaviour, spec: TeacherPoolSpec) -> None:
         self.behaviour = behaviour
@@ -174,7 +176,7 @@ class _Pool(TeacherPool):
 
 @dataclass
 class FakePool:
-    """A `ports.Pool`: one call at a time, as with an actor."""
+    """Fake `ports.Pool` that runs one call at a time, like an actor."""
 
     behaviour: Behaviour
     spec: TeacherPoolSpec
@@ -185,7 +187,7 @@ class FakePool:
 
     @property
     def teachers(self) -> list[FakeTeacher]:
-        """All that were ever placed."""
+        """Return all teachers that were ever placed, dead ones too."""
         return self.pool.placed
 
     def members(self) -> list[FakeTeacher]:
@@ -215,11 +217,11 @@ class FakePool:
 
 
 def clients(pool: FakePool, ranks: int, timeout_s: float = 600.0, start_timeout_s: float = 60.0) -> list[TeacherClient]:
-    """Return a client for each of so many ranks."""
+    """Return a client for each of `ranks` ranks."""
     spec = TeacherSpec(path="org/none", timeout_s=timeout_s)
     return [TeacherClient(pool, rank, ranks, spec, start_timeout_s, stacked) for rank in range(ranks)]
 
 
 def renderings(count: int, length: int = 8) -> list[Rendering]:
-    """Return samples that differ in their token."""
+    """Return `count` samples, each with a different token."""
     return [rendering(token, length) for token in itertools.islice(itertools.count(2), count)]

@@ -1,8 +1,8 @@
-"""How much longer a step takes than its slower side: `python -m benchmarks.feed_overlap`, some four minutes.
+"""Ratio of a step's time to that of its slower side alone: `python -m benchmarks.feed_overlap`, about four minutes.
 
-Feed, client and pool are the real ones, with ranks as threads; teachers and students only take their time. Each rank
-does so many micro-batches a step. Printed: the time of a step over what its slower side alone would take, teachers as
-fast as students, and twice as slow.
+Feed, client and pool are the real ones, with ranks as threads. Teachers and students only sleep. The number of
+micro-batches per step varies. The table shows the time of a step, divided by the time that its slower side (teacher or
+student) alone would take: for teachers as fast as students, and for teachers twice as slow.
 """
 
 import itertools
@@ -30,12 +30,12 @@ ACCUMULATION = (1, 2, 4, 8, 16, 32)
 RANKS = TEACHERS = 4
 MICRO, LENGTH = 4, 8
 SAMPLE_S = 0.016
-"""What a student takes for a sample: long beside what this machine takes for the threads."""
+"""Seconds that a student takes for a sample. It is long compared with the machine's overhead for the threads."""
 LIMIT = 1.05
 
 
 class Meeting:
-    """A collective of threads: each gives its numbers, and has everyone's."""
+    """All-gather over threads: each thread gives its numbers, and gets those of all threads."""
 
     def __init__(self, ranks: int) -> None:
         self._given: list[Any] = [None] * ranks
@@ -57,7 +57,7 @@ class Meeting:
 
 
 class Quiet:
-    """Nobody asks anything of the job; or, once told, to stop or to save."""
+    """`Control` without requests. A test may set `is_stopping`, or the number of `saves` to ask for."""
 
     def __init__(self) -> None:
         self.is_stopping = False
@@ -69,7 +69,7 @@ class Quiet:
 
 
 def over_ideal(accumulation: int, slowness: float, steps: int) -> float:
-    """Return the mean time of a step over the slower side's, once the pipeline is full."""
+    """Return the mean time of a step, divided by the slower side's, after the pipeline is full."""
     behaviour = Behaviour(lambda inputs: inputs.size * SAMPLE_S * slowness * TEACHERS / RANKS)
     pool = FakePool(behaviour, TeacherPoolSpec(min=TEACHERS))
     pool.pool.wait_until_ready(30.0)
@@ -91,7 +91,7 @@ def over_ideal(accumulation: int, slowness: float, steps: int) -> float:
 def _train(
     rank: int, client: TeacherClient, meeting: Meeting, together: threading.Barrier, accumulation: int, steps: int
 ) -> list[float]:
-    """One rank: the collective of a step's gradients is a barrier. Return the seconds of each step."""
+    """Run one rank and return the seconds of each step. A barrier takes the place of the gradients' all-reduce."""
     feed = Feed(
         _rows(),
         SignalSource(client, batch_tokens=MICRO * LENGTH),
@@ -121,7 +121,7 @@ def _rows() -> Iterator[Sample]:
 
 
 def main(*, miniature: bool = False) -> None:
-    """Print both tables in one."""
+    """Print one table with both speeds of the teachers."""
     table = Table("micro-batches a step", "teacher as fast", "twice as slow", title=f"step over ideal, limit {LIMIT}")
     for accumulation in (2,) if miniature else ACCUMULATION:
         steps = 4 if miniature else max(15, 96 // accumulation)

@@ -1,7 +1,8 @@
-"""How much of a micro-batch is padding: `python -m benchmarks.padding`, seconds.
+"""Share of padding in a micro-batch: `python -m benchmarks.padding`, a few seconds.
 
-Lengths as an instruction mix has them: log-normal, 40 to 900 tokens. Before: neighbours of the stream, padded to the
-longest of them. After: a rank's share of a step, cut by `batch.packing`. Both at micro-batches of the same tokens.
+The lengths are like those of an instruction mix: log-normal, from 40 to 900 tokens. Before: neighbours of the stream,
+padded to the longest of them. After: a rank's share of a step, cut by `batch.packing`. Both have the same number of
+tokens per micro-batch.
 """
 
 from collections.abc import Callable
@@ -17,24 +18,24 @@ Cut = Callable[[list[int], int], list[list[int]]]
 
 
 def mix(samples: int, seed: int = 0) -> list[int]:
-    """Return lengths in tokens."""
+    """Return the lengths of `samples` samples, in tokens."""
     drawn = np.exp(np.random.default_rng(seed).normal(5.2, 0.8, 2 * samples)).astype(int)
     return drawn[(drawn >= 40) & (drawn <= 900)][:samples].tolist()
 
 
 def neighbours(lengths: list[int], budget: int) -> list[list[int]]:
-    """Return micro-batches of as many neighbours of the stream as have `budget` tokens on average."""
+    """Return micro-batches of neighbours in the stream; their number has `budget` tokens on average."""
     size = max(1, int(budget / np.mean(lengths)))
     return [list(range(at, min(at + size, len(lengths)))) for at in range(0, len(lengths), size)]
 
 
 def alike(lengths: list[int], budget: int) -> list[list[int]]:
-    """Return micro-batches of like lengths."""
+    """Return micro-batches of similar lengths."""
     return cut(lengths, max_tokens=budget)
 
 
 def measure(lengths: list[int], share: int, budget: int, made: Cut) -> tuple[float, float]:
-    """Return the share of padding, and micro-batches a step."""
+    """Return the share of padding (0 to 1), and the mean number of micro-batches per step."""
     padded = batches = steps = real = 0
     for start in range(0, len(lengths) - share + 1, share):
         part = lengths[start : start + share]
@@ -45,7 +46,7 @@ def measure(lengths: list[int], share: int, budget: int, made: Cut) -> tuple[flo
 
 
 def main(*, miniature: bool = False) -> None:
-    """Print both for several shares of a step and micro-batches."""
+    """Print both methods for several shares of a step and sizes of micro-batches."""
     lengths = mix(2_000 if miniature else 50_000)
     table = Table("samples a step", "tokens a micro-batch", "padding before", "after", "micro-batches before", "after")
     for share in SHARES:

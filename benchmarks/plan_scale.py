@@ -1,10 +1,10 @@
-"""How long a job of millions of (epoch, shard) pairs takes from the start of its workers to their first block.
+"""Time from the start of the workers to their first block, for a job of millions of (epoch, shard) pairs.
 
     python -m benchmarks.plan_scale [--shards 200000] [--epochs 10]
 
-The plan, the callable that Ray Train calls, the split and the reader are the real ones. Shards are entries of a
-manifest; those of the groups that are read first are small tars. Measured at the first start and at a restart with half
-of the work done.
+The plan, the callable that Ray Train calls, the split and the reader are the real ones. Most shards are only entries of
+a manifest; those of the groups that are read first are small tar files. The time is measured at the first start, and at
+a restart with half of the work done.
 """
 
 import argparse
@@ -40,13 +40,13 @@ from betakd_ray.train.source import SplitOnce, rows
 LOCAL = StorageSpec()
 RANKS = 2
 SAMPLES = 1000
-"""Samples of a shard that is only listed in the manifest."""
+"""Number of samples of a shard that is only in the manifest."""
 SMALL = 20
-"""Samples of a shard that exists."""
+"""Number of samples of a shard whose file exists."""
 
 
 class Letters(Renderer):
-    """Renders a sample without a tokenizer."""
+    """Renderer without a tokenizer."""
 
     def __init__(self) -> None:
         pass
@@ -56,7 +56,7 @@ class Letters(Renderer):
         return "letters"
 
     def render(self, sample: RawSample) -> Rendering:
-        """One token a letter; all but the first are the answer."""
+        """Return a rendering with one token per letter; all but the first are the answer."""
         ids = np.frombuffer(sample.conversation[-1]["value"].encode(), np.uint8).astype(np.int32)
         return Rendering(ids, np.arange(len(ids)) > 0)
 
@@ -66,23 +66,26 @@ class Letters(Renderer):
 
 @dataclass
 class Figures:
-    """What was measured. Sizes are bytes of resident memory."""
+    """Measurements. Memory sizes are resident bytes; times (`_s`) are seconds."""
 
     pairs: int
     tasks: int
     driver_before: int
     plan_s: float = 0.0
     first_s: dict[str, float] = field(default_factory=dict)
-    """Seconds from the callable to the first block, by rank."""
+    """Start or restart → seconds from the call of the callable to the first block of every rank."""
     callable_s: dict[str, float] = field(default_factory=dict)
+    """Start or restart → seconds of the callable alone."""
     driver_peak: int = 0
     coordinator_peak: int = 0
-    """The process in which Ray Data's executor runs."""
+    """Peak memory of the process in which Ray Data's executor runs."""
 
 
 def run(shards: int = 200_000, epochs: int = 10) -> Figures:
-    """Measure a start and a restart. Uses the Ray that runs, or starts one of a CPU, so that no task but the first
-    looks for its shards."""
+    """Measure a start and a restart.
+
+    Uses the running Ray. If there is none, starts one with a single CPU, so that only the first task reads its shards.
+    """
     is_mine = not ray.is_initialized()
     if is_mine:
         ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
@@ -128,10 +131,10 @@ def _measured(folder: Path, shards: int, epochs: int) -> Figures:
 
 @ray.remote(num_cpus=0)
 class Rank:
-    """A student that reads one block."""
+    """Fake student that reads one block."""
 
     def first(self, split: Any) -> int:
-        """Rows of its first block."""
+        """Return the number of rows of its first block."""
         self.blocks = split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
         return int(next(iter(self.blocks)).num_rows)
 
@@ -145,10 +148,10 @@ def _give_up(error: Exception) -> None:
 
 
 def _plan(folder: Path, shards: int, epochs: int) -> Plan:
-    """A plan whose first groups, of the first epoch and of the one in the middle, are there."""
+    """Return a plan. Only the shards of the first groups of the first and the middle epoch have files."""
     entries = [Shard(f"{folder}/data/{n:08}.tar", SAMPLES, 1 << 26, f"{n:08x}") for n in range(shards)]
     plan = Plan(tuple(entries), epochs, seed=0, shuffle=True)
-    last = int(plan.bounds()[1]) if shards > 1000 else shards  # of few shards all are there
+    last = int(plan.bounds()[1]) if shards > 1000 else shards  # if there are few shards, all have files
     needed = {int(shard) for epoch in (0, epochs // 2) for shard in plan.order(epoch)[:last]}
     (folder / "data").mkdir()
     for number in needed:
@@ -183,7 +186,10 @@ def _spec(folder: Path) -> JobSpec:
 
 
 def _commit_half(run_folder: Path, plan: Plan) -> None:
-    """A checkpoint with half of the epochs done, but a sample of every twentieth shard; and some shards begun."""
+    """Commit a checkpoint in which half of the epochs are done, and some shards of the next epoch are half read.
+
+    In the first epoch one sample of every twentieth shard is missing from the ledger; it is in quarantine.
+    """
     ledger, half = plan.empty_ledger(), plan.epochs // 2
     lacking = np.arange(0, len(plan.shards), 20)
     for epoch in range(half):
@@ -212,7 +218,7 @@ def _ids(epoch: int, shard: int, samples: int) -> SampleIds:
 
 
 def _memory(process: int) -> int:
-    """The most that a process was resident, in bytes; 0 where the system does not tell."""
+    """Return the peak resident memory of a process in bytes; 0 if the system does not give it."""
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     except OSError:
@@ -221,7 +227,7 @@ def _memory(process: int) -> int:
 
 
 def _processes(name: str) -> Iterator[int]:
-    """Processes of Ray that run an actor of this class."""
+    """Yield the ids of processes whose command line has `name` (Ray's processes of that actor class), and then 0."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if name in path.read_text():

@@ -1,7 +1,8 @@
-"""How long a death holds a job up: `python -m benchmarks.recovery`, some five minutes on two cores.
+"""Delay of a job after a process dies: `python -m benchmarks.recovery`, about five minutes on two cores.
 
-The easy-VQA job; a teacher is killed, then a student worker, each a while after a checkpoint. A step's time is when it
-was logged for good: steps after the last checkpoint are done again when a worker dies, never when a teacher does.
+In the easy-VQA job a teacher is killed, and then a student worker, each some seconds after a checkpoint. The time of a
+step is that of its last log record: steps after the last checkpoint are repeated if a worker dies, but not if a teacher
+dies.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from jobs.easy_vqa.data import SETS, SHARDS, pack_once
 RUN = Path("runs/benchmarks")
 SPEC = Path(__file__).parents[1] / "jobs/easy_vqa/distill.yaml"
 DATA = "noisy"
-"""The set of questions that the spec trains on."""
+"""Name of the question set that the spec trains on."""
 OVERRIDES = [
     "name=recovery",
     f"output={RUN}",
@@ -38,21 +39,25 @@ OVERRIDES = [
     "tracking.progress=false",
 ]
 AFTER_S = 3.0
-"""Seconds from a checkpoint to the kill, so that there are steps to do again."""
+"""Seconds between a checkpoint and the kill, so that there are steps to repeat."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """A process of the job, and what it was doing."""
+    """Kill of one process of the job."""
 
     role: str
     time: float
+    """Time of the kill, in seconds since the epoch."""
     reborn: float
-    """When another process took the role: the death was noticed, and a place found."""
+    """Time when another process had the role, in seconds since the epoch: the death was noticed, and a place found."""
 
 
 def main(miniature: bool = False) -> None:
-    """Run, kill, and print where the time went. In miniature, without a cluster: check the job, print made-up times."""
+    """Run the job, kill its processes, and print the delays.
+
+    In miniature, without a cluster, check the job and print invented times.
+    """
     spec = load_spec(SPEC, OVERRIDES)
     if DATA not in SETS or not all(f"{SHARDS}/{DATA}-" in str(each) for each in spec.data.train):
         raise ValueError(f"{SPEC} trains on {spec.data.train}, and not on what is packed here: {DATA}")
@@ -72,7 +77,7 @@ def main(miniature: bool = False) -> None:
 
 
 def _kill(role: str, job: BetaKDJob, after: int) -> Kill:
-    """One process of that role, some time after the first checkpoint beyond step `after`."""
+    """Kill one process of that role, `AFTER_S` seconds after the first checkpoint beyond step `after`."""
     store = CheckpointStore(job.run, job.spec.output.storage)
     while (newest := store.latest()) is None or newest.step <= after:
         time.sleep(0.1)

@@ -1,7 +1,7 @@
-"""What Ray Data's executor hands on a second: `python -m benchmarks.stream_rate`, a minute on two cores.
+"""Blocks per second through Ray Data's executor: `python -m benchmarks.stream_rate`, one minute on two cores.
 
-The stream and its split are the real ones. Readers make blocks of zeros, which costs them nothing but the copy into the
-object store; ranks read and drop them. What is left is the executor, one process for the whole job.
+The stream and its split are the real ones. Readers make blocks of zeros, whose only cost is the copy into the object
+store; ranks read and drop them. So the measured limit is the executor, which is one process for the whole job.
 """
 
 import argparse
@@ -29,13 +29,13 @@ ROWS = 256
 
 @dataclass
 class Zeros:
-    """A reader that makes its blocks of nothing."""
+    """Fake reader whose blocks are zeros."""
 
     plan: Plan
     block_bytes: int
 
     def blocks(self, epoch: int, first: int, last: int, done: Ledger, rows: int, size: int) -> Iterator[pa.Table]:
-        """`ROWS` rows a block, whatever is asked for."""
+        """Yield blocks of `ROWS` rows, whatever size is asked for."""
         content = pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(self.block_bytes // ROWS), ROWS, [None, pa.py_buffer(bytes(self.block_bytes))]
         )
@@ -46,14 +46,14 @@ class Zeros:
 
 @dataclass
 class Rate:
-    """What was measured."""
+    """Measurement of the executor's rate."""
 
     block_mb: float
     pause_ms: float
     blocks: int
     seconds: float
     executor_cpu: float
-    """Cores that the executor's process used meanwhile."""
+    """Number of cores that the executor's process used in that time."""
 
     @property
     def blocks_per_second(self) -> float:
@@ -62,16 +62,16 @@ class Rate:
 
 @ray.remote(num_cpus=0)
 class Rank:
-    """A student that drops what it reads."""
+    """Fake student that drops what it reads."""
 
     def read(self, split: Any) -> tuple[int, float, float]:
-        """Blocks after the first one, and when the first and the last of them came."""
+        """Return the number of blocks after the first, and the times of the first and the last block in seconds."""
         times = [time.time() for _ in split.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)]
         return len(times) - 1, times[0], times[-1]
 
 
 def measure(block_bytes: int, pause_s: float, blocks: int = 640, ranks: int = 2, shards: int = 32) -> Rate:
-    """The rate at which blocks reach the ranks, start and end left aside. Wants a running Ray."""
+    """Measure the rate at which blocks reach the ranks, from the first block to the last. Needs a running Ray."""
     of_each = blocks // shards * ROWS
     plan = Plan(tuple(Shard(f"{n}.tar", of_each, 1, "") for n in range(shards)), 1, seed=0, shuffle=True)
     reader = ray.put(Zeros(plan, block_bytes))
@@ -91,7 +91,10 @@ def measure(block_bytes: int, pause_s: float, blocks: int = 640, ranks: int = 2,
 
 
 def throttle(pause_s: float) -> type:
-    """An ExecutorThrottle of another pause, by value: it runs in another process."""
+    """Return an ExecutorThrottle with another pause, in seconds.
+
+    The class is local, so that it is pickled by value: it runs in another process.
+    """
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
     class Throttle(ExecutionCallback):
@@ -102,7 +105,7 @@ def throttle(pause_s: float) -> type:
 
 
 def _cpu_s(process: int) -> float:
-    """Seconds of CPU that a process has used."""
+    """Return the CPU seconds that a process has used."""
     with open(f"/proc/{process}/stat") as file:
         fields = file.read().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,9 +1,9 @@
-"""How evenly the ranks keep the teachers busy: `python -m benchmarks.teacher_balance`, some five minutes on two cores.
+"""Balance of the load on the teachers: `python -m benchmarks.teacher_balance`, about five minutes on two cores.
 
-The client and the pool are the real ones, in as many threads as there are groups with the teachers; the teachers only
-take their time. Ranks train in step: each waits for the answers of its share, then for the others, then computes for as
-long as the teachers, all busy, would take for a step. Printed for each shape: the busiest teacher's time at work over
-the mean of all, from the start, and again after a tenth of the teachers died and came back.
+The client and the pool are the real ones, with one thread for each group at a teacher. The teachers only sleep. The
+ranks train synchronously: each waits for the answers of its share, then for the other ranks. Then it computes for as
+long as the teachers, if all are busy, take for a step. For each shape the table shows the busy time of the busiest
+teacher, divided by the mean over all teachers: at first, and again after a tenth of them died and were replaced.
 """
 
 import threading
@@ -21,12 +21,12 @@ from betakd_ray.spec import TeacherPoolSpec
 from betakd_ray.teacher.client import TeacherClient
 
 SHAPES = [(4, 8), (8, 16), (16, 64), (32, 64), (216, 80), (100, 512)]
-"""(teachers, ranks)"""
+"""Pairs (number of teachers, number of ranks)."""
 LIMIT = 1.10
 
 
 class Balance(NamedTuple):
-    """The busiest teacher over the mean."""
+    """Busy time of the busiest teacher, divided by the mean over all teachers."""
 
     at_first: float
     after_deaths: float
@@ -42,10 +42,10 @@ def main(*, miniature: bool = False) -> None:
 
 
 def balance(teachers: int, ranks: int, groups: int = 2, window: int = 4, seconds: float = 8.0) -> Balance:
-    """Simulate a job in which each rank's step has so many groups.
+    """Simulate a job in which each rank's step has `groups` groups, and return the balance.
 
-    `seconds` is what each of the two halves takes. A group takes a teacher as long as some hundred groups a second of
-    all teachers allow: more of them would measure this machine.
+    `seconds` is the least time of each of the two halves. The time per group limits all teachers together to about 150
+    groups per second: with more, the result would depend on this machine's speed.
     """
     group_s = max(0.02, teachers / 150)
     step_s = groups * ranks * group_s / teachers
@@ -61,16 +61,16 @@ def balance(teachers: int, ranks: int, groups: int = 2, window: int = 4, seconds
     ]
     for student in students:
         student.start()
-    time.sleep(0.5 + 2 * step_s)  # a pipeline that fills is no steady state
-    half = max(seconds, 30 * step_s)  # of a few groups each, one more or less would be a tenth
+    time.sleep(0.5 + 2 * step_s)  # until the pipeline is full
+    half = max(seconds, 30 * step_s)  # if each teacher had only a few groups, one more would change much
     at_first = _measure(pool, half)
     for teacher in pool.members()[:: 10 if teachers >= 10 else teachers]:
         teacher.kill()
-    time.sleep(2.0 + 2 * step_s)  # until the students have noticed, and the pool has others
+    time.sleep(2.0 + 2 * step_s)  # until the students have noticed the deaths, and the pool has new teachers
     while len(pool.members()) < teachers:
         time.sleep(0.1)
     for client in members:
-        client._refresh(0.0)  # as their next heartbeats would do
+        client._refresh(0.0)  # the next heartbeats would do the same
     time.sleep(2 * step_s)
     after_deaths = _measure(pool, half)
     ends.set()
@@ -93,7 +93,7 @@ def _measure(pool: FakePool, seconds: float) -> float:
 def _train(
     client: TeacherClient, groups: int, window: int, step_s: float, together: threading.Barrier, ends: threading.Event
 ) -> None:
-    """One rank: a step's groups and a window beyond it are always with the teachers."""
+    """Run one rank. The groups of a step, and `window` more, are always with the teachers."""
     samples = renderings(2)
     with ThreadPoolExecutor(groups + window) as executor:
         ahead: deque[Future[Any]] = deque(executor.submit(client.score, samples) for _ in range(groups + window))

@@ -1,7 +1,7 @@
-"""How far a top-k signal is from the exact one: `python -m benchmarks.top_k_bias`, half a minute on one core.
+"""Error of a top-k signal against the exact one: `python -m benchmarks.top_k_bias`, half a minute on one core.
 
-Rows as a language model makes them: logits that fall with the logarithm of the rank (Zipf), sharper or flatter from row
-to row, and a student that differs from its teacher by noise on every logit.
+The rows are like those of a language model: the logits fall with the logarithm of the rank (Zipf), and rows differ in
+sharpness. The student's logits are the teacher's with noise on every one.
 """
 
 import torch
@@ -18,7 +18,7 @@ NAMES = ("fkl", "rkl", "sfkl", "srkl", "js", "tvd", "adaptive_kl", "mse_probs", 
 
 
 def rows(count: int = ROWS, vocab: int = VOCAB, noise: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(teacher, student) logits [count, vocab]."""
+    """Return the logits of teacher and student, each [count, vocab]."""
     generator = torch.Generator().manual_seed(0)
     exponent = torch.linspace(1.0, 4.0, count)[:, None]
     ranks = torch.stack([torch.randperm(vocab, generator=generator) for _ in range(count)]) + 1
@@ -27,7 +27,10 @@ def rows(count: int = ROWS, vocab: int = VOCAB, noise: float = 1.0) -> tuple[Ten
 
 
 def with_gradient(name: str, teacher: Tensor, student: Tensor, k: int | None) -> tuple[float, Tensor]:
-    """Mean energy, and its gradient with respect to the student's logits."""
+    """Return the mean energy, and its gradient with respect to the student's logits [rows, vocab].
+
+    With `k`, the energy is on the teacher's top k tokens and one bucket for all others; None is exact.
+    """
     student = student.clone().requires_grad_()
     if k is None:
         value = energy(name, teacher, student).mean()
@@ -41,7 +44,7 @@ def with_gradient(name: str, teacher: Tensor, student: Tensor, k: int | None) ->
 
 
 def main(miniature: bool = False) -> None:
-    """Print a row an energy: relative error of the value, and the angle and length of the gradient, for each k."""
+    """Print one row per energy with, for each k, the value's relative error and the gradient's cosine and length."""
     teacher, student = rows(4, 1000) if miniature else rows()
     mass = teacher.softmax(1).sort(dim=1, descending=True).values.cumsum(1)
     table = Table("energy", *(f"k = {k}: value · gradient cosine · length" for k in KS))

@@ -1,7 +1,8 @@
-"""A run's accounts, closed from its files alone: where every planned sample went.
+"""Audit of a run from its files alone: what happened to every planned sample.
 
-A planned sample is consumed (it took part in one committed step, so the ledger has it), quarantined (it never will, and
-quarantine.jsonl says why) or open (still to do; of a finished job, its tail).
+A planned sample has one of three states. Consumed: it took part in one committed step, and the ledger has it.
+Quarantined: it will never take part, and quarantine.jsonl says why. Open: it is still to do; in a finished job, the
+open samples are the tail.
 """
 
 import json
@@ -31,9 +32,9 @@ PLAN, TAIL = "plan.json", "tail.jsonl"
 RESULT = "result.json"
 COLUMNS: tuple[str, ...] = ("planned", "consumed", "quarantined", "open")
 REPORTED = ("steps", "planned", "consumed", "quarantined", "tail")
-"""What result.json says of the accounts."""
+"""Fields of result.json that the audit checks."""
 NAMED = 3
-"""Samples that a problem names."""
+"""Largest number of samples that the text of a problem names."""
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ T = TypeVar("T")
 
 
 def write_plan(run: str, storage: StorageSpec, plan: Plan) -> None:
-    """Note the plan when a run is first started. Raises OutputError when it is started again with another."""
+    """Write plan.json at the first start of a run. Raises OutputError if a later start has another plan."""
     url = join(run, PLAN)
     content = _read(url, storage)
     if content is None:
@@ -57,10 +58,10 @@ def write_plan(run: str, storage: StorageSpec, plan: Plan) -> None:
 def tail_of(
     plan: Plan, ledger: Ledger, quarantined: Sequence[Quarantined], global_batch_size: int
 ) -> list[dict[str, Any]]:
-    """What a finished job leaves over, where it is less than a step needs: {"epoch", "shard": its URL, "index" in it},
-    and "pass" from the second pass over a shard on.
+    """Return the open samples of a finished job; [] if they are a global batch or more.
 
-    Where `training.max_steps` ended the job, most of the plan may be open, and is not listed.
+    A sample is {"epoch", "shard": URL, "index": number in the shard}, with "pass" from the second pass over a shard on.
+    If `training.max_steps` ended the job, most of the plan may be open. It is then not listed.
     """
     settled = _settled(plan, ledger, quarantined)
     if plan.samples - settled.count >= global_batch_size:
@@ -74,13 +75,13 @@ def tail_of(
 
 
 def _place(plan: Plan, epoch: int, number: int, member: int) -> dict[str, Any]:
-    """Where a sample is, for people; "pass" counts the passes over a shard that an epoch reads more than once."""
+    """Return where a sample is, for a human reader. "pass" is given from an epoch's second pass over the shard on."""
     place = {"epoch": epoch, "shard": plan.shards[number].url, "index": member}
     return place | ({"pass": int(plan.repeats[number])} if plan.repeats[number] > 1 else {})
 
 
 def write_tail(run: str, storage: StorageSpec, samples: Iterable[dict[str, Any]]) -> None:
-    """Note the open samples of a job that is done, one a line."""
+    """Write the open samples of a finished job to tail.jsonl, one per line."""
     _write(join(run, TAIL), storage, to_jsonl(samples))
 
 
@@ -111,7 +112,10 @@ def _first_difference(before: Plan, now: Plan) -> str:
 
 
 def _plan_to_json(plan: Plan) -> str:
-    """{"shards": one a pass, "epochs", "seed", "shuffle", "parts": [pass, samples] of those that take a part}."""
+    """Return the plan as JSON: {"shards": one per pass, "epochs", "seed", "shuffle", "parts": list of [pass, samples]}.
+
+    "parts" has the passes that read only a part of their shard.
+    """
     names = [each.name for each in fields(Shard)]
     shards = [{name: getattr(shard, name) for name in names} for shard in plan.shards]
     return json.dumps({**{each.name: getattr(plan, each.name) for each in fields(Plan)}, "shards": shards})
@@ -126,32 +130,34 @@ def _described(shard: Shard) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """Where the planned samples of a run are, as of its newest committed checkpoint."""
+    """States of a run's planned samples at its newest committed checkpoint."""
 
     step: int
-    """Step of that checkpoint; 0 without one."""
+    """Step of that checkpoint; 0 if there is none."""
     is_finished: bool
     shards: tuple[str, ...]
     samples: dict[str, NDArray[np.int64]]
-    """planned, consumed, quarantined, open: [epochs, shards] each, and the last three add up to the first. No epochs
-    where the ledger is of another plan, and so tells nothing."""
+    """Numbers of planned, consumed, quarantined and open samples, each [epochs, shards].
+
+    The last three add up to the first. If the ledger belongs to another plan, it says nothing, and there are no epochs.
+    """
     problems: list[str]
-    """What does not add up."""
+    """Contradictions between the run's files, one text each."""
 
     @property
     def totals(self) -> dict[str, int]:
-        """planned, consumed, quarantined, open: over all epochs and shards."""
+        """Return the numbers of planned, consumed, quarantined and open samples over all epochs and shards."""
         return {name: int(counts.sum()) for name, counts in self.samples.items()}
 
     @property
     def state(self) -> str:
-        """How far the job is, and so what its open samples are."""
+        """Return a text about how far the job is, and so what its open samples are."""
         if self.is_finished:
             return f"finished at step {self.step}: open samples are its tail"
         return f"not finished, step {self.step} is committed: open samples are still to do"
 
     def table(self, by_shard: bool) -> list[list[str]]:
-        """A header, a line an epoch (or an epoch and shard), and the totals."""
+        """Return a header, one line per epoch (or per epoch and shard), and the totals."""
         counts = np.stack([self.samples[name] for name in COLUMNS], axis=-1)
         if by_shard:
             shards = _without_common_folder(self.shards)
@@ -165,12 +171,12 @@ class Audit:
 
 
 def audit(run: str, storage: StorageSpec) -> Audit:
-    """Close a run's accounts, also while the job goes on.
+    """Return the audit of a run. The job may still be running.
 
-    Raises OutputError where the folder is no run's or a file in it is damaged, DataError where the store fails.
+    Raises OutputError if the folder is not a run's, or if a file in it is damaged. Raises DataError if the store fails.
     """
     spec, plan = _spec(run, storage), _plan(run, storage)
-    outcome = _outcome(run, storage)  # looked for first: where there is one, no newer checkpoint comes
+    outcome = _outcome(run, storage)  # read before the checkpoint: a job that has an outcome commits no newer one
     last = _committed(run, storage, plan)
     problems = list(_disordered(_logged(run, storage)))
     counts: dict[str, NDArray[np.int64]] = dict.fromkeys(COLUMNS, np.zeros((0, len(plan.shards)), np.int64))
@@ -188,7 +194,7 @@ def audit(run: str, storage: StorageSpec) -> Audit:
 
 
 def _names(plan: Plan) -> tuple[str, ...]:
-    """The URL of each pass's shard, and which pass it is from the second on."""
+    """Return the URL of each pass's shard, with the number of the pass from the second on."""
     passes = zip(plan.shards, plan.repeats.tolist(), strict=True)
     return tuple(shard.url + (f" (pass {number})" if number > 1 else "") for shard, number in passes)
 
@@ -213,13 +219,13 @@ def _without_common_folder(urls: Sequence[str]) -> list[str]:
 
 
 def _disordered(logged: list[int]) -> Iterator[str]:
-    """A step is logged at most once, after those before it."""
+    """Yield a problem if steps are logged twice or out of order."""
     if back := [f"step {after} after step {before}" for before, after in pairwise(logged) if after <= before]:
         yield f"{METRICS}: {len(back)} steps are logged twice or out of order: {_few(back)}"
 
 
 def _of_another_plan(last: "_Committed", plan: Plan) -> Iterator[str]:
-    """The ledger's shards are the plan's."""
+    """Yield a problem if the ledger's shards are not the plan's."""
     sizes, planned = last.ledger.sizes, plan.sizes
     if len(sizes) != len(planned):
         yield f"{last.name}: its ledger has {len(sizes)} shards, {PLAN} {len(planned)}"
@@ -229,7 +235,7 @@ def _of_another_plan(last: "_Committed", plan: Plan) -> Iterator[str]:
 
 
 def _miscounted(last: "_Committed", plan: Plan, spec: JobSpec) -> Iterator[str]:
-    """Each committed step used up one global batch of samples that no other step had."""
+    """Yield a problem if not every committed step used up one global batch of samples that no other step had."""
     size, consumed = spec.training.global_batch_size, last.ledger.count
     taken = last.step * size
     surplus = consumed + last.dropped - taken
@@ -245,7 +251,7 @@ def _miscounted(last: "_Committed", plan: Plan, spec: JobSpec) -> Iterator[str]:
 
 
 def _misplaced(last: "_Committed", plan: Plan, inside: list[Quarantined]) -> Iterator[str]:
-    """A quarantined sample is one of the plan, is listed once, and is not consumed."""
+    """Yield a problem if quarantined samples are not in the plan, are listed twice, or are consumed as well."""
     where = f"{last.name}/{QUARANTINE}"
     named = Counter(_named(bad, plan) for bad in last.quarantined)
     if twice := [name for name, times in named.items() if times > 1]:
@@ -259,7 +265,7 @@ def _misplaced(last: "_Committed", plan: Plan, inside: list[Quarantined]) -> Ite
 def _misreported(
     outcome: "_Outcome", last: "_Committed", plan: Plan, spec: JobSpec, left: int, tail: list[dict[str, Any]]
 ) -> Iterator[str]:
-    """What a finished job says is what its last checkpoint says, and less than a global batch is left over."""
+    """Yield a problem if a finished job's files contradict its last checkpoint, or if a global batch is left over."""
     numbers = (last.step, plan.samples, last.ledger.count, len(last.quarantined), left)
     for name, number in zip(REPORTED, numbers, strict=True):
         if outcome.result[name] != number:
@@ -314,19 +320,19 @@ def _few(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _Committed:
-    """What the newest committed checkpoint says."""
+    """Contents of the newest committed checkpoint."""
 
     name: str
     step: int
     ledger: Ledger
     quarantined: list[Quarantined]
     dropped: int
-    """Samples of its steps that took no part in them; they are quarantined."""
+    """Number of samples that were taken for a step but took no part in it; they are quarantined."""
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a finished job says."""
+    """Contents of a finished job's result files."""
 
     result: dict[str, int]
     quarantined: list[Quarantined]
@@ -347,7 +353,7 @@ def _plan(run: str, storage: StorageSpec) -> Plan:
 def _parsed_plan(url: str, text: str) -> Plan:
     with _as_written(url):
         tree = json.loads(text)
-        tree = {"parts": (), **tree}  # of a run that began before there were weights
+        tree = {"parts": (), **tree}  # a run that began before data.train had weights has no parts
         parts = tuple((int(number), int(samples)) for number, samples in tree["parts"])
         return Plan(**{**tree, "shards": tuple(Shard(**shard) for shard in tree["shards"]), "parts": parts})
 
@@ -363,7 +369,7 @@ def _committed(run: str, storage: StorageSpec, plan: Plan) -> _Committed:
 
 
 def _outcome(run: str, storage: StorageSpec) -> _Outcome | None:
-    """None until the job is finished."""
+    """Return the result files of a job; None until it is finished."""
     url = join(run, RESULT)
     text = _read(url, storage)
     if text is None:
@@ -385,14 +391,14 @@ def _logged(run: str, storage: StorageSpec) -> list[int]:
 
 
 def _records(url: str, storage: StorageSpec, of: Callable[..., T]) -> list[T]:
-    """`of` each line's fields; nothing where there is no such file."""
+    """Return `of(**fields)` for each line of a JSON Lines file; [] if there is no such file."""
     with _as_written(url):
         return [of(**json.loads(line)) for line in (_read(url, storage) or "").splitlines()]
 
 
 @contextmanager
 def _as_written(url: str) -> Iterator[None]:
-    """Raises OutputError for a file that is not as a job writes it."""
+    """Turn errors of the block into OutputError: the file is not as a job writes it."""
     try:
         yield
     except (OSError, LookupError, TypeError, ValueError, zlib.error) as error:
@@ -410,7 +416,7 @@ def _required(url: str, storage: StorageSpec) -> str:
 
 
 def _read(url: str, storage: StorageSpec) -> str | None:
-    """None where there is no such file. Raises DataError when the store fails."""
+    """Return the text of a file; None if there is no such file. Raises DataError if the store fails."""
     with store_errors(url, storage):
         filesystem, path = open_store(url, storage)
         try:

@@ -28,7 +28,10 @@ Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint, for stores othe
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """One message, and an exit code: 2 for a user's error, 1 for a failed run, 75 for one that waits to be resumed."""
+    """Turn an error into one message and an exit code.
+
+    The code is 2 for a user's error, 1 for a failed run, and 75 for an interrupted run that can be resumed.
+    """
     try:
         yield
     except UserError as error:
@@ -64,7 +67,7 @@ def distill(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 def run_job(spec: str, overrides: list[str]) -> None:
-    """Fit and print the result."""
+    """Run the job and print its result."""
     from betakd_ray.job import BetaKDJob
 
     result = BetaKDJob.from_yaml(spec, overrides).fit()
@@ -122,7 +125,7 @@ def pack(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
 
 
 def run_pack(spec: str, overrides: list[str]) -> None:
-    """Pack and say where."""
+    """Write the shards, and print their number and folder."""
     from betakd_ray.data.pack import pack_from_spec
 
     parsed = load_spec(spec, overrides, PackSpec)
@@ -299,7 +302,7 @@ def export(
 
 
 def print_scores(scores: dict[str, dict[str, float]]) -> None:
-    """A row a model, a column a metric; `unanswerable` only where there is such a sample."""
+    """Print one row per model and one column per metric; `unanswerable` only if there is such a sample."""
     names = list(dict.fromkeys(name for metrics in scores.values() for name in metrics))
     if not any(metrics.get("unanswerable") for metrics in scores.values()):
         names.remove("unanswerable")
@@ -308,16 +311,16 @@ def print_scores(scores: dict[str, dict[str, float]]) -> None:
 
 
 def print_table(lines: list[list[str]]) -> None:
-    """A header and lines."""
+    """Print a table; the first of `lines` is its header."""
     table = Table(*(Column(escape(name), overflow="fold") for name in lines[0]))
     for line in lines[1:]:
         table.add_row(*map(escape, line))
-    # A log has no edge: rich would cut the cells at 80 columns.
+    # Without a terminal rich would assume 80 columns, and fold the cells in a log file.
     Console(width=None if sys.stdout.isatty() else 1000).print(table)
 
 
 def print_sections(rows: Iterable[tuple[str, str, str]]) -> None:
-    """(section, quantity, value): each section with its name above it."""
+    """Print rows of (section, quantity, value), with the name of each section above its rows."""
     for section, lines in groupby(rows, key=itemgetter(0)):
         print(section)
         for _, quantity, value in lines:
@@ -325,6 +328,6 @@ def print_sections(rows: Iterable[tuple[str, str, str]]) -> None:
 
 
 def main() -> None:
-    """The `betakd` command."""
+    """Run the `betakd` command."""
     with answering_sigterm():
         app()

@@ -1,8 +1,8 @@
-"""What a job will take, before anything is asked of a cluster: `betakd plan`.
+"""Forecast of what a job will need, without a cluster: `betakd plan`.
 
-Steps, GPUs, memory, bytes on the way and in storage, from the data's manifests, a few samples and the models'
-configurations; no weights are read, and those of a quantised teacher are counted as if they were not. Where the data
-are not there yet, their size is assumed.
+It gives steps, GPUs, memory, and bytes on the network and in storage. Its inputs are the data's manifests, a few
+samples and the models' configurations. No weights are read; those of a quantised teacher are counted as if they were
+not quantised. If the data do not exist yet, their size is assumed.
 """
 
 import io
@@ -28,14 +28,14 @@ from betakd_ray.teacher.parts import PARTS, Needs, value_bytes
 from betakd_ray.train.memory import GRADIENT_BYTES, StudentMemory, TeacherModel, student_memory, teacher_model
 
 SAMPLED = 64
-"""Samples of the first shard that stand for all."""
+"""Number of samples of the first shard that are read as examples of all samples."""
 Row = tuple[str, str, str]
-"""Section, quantity, value."""
+"""Row of the forecast's table: section, quantity, value."""
 
 
 @dataclass(frozen=True)
 class AssumedData:
-    """Data that are not there yet: every sample one image and one answer."""
+    """Assumption about data that do not exist yet: every sample has one image and one answer."""
 
     samples: int
     prompt_tokens: int
@@ -43,15 +43,15 @@ class AssumedData:
     samples_per_shard: int = 10_000
 
     def passes(self) -> list[Pass]:
-        """Shards of `samples_per_shard`, and one of the rest, each read once an epoch."""
+        """Return passes over shards of `samples_per_shard` samples, and one of the rest; an epoch reads each once."""
         whole, rest = divmod(self.samples, self.samples_per_shard)
         sizes = [self.samples_per_shard] * whole + ([rest] if rest else [])
         return [Pass(Shard(f"assumed-{number}", size, 0, ""), size) for number, size in enumerate(sizes)]
 
     def rendering(self, renderer: Renderer) -> Rendering:
-        """An image and the template's own tokens, with prompt and answer made as long as assumed.
+        """Return a sample with an image, the template's tokens, and prompt and answer of the assumed lengths.
 
-        Raises DataError if that is more than data.max_length.
+        Raises DataError if it is longer than data.max_length.
         """
         mask = np.repeat([False, True], [self.prompt_tokens, self.answer_tokens])
         try:
@@ -64,7 +64,7 @@ class AssumedData:
                 f"data.max_length is {renderer.max_length}; the image and the template ({len(shown.input_ids)} tokens) "
                 f"with {self.prompt_tokens} + {self.answer_tokens} assumed ones are {length}. Raise it, or assume less."
             )
-        own = np.zeros_like(shown.answer_mask)  # the probe's answer is no more than template here
+        own = np.zeros_like(shown.answer_mask)  # the example's own answer counts as part of the template
         filling = np.full(len(mask), renderer.pad_token_id, shown.input_ids.dtype)
         return Rendering(np.concatenate([shown.input_ids, filling]), np.concatenate([own, mask]), shown.images)
 
@@ -78,24 +78,24 @@ def _one_image() -> RawSample:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a job will take. Sizes are bytes."""
+    """Forecast of a job. Sizes are in bytes."""
 
     spec: JobSpec
     plan: Plan
     samples: "dict[str, SampleSize]"
-    """A mean sample as "student" and, where it sees it differently, "teacher" see it."""
+    """Mean sample for "student" and, if its samples have other sizes, for "teacher"."""
     read: int | None
-    """Samples that were read for it; None where data are assumed."""
+    """Number of samples that were read for the mean; None if the data are assumed."""
     student: StudentMemory
-    """On each rank, at the least number of them."""
+    """Memory of each rank, with the smallest number of ranks."""
     teacher: TeacherModel | None
     needs: Needs
     tflops: float | None = None
-    """Sustained on one GPU, in 10¹² floating-point operations a second: an assumption."""
+    """Assumed sustained speed of one GPU, in 10¹² floating-point operations per second."""
 
     @property
     def gpus(self) -> float | None:
-        """Return the fewest GPUs that the job runs on; None where the cluster decides."""
+        """Return the smallest number of GPUs with which the job runs; None if the cluster decides it."""
         pools = self.spec.cluster
         asked = [(pools.student.gpus, self.spec.training.workers.min)]
         asked += [(pools.teacher.gpus, pools.teacher.min)] if self.teacher else []
@@ -109,12 +109,12 @@ class Forecast:
 
     @property
     def tail(self) -> int:
-        """Samples left over."""
+        """Return the number of samples that are left over after the last step."""
         return self.plan.samples - self.total_steps * self.spec.training.global_batch_size
 
     @property
     def sample(self) -> "SampleSize":
-        """Return the size of a mean sample, as the student sees it."""
+        """Return the mean sample for the student."""
         return self.samples["student"]
 
     @property
@@ -123,24 +123,28 @@ class Forecast:
 
     @property
     def signal(self) -> float:
-        """Return the bytes that a teacher sends for a mean sample."""
+        """Return the bytes of the teacher's answer for a mean sample."""
         return signal_bytes(self.needs, self.teacher, self.teacher_sample) if self.teacher else 0.0
 
     @property
     def cache(self) -> float:
-        """What the cache holds once every sample was asked for: a sample that an epoch reads twice is kept once."""
+        """Return the bytes of the full cache. A sample that an epoch reads twice is stored once."""
         return self.signal * sum(shard.samples for shard in self.plan.distinct)
 
     @property
     def ledger(self) -> tuple[int, int]:
-        """At the most (shards' sizes, and whether each is done), and what each in flight adds: bits, in base64."""
+        """Return the ledger's largest size in bytes, and the bytes that each shard in progress adds.
+
+        The ledger has the shards' sizes, and one bit per epoch and shard that says whether it is done. A shard in
+        progress adds one bit per sample. Bits are written in base64: 6 per byte.
+        """
         largest = int(self.plan.sizes.max())
         sizes = len(self.plan.empty_ledger().to_json())
         return sizes + self.plan.epochs * len(self.plan.shards) // 6, largest // 6
 
     @property
     def held(self) -> float:
-        """Return bytes of the samples that a student rank has with the teachers: a whole step, and the window."""
+        """Return the bytes of the samples that a student rank keeps with the teachers: a whole step, and the window."""
         teacher, training = self.spec.teacher, self.spec.training
         if teacher is None:
             return 0.0
@@ -151,8 +155,11 @@ class Forecast:
 
     @property
     def exchanged(self) -> float:
-        """What each rank sends to the others in a step, at the least number of them, in rings: gradients summed up as
-        they are made (ZeRO 2 and 3) or once, and weights gathered after the step or (ZeRO 3) for each use."""
+        """Return the bytes that each rank sends to the others in a step, with the smallest number of ranks.
+
+        Collectives are counted as rings. Gradients are reduced once per micro-batch (ZeRO 2 and 3) or once per step.
+        Weights are gathered once after the step, or (ZeRO 3) twice per micro-batch.
+        """
         training, memory = self.spec.training, self.student
         ranks, stage = training.workers.min, training.zero_stage
         times = training.accumulation(ranks, self.sample.tokens)
@@ -162,7 +169,7 @@ class Forecast:
         return (reduced * GRADIENT_BYTES + gathered * weight_bytes) * (ranks - 1) / ranks
 
     def rows(self) -> Iterator[Row]:
-        """The whole of it, for a table."""
+        """Yield all rows of the forecast's table."""
         yield from self._data_rows()
         yield from self._model_rows()
         yield from self._memory_rows()
@@ -258,35 +265,42 @@ class Forecast:
             yield where, "teachers' answers to each rank", f"{size(self.signal * speed)}/s"
 
     def student_speed(self, tflops: float) -> float:
-        """Samples a second on a rank: 6 operations a parameter and token, 8 where activations are made twice."""
+        """Return samples per second on one rank.
+
+        A step takes 6 FLOPs per parameter and token, or 8 if gradient checkpointing computes the activations twice.
+        """
         operations = 8 if self.spec.training.gradient_checkpointing else 6
         return tflops * 1e12 / (operations * self.student.parameters * self.sample.tokens)
 
     def teacher_speed(self, tflops: float) -> float:
-        """Samples a second of a teacher: 2 operations a parameter and token, on one of its GPUs at a time."""
+        """Return samples per second of one teacher.
+
+        A forward takes 2 FLOPs per parameter and token. Only one GPU of a teacher works at a time.
+        """
         assert self.teacher
         return tflops * 1e12 / (2 * self.teacher.parameters * self.teacher_sample.tokens)
 
 
 @dataclass(frozen=True)
 class SampleSize:
-    """A mean sample, as one model sees it."""
+    """Mean sizes of a sample for one model."""
 
     tokens: float
+    """Number of all tokens: prompt, image and answer."""
     answer_tokens: float
     image_tokens: float
     pairs: float
-    """Pairs of an answer token and an image token."""
+    """Number of pairs of an answer token and an image token."""
     bytes: float
-    """Bytes of a sample on the wire: ids, answer mask and decoded pixels."""
+    """Bytes on the network: ids, answer mask and decoded pixels."""
 
     @classmethod
     def of(cls, inputs: ModelInputs) -> "SampleSize":
-        """The mean over a batch; padding is not counted."""
+        """Return the mean over a batch, without padding."""
         rows, visual = inputs.rows_per_sample, inputs.visual_per_sample
         tokens = inputs.attention_mask.sum() / inputs.size
         pixels = sum(array.nbytes for array in inputs.images.values()) / inputs.size
-        # Ids travel as int32, the answer mask as a byte.
+        # 5 bytes per token: the id is an int32, and the answer mask one byte.
         return cls(*map(float, (tokens, rows.mean(), visual.mean(), (rows * visual).mean(), 5 * tokens + pixels)))
 
     def __str__(self) -> str:
@@ -301,9 +315,10 @@ def signal_bytes(needs: Needs, teacher: TeacherModel, sample: SampleSize) -> flo
 
 
 def forecast(job: BetaKDJob, assumed: AssumedData | None = None, tflops: float | None = None) -> Forecast:
-    """What a job will take. Writes nothing, and asks nothing of a cluster.
+    """Return the forecast of a job. Writes nothing, and needs no cluster.
 
-    Raises the UserError that `fit()` would: unreadable data (unless they are assumed), unfit models, a taken output.
+    Raises the same UserErrors as `fit()`: data that cannot be read (unless they are assumed), unsuitable models, or an
+    output folder of another job.
     """
     spec = job.spec
     renderers = job.renderers()
@@ -330,9 +345,9 @@ def forecast(job: BetaKDJob, assumed: AssumedData | None = None, tflops: float |
 
 
 def feasibility(spec: JobSpec) -> Iterator[Row]:
-    """Which pools have room on the cluster that the spec names, and which wait for nodes, other jobs left aside.
+    """Yield for each pool whether the spec's cluster has room for it, or it must wait for nodes; ignore other jobs.
 
-    An autoscaler that has to be asked may begin to bring those nodes. Raises ClusterError for what can never be met.
+    The question may make an autoscaler start those nodes. Raises ClusterError for demands that can never be met.
     """
     with connected(spec):
         for demand, room in check_feasible(spec):
@@ -342,7 +357,7 @@ def feasibility(spec: JobSpec) -> Iterator[Row]:
 
 
 def _first_samples(shard: Shard, spec: JobSpec, renderer: Renderer) -> list[Rendering]:
-    """Raises DataError if none of the first can be rendered."""
+    """Return renderings of a shard's first `SAMPLED` samples. Raises DataError if none of them can be rendered."""
     found: list[Rendering] = []
     reason = "it is empty"
     for sample in islice(read_shard(shard, spec.data.storage), SAMPLED):
@@ -360,7 +375,7 @@ def _first_samples(shard: Shard, spec: JobSpec, renderer: Renderer) -> list[Rend
 
 
 def _largest_batch(samples: Sequence[Rendering], spec: JobSpec, renderer: Renderer) -> ModelInputs:
-    """A micro-batch of the longest sample."""
+    """Return a micro-batch that repeats the longest sample."""
     longest = max(samples, key=lambda sample: len(sample.input_ids))
     training = spec.training
     return _stacked(
@@ -369,7 +384,7 @@ def _largest_batch(samples: Sequence[Rendering], spec: JobSpec, renderer: Render
 
 
 def _group(samples: Sequence[Rendering], spec: TeacherSpec, renderer: Renderer) -> ModelInputs:
-    """Return a group for the teacher, of the longest sample as often as its tokens allow."""
+    """Return a group for the teacher: the longest sample, as many times as `batch_tokens` allows."""
     longest = max(samples, key=lambda sample: len(sample.input_ids))
     return _stacked([longest] * max(1, spec.batch_tokens // len(longest.input_ids)), renderer)
 
@@ -396,7 +411,7 @@ def _needs(pool: PoolSpec) -> str:
 
 
 def size(count: float | int) -> str:
-    """Bytes for people, by thousands."""
+    """Return a number of bytes as text with a decimal unit: B, kB, MB and so on."""
     for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
         if count < 1000 or unit == "PB":
             break
@@ -405,5 +420,5 @@ def size(count: float | int) -> str:
 
 
 def _count(number: int) -> str:
-    """Parameters, as the field counts them."""
+    """Return a number of parameters as text, in millions (M) or billions (B)."""
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.4g} M"

@@ -1,8 +1,8 @@
-"""The job: checks everything that can be checked, places each part on Ray, and runs it.
+"""The job: check everything that can be checked, place each part on Ray, and run it.
 
 JobSpec ──► BetaKDJob.fit()
                ├── stream of the plan            Ray Data
-               ├── TeacherPool                   actors that outlive the students
+               ├── TeacherPool                   actors that survive restarts of the students
                └── student workers               Ray Train, DeepSpeed
 """
 
@@ -68,9 +68,9 @@ FREE_TO_CHANGE = {
 }
 """Fields that may differ between two runs of one job."""
 UPLOADED = "/working_dir_files/"
-"""In the path of the folder that a submitted job runs in."""
+"""Part of the path of the folder in which a submitted job runs."""
 STARTS = 4
-"""Times that Ray Train tries to place the students; they share `cluster.start_timeout_s`."""
+"""Number of times that Ray Train tries to place the students. Together they take `cluster.start_timeout_s`."""
 _LOG = logging.getLogger(__name__)
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -80,7 +80,8 @@ WORKER_ENVIRONMENT = {
 }
 ON_CPU = {
     "DS_ACCELERATOR": "cpu",
-    # A step's tensors take the place of the last one's; else glibc gives their pages back, and each step faults anew.
+    # glibc keeps the memory of a step's tensors for the next step. By default it returns the pages to the system, and
+    # every step has page faults for all of them.
     "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
 }
@@ -88,29 +89,31 @@ ON_CPU = {
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a finished job leaves behind."""
+    """Result of a finished job."""
 
     name: str
     path: str
-    """The run's folder: metrics.jsonl, quarantine.jsonl, checkpoints/, model/."""
+    """Folder of the run, with metrics.jsonl, quarantine.jsonl, checkpoints/ and model/."""
     model: str
-    """A folder that transformers' `from_pretrained` loads."""
+    """Folder that transformers' `from_pretrained` loads."""
     metrics: dict[str, Any]
     """Metrics of the last step that was logged."""
     steps: int
     planned: int
-    """Samples over all epochs."""
+    """Number of samples over all epochs."""
     consumed: int
+    """Number of samples that took part in a step."""
     quarantined: int
     tail: int
-    """Samples left over: fewer than one global batch, or beyond `training.max_steps`."""
+    """Number of samples left over: fewer than one global batch, or beyond `training.max_steps`."""
     skipped_steps: int
+    """Number of steps that were skipped because a gradient was not finite."""
 
 
 class BetaKDJob:
-    """One distillation (or, without a teacher, supervised fine-tuning) job.
+    """One distillation job (or, without a teacher, supervised fine-tuning).
 
-    `fit()` of the same name and output resumes from the last committed checkpoint, and returns at once if the job is
+    A `fit()` with the same name and output resumes from the last committed checkpoint. It returns at once if the job is
     done.
     """
 
@@ -122,14 +125,14 @@ class BetaKDJob:
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "BetaKDJob":
-        """Read a spec. Raises SpecError."""
+        """Return the job of a spec file. Raises SpecError."""
         return cls(load_spec(path, overrides))
 
     def fit(self, teachers: Teachers | None = None) -> JobResult:
-        """Run to the end, with `teachers` that outlast the job if they are given.
+        """Run the job to the end. If `teachers` are given, they are used and stay alive after the job.
 
-        Raises a UserError before anything is asked of the cluster's GPUs if the job cannot work, a TrainingError if it
-        failed on the way; the last committed checkpoint is then what the next `fit()` resumes from.
+        Raises a UserError if the job cannot work; this happens before it uses the cluster's GPUs. Raises a
+        TrainingError if it failed later; the next `fit()` then resumes from the last committed checkpoint.
         """
         views = self.check()
         if (finished := self._finished()) is not None:
@@ -141,17 +144,23 @@ class BetaKDJob:
             self._monitor, self._is_stopping = None, False
 
     def stop(self) -> None:
-        """Ask a `fit()`, from another thread or a signal's handler, to save and end; it then raises Interrupted."""
+        """Ask a running `fit()` to save and end; it then raises Interrupted.
+
+        Call it from another thread, or from a signal handler.
+        """
         self._is_stopping = True
         if self._monitor is not None:
             self._monitor.stop.remote()
 
     def _interrupt(self) -> None:
-        """`stop()` for a job that does not train yet, or no more: there is nothing to save."""
+        """Raise Interrupted: the `stop()` of a job that does not train yet, or no longer, and has nothing to save."""
         raise Interrupted(f"{self.spec.name}: was asked to stop, and lost nothing. Run it again to go on.")
 
     def check(self) -> tuple[Plan, dict[str, Renderer]]:
-        """Everything that can be known without a cluster: data, models, output. Raises UserError."""
+        """Check all that can be checked without a cluster (data, models, output); return plan and renderers.
+
+        Raises UserError.
+        """
         renderers = self.renderers()
         plan = self.plan(find_passes(self.spec.data))
         self._claim_output()
@@ -162,7 +171,7 @@ class BetaKDJob:
     # --------------------------------------------------------------------------------------------- checks
 
     def renderers(self) -> dict[str, Renderer]:
-        """The student's, and the teacher's where it sees samples differently. Raises ModelError."""
+        """Return the "student" renderer, and the "teacher" one if its output differs. Raises ModelError."""
         spec = self.spec
         processor = student_processor(spec.student)
         check_adapters(spec.student)
@@ -184,7 +193,7 @@ class BetaKDJob:
         )
 
     def plan(self, passes: Sequence[Pass]) -> Plan:
-        """What is read in which order. Raises DataError if it is less than one step."""
+        """Return the order in which the data are read. Raises DataError if they are less than one step."""
         spec = self.spec
         plan = Plan.of(passes, spec.training.epochs, spec.training.seed, spec.data.shuffle)
         if plan.samples < spec.training.global_batch_size:
@@ -204,7 +213,10 @@ class BetaKDJob:
             )  # fmt: skip
 
     def was_here(self) -> bool:
-        """Whether this very job began before. Raises OutputError if it was another one, or the folder will not last."""
+        """Return whether this same job was started before.
+
+        Raises OutputError if the folder has another job, or if Ray will remove the folder.
+        """
         if UPLOADED in self.run:
             raise OutputError(
                 f"output.path: {self.run} is in the folder that `ray job submit --working-dir` uploaded, which Ray "
@@ -224,7 +236,7 @@ class BetaKDJob:
         return True
 
     def _claim_output(self) -> None:
-        """Write spec.json, unless this very job was here before. Raises OutputError."""
+        """Write spec.json, unless this same job was started before. Raises OutputError."""
         if self.was_here():
             return
         filesystem, root = open_store(self.run, self.spec.output.storage)
@@ -241,8 +253,10 @@ class BetaKDJob:
     # ------------------------------------------------------------------------------------------------ run
 
     def _outliving_processes(self, views: tuple[Plan, dict[str, Renderer]], teachers: Teachers | None) -> JobResult:
-        """Teachers and students are replaced where they die. A process that watches over them (the pool, the monitor,
-        Ray Train's controller) is not: the job begins again from its last checkpoint, as it does when it is run again.
+        """Run the job, and restart it from its last checkpoint if one of its control processes dies.
+
+        Dead teachers and students are replaced while the job runs. The control processes (the pool, the monitor, Ray
+        Train's controller) cannot be replaced.
         """
         store = CheckpointStore(self.run, self.spec.output.storage)
         deaths = 0
@@ -252,6 +266,7 @@ class BetaKDJob:
                 with ExitStack() as actors:
                     return self._run(*views, teachers or actors.enter_context(Teachers()), actors)
             except RayActorError as error:
+                # Counted since the last checkpoint: a job that makes progress may be restarted any number of times.
                 deaths = 1 + (deaths if store.latest() == begun_at else 0)
                 if deaths > self.spec.training.max_failures:
                     raise TrainingError(
@@ -265,7 +280,10 @@ class BetaKDJob:
                 )  # fmt: skip
 
     def _run(self, plan: Plan, renderers: dict[str, Renderer], teachers: Teachers, actors: ExitStack) -> JobResult:
-        """`actors` end with the run: a handle that lingers in a reference cycle would keep its node."""
+        """Run the job once. `actors` ends the actors after it.
+
+        Their handles alone would not end them: a handle in a reference cycle keeps its actor, and so its node, alive.
+        """
         spec = self.spec
         gpus = {name: gpus_each(getattr(spec.cluster, name).gpus) for name in ("teacher", "student")}
         for demand, room in check_feasible(spec):
@@ -282,7 +300,7 @@ class BetaKDJob:
         actors.callback(ray.kill, monitor)
         self._monitor = monitor
         if self._is_stopping:
-            self.stop()  # as it was asked before there was anybody to tell
+            self.stop()  # the request came before there was a monitor to send it to
         pool = facts = cache = None
         needs = Needs()
         if spec.teacher:
@@ -325,9 +343,9 @@ class BetaKDJob:
         return self._conclude(outcome, plan)
 
     def needs(self, teacher: TeacherSpec) -> Needs:
-        """What is asked of the teacher. Raises ModelError."""
+        """Return what the job needs from the teacher. Raises ModelError."""
         configs = (load_config(teacher), student_config(self.spec.student))
-        # Ids that both models have a logit for; either may be padded beyond the tokenizer's.
+        # Number of ids for which both models have a logit. A model may have more logits than its tokenizer has ids.
         vocab = min(config.get_text_config().vocab_size for config in configs)
         return Needs.of(teacher, self.spec.objective, vocab)
 
@@ -349,16 +367,16 @@ class BetaKDJob:
                 accelerator_type=student.accelerator_type,
             ),
             run_config=RunConfig(
-                # Ray Train's own folder holds only its bookkeeping; ours is the run's.
+                # Ray Train's own folder holds only its state. Checkpoints and metrics are in the run's folder.
                 name=f"{spec.name}-{os.urandom(4).hex()}",
                 storage_path=_scratch(),
-                # Ray's own count knows of no progress; the monitor's does.
+                # Unlimited, because Ray does not reset its count on progress. The monitor counts failures instead.
                 failure_config=FailureConfig(max_failures=-1, controller_failure_limit=STARTS - 1),
                 callbacks=[Deaths(config.monitor)],
                 worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | _accelerator(gpus)},
             ),
         )
-        # Ray Train knows this limit from the environment only, and hands it on to its controller.
+        # Ray Train reads this limit only from the environment, and passes it on to its controller.
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(spec.cluster.start_timeout_s / STARTS)
         try:
             outcome = trainer.fit().return_value or {}
@@ -411,7 +429,10 @@ def _scratch() -> str:
 
 
 def _raise_cause(config: WorkerConfig, *, is_failed: bool = False) -> None:
-    """What ended the training, where the monitor knows it; a dead pool, which no restart of the students mends."""
+    """Raise the error that ended the training, if the monitor has one.
+
+    Raises RayActorError if the teacher pool died, because no restart of the students can repair that.
+    """
     failure = ray.get(config.monitor.failure.remote())
     if (failure or is_failed) and config.pool is not None:
         ray.get(config.pool.is_lent.remote())  # raises if it died
@@ -433,7 +454,10 @@ def _explained(error: TrainingFailedError, spec: JobSpec) -> errors.BetaKDError:
 
 
 def _require_same_job(run: str, there: JobSpec, asked: JobSpec) -> None:
-    """What shapes the stream and the model must be what it was; the rest may change between runs."""
+    """Raise OutputError if the run's folder has another job.
+
+    Fields that change the stream or the model must be equal. The other fields may differ between runs.
+    """
     free = {"cluster", "tracking", "output"}
     before, now = (each.model_dump(mode="json", exclude=free) for each in (there, asked))
     for tree in (before, now):
@@ -453,7 +477,7 @@ def _require_same_job(run: str, there: JobSpec, asked: JobSpec) -> None:
 
 @contextmanager
 def _progress(monitor: ActorHandle, total_steps: int, spec: JobSpec) -> Iterator[None]:
-    """A progress line fed from the monitor, on the driver's terminal."""
+    """Show a progress line on the driver's terminal, with the monitor's newest metrics."""
     stop = threading.Event()
     with progress_line(spec.name, total_steps, "starting", is_shown=spec.tracking.progress) as update:
 
@@ -471,7 +495,7 @@ def _progress(monitor: ActorHandle, total_steps: int, spec: JobSpec) -> Iterator
         follower.start()
         try:
             yield
-            show()  # the last step may have come since the last look
+            show()  # the last step may have ended since the last update
         finally:
             stop.set()
             follower.join(timeout=5)

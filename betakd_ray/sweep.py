@@ -1,8 +1,8 @@
-"""A grid of jobs on one cluster, and its table.
+"""A grid of jobs on one cluster, and the table of its results.
 
-Teachers stay loaded from cell to cell for as long as the next asks the same of them; with `teacher.cache` in the
-template they are loaded once, for what any cell asks, and answer once for the whole grid. Several cells may run side by
-side. A cell that is done is not done again, so that a sweep which was stopped goes on where it was.
+Teachers stay loaded between cells as long as the next cell needs the same from them. With `teacher.cache` in the
+template they are loaded once, for the needs of all cells, and answer once for the whole grid. Several cells may run at
+the same time. A cell that is done is not run again, so a sweep that was stopped continues where it was.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from betakd_ray.tracking import from_jsonl, to_jsonl
 
 ROWS, TABLE = "rows.jsonl", "table.md"
 LONGEST_NAME = 200
-"""Limit in characters of a job's name; a folder's name may have 255 bytes."""
+"""Largest number of characters in a job's name. The name of a folder may have at most 255 bytes."""
 Row = dict[str, Any]
 
 
@@ -48,12 +48,12 @@ class Cell:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What its row says of it."""
+        """Return the values that identify the cell in its row."""
         return (*self.values.values(), self.seed)
 
 
 class Sweep:
-    """Runs a grid. Every cell's spec is checked before the first is run: a SpecError names the cell."""
+    """Runner of a grid. It checks the specs of all cells before it runs the first; a SpecError names the cell."""
 
     def __init__(self, spec: SweepSpec) -> None:
         self.spec = spec
@@ -66,10 +66,11 @@ class Sweep:
             raise SpecError(f"axes: two cells are both called {sorted(twice)[0]}; give values that differ in name")
 
     def run(self) -> list[Row]:
-        """A row a cell and seed: axes, seed, final metrics and the evaluation's; also saved, with the table.
+        """Run the grid; return one row per cell and seed: axes, seed, final metrics and those of the evaluation.
 
-        A cell whose training fails has no row; the others are run, and then TrainingError names it. A UserError ends
-        the sweep, as does `stop()`, which is what a SIGTERM calls: cells that run then save first. Interrupted says so.
+        The rows and the table are also saved. A cell whose training fails has no row. The other cells still run; after
+        them TrainingError names the failed ones. A UserError ends the sweep. `stop()`, which a SIGTERM calls, also ends
+        it: the running cells save first, and Interrupted is raised.
         """
         largest = max((cell.job for cell in self.cells), key=lambda job: job.training.workers.max)
         try:
@@ -111,14 +112,17 @@ class Sweep:
         return [rows[each] for each in sorted(rows)]
 
     def stop(self) -> None:
-        """Begin no more cells, and have those that run save and end."""
+        """Start no more cells, and ask the running ones to save and end."""
         self._is_stopping = True
         for job in list(self._running):
             job.stop()
 
     def _submit(self, executor: ThreadPoolExecutor, teachers: Teachers) -> dict["Future[Row]", int]:
-        """Each cell's row to come → its place. Of cells with one question, the first goes ahead alone: the others find
-        the answers in the cache."""
+        """Submit all cells; return the future of each cell's row → the cell's index.
+
+        Of the cells with the same question, the first runs alone. The others start after it, and find its answers in
+        the cache.
+        """
         questions = [_question(cell.job) for cell in self.cells]
         for question in questions:
             if question:
@@ -145,14 +149,16 @@ class Sweep:
         except TrainingError:
             raise  # the other cells may do better
         except BaseException:
-            self.stop()  # here, or this thread would begin another before the error is seen
+            self.stop()  # here, because this thread would start another cell before the main thread sees the error
             raise
         finally:
             self._running.discard(job)
 
     def table(self, rows: list[Row]) -> list[list[str]]:
-        """Header and a line a cell: the axes, how many of the seeds are there, if there are several, then mean ±
-        standard deviation over them of each metric."""
+        """Return a header, and one line per cell: its axes, then the mean ± standard deviation of each metric.
+
+        Mean and deviation are over the seeds. If there are several seeds, a column says how many of them have a row.
+        """
         axes, seeds = list(self.spec.axes), len(self.spec.seeds)
         metrics = [name for row in rows[:1] for name in row if name not in (*axes, "seed")]
         lines = [[*axes, *(["seeds"] if seeds > 1 else []), *metrics]]
@@ -182,14 +188,14 @@ class Sweep:
 
     @cached_property
     def _evaluation(self) -> str:
-        """Its name under a cell's run: questions that are asked otherwise, or packed anew, have another."""
+        """Return the evaluation's name in a cell's run. It changes if the evaluation's spec or its shards change."""
         questions = self.spec.evaluation
         assert questions
         checksums = [shard.checksum for shard in find_shards(questions.data.paths, questions.data.storage)]
         return f"evaluation-{hashlib.sha256(f'{questions.model_dump_json()}{checksums}'.encode()).hexdigest()[:8]}"
 
     def _stored(self) -> dict[int, Row]:
-        """Rows of an earlier run, by their cell's place: they stand until that cell has been looked at again."""
+        """Return the rows of an earlier run, by the index of their cell. Each is valid until its cell has run again."""
         filesystem, root = open_store(self.folder, self.spec.output.storage)
         path = join(root, ROWS)
         if not filesystem.exists(path):
@@ -200,7 +206,7 @@ class Sweep:
         return {places[key]: row for key, row in keyed.items() if key in places}
 
     def _save(self, earlier: dict[int, Row], rows: dict[int, Row]) -> None:
-        """Rows of an earlier run stay, unless they have other columns."""
+        """Save rows and table. Rows of an earlier run stay, unless they have other columns."""
         columns = next((row.keys() for row in rows.values()), None)
         known = {place: row for place, row in earlier.items() if columns in (None, row.keys())} | rows
         ordered = [known[place] for place in sorted(known)]
@@ -214,22 +220,25 @@ class Sweep:
 
 
 def _cause(pending: Iterable["Future[Row]"]) -> BaseException | None:
-    """What stopped a sweep from inside: a cell that it stopped may have been heard of first."""
+    """Return the error that stopped the sweep, if one of its own cells raised it; otherwise None.
+
+    It need not be the first that was seen: another cell, which the sweep then stopped, may have ended earlier.
+    """
     errors = (future.exception() for future in pending)
     return next((error for error in errors if error and not isinstance(error, Interrupted | TrainingError)), None)
 
 
 class Question(NamedTuple):
-    """What a cell's teacher is asked."""
+    """Request of a cell to its teacher."""
 
     teacher: TeacherSpec
     needs: Needs
     key: str
-    """Alike where one cell's answers do for another."""
+    """Text that is equal for two cells if they can use the same answers."""
 
 
 def _question(job: JobSpec) -> Question | None:
-    """None where the answers are not kept."""
+    """Return the question of a job; None if it has no teacher, or no cache for the answers."""
     if job.teacher is None or job.teacher.cache is None:
         return None
     needs = BetaKDJob(job).needs(job.teacher)
@@ -250,7 +259,7 @@ def _cells(spec: SweepSpec, folder: str) -> Iterator[Cell]:
 
 
 def short_name(value: Any) -> str:
-    """How a value is called in a table and in a job's name: by its kind, if it has one; a path by its end."""
+    """Return the name of a value in a table and in a job's name: its kind, if it has one; of a path, its last part."""
     if isinstance(value, dict):
         rest = [f"{key}={short_name(inner)}" for key, inner in value.items() if key != "kind"]
         return ",".join([*([str(value["kind"])] if "kind" in value else []), *rest])
@@ -261,7 +270,7 @@ def short_name(value: Any) -> str:
 
 
 def _job_name(text: str) -> str:
-    """Something a folder may be called; what is too long for one ends in a hash of the whole."""
+    """Return `text` as a valid folder name. If it is too long, it is cut and ends with a hash of the whole text."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", text)
     if not name[0].isalnum():
         name = f"x{name}"
@@ -272,7 +281,7 @@ def _job_name(text: str) -> str:
 
 def _spread(values: list[float]) -> str:
     mean = f"{sum(values) / len(values):.4g}"
-    has_spread = len(values) > 1 and all(map(math.isfinite, values))  # a loss need not be
+    has_spread = len(values) > 1 and all(map(math.isfinite, values))  # a loss may be infinite or NaN
     return f"{mean} ± {statistics.stdev(values):.2g}" if has_spread else mean
 
 

@@ -1,4 +1,4 @@
-"""Exact match: an answer is right when it is the reference, but for case and a full stop at the end."""
+"""Exact match: an answer is correct if it equals the reference, apart from case and a full stop at the end."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Record:
-    """One question as one model answered it."""
+    """Answer of one model to one question."""
 
     text: str | None
-    """The prediction; None where the sample could not be asked."""
+    """Prediction of the model; None if the question could not be asked."""
     reference: str | None
-    """The last gpt turn; None where the sample could not be read."""
+    """Last gpt turn of the sample; None if the sample could not be read."""
     type: str | None = None
-    """The kind of question, for data that says it."""
+    """Kind of question; None if the data do not give it."""
 
     @property
     def correct(self) -> bool:
@@ -26,14 +26,14 @@ def normalized(text: str) -> str:
 
 
 def agree(one: str | None, other: str | None) -> bool:
-    """Whether two answers are the same; what was not answered agrees with nothing."""
+    """Return whether two answers are the same. A missing answer (None) agrees with nothing."""
     return one is not None and other is not None and normalized(one) == normalized(other)
 
 
 def score(records: Sequence[Record]) -> dict[str, float]:
-    """Accuracy overall and, as `accuracy[type]`, of each type; and how many samples were `unanswerable`.
+    """Return the overall `accuracy`, the `accuracy[type]` of each type, and the number of `unanswerable` samples.
 
-    Unanswerable samples count as wrong. Raises ValueError when there are no records.
+    Accuracies are between 0 and 1. Unanswerable samples count as wrong. Raises ValueError if there are no records.
     """
     if not records:
         raise ValueError("accuracy of no answers: give at least one record")
@@ -47,7 +47,7 @@ def score(records: Sequence[Record]) -> dict[str, float]:
 
 
 def agreement(texts: Sequence[str | None], others: Sequence[str | None]) -> float:
-    """Share of the questions to which two models give the same answer."""
+    """Return the share of the questions to which two models give the same answer, from 0 to 1."""
     return sum(agree(one, other) for one, other in zip(texts, others, strict=True)) / len(texts)
 
 

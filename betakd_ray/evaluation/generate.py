@@ -1,4 +1,4 @@
-"""Batched greedy decoding: prompts in, answers out, in the order they came."""
+"""Batched greedy decoding: from prompts to answers, in the same order."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -20,9 +20,10 @@ from betakd_ray.models.vlm import with_image_tokens
 def answers(
     model: Any, renderer: Renderer, samples: Iterable[RawSample | BadSample], *, batch_size: int, max_new_tokens: int
 ) -> Iterator[str | None]:
-    """The model's answer to each sample's last question, in order; None where a sample cannot be asked.
+    """Yield the model's answer to each sample's last question, in order; None if the question cannot be asked.
 
-    Greedy, ended by the tokenizer's or the model's own end of sequence. `samples` is read a batch at a time.
+    Decoding is greedy. It ends at the tokenizer's or the model's end-of-sequence token. `samples` is read one batch at
+    a time.
     """
     normalize = Normalization.of(renderer.image_processor)
     config = _greedy(model, renderer, max_new_tokens)
@@ -35,7 +36,10 @@ def answers(
 
 
 def pad_left(prompts: list[Rendering], pad_token_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Token ids and attention mask, both [B, L]: every prompt ends where its answer begins."""
+    """Return token ids and attention mask, both [B, L].
+
+    Padding is on the left, so that every prompt ends at the position where generation begins.
+    """
     shape = (len(prompts), max(len(prompt.input_ids) for prompt in prompts))
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     attention_mask = np.zeros(shape, dtype=np.int64)
@@ -56,7 +60,10 @@ def _prompt(renderer: Renderer, sample: RawSample | BadSample) -> Rendering | No
 
 
 def _shown(sample: RawSample) -> int:
-    """Images asked about; one placed in or after the last answer would have pixels and no tokens."""
+    """Return the number of images before the last answer, which are in the prompt.
+
+    An image in or after that answer would have pixels, but no tokens in the prompt.
+    """
     last = max(i for i, turn in enumerate(sample.conversation) if turn["from"] == "gpt")
     return sum(turn["value"].count(IMAGE) for turn in sample.conversation[:last])
 
@@ -82,7 +89,7 @@ def _greedy(model: Any, renderer: Renderer, max_new_tokens: int) -> GenerationCo
     return GenerationConfig(
         do_sample=False,
         num_beams=1,
-        # A checkpoint's own settings would fill what is left unset here.
+        # Set here, because the checkpoint's own generation settings replace values that are not set.
         repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),

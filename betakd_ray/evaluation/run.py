@@ -1,4 +1,4 @@
-"""Several models answer one question set: a Ray task for each, one table for all."""
+"""Evaluation of several models on one question set: one Ray task per model, and one table."""
 
 import json
 from collections.abc import Iterator
@@ -30,16 +30,16 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Answered:
-    """A question of the set and what a model said to it."""
+    """A question of the set, and a model's answer to it."""
 
     question_id: str
     prompt: str
     record: Record
     reason: str | None = None
-    """Why the sample could not be read."""
+    """Reason why the sample could not be read; None if it was read."""
 
     def line(self, label: str, position: int) -> dict[str, Any]:
-        """A line of answers-{label}.jsonl, in LLaVA's format."""
+        """Return a line of answers-{label}.jsonl, in LLaVA's format."""
         known = {"reference": self.record.reference, "type": self.record.type, "reason": self.reason}
         return {
             "question_id": self.question_id,
@@ -53,21 +53,21 @@ class Answered:
 
 
 class Evaluation:
-    """Runs an evaluation on the Ray cluster this process is connected to."""
+    """Runner of an evaluation on the Ray cluster to which this process is connected."""
 
     def __init__(self, spec: EvaluationSpec) -> None:
         self.spec = spec
         self.folder = join(spec.output.path, spec.name)
 
     def run(self) -> dict[str, Metrics]:
-        """Metrics of each model by its label; answers and metrics are also written under the output.
+        """Run the evaluation; return label of a model → metrics. Answers and metrics are also written to the output.
 
-        Raises ClusterError, DataError, ModelError or OutputError for what the user can mend.
+        Raises ClusterError, DataError, ModelError or OutputError for errors that the user can repair.
         """
         shards = find_shards(self.spec.data.paths, self.spec.data.storage)
         if not sum(shard.samples for shard in shards):
             raise DataError(f"data.train: {list(self.spec.data.paths)} holds no sample. Name shards with questions.")
-        self._store({})  # an output that cannot be written is found before the models run
+        self._store({})  # fails here, before the models run, if the output cannot be written
         answered = self._answer(shards)
         results = {label: self._score(label, answered) for label in self.spec.models}
         lines = {
@@ -81,7 +81,7 @@ class Evaluation:
         return results
 
     def _answer(self, shards: list[Shard]) -> dict[str, list[Answered]]:
-        """One task a model, as many at a time as the cluster has room for."""
+        """Run one task per model, as many at the same time as the cluster has room for."""
         pool = self.spec.cluster.student
         task = ray.remote(answer).options(**placement(pool, _gpus(pool.gpus)))
         pending = {task.remote(self.spec, label, shards): label for label in self.spec.models}
@@ -118,7 +118,7 @@ class Evaluation:
 
 
 def answer(spec: EvaluationSpec, label: str, shards: list[Shard]) -> list[Answered]:
-    """Load a model on this process's device and put every question to it. Raises ModelError or DataError."""
+    """Load a model on this process's device and ask it every question. Raises ModelError or DataError."""
     renderer = Renderer(load_processor(spec.models[label]), spec.data)
     model = freeze(load_model(spec.models[label], devices=[find_device()]))
     asked, kept = tee(_samples(spec, shards))
@@ -143,7 +143,7 @@ def _answered(sample: RawSample | BadSample, text: str | None) -> Answered:
 
 
 def _gpus(asked: float | str) -> float:
-    """GPUs a model. Raises ClusterError when the cluster has fewer, since its task would wait for ever."""
+    """Return the number of GPUs per model. Raises ClusterError if the cluster has fewer: a task would wait forever."""
     available = ray.cluster_resources().get("GPU", 0.0)
     gpus = gpus_each(asked)
     if gpus > available:
@@ -155,7 +155,7 @@ def _gpus(asked: float | str) -> float:
 
 
 def _result(done: Any, label: str) -> list[Answered]:
-    """What a task returned, or the error it raised, as itself."""
+    """Return the result of a task. Raises the task's own error, without Ray's wrapper."""
     try:
         return ray.get(done)
     except RayTaskError as error:

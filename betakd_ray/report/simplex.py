@@ -1,8 +1,8 @@
-"""Energies as landscapes: for one teacher over three tokens, each energy's value and pull at every student.
+"""Figure of the energies: for one teacher over three tokens, the value and gradient of each energy at every student.
 
     python -m betakd_ray.report.simplex docs/energies.svg            (after Beta-KD Figure 3; needs the extra `report`)
 
-The other reports are made from a run's files; this one draws the energies themselves, so it alone needs torch.
+The other reports read a run's files. This one computes the energies, so only this one needs torch.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from betakd_ray.energies import ENERGIES, energy
 
 TEACHER = (0.55, 0.35, 0.10)
 MOVING = {"ctkd": {"temperature": 2.0}, "taid": {"t": 0.5}}
-"""What moves during a job, held still."""
+"""Fixed values of the arguments that change during a job."""
 
 FINE, COARSE = 100, 10
-"""Steps along an edge, of the contours and of the arrows; FINE has the teacher on its grid."""
+"""Number of grid steps along an edge, for the contours and for the arrows. The teacher is a point of the FINE grid."""
 ARROW, LONGEST = 0.3, 0.09
-"""Length of an arrow for a gradient of norm 1, and the length at which arrows are cut."""
+"""Length of an arrow for a gradient of norm 1, and largest length of an arrow; the triangle's side has length 1."""
 CORNERS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.75**0.5]], dtype=torch.float64)
 COLORS = matplotlib.colormaps["YlGnBu"](torch.linspace(0, 0.75, 13).tolist())
 LEGEND = """Each triangle: students over three tokens a, b, c.
@@ -36,7 +36,7 @@ ctkd at T = {T:g}, taid at t = {t:g}."""
 
 
 def simplex(steps: int) -> Float[Tensor, "points 3"]:
-    """Distributions over three tokens, all probabilities multiples of 1/steps and none of them zero."""
+    """Return distributions over three tokens. All probabilities are multiples of 1/steps, and none is zero."""
     counts = [(i, j, steps - i - j) for i in range(1, steps - 1) for j in range(1, steps - i)]
     return torch.tensor(counts, dtype=torch.float64) / steps
 
@@ -44,9 +44,10 @@ def simplex(steps: int) -> Float[Tensor, "points 3"]:
 def landscape(
     name: str, students: Float[Tensor, "points 3"]
 ) -> tuple[Float[Tensor, " points"], Float[Tensor, "points 3"]]:
-    """An energy at each student, and minus its gradient in the student's logits, which sums to zero over the tokens.
+    """Return an energy at each student, and minus its gradient with respect to the student's logits.
 
-    Logits are the centred log-probabilities; without centring, energies of logits would depend on a free constant.
+    The gradient sums to zero over the tokens. Logits are the centred log-probabilities. Without centring, the energies
+    on logits would depend on an arbitrary constant.
     """
     teacher = _logits(torch.tensor(TEACHER, dtype=torch.float64).expand_as(students))
     student = _logits(students).requires_grad_()
@@ -60,8 +61,8 @@ def _logits(probs: Float[Tensor, "points 3"]) -> Float[Tensor, "points 3"]:
 
 
 def draw(path: str) -> None:
-    """All energies on logits as one SVG, its coloured layers as images."""
-    # No date and no random ids: the same code writes the same file.
+    """Draw all energies on logits as one SVG. Its coloured layers are images."""
+    # No date and no random ids, so that the same code always writes the same file.
     with matplotlib.rc_context({"svg.hashsalt": "energies", "font.size": 9}):
         figure = Figure(figsize=(10.5, 6.8), facecolor="white", layout="constrained")
         panels: list[Axes] = figure.subplots(3, 5).flatten().tolist()
@@ -98,7 +99,7 @@ def _xy(points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    """Write the figure to the path given."""
+    """Write the figure to the path in the command line."""
     parser = argparse.ArgumentParser(description="Draw every energy on the three-token simplex, as an SVG.")
     parser.add_argument("path", help="where to write it")
     draw(parser.parse_args().path)

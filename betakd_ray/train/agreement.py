@@ -1,7 +1,7 @@
-"""What the ranks must know of each other before a step: how many samples, micro-batches and tokens it has.
+"""Agreement of the ranks on the next step: how many samples, micro-batches and tokens it has.
 
-The ranks' feeds agree here, one step ahead of the training, so that waiting for a teacher or for data holds up no
-collective of the training itself. Nothing here depends on how fast anybody is.
+The ranks' feeds agree here, one step ahead of the training. So no collective of the training waits for a teacher or for
+data. The result does not depend on the speed of any rank or teacher.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,25 +13,29 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 Gather = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-"""Collective: this rank's numbers [n] → every rank's [ranks, n]."""
+"""Function that maps this rank's numbers [n] to every rank's [ranks, n] (collective: every rank must call it)."""
 
 
 def shares(global_batch: int, ranks: int, step: int) -> list[int]:
     """Return how many samples of a global batch each rank has in a step.
 
-    Shares differ by at most one sample. Which ranks have the larger one rotates, so that over many steps all ranks do
-    the same work, and no rank's rows run out before the others'.
+    Shares differ by at most one sample. The ranks with the larger share change from step to step. So, over many steps,
+    all ranks do the same work, and no rank uses up its rows before the others.
     """
     share, larger = divmod(global_batch, ranks)
     return [share + ((rank - step * larger) % ranks < larger) for rank in range(ranks)]
 
 
 def allot(missing: int, spare: Sequence[int]) -> list[int] | None:
-    """Return how many of its spare samples each rank gives to fill a step, as evenly as it goes; None if too few."""
+    """Return how many of its spare samples each rank gives to fill a step; None if the ranks have too few together.
+
+    The numbers are as even as `spare` allows.
+    """
     if sum(spare) < missing:
         return None
     given = [0] * len(spare)
     while missing:
+        # Several rounds, because a rank with few spare samples cannot give an even part: the others give the rest.
         able = [rank for rank, more in enumerate(spare) if more > given[rank]]
         each, rest = divmod(missing, len(able))
         for number, rank in enumerate(able):
@@ -43,17 +47,17 @@ def allot(missing: int, spare: Sequence[int]) -> list[int] | None:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of the student's view in a step."""
+    """Numbers of tokens in a step, as the student's tokenizer and processor make them."""
 
     prompt: int = 0
-    """Text that is neither answer nor image."""
+    """Text tokens that belong neither to an answer nor to an image."""
     image: int = 0
     answer: int = 0
     padding: int = 0
 
     @property
     def real(self) -> int:
-        """Return all but the padding."""
+        """Return the number of tokens without padding."""
         return self.prompt + self.image + self.answer
 
     def __add__(self, other: "TokenCounts") -> "TokenCounts":
@@ -75,28 +79,28 @@ COLUMNS = (
     "save",
     "stop",
 )
-"""What the numbers of a `Proposal` are, in the order in which they travel."""
+"""Names of the numbers in `Proposal.vector`, in their order."""
 TAKEN, STOP = COLUMNS.index("taken"), COLUMNS.index("stop")
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """One rank's part of a step, as it stands."""
+    """What one rank brings to a step, before the ranks have agreed."""
 
     taken: int
-    """Samples of the plan, those that cannot be trained on included."""
+    """Number of samples of the plan, including those that cannot be trained on."""
     valid: int = 0
-    """Samples that take part in the loss."""
+    """Number of samples that take part in the loss."""
     micro_batches: int = 0
     squares: int = 0
-    """Σ L² over the lengths of valid samples, which attention's arithmetic grows with."""
+    """Σ L² over the valid samples, where L is the length in tokens. The FLOPs of attention grow with it."""
     pixels: int = 0
-    """Numbers that the vision tower takes."""
+    """Number of values that the vision tower takes as input."""
     tokens: TokenCounts = TokenCounts()
     save: bool = False
-    """Asks for a checkpoint after the step."""
+    """True if this rank asks for a checkpoint after the step."""
     stop: bool = False
-    """Asks that this step be the first that is not done."""
+    """True if this rank asks to stop before this step."""
 
     def vector(self) -> NDArray[np.float64]:
         """Return the proposal as numbers [COLUMNS], for `Gather`."""
@@ -106,18 +110,18 @@ class Proposal:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What the global batch of a step holds. Alike on every rank."""
+    """Counts over the global batch of a step. They are equal on every rank."""
 
     samples: int
-    """Samples that take part: the denominator of the loss."""
+    """Number of samples that take part: the denominator of the loss."""
     dropped: int
-    """Samples that their teacher cannot answer, or not with finite numbers: they take no part."""
+    """Number of samples that take no part: the teacher gave no answer, or one that is not finite."""
     most_samples: int
-    """Valid samples of the rank that has most."""
+    """Number of valid samples on the rank that has most."""
     micro_batches: int
-    """Micro-batches that every rank runs; a rank that has fewer adds empty ones, whose weight is zero."""
+    """Number of micro-batches that every rank runs. A rank that has fewer adds empty ones, whose weight is zero."""
     squares: int
-    """Σ L² over the samples' lengths."""
+    """Σ L² over the samples, where L is the length in tokens."""
     pixels: int
     tokens: TokenCounts
     save: bool
@@ -142,7 +146,10 @@ class StepCounts:
 
 
 def gather_over(group: dist.ProcessGroup) -> Gather:
-    """Return a `Gather` over a gloo process group of its own: the feeds' collectives meet no others there."""
+    """Return a `Gather` over a gloo process group that only the feeds use.
+
+    In a group shared with the training, collectives of two threads could be matched in different orders on the ranks.
+    """
 
     def gather(mine: NDArray[np.float64]) -> NDArray[np.float64]:
         everyone = [torch.empty(len(mine), dtype=torch.float64) for _ in range(dist.get_world_size(group))]

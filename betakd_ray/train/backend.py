@@ -1,6 +1,6 @@
-"""What Ray Train's controller runs of ours: it chooses the workers' process group, and tells of their deaths.
+"""Code that Ray Train's controller runs: the choice of the workers' process group, and the report of their failures.
 
-Apart from `job`, so that the controller, which every job waits for, loads none of what a job is checked with.
+It is not in `job`, because every job waits until the controller has started: it must not load what only checks a job.
 """
 
 from dataclasses import dataclass, replace
@@ -16,8 +16,10 @@ from ray.train.torch.config import _TorchBackend
 
 @dataclass
 class FoundTorchConfig(TorchConfig):
-    """NCCL where the workers have GPUs that torch can use, else gloo: also for logical GPUs. It is found on a worker,
-    as the driver's machine may have no GPU."""
+    """Process group config: NCCL if torch can use a GPU on the workers, otherwise gloo (also for logical GPUs).
+
+    A worker is asked, because the driver's machine may have no GPU.
+    """
 
     @property
     def backend_cls(self) -> type["FoundTorchBackend"]:
@@ -25,7 +27,7 @@ class FoundTorchConfig(TorchConfig):
 
 
 class FoundTorchBackend(_TorchBackend):
-    """Asks the first worker what it has; all have the same."""
+    """Torch backend that asks the first worker whether it has a GPU; all workers are alike."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         has_gpu = worker_group.execute_single(0, torch.cuda.is_available)
@@ -33,16 +35,16 @@ class FoundTorchBackend(_TorchBackend):
 
 
 class Deaths(ray.train.UserCallback):
-    """Tells the monitor when the workers die, and of what."""
+    """Callback that tells the monitor when workers failed, and why."""
 
     def __init__(self, monitor: ActorHandle) -> None:
         self._monitor = monitor
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called by Ray Train before it restarts the workers."""
+        """Report the workers' errors. Ray Train calls this before it restarts the workers."""
         ray.get(self._monitor.workers_died.remote(causes(worker_exceptions)))
 
 
 def causes(failures: dict[int, Exception]) -> str:
-    """Return the causes of the workers' deaths in one line."""
+    """Return the workers' errors in one line. `failures` maps a rank to its error."""
     return "; ".join(f"rank {rank}: {failure}" for rank, failure in failures.items())

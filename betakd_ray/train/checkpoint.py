@@ -1,11 +1,11 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are either complete or ignored.
 
-Every rank writes its files under a new name; the manifest, which lists them with their sizes, is written last. A
-directory without a manifest does not exist as far as a resume is concerned, so a crash at any point leaves the previous
-checkpoint current. The manifest is the only truth: the stream and the workers both resume from what it names.
+Every rank writes its files under a new name. The manifest lists them with their sizes, and is written last. A resume
+ignores a directory without a manifest. So after a crash at any point the previous checkpoint is still the current one.
+The manifest is the only source of truth: the stream and the workers both resume from the checkpoint that it names.
 
-Collectives here are the host's, over a gloo group whose limit should be long: one rank's upload or download may take
-many minutes longer than another's. A rank that died meanwhile is for the job's watch over its workers to find.
+Collectives here run on the host, over a gloo group. Its timeout should be long, because the upload or download of one
+rank may take many minutes longer than another's. If a rank dies meanwhile, `watch` finds it, not the timeout.
 """
 
 import errno
@@ -41,30 +41,30 @@ MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
 ENGINE, UNIVERSAL = "deepspeed", "deepspeed_universal"
 LEDGER = "ledger.json"
-"""The samples that took part in a step."""
+"""File with the samples that took part in a step."""
 QUARANTINE = "quarantine.jsonl"
-"""The samples that never will, and why."""
+"""File with the samples that will never take part in a step, and why."""
 SPEC, PROGRESS = "spec.json", "progress.json"
 SKIPPED = "skipped.jsonl"
-"""The steps whose gradient was not finite, and their samples."""
+"""File with the steps that were skipped because their gradient was not finite, and with their samples."""
 METRICS = "metrics.json"
-"""How much had been logged, as `tracking.Metrics.reference` has it."""
+"""File that says how much had been logged, as text of `tracking.Metrics.reference`."""
 _RANK_0 = {LEDGER, QUARANTINE, SKIPPED, SPEC, PROGRESS, METRICS}
-"""Read from the store where they are needed (`read_text`), and not copied to every node."""
+"""Files that are read from the store where they are needed (`read_text`). They are not copied to every node."""
 THREADS = 8
-"""Files that a rank copies at a time: one stream from an object store has 100–200 MB/s."""
+"""Number of files that a rank copies at the same time. One stream from an object store gives only 100–200 MB/s."""
 
 _NAME = re.compile(r"step-(\d+)-.+")
 _OF_RANK = re.compile(r"zero_pp_rank_(\d+)_")
-"""In the name of a file that DeepSpeed reads on that rank only."""
+"""Pattern in the name of a file that DeepSpeed reads on one rank only."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _LEFT_BYTES = 1 << 20
-"""A disk with less is full."""
+"""Free bytes below which a disk counts as full."""
 _listed = Retrying(retry=retry_if_exception_type(FileNotFoundError), stop=stop_after_attempt(9), reraise=True)
-"""A manifest that was listed and is gone was pruned meanwhile: what superseded it is in the next listing."""
+"""Retry of a listing. A manifest that was listed and is gone was pruned meanwhile; the next listing has a newer one."""
 _LOG = logging.getLogger(__name__)
 Group = dist.ProcessGroup | None
-"""Over all ranks; None is torch's default group."""
+"""Process group over all ranks; None is torch's default group."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Manifest:
     step: int
     world_size: int
     files: dict[str, int]
-    """Relative path → bytes."""
+    """Relative path → size in bytes."""
 
     def __post_init__(self) -> None:
         for file in map(PurePosixPath, self.files):
@@ -83,7 +83,10 @@ class Manifest:
                 raise ValueError(f"{file} is outside of the checkpoint")
 
     def missing(self, sizes: Mapping[str, int]) -> str | None:
-        """The first file that is not among those of so many bytes, and what is there of it."""
+        """Return the first file that is not in `sizes`, or has another size there; None if there is none.
+
+        `sizes` is relative path → bytes. The returned text also says how many bytes of the file are there.
+        """
         for file, size in self.files.items():
             if sizes.get(file) != size:
                 return f"{file}: {sizes.get(file, 0)} of {size} bytes"
@@ -94,7 +97,7 @@ _MANIFEST = TypeAdapter(Manifest)
 
 
 class CheckpointStore:
-    """The checkpoints of one run, newest last. What the store raises is an OutputError here."""
+    """The checkpoints of one run. Errors of the store are raised as OutputError."""
 
     def __init__(self, run: str, storage: StorageSpec) -> None:
         self.filesystem, root = open_store(run, storage)
@@ -102,14 +105,14 @@ class CheckpointStore:
         self.url = join(url_like(run, self.filesystem, root), FOLDER)
 
     def committed(self) -> list[Manifest]:
-        """Every checkpoint that has its manifest, by step. Raises OutputError if one is damaged."""
+        """Return every committed checkpoint, the newest step last. Raises OutputError if one is damaged."""
         with self._errors():
             manifests = _listed(self._manifests)
         found = [self._manifest(name, content) for name, content in manifests.items()]
         return sorted(found, key=lambda manifest: (manifest.step, manifest.name))
 
     def latest(self) -> Manifest | None:
-        """The checkpoint to resume from."""
+        """Return the checkpoint to resume from; None if none is committed."""
         return next(reversed(self.committed()), None)
 
     def named(self, name: str) -> Manifest:
@@ -119,7 +122,7 @@ class CheckpointStore:
         return self._manifest(name, content)
 
     def upload(self, local: Path, name: str) -> dict[str, int]:
-        """Copy one rank's files, several at a time; returns them with their sizes."""
+        """Copy one rank's files to the store, several at a time. Return relative path → bytes."""
         files = _sizes(local)
         _at_once(lambda file: self._put(local / file, name, file), files)
         return files
@@ -131,20 +134,21 @@ class CheckpointStore:
             self.filesystem.put_file(str(source), target)
 
     def commit(self, manifest: Manifest) -> None:
-        """Make a checkpoint current. Raises OutputError if a file did not arrive whole."""
+        """Make a checkpoint the current one. Raises OutputError if a file is missing or has another size."""
         if missing := manifest.missing(self._stored(manifest.name)):
             raise OutputError(
                 f"{self.url}/{manifest.name}/{missing} were stored. The checkpoint before stays the current one: find "
                 "out what else writes or removes files there, and run the job again to go on from it."
             )
         path = join(self.root, manifest.name, MANIFEST)
+        # Written last and atomically: a reader sees a complete checkpoint, or none.
         with self._errors(manifest.name, MANIFEST):
             replace_file(self.filesystem, path, json.dumps(asdict(manifest)).encode())
 
     def prune(self, keep: int) -> None:
-        """Remove what `keep` newer checkpoints supersede, and what was begun up to the newest and never committed.
+        """Remove all but the `keep` newest checkpoints, and uncommitted folders up to the newest committed step.
 
-        What cannot be removed stays until the next time; the job goes on, with a warning.
+        A folder that cannot be removed stays until the next call. The job continues, with a warning.
         """
         try:
             self._prune(keep)
@@ -152,25 +156,26 @@ class CheckpointStore:
             _LOG.warning("superseded checkpoints are still there: %s", error)
 
     def read_text(self, manifest: Manifest, file: str) -> str:
-        """A small file of a checkpoint."""
+        """Return the text of a small file of a checkpoint."""
         with self._errors(manifest.name, file):
             return cast(bytes, self.filesystem.cat_file(join(self.root, manifest.name, file))).decode()
 
     def ledger(self, manifest: Manifest) -> Ledger:
-        """What the training up to that checkpoint consumed."""
+        """Return the samples that the training had consumed at that checkpoint."""
         return Ledger.from_json(self.read_text(manifest, LEDGER))
 
     def quarantined(self, manifest: Manifest) -> list[Quarantined]:
-        """What the readers had set aside by then."""
+        """Return the samples that were in quarantine at that checkpoint."""
         return [Quarantined(**json.loads(line)) for line in self.read_text(manifest, QUARANTINE).splitlines()]
 
     @contextmanager
     def on_disk(self, manifest: Manifest, attempt: str, group: Group = None) -> Iterator[Path]:
-        """Collective: what this node's ranks need of a checkpoint, in a folder that they share, while it is needed.
+        """Yield a folder with the files of a checkpoint that this node's ranks need; remove it afterwards. Collective.
 
-        A rank copies its own files; those that all need are divided among the ranks of a node. A checkpoint of another
-        number of ranks is converted to DeepSpeed's universal form by rank 0 and stored beside the checkpoint, which
-        stays as it was committed; the others copy that form, and so does whoever resumes from this checkpoint again.
+        The ranks of a node share the folder. Each rank copies its own files. The files that all ranks need are divided
+        among the ranks of a node. If another number of ranks wrote the checkpoint, rank 0 converts it to DeepSpeed's
+        universal form and stores that beside the checkpoint, whose committed files do not change. The other ranks, and
+        any later resume from this checkpoint, copy the universal form.
         """
         run = hashlib.sha256(self.root.encode()).hexdigest()[:12]
         folder = Path(tempfile.gettempdir()) / f"betakd-{run}-{manifest.name}-{attempt}"
@@ -184,12 +189,12 @@ class CheckpointStore:
             yield folder
             dist.barrier(group)
         finally:
-            # The node's first rank ends it: all have passed the barrier by then, or the job is going down.
+            # The node's first rank removes the folder: all ranks have passed the barrier, or the job is failing.
             if _local_rank() == 0:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _universal(self, manifest: Manifest, folder: Path) -> Manifest:
-        """Return a checkpoint's files with DeepSpeed's in their universal form, which is made unless it is stored."""
+        """Return a manifest with DeepSpeed's files in the universal form. Make and store that form if it is missing."""
         path = join(manifest.name, UNIVERSAL, MANIFEST)
         with self._errors(path):
             if self.filesystem.exists(join(self.root, path)):
@@ -204,18 +209,18 @@ class CheckpointStore:
         _at_once(lambda file: self._put(folder / file, manifest.name, file), made)
         rest = {file: size for file, size in manifest.files.items() if file not in parts}
         universal = Manifest(manifest.name, manifest.step, manifest.world_size, made | rest)
-        with self._errors(path):  # last: without it, whoever comes next converts again
+        with self._errors(path):  # written last: without this manifest, the next resume converts again
             replace_file(self.filesystem, join(self.root, path), json.dumps(asdict(universal)).encode())
         return universal
 
     def _fetch(self, name: str, files: Mapping[str, int], folder: Path) -> None:
-        """Copy files of a checkpoint that are not there yet, several at a time, and check what arrived."""
+        """Copy files of a checkpoint that the folder lacks, several at a time, and check their sizes."""
 
         def fetch(file: str) -> None:
             target = folder / file
             if target.exists() and target.stat().st_size == files[file]:
-                return  # left from the conversion
-            # Renamed when whole: nodes on one machine share the folder, and may copy the same file.
+                return  # rank 0 has it from the conversion
+            # Renamed when complete: Ray nodes on one machine share the folder, and may copy the same file.
             part = target.with_name(f"{target.name}.{dist.get_rank()}.part")
             with self._errors(name, file), _disk_errors(folder):
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -233,14 +238,14 @@ class CheckpointStore:
     # ----------------------------------------------------------------------------------------- the store
 
     def _stored(self, *name: str) -> dict[str, int]:
-        """Every file of one checkpoint, or of all: relative path → bytes."""
+        """Return the stored files of one checkpoint, or of all: relative path → bytes."""
         folder = join(self.root, *name)
         with self._errors(*name):
             found = cast(dict[str, Any], self.filesystem.find(folder, detail=True))
         return {path.removeprefix(f"{folder}/"): info["size"] for path, info in found.items()}
 
     def _manifests(self) -> dict[str, bytes]:
-        """Name of a checkpoint → its manifest, unread."""
+        """Return the unparsed manifests: name of a checkpoint → content."""
         found = {}
         for path in self._stored():
             name, _, file = path.partition("/")
@@ -262,12 +267,12 @@ class CheckpointStore:
         kept = {manifest.name for manifest in committed[-keep:]}
         for name in sorted({path.partition("/")[0] for path in self._stored()} - kept):
             match = _NAME.fullmatch(name)
-            # Beyond the newest, another attempt at this run may be writing.
+            # Folders of later steps stay: another attempt at this run may be writing them.
             if match and committed and int(match[1]) <= committed[-1].step:
                 self._remove(name)
 
     def _remove(self, name: str) -> None:
-        """Its manifest first: there is never a committed checkpoint without its files."""
+        """Remove a checkpoint, its manifest first, so that no committed checkpoint ever lacks files."""
         folder = join(self.root, name)
         with self._errors(name):
             if self.filesystem.exists(join(folder, MANIFEST)):
@@ -285,7 +290,10 @@ class CheckpointStore:
 
 @contextmanager
 def output_errors(url: str) -> Iterator[None]:
-    """What the output's store raises, as OutputError: OutputUnreachable where it may go away by itself."""
+    """Raise the output store's errors as OutputError.
+
+    A full disk is a plain OutputError. Other errors may disappear without help, and are raised as OutputUnreachable.
+    """
     try:
         yield
     except OSError as error:
@@ -303,7 +311,11 @@ def output_errors(url: str) -> Iterator[None]:
 def save(
     store: CheckpointStore, step: int, attempt: str, keep: int, write: Callable[[Path], None], group: Group = None
 ) -> None:
-    """Collective. `write(folder)` writes this rank's files; returns on every rank once the checkpoint is committed."""
+    """Save a checkpoint (collective: every rank must call it).
+
+    `write(folder)` writes this rank's files to a local folder. The function returns on every rank only after rank 0 has
+    committed the checkpoint.
+    """
     name = f"step-{step:08d}-{attempt}"
     local = Path(tempfile.mkdtemp(prefix="betakd-save-"))
     try:
@@ -312,6 +324,7 @@ def save(
         files = gather(store.upload(local, name), group)
     finally:
         shutil.rmtree(local)
+    # All ranks have uploaded their files: `gather` waits for each of them. Only now may the manifest be written.
     if dist.get_rank() == 0:
         merged = {file: size for each in files for file, size in each.items()}
         store.commit(Manifest(name, step, dist.get_world_size(), merged))
@@ -320,9 +333,10 @@ def save(
 
 
 def merge_ledgers(whole: Ledger | None, delta: Ledger, group: Group = None) -> None:
-    """Collective: add every rank's `delta`, its samples since the last checkpoint, to `whole`, which rank 0 alone has.
+    """Add every rank's `delta` to `whole` (collective: every rank must call it).
 
-    Raises what `Ledger.merge_delta` raises if two ranks, or a rank and an earlier checkpoint, trained the same sample.
+    `delta` holds a rank's samples since the last checkpoint. Only rank 0 has `whole`. Raises what `Ledger.merge_delta`
+    raises if two ranks, or a rank and an earlier checkpoint, trained on the same sample.
     """
     deltas: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(delta.delta_to_json(), deltas, dst=0, group=group)
@@ -334,14 +348,15 @@ def merge_ledgers(whole: Ledger | None, delta: Ledger, group: Group = None) -> N
 
 
 def load_engine(engine: Any, folder: Path) -> None:
-    """Collective: DeepSpeed's state from a checkpoint, in its universal form where that was made.
+    """Load DeepSpeed's state from a checkpoint (collective: every rank must call it).
 
-    Raises OutputError for a checkpoint that is incomplete, or would run code when loaded.
+    The universal form is loaded if the folder has it. Raises OutputError if the checkpoint is incomplete, or would run
+    code when loaded.
     """
     is_universal = (folder / UNIVERSAL).exists()
     tag = UNIVERSAL if is_universal else ENGINE
     engine._config.load_universal_checkpoint = is_universal
-    # Frozen parameters are not in the checkpoint: they are as the spec's models have them.
+    # Not strict: frozen parameters are not in the checkpoint. They come from the models that the spec names.
     with unpickling.tensors_only(folder.name):
         path, _ = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
     if path is None:
@@ -350,7 +365,7 @@ def load_engine(engine: Any, folder: Path) -> None:
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """A full disk of this node, as OutputError; torch reports one as a RuntimeError about positions in a file."""
+    """Raise a full disk of this node as OutputError. torch reports one as a RuntimeError about file positions."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -364,12 +379,12 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Relative path → bytes of every file."""
+    """Return the size of every file in a folder: relative path → bytes."""
     return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 def _at_once(work: Callable[[str], None], files: Iterable[str]) -> None:
-    """Do the work for several files at a time; raises what the first failure raised."""
+    """Run `work` for several files at a time. Raises the first error that it raised."""
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in pool.map(work, files):
             pass
@@ -380,7 +395,10 @@ def _local_rank() -> int:
 
 
 def _of_this_rank(manifest: Manifest) -> dict[str, int]:
-    """Return the files that this rank brings to its node: its own, and its part of those that every rank reads."""
+    """Return the files that this rank copies to its node (relative path → bytes).
+
+    They are its own files, and its part of the files that every rank reads.
+    """
     rank, node_ranks = dist.get_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     own, shared = {}, []
     for file, size in manifest.files.items():
@@ -390,28 +408,32 @@ def _of_this_rank(manifest: Manifest) -> dict[str, int]:
         elif file not in _RANK_0:
             shared.append(file)
     shared.sort(key=lambda file: (-manifest.files[file], file))
-    # Without LOCAL_WORLD_SIZE the node's first rank brings all of them.
+    # Largest first, so that each rank of a node copies about as many bytes. Without LOCAL_WORLD_SIZE the node's first
+    # rank copies all of them.
     mine = shared[_local_rank() :: node_ranks] if _local_rank() < node_ranks else []
     return own | {file: manifest.files[file] for file in mine}
 
 
 def _has_optimizer_parts(manifest: Manifest) -> bool:
-    """Return whether ranks hold parts. DeepSpeed's plain engine (stage 0, float32) is alike on all of them."""
+    """Return whether each rank holds a part of the optimizer's state.
+
+    With DeepSpeed's plain engine (stage 0, float32) the state is equal on all ranks, so no conversion is needed.
+    """
     return any(file.endswith("_optim_states.pt") for file in manifest.files)
 
 
 def _from_rank_0(make: Callable[[], Manifest], group: Group) -> Manifest:
-    """Collective: what `make` returns on rank 0."""
+    """Return on every rank what `make` returns on rank 0 (collective: every rank must call it)."""
     made = [make() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(made, src=0, group=group)
     return cast(Manifest, made[0])
 
 
 def _make_universal(folder: Path) -> None:
-    """Add DeepSpeed's form for any number of ranks to a folder that has every rank's files."""
+    """Add DeepSpeed's universal form, which any number of ranks can load, to a folder with every rank's files."""
     command = [sys.executable, "-m", unpickling.__name__, "--inject_missing_state"]
     command += ["--input_folder", str(folder / ENGINE), "--output_folder", str(folder / UNIVERSAL)]
-    here = {"PYTHONPATH": os.pathsep.join(sys.path)}  # Ray adds to the path of a worker, not to its environment
+    here = {"PYTHONPATH": os.pathsep.join(sys.path)}  # Ray extends a worker's sys.path, but not its environment
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | here)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -419,7 +441,7 @@ def _make_universal(folder: Path) -> None:
 
 
 def gather(value: Any, group: Group = None) -> list[Any]:
-    """Collective: return every rank's value, by rank."""
+    """Return every rank's value, in the order of the ranks (collective: every rank must call it)."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value, group=group)
     return everyone

@@ -1,4 +1,4 @@
-"""The module that DeepSpeed wraps: student, maps from the teacher and objective, from a micro-batch to one scalar."""
+"""The module that DeepSpeed wraps: the student, the maps from the teacher and the objective. Its output is one loss."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,30 +33,33 @@ FD, RELATION, ATTENTION, TOP_K = "fd", "relation", "align_attention", "align_top
 
 @dataclass(frozen=True)
 class TeacherView:
-    """What the teacher says of a micro-batch, on the student's device: as much as the objective needs."""
+    """The teacher's output for a micro-batch, on the student's device. It has only what the objective needs."""
 
     parts: Mapping[str, Tensor]
-    """Part → its values over the micro-batch's places, as `teacher.parts` has them."""
+    """Part → its values. The first axis is the micro-batch's places; `teacher.parts` defines places and shapes."""
     salient: "Selection | None" = None
-    """The image tokens that it looks at most."""
+    """The image tokens to which the teacher pays most attention."""
 
     @property
     def rows(self) -> TeacherRows:
-        """Return what it says of each answer row."""
+        """Return the teacher's output for each answer row."""
         return TeacherRows(*(self.parts.get(name) for name in ("hidden", "top_ids", "top_log_probs")))
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Some image tokens of a micro-batch, sample by sample."""
+    """Some image tokens of a micro-batch, in the order of the samples."""
 
     token: Int[Tensor, " selected"]
+    """Index of the token among the micro-batch's image tokens."""
     sample: Int[Tensor, " selected"]
+    """Index in the micro-batch of the token's sample."""
     per_sample: Int[Tensor, " batch"]
+    """Number of selected tokens of each sample."""
 
 
 class Distiller(nn.Module):
-    """Student and objective in one forward. `facts` describe the teacher; None without one."""
+    """Student and objective in one forward pass."""
 
     on_rows: Tensor
 
@@ -69,9 +72,10 @@ class Distiller(nn.Module):
         teacher_head: Float[Tensor, "vocab teacher_width"] | None = None,
         blank: Images | None = None,
     ) -> None:
-        """Wrap a student; `teacher_head` is the teacher's lm_head, where its hidden states travel.
+        """Wrap a student.
 
-        `blank` is the processor's black image; made here unless given.
+        `facts` describe the teacher (None without a teacher). `teacher_head` is the teacher's lm_head; it is needed if
+        the teacher sends hidden states. `blank` is the processor's black image; it is made here if not given.
         """
         super().__init__()
         self.student = student
@@ -88,7 +92,7 @@ class Distiller(nn.Module):
         self.register_buffer("on_rows", torch.tensor(on_rows, dtype=torch.long, device=device), persistent=False)
         self.feature_layer = objective.feature_layer
         self.maps = nn.ModuleDict()
-        """Trained affine maps from the teacher's width or heads to the student's, by channel that needs one."""
+        """Channel → trained affine map from the teacher's width (or number of heads) to the student's, where needed."""
         if facts:
             width = (facts.width, head.weight.shape[1])
             sizes = {FD: width, TOP_K: width, ATTENTION: (facts.heads, attention_heads(student))}
@@ -101,12 +105,15 @@ class Distiller(nn.Module):
             )
 
     def train(self, mode: bool = True) -> "Distiller":
-        """Training mode for what learns. A frozen part stays in evaluation mode: its dropout is off, and its batch
-        normalisation keeps the statistics it shares with the teacher."""
+        """Set training mode for the parts that learn, and evaluation mode for the frozen ones.
+
+        A frozen part has its dropout off, and its batch normalisation keeps the statistics that it shares with the
+        teacher.
+        """
         super().train(mode)
         learns = {part: any(p.requires_grad for p in each) for part, each in part_parameters(self.student).items()}
         modules = parts(self.student)
-        for part in ("language_model", "vision_tower", "projector"):  # Qwen's projector is inside of its tower
+        for part in ("language_model", "vision_tower", "projector"):  # Qwen's projector is inside its tower: it is last
             for module in modules[part]:
                 module.train(mode and learns[part])
         return self
@@ -120,10 +127,10 @@ class Distiller(nn.Module):
         moving: Mapping[str, Float[Tensor, ""]],
         statistics: bool = False,
     ) -> "Distilled":
-        """Σ_i Σ_k weights_ik · ℓ_ik, and ℓ itself.
+        """Return the loss Σ_i Σ_k weights_ik · ℓ_ik, and the energies ℓ themselves.
 
-        ℓ_ik is the mean of energy k over sample i's answer rows (for energies on image tokens: over those). `moving`
-        has the present number of each stateful channel; `pairs` are asked for by `align_attention`.
+        ℓ_ik is the mean of energy k over sample i's answer rows (or over its image tokens, for energies on those).
+        `moving` has the current number of each stateful channel. Only `align_attention` needs `pairs`.
         """
         layer = self.feature_layer.student if self.feature_layer else None
         hidden = hidden_rows(self.student, inputs, self.normalize, self.blank, pairs, layer)
@@ -140,8 +147,9 @@ class Distiller(nn.Module):
         means = segment_mean(rows.values, inputs.row_sample, counts)
         energies = weights.new_zeros(weights.shape)
         energies[:, self.on_rows] = means[:, : len(self.on_rows)].to(energies.dtype)
-        # Without a channel on rows, a batch of texts would reach all of the language model, by what stands for its
-        # images, and one of images only what they pass through.
+        # ZeRO needs a gradient for the same parameters on every rank. Without a channel on rows, a batch of images
+        # would give gradients only to the parts that the images pass through; a batch of texts, through its black
+        # image, to all of the language model. The zero term always reaches all of it.
         loss = rows.total if len(self.on_rows) else rows.total + 0.0 * hidden.rows.sum()
         for name in [*self.maps, *({RELATION} & set(self.channels))]:
             distance = self._on_image_tokens(name, hidden, teacher, inputs, pairs)
@@ -154,7 +162,7 @@ class Distiller(nn.Module):
     def _on_image_tokens(
         self, name: str, hidden: Hidden, teacher: TeacherView | None, inputs: TensorInputs, pairs: Pairs | None
     ) -> Float[Tensor, " batch"]:
-        """One energy on image tokens, per sample; zero without an image."""
+        """Return one energy on image tokens for each sample; zero for a sample without an image."""
         if hidden.visual is None or teacher is None:
             return self._unused(name, hidden, len(inputs.input_ids))
         if name == RELATION:
@@ -180,13 +188,17 @@ class Distiller(nn.Module):
         sample: Int[Tensor, " places"],
         per_sample: Int[Tensor, " batch"],
     ) -> Float[Tensor, " batch"]:
-        """Mean over a sample's places of the squared distance, after the channel's map."""
+        """Return each sample's mean squared distance over its places, after the map of the teacher's values."""
         to_student = cast(nn.Linear, self.maps[name])
         mapped = to_student(teacher.to(to_student.weight.dtype))
         return segment_mean(feature_distance(mapped, student)[:, None], sample, per_sample)[:, 0]
 
     def _unused(self, name: str, hidden: Hidden, batch: int) -> Float[Tensor, " batch"]:
-        """Zero, through all that the channel uses: ranks must agree about which modules have a gradient."""
+        """Return zeros that depend on all parameters that the channel uses.
+
+        The ranks must have gradients for the same parameters, also when one rank's micro-batch has no image: with other
+        gradients on each rank, ZeRO's collectives would not match.
+        """
         nothing = torch.zeros(batch, device=hidden.rows.device)
         if name not in self.maps:
             return nothing
@@ -198,24 +210,24 @@ class Distiller(nn.Module):
 
 
 class Distilled(NamedTuple):
-    """What a micro-batch of B samples gives."""
+    """Output of the distiller for a micro-batch of B samples."""
 
     loss: Float[Tensor, ""]
     energies: Float[Tensor, "batch channels"]
-    """Detached."""
+    """ℓ of each sample and channel, in nats or as the energy defines it; detached."""
     moving_gradients: Mapping[str, Float[Tensor, ""]]
-    """∂loss/∂ each stateful channel's number."""
+    """Channel → ∂loss/∂ its number, for each stateful channel."""
     statistics: Float[Tensor, "batch statistics"] | None
-    """A column for each of the objective's `measures`, if asked for."""
+    """One column for each of the objective's `measures`; None unless asked for."""
 
 
 def _by_sample(visual: Float[Tensor, "tokens width"], inputs: TensorInputs) -> Float[Tensor, "batch most width"]:
-    """Image tokens as a table, with zeros where a sample has fewer: they add nothing to a Gram matrix."""
+    """Return the image tokens as one padded table. The padding is zero, so it adds nothing to a Gram matrix."""
     table = visual.new_zeros(len(inputs.input_ids) * inputs.most_visual, visual.shape[1])
     return table.index_copy(0, inputs.visual_slot, visual).view(len(inputs.input_ids), inputs.most_visual, -1)
 
 
 def _required(part: T | None) -> T:
-    """Return a part that is there, as the objective asked for it."""
+    """Return `part`, which cannot be None because the objective asked for it."""
     assert part is not None
     return part

@@ -1,4 +1,7 @@
-"""The result: a Hugging Face folder for `from_pretrained`; only a MobileVLM needs this package to be loaded."""
+"""Export of the trained student as a Hugging Face folder for `from_pretrained`.
+
+Only a MobileVLM needs this package in order to be loaded.
+"""
 
 import tempfile
 from pathlib import Path
@@ -20,9 +23,10 @@ PREFIX = "student."
 
 
 def export(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any], group: Any = None) -> None:
-    """Collective: of a DeepSpeedEngine, write weights (safetensors), config, processor and model card to RUN/model.
+    """Write a DeepSpeedEngine's student to RUN/model (collective: every rank must call it).
 
-    The other ranks wait for rank 0's upload in `group`, by default that of all ranks.
+    The folder has weights (safetensors), config, processor and model card. The other ranks wait in `group` for rank 0's
+    upload; by default this is the group of all ranks.
     """
     state = _student_state(engine, spec)
     if dist.get_rank() == 0 and state is not None:
@@ -38,7 +42,7 @@ def export(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any], group:
 
 
 def _save(model: PreTrainedModel, state: dict[str, Tensor], student: StudentSpec, folder: str) -> None:
-    """Weights and configuration; adapters are added to the weights, or lie beside them."""
+    """Write weights and configuration. Adapters are merged into the weights, or saved beside them."""
     if lora := student.lora:
         from betakd_ray.models.lora import save_adapters, without_adapters
 
@@ -58,7 +62,7 @@ def _upload(folder: Path, url: str, storage: StorageSpec) -> None:
 
 
 def _student_state(engine: Any, spec: JobSpec) -> dict[str, Tensor] | None:
-    """The student's own tensors; gathered from all ranks under ZeRO-3, where the others get None."""
+    """Return the student's own tensors. With ZeRO-3 they are gathered from all ranks, and only rank 0 gets them."""
     if spec.training.zero_stage == 3:
         state = engine._zero3_consolidated_16bit_state_dict()
     else:
@@ -69,7 +73,7 @@ def _student_state(engine: Any, spec: JobSpec) -> dict[str, Tensor] | None:
 
 
 def model_card(spec: JobSpec, metrics: dict[str, Any], *, sees_images: bool = True) -> str:
-    """What this model is, from what, and how it was made."""
+    """Return the model card: what the model is, which models and data it comes from, and how it was trained."""
     kind, task = ("vision–language", "image-text-to-text") if sees_images else ("language", "text-generation")
     teacher = spec.teacher.path if spec.teacher else "none (supervised fine-tuning)"
     channels = ", ".join([*(["ce"] if spec.objective.ce else []), *spec.objective.channels])

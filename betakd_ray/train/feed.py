@@ -1,12 +1,12 @@
-"""What a student worker trains on, prepared by threads of its own, at least one whole step ahead of the training.
+"""The feed of a student worker: threads that prepare its steps, at least one whole step ahead of the training.
 
-    rows ──► reader ──► samples, their signals on the way ──► assembler ──► steps ──► (copier, `prefetch`) ──► training
-             thread     as many as the measured rates ask for  thread
+    rows ──► reader ──► samples, their signals requested ──► assembler ──► steps ──► (copier, `prefetch`) ──► training
+             thread     as many as the measured rates need   thread
 
-The reader takes rows in the order in which they arrive and asks for their signals (`teacher.signals`). The assembler
+The reader takes rows in the order in which they arrive, and requests their signals (`teacher.signals`). The assembler
 takes this rank's share of the next step, waits for its signals, cuts it into micro-batches and agrees with the other
-ranks' assemblers (`agreement`). So no collective of the training waits for a teacher or for data, and what forms a step
-depends on the order of the rows alone: never on who was faster.
+ranks' assemblers (`agreement`). So no collective of the training waits for a teacher or for data. The samples of a step
+depend only on the order of the rows, never on the speed of a rank or a teacher.
 """
 
 import contextlib
@@ -31,22 +31,22 @@ from betakd_ray.teacher.signals import Pending, SignalSource
 from betakd_ray.train.agreement import STOP, TAKEN, Gather, Proposal, StepCounts, TokenCounts, allot, shares
 
 HELD_BYTES = 2 << 30
-"""Limit in bytes of the samples that are read ahead, beyond the one step that there must be."""
+"""Limit in bytes of the samples that are read ahead. One whole step is always read, even if it is larger."""
 RECENT_STEPS = 9
-"""Steps over which the rate of the training is taken."""
+"""Number of steps over which the training's rate is measured."""
 POLL_S = 0.5
-"""How often a thread that waits looks whether the job is to stop."""
+"""Seconds between two checks of a waiting thread whether the job is to stop."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some samples of a step, as arrays on the host."""
+    """Samples of a step that go through the model together, as arrays on the host."""
 
     inputs: ModelInputs
     signal: dict[str, NDArray[Any]]
-    """Part → array over the samples' places (`teacher.parts`); empty without a teacher."""
+    """Part → array whose first axis is the samples' places (`teacher.parts`); empty without a teacher."""
     is_empty: bool = False
-    """A stand-in that takes no part, for a rank that has fewer micro-batches than another."""
+    """True for a placeholder of weight zero, which fills up a rank that has fewer micro-batches than another."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,17 @@ class Step:
     """One rank's part of a global batch."""
 
     number: int
-    """Counted from 1."""
+    """Number of the step in the job, counted from 1."""
     counts: StepCounts
     micro_batches: Sequence[MicroBatch]
     samples: Sequence[Sample]
-    """Samples that take part."""
+    """Samples of this rank that take part in the loss."""
     teacher_busy_s: float = 0.0
-    """Seconds that teachers computed for them."""
+    """Seconds that teachers computed for this rank's samples."""
 
 
 class Refused(NamedTuple):
-    """A sample that its teacher has no answer to."""
+    """A sample for which the teacher has no answer, and the reason."""
 
     sample: Sample
     reason: str
@@ -72,18 +72,18 @@ class Refused(NamedTuple):
 
 @dataclass(frozen=True)
 class Collator:
-    """Cuts a rank's share of a step into micro-batches, and makes arrays of each."""
+    """Function object that cuts a rank's share of a step into micro-batches, and makes arrays of each."""
 
     pad_token_id: int
     image_token_id: int
     needs: Needs
     facts: TeacherFacts | None
-    """None without a teacher."""
+    """Facts about the teacher; None without a teacher."""
     max_samples: int | None = None
     max_tokens: int | None = None
 
     def micro_batches(self, samples: Sequence[tuple[Sample, Signal]]) -> list[MicroBatch]:
-        """Return the samples in batches of like lengths, the longest first."""
+        """Return the samples in micro-batches of similar lengths, the longest first."""
         lengths = [len(sample.student.input_ids) for sample, _ in samples]
         batches = cut(lengths, self.max_samples, self.max_tokens)
         return [self._batch([samples[at] for at in batch]) for batch in batches]
@@ -104,18 +104,18 @@ class Collator:
 
 @runtime_checkable
 class Control(Protocol):
-    """What the cluster and the driver ask of the job, as this rank knows it."""
+    """Requests of the cluster and the driver to the job, as this rank knows them."""
 
     @property
     def is_stopping(self) -> bool: ...
 
     def wants_checkpoint(self) -> bool:
-        """Return whether a checkpoint is asked for that was not asked for before."""
+        """Return whether there is a new request for a checkpoint since the last call."""
         ...
 
 
 class Activities:
-    """What a thread did when, so that another that waited for it can say what it waited for."""
+    """Log of what a thread did when, so that another thread can say what it waited for."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -124,7 +124,7 @@ class Activities:
 
     @contextlib.contextmanager
     def doing(self, what: str) -> Iterator[None]:
-        """Note that this is done until the block ends."""
+        """Note `what` as the thread's activity until the block ends."""
         with self._lock:
             self._present = (what, time.perf_counter())
         try:
@@ -137,12 +137,12 @@ class Activities:
 
     @property
     def present(self) -> str:
-        """Return what is being done now; empty if nothing is."""
+        """Return the current activity; empty if there is none."""
         with self._lock:
             return self._present[0] if self._present else ""
 
     def between(self, start: float, end: float) -> dict[str, float]:
-        """Return the seconds of each activity within an interval of `perf_counter`."""
+        """Return the seconds of each activity within an interval; `start` and `end` are `time.perf_counter` values."""
         with self._lock:
             spans = [*self._past, *([(*self._present, end)] if self._present else [])]
         found: dict[str, float] = {}
@@ -158,12 +158,12 @@ class Closed(Exception):
 
 
 class Stopping(Exception):
-    """The job is to stop, and a step that waits for something is given up."""
+    """The job is to stop, so a step that waits for data or for a teacher is given up."""
 
 
 @dataclass
 class _Ahead:
-    """Samples that are read and not yet part of a step."""
+    """Samples that are read but not yet part of a step."""
 
     pendings: deque[Pending] = field(default_factory=deque)
     bytes: int = 0
@@ -172,7 +172,7 @@ class _Ahead:
 
 
 class Feed:
-    """One rank's steps, in order. `next_step` is for the one thread that consumes them; `close` ends the threads."""
+    """One rank's steps, in order. One thread may call `next_step`; `close` ends the feed's own threads."""
 
     def __init__(
         self,
@@ -190,10 +190,11 @@ class Feed:
         window_tokens: int = 0,
         on_refused: Callable[[list[Refused]], None] = lambda refused: None,
     ) -> None:
-        """`steps` are the numbers of the steps to make; `window_tokens` are kept with the teachers beyond one step.
+        """Start the threads that make the steps whose numbers are in `steps`.
 
-        `on_refused` is told, from the assembler's thread, of samples that no teacher can answer; what it raises ends
-        the feed. `activities` is where the assembler notes what it does; its own if none are given.
+        `window_tokens` is the number of tokens that are kept with the teachers beyond one step. `on_refused` is called
+        in the assembler's thread with samples that no teacher can answer; an error that it raises ends the feed. The
+        assembler notes what it does in `activities` (by default an object of its own).
         """
         self._rows, self._source, self._collator, self._gather = samples, source, collator, gather
         self._rank, self._ranks, self._global_batch, self._steps = rank, ranks, global_batch, steps
@@ -204,7 +205,7 @@ class Feed:
         self._mean_tokens = 0.0
         self._taken_at: deque[float] = deque(maxlen=RECENT_STEPS)
         self.was_stopped = False
-        """Whether the ranks agreed to stop before the last step."""
+        """True if the ranks agreed to stop before the last step."""
         self._changed = threading.Condition()
         self._ready: deque[Step | BaseException | None] = deque()
         self._is_closed = False
@@ -216,11 +217,11 @@ class Feed:
             thread.start()
 
     def next_step(self) -> Step | None:
-        """Return the next step, waiting for it; None when there is no other. Raises what went wrong in a thread."""
+        """Wait for the next step and return it; None after the last one. Raises the error that ended a thread."""
         with self._changed:
             self._wait_for(lambda: bool(self._ready))
             step = self._ready[0]
-            if isinstance(step, Step):  # the end stays, for whoever asks again
+            if isinstance(step, Step):  # the end (None or an error) stays in the queue: every later call must see it
                 self._ready.popleft()
                 self._taken_at.append(time.perf_counter())
                 self._changed.notify_all()
@@ -229,7 +230,7 @@ class Feed:
         return step
 
     def close(self) -> None:
-        """End the threads; what they wait for is given up."""
+        """End the threads, also while they wait."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -252,16 +253,17 @@ class Feed:
                     self._changed.notify_all()
         except Closed:
             return
-        except BaseException as failure:  # raised again where the samples are waited for
+        except BaseException as failure:  # raised again in the assembler, when it needs a sample that is not there
             error = failure
-        self._source.flush()  # what came before an error is asked for all the same: a step may wait for it
+        self._source.flush()  # also after an error: a step may wait for the signals of the samples before it
         with self._changed:
             self._ahead.has_ended, self._ahead.error = True, error
             self._changed.notify_all()
 
     def _has_room(self) -> bool:
-        """Return whether the next sample is to be read. A group that is being filled must be: others wait for it."""
+        """Return whether the next sample is to be read now."""
         count = len(self._ahead.pendings)
+        # A group for the teacher that is being filled is always completed: the samples already in it wait for the rest.
         if self._source.is_filling or count < max(self._wanted, self._largest_share):
             return True
         return count < self._target and self._ahead.bytes < HELD_BYTES
@@ -272,11 +274,12 @@ class Feed:
 
     @property
     def _target(self) -> int:
-        """Samples to read ahead: a whole step, the window, and twice what the student uses up while a teacher answers.
+        """Return the number of samples to read ahead.
 
-        The last is measured. With less, the student would wait for every answer, however many teachers there are.
-        Twice, so that a student whose rate was bounded by what is in flight gets more of it, until it is bounded by
-        its own work or by the teachers.
+        It is a whole step, plus the window, plus twice the samples that the student uses up while a teacher answers
+        (measured). With fewer, the student would wait for every answer, however many teachers there are. Twice, because
+        too few samples in flight would limit the measured rate itself. The number then grows until the student's own
+        work, or the teachers, limit the rate.
         """
         during_an_answer = 2 * self._rate * self._source.latency_s
         window = self._window_tokens / max(self._mean_tokens, 1.0)
@@ -284,7 +287,10 @@ class Feed:
 
     @property
     def _rate(self) -> float:
-        """Samples that are used up a second: over several steps, as steps behind a slow teacher come in bursts."""
+        """Return the samples that this rank uses up per second.
+
+        The mean is over several steps, because steps come in bursts if the teacher is slow.
+        """
         taken = self._taken_at
         return (len(taken) - 1) * self._largest_share / (taken[-1] - taken[0]) if len(taken) > 1 else 0.0
 
@@ -298,6 +304,7 @@ class Feed:
                 if step is None:
                     break
                 with self._changed:
+                    # At most one finished step waits, so what is read ahead stays in the reader's bounds.
                     self._wait_for(lambda: not self._ready)
                     self._ready.append(step)
                     self._changed.notify_all()
@@ -310,7 +317,11 @@ class Feed:
             self._changed.notify_all()
 
     def _step(self, number: int) -> Step | None:
-        """Collective of the feeds: make one step; None if the stream is over or the job is to stop."""
+        """Return the next step; None if the stream is over or the job is to stop. Collective of the feeds.
+
+        A rank that is to stop still takes part in the exchange, and says so there. So all ranks leave at the same step,
+        and none waits for a rank that has left.
+        """
         share = shares(self._global_batch, self._ranks, number)[self._rank]
         part = _Part()
         try:
@@ -321,8 +332,9 @@ class Feed:
         if everyone is None:
             return None
         missing = self._global_batch - int(everyone[:, TAKEN].sum())
+        # Every rank sees the same `everyone`, so all ranks take the same branch, and their collectives match.
         if missing:
-            # Some rank's rows have ended. The others fill the step with what they have left.
+            # The rows of some rank have ended. The other ranks fill the step with rows that they have left.
             everyone = self._complete(part, missing)
         if everyone is None:
             return None
@@ -332,12 +344,17 @@ class Feed:
                 "the teacher's answers are not finite for any sample of a global batch. In float16 it may overflow: "
                 "set teacher.dtype to bfloat16 or float32"
             )
+        # Every rank must run as many micro-batches: the backward passes of ZeRO are collectives.
         empties = [self._collator.empty()] * (counts.micro_batches - len(part.batches))
         samples = [sample for sample, _ in part.valid]
         return Step(number, counts, [*part.batches, *empties], samples, part.busy_s)
 
     def _complete(self, part: "_Part", missing: int) -> NDArray[np.float64] | None:
-        """Collective of the feeds: take more samples than the share, as far as ranks have any; None if too few."""
+        """Fill the last step: take more samples than the share. Collective of the feeds.
+
+        The first exchange says how many samples each rank has left; `allot` then divides the missing ones in the same
+        way on every rank. Return None if all ranks together have too few, or if any rank is to stop.
+        """
         try:
             spare = self._count_ahead(missing)
         except Stopping:
@@ -353,7 +370,10 @@ class Feed:
         return self._propose(part)
 
     def _fill(self, part: "_Part", count: int) -> None:
-        """Take up to so many samples, wait for their signals and cut all that the part has. Raises Stopping."""
+        """Take up to `count` samples, wait for their signals, and cut the whole part into micro-batches.
+
+        Raises Stopping.
+        """
         taken = self._take(count)
         part.taken += len(taken)
         refused = []
@@ -371,7 +391,7 @@ class Feed:
             part.batches = self._collator.micro_batches(part.valid)
 
     def _take(self, count: int) -> list[Pending]:
-        """Return the next samples; fewer at the end of the stream. Raises Stopping."""
+        """Return the next `count` samples; fewer at the end of the stream. Raises Stopping."""
         self._count_ahead(count)
         with self._changed:
             ahead = self._ahead
@@ -381,7 +401,10 @@ class Feed:
         return taken
 
     def _count_ahead(self, wanted: int) -> int:
-        """Return how many samples there are, up to `wanted`, once that is certain. Raises Stopping, or the reader's."""
+        """Wait until `wanted` samples are read or the stream has ended; return how many there are, up to `wanted`.
+
+        Raises Stopping, or the reader's error.
+        """
         ahead = self._ahead
         with self.activities.doing("data_wait"), self._changed:
             self._wanted = wanted
@@ -396,13 +419,17 @@ class Feed:
             try:
                 return pending.said.result(timeout=POLL_S)
             except FutureTimeout:
-                if pending.said.done():  # a TimeoutError of its own
+                if pending.said.done():  # the result itself is a TimeoutError; it is not this wait that ran out
                     raise
                 self._look(may_stop=True)
 
     def _propose(self, part: "_Part") -> NDArray[np.float64] | None:
-        """Collective of the feeds: say what this rank's part is; return every rank's, None if any asks to stop."""
+        """Send this rank's part to all ranks; return every rank's numbers [ranks, COLUMNS]. Collective of the feeds.
+
+        Return None if any rank asks to stop.
+        """
         inputs = [batch.inputs for batch in part.batches]
+        # The request is kept in `part`: if the step has a second exchange, the first one's request is not lost.
         part.save = self._control.wants_checkpoint() or part.save
         return self._exchange(
             Proposal(
@@ -420,13 +447,14 @@ class Feed:
     def _exchange(self, proposal: Proposal) -> NDArray[np.float64] | None:
         with self.activities.doing("agree"):
             everyone = self._gather(proposal.vector())
+        # One rank that asks is enough. All ranks see the same numbers, so all stop at the same step.
         self.was_stopped = bool(everyone[:, STOP].any())
         return None if self.was_stopped else everyone
 
     # ---------------------------------------------------------------------------------------------- waiting
 
     def _wait_for(self, condition: Callable[[], bool], *, may_stop: bool = False) -> None:
-        """Wait, with the lock held, until something holds. Raises Closed, and Stopping where the wait `may_stop`."""
+        """Wait until `condition` is true; the caller holds the lock. Raises Closed, and Stopping if `may_stop`."""
         while not condition():
             self._look(may_stop=may_stop)
             self._changed.wait(timeout=POLL_S)
@@ -440,7 +468,7 @@ class Feed:
 
 @dataclass
 class _Part:
-    """One rank's part of a step, while it is made."""
+    """One rank's part of a step, while the assembler makes it."""
 
     taken: int = 0
     valid: list[tuple[Sample, Signal]] = field(default_factory=list)

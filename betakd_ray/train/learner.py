@@ -1,4 +1,4 @@
-"""One rank's student: models, optimizers and β, from a step's micro-batches to one optimizer step. Knows no Ray."""
+"""One rank's student: models, optimizers and β. It makes one optimizer step of a step's micro-batches, without Ray."""
 
 import os
 import random
@@ -35,14 +35,17 @@ from betakd_ray.weighting import BetaWeighting, present_channels
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 else:
-    DeepSpeedEngine = Any  # imported only where something trains: it takes seconds, and greets on the terminal
+    DeepSpeedEngine = Any  # imported only where something trains: the import takes seconds and prints to the terminal
 
 FOREVER = timedelta(days=365)
-"""Limit of collectives that may wait for a teacher or a store. A rank that is gone is found by `watch`."""
+"""Timeout of process groups whose collectives may wait for a teacher or a store. `watch` finds a rank that died."""
 
 
 class Learner:
-    """Needs a process group. Every method named collective must be called by all ranks alike."""
+    """Student, optimizers and β of one rank. It needs an initialized process group.
+
+    If a docstring says "collective", every rank must call the method.
+    """
 
     def __init__(
         self,
@@ -55,14 +58,15 @@ class Learner:
         self.device = find_device()
         self.peak_flops = device_peak(self.device)
         self.flops: StudentFlops | None = None
-        """What a step takes; where the device's peak is known, with which it is compared."""
+        """Counter of the FLOPs of a step; None if the device's peak, with which they are compared, is not known."""
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         _seed(spec.training.seed)
         self.distiller = self._distiller(facts, teacher_head)
         self.engine = self._engine(total_steps)
         _bound_collectives(timedelta(seconds=spec.training.collective_timeout_s))
-        # What is known on the host is agreed on there, without waiting for the device, and with patience: a checkpoint
-        # takes as long as its slowest rank. The feed's group is for its own thread: it must meet no other collective.
+        # Collectives on host data use gloo, so that they do not wait for the device. Their timeout is long, because a
+        # checkpoint takes as long as its slowest rank. The feed has a group of its own: in a group of two threads, the
+        # ranks could match collectives in different orders.
         self.host_group, self.feed_group = (
             cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=FOREVER)) for _ in range(2)
         )
@@ -83,7 +87,7 @@ class Learner:
 
     @property
     def loader(self) -> Loader:
-        """What makes this learner's device batches."""
+        """Return the loader that makes this learner's device batches."""
         salient = [energy.tokens for energy in self.spec.objective.energies if isinstance(energy, AlignTopK)]
         return Loader(self.device, salient[0] if salient else 0, ATTENTION in self.channels)
 
@@ -97,10 +101,11 @@ class Learner:
         statistics: bool,
         clock: StepClock | None = None,
     ) -> Totals:
-        """Collective: one optimizer step on the `counts.micro_batches` micro-batches of this rank.
+        """Run one optimizer step on this rank's `counts.micro_batches` micro-batches. Collective.
 
-        `number` counts the job's steps from 1; `progress` is the job's with this step done, up to 1. With `statistics`,
-        those of the objective come along. Only launches work where there is a GPU.
+        `number` counts the job's steps from 1. `progress` is the fraction of the job that is done after this step, up
+        to 1. With `statistics`, the totals include those of the objective. On a GPU the method only launches kernels,
+        and does not wait for them.
         """
         clock = clock or StepClock(self.device)
         self.tally.clear(counts.most_samples)
@@ -121,7 +126,7 @@ class Learner:
         present = present_channels(self.channels, batch.valid, inputs.has_image)
         share = self._share(inputs, counts)
         moving = self.curriculum.values()
-        # DeepSpeed takes the mean over ranks, and `share` is already that of the global batch.
+        # DeepSpeed divides gradients by the number of ranks, but `share` already divides by the global batch.
         scale = self.world_size
         output: Distilled = self.engine(
             inputs,
@@ -142,13 +147,14 @@ class Learner:
         self.tally.add(energies, beta.detach(), present, share, loss.detach(), output.statistics)
 
     def _share(self, inputs: TensorInputs, counts: StepCounts) -> Tensor:
-        """Return [B] each sample's part of the global mean, by `objective.reduction`."""
+        """Return each sample's weight in the global mean [B], by `objective.reduction`."""
         if self.spec.objective.reduction == "token":
             return inputs.rows_per_sample.float() / max(counts.tokens.answer, 1)
         return torch.full((len(inputs.input_ids),), 1 / counts.samples, device=self.device)
 
     def _update(self, progress: float) -> Totals:
-        """Step the student's optimizer, then β's. Where the gradient is not finite, both stay as they were."""
+        """Step the student's optimizer, then β's. If the gradient is not finite, neither changes."""
+        # DeepSpeed decides on the reduced gradient, so all ranks skip the same steps.
         self.engine.step()
         applied = self.engine.was_step_applied()
         totals = self.tally.reduced(applied)
@@ -160,7 +166,7 @@ class Learner:
         return totals
 
     def mean_and_max(self, numbers: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-        """Collective: return the mean of each number over the ranks, and the largest."""
+        """Return the mean of each number over the ranks, and its maximum. Collective."""
         mean = torch.tensor([*numbers.values()], device=self.device)
         largest = mean.clone()
         dist.all_reduce(mean)
@@ -172,7 +178,7 @@ class Learner:
     # -------------------------------------------------------------------------------------------------- state
 
     def save(self, folder: Path) -> None:
-        """Collective: this rank's files of a checkpoint."""
+        """Write this rank's files of a checkpoint to a local folder. Collective."""
         pickle_stages_by_value()
         self.engine.save_checkpoint(str(folder), tag=checkpoint.ENGINE, exclude_frozen_parameters=True)
         if self.rank == 0:
@@ -186,7 +192,7 @@ class Learner:
             )
 
     def load(self, folder: Path) -> None:
-        """Collective: the inverse, also of a checkpoint that another number of ranks wrote."""
+        """Load a checkpoint from a folder, also one that another number of ranks wrote. Collective."""
         checkpoint.load_engine(self.engine, folder)
         with tensors_only(folder.name):
             state = torch.load(folder / "beta.pt", weights_only=True, map_location=self.device)
@@ -208,7 +214,7 @@ class Learner:
         cast(nn.Module, student).to(self.device)  # transformers' decorator hides the type of its `to`
         head = None if teacher_head is None else to_tensor(teacher_head, self.device)
         distiller = Distiller(student, processor, self.spec.objective, facts, head).to(self.device).train()
-        if self.peak_flops:  # counted now, as DeepSpeed may take the weights apart
+        if self.peak_flops:  # counted now, because DeepSpeed may shard the weights (ZeRO-3)
             elements = 0 if head is None else head.numel()
             self.flops = StudentFlops.of(student, distiller.normalize, distiller.blank, elements)
         return distiller
@@ -227,9 +233,10 @@ class Learner:
         return engine
 
     def _unname_shared_memory(self) -> None:
-        """Collective: have the shared memory of DeepSpeed's CPU collectives, 66 MB a rank, end with its processes.
+        """Unlink the shared memory of DeepSpeed's CPU collectives, 66 MB per rank. Collective.
 
-        DeepSpeed itself leaves it behind. Every rank has it open by now, so nobody needs its name.
+        DeepSpeed does not remove it. After the barrier every rank has it open, so its name is no longer needed, and the
+        system frees the memory when the processes end.
         """
         dist.barrier(group=self.host_group)  # pyright: ignore[reportArgumentType]
         place = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
@@ -238,22 +245,28 @@ class Learner:
 
 
 def _bound_collectives(timeout: timedelta) -> None:
-    """Set the timeout of every process group. DeepSpeed makes its own with torch's default and has no option for it."""
+    """Set the timeout of all process groups that exist so far, including DeepSpeed's.
+
+    DeepSpeed makes its groups with torch's default of half an hour, and has no option to change it.
+    """
     for group in distributed_c10d._world.pg_map:
         distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _seed(seed: int) -> None:
-    """Give every rank the same initial weights."""
+    """Seed all generators with the same number on every rank, so that all start with the same weights."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def _seed_step(seed: int, step: int, rank: int, device: torch.device) -> None:
-    """Give each rank dropout masks of its own in each step, and the same ones whenever the step is done again."""
+    """Seed dropout for one rank and one step.
+
+    Each rank has its own masks in each step. A step that is repeated after a resume has the same masks again.
+    """
     drawn = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1)
-    # Not torch.manual_seed, which asks every kind of device there might be: a hundred times as long.
+    # Not torch.manual_seed: it asks for every kind of device, and takes a hundred times as long.
     torch.default_generator.manual_seed(drawn)
     if device.type == "cuda":
         torch.cuda.manual_seed(drawn)

@@ -1,4 +1,4 @@
-"""A student worker's life: build, resume, train, save."""
+"""The training loop of a student worker: build, resume, train, save."""
 
 import json
 import math
@@ -40,13 +40,13 @@ from betakd_ray.train.watch import Start, Watch
 from betakd_ray.train.worker import STOPPED, WorkerConfig
 
 COUNTS = ("samples", "dropped", "skipped", "skipped_in_a_row")
-"""Counters of a worker that a checkpoint's progress keeps."""
+"""Counters of a worker that a checkpoint keeps in progress.json."""
 QUANTILES = (0.1, 0.5, 0.9)
 """Quantiles of β over a global batch that are logged."""
 
 
 class Worker:
-    """One rank: its learner, its feed, and what it needs from Ray around them."""
+    """One rank: its learner, its feed, and their connections to Ray."""
 
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
@@ -71,7 +71,7 @@ class Worker:
         self.store = checkpoint.CheckpointStore(config.run, self.spec.output.storage)
         self.metrics = Metrics(self.spec, config.run) if self.rank == 0 else None
         self.ledger = config.plan.empty_ledger() if self.rank == 0 else None
-        """Every sample that a committed step trained on; rank 0 keeps it for all."""
+        """Samples of all ranks that took part in a step, up to the last checkpoint; only rank 0 has it."""
         self.trained: list[SampleIds] = []
         """This rank's samples since the last checkpoint."""
         self.step = self.saved_step = self.samples = self.dropped = self.skipped = self.skipped_in_a_row = 0
@@ -80,7 +80,7 @@ class Worker:
         self.usage = Usage()
         self.saved_at, self.save_s = time.monotonic(), 0.0
         self.activities = Activities()
-        # From here on, as the resume's collectives have no limit of their own.
+        # Started before the resume, because its collectives have no short timeout: a dead rank would block it.
         self.watch = Watch(
             config.monitor,
             self.rank,
@@ -90,7 +90,7 @@ class Worker:
         )
 
     def run(self) -> dict[str, Any]:
-        """The loop: one screen is one step of training."""
+        """Resume, train to the end or until the job is to stop, and return the outcome. Collective."""
         with ExitStack() as threads:
             threads.callback(self.watch.close)
             self.resume()
@@ -113,6 +113,7 @@ class Worker:
                     self.save()
             if self.step != self.saved_step:
                 self.save()
+            # The feeds agreed to stop, so all ranks left the loop after the same step, and have saved that step.
             if feed.was_stopped:
                 return {STOPPED: self.step}
             return self.finish()
@@ -124,7 +125,7 @@ class Worker:
     # -------------------------------------------------------------------------------------------- what feeds it
 
     def feed(self, threads: ExitStack) -> tuple[Feed, Prefetch]:
-        """Start what prepares this rank's steps; `threads` ends it."""
+        """Start the threads that prepare this rank's steps; closing `threads` ends them."""
         config, teacher = self.config, self.spec.teacher
         tokens = teacher.batch_tokens if teacher else 0
         feed = Feed(
@@ -162,14 +163,14 @@ class Worker:
         return feed, prefetch
 
     def rows(self) -> Iterator[Sample]:
-        """Yield the samples of this rank's part of the stream, in its order."""
+        """Yield the samples of this rank's part of the stream, in the order of the stream."""
         shard = ray.train.get_dataset_shard("train")
         assert shard is not None
         for table in shard.iter_batches(batch_size=cast(Any, None), batch_format="pyarrow", prefetch_batches=2):
             yield from samples_of(cast(Any, table))
 
     def quarantine(self, refused: list[Refused]) -> None:
-        """Set samples aside that the teacher has no answer to. Raises TooManyBadSamples."""
+        """Put samples into quarantine that the teacher cannot answer. Raises TooManyBadSamples."""
         bad = [Quarantined(sample.epoch, sample.shard, sample.index, sample.key, reason) for sample, reason in refused]
         fraction = cast(float, ray.get(self.config.monitor.quarantine.remote(bad)))
         require_few(fraction, self.spec.data, self.config.plan, bad[-1])
@@ -177,14 +178,14 @@ class Worker:
     # ------------------------------------------------------------------------------------- after a step
 
     def note_stalls(self, prefetch: Prefetch, within: str = "") -> None:
-        """Note how long the training waited for its feed; the pool of teachers grows while students wait for it."""
+        """Note how long the training waited for its feed. The teacher pool is told, because it grows on such waits."""
         stalls = prefetch.take_stalls()
         self.clock.stalled(stalls, within=within)
         if self.client and "teacher_wait" in stalls:
             self.client.report_waiting(stalls["teacher_wait"])
 
     def account(self, step: Step) -> None:
-        """Note what the step used up."""
+        """Add the step's samples and tokens to the counters."""
         self.step = step.number
         self.trained.append(ids_of(step.samples))
         self.samples += step.counts.samples + step.counts.dropped
@@ -192,7 +193,10 @@ class Worker:
         self.usage.add(step)
 
     def guard(self, totals: Totals, step: Step) -> None:
-        """Note steps whose gradient was not finite. Raises NonFiniteLoss after `max_skipped_steps` in a row."""
+        """Note a step that was skipped because its gradient was not finite.
+
+        Raises NonFiniteLoss after `max_skipped_steps` such steps in a row.
+        """
         if totals.applied:
             self.skipped_in_a_row = 0
             return
@@ -210,7 +214,7 @@ class Worker:
             )
 
     def note_skip(self, step: Step) -> None:
-        """Collective: write which samples were in the step that was skipped, in skipped.jsonl."""
+        """Write the samples of the skipped step to skipped.jsonl. Collective."""
         plan = self.config.plan
         mine = [
             {"epoch": each.epoch, "shard": plan.shards[each.shard].url, "index": each.index, "key": each.key}
@@ -222,7 +226,7 @@ class Worker:
             self.metrics.write(checkpoint.SKIPPED, to_jsonl(self.skips))
 
     def log(self, totals: Totals, step: Step) -> None:
-        """Collective: record this step's numbers (paper Figures 4–6, Table 6), and the time's since the last record."""
+        """Log this step's numbers (paper Figures 4–6, Table 6), and the timing since the last record. Collective."""
         betas = self.learner.tally.betas()
         seconds = self.clock.read()
         mean, slowest = self.learner.mean_and_max({**seconds, "teacher_busy": self.usage.teacher_busy_s})
@@ -251,9 +255,9 @@ class Worker:
             self.config.monitor.log.remote(record)
 
     def of_channels(self, totals: Totals, betas: torch.Tensor) -> dict[str, float]:
-        """Return each channel's energy, share of the loss and β."""
+        """Return each channel's energy, its β · energy, and statistics of its β. `betas` is [samples, channels]."""
         quantiles = betas.nanquantile(torch.tensor(QUANTILES, device=betas.device), dim=0)
-        quantiles = quantiles.nan_to_num()  # zero, as the mean is, of a channel that no sample has
+        quantiles = quantiles.nan_to_num()  # zero, like the mean, for a channel that no sample has
         by_channel = {
             "energy": totals.energies,
             "weighted": totals.weighted,
@@ -268,7 +272,10 @@ class Worker:
         }
 
     def utilisation(self, usage: "Usage", elapsed_s: float) -> dict[str, float]:
-        """Return the share of the devices' peak that the student's arithmetic took, where the peak is known."""
+        """Return the share of the devices' peak FLOP/s that the student's FLOPs used; {} if the peak is not known.
+
+        `usage` counts the global batch over `elapsed_s` seconds.
+        """
         peak, flops, tokens = self.learner.peak_flops, self.learner.flops, usage.tokens
         if peak is None or flops is None:
             return {}
@@ -278,7 +285,7 @@ class Worker:
     # ---------------------------------------------------------------------------- checkpoint and result
 
     def save(self) -> None:
-        """Collective: make a checkpoint of everything that a resume needs."""
+        """Save a checkpoint with everything that a resume needs. Collective."""
         start = time.monotonic()
         with self.clock.phase("save"):
             self.merge_trained()
@@ -290,9 +297,9 @@ class Worker:
             self.config.monitor.committed.remote()
 
     def merge_trained(self) -> None:
-        """Collective: add every rank's samples since the last checkpoint to rank 0's ledger.
+        """Add every rank's samples since the last checkpoint to rank 0's ledger. Collective.
 
-        Raises TrainingError where a sample would be trained on a second time.
+        Raises TrainingError if a sample was trained on twice.
         """
         delta = self.config.plan.empty_ledger()
         delta.add(SampleIds.joined(self.trained))
@@ -300,13 +307,13 @@ class Worker:
         checkpoint.merge_ledgers(self.ledger, delta, self.learner.host_group)
 
     def write(self, folder: Path) -> None:
-        """Collective: write this rank's files of a checkpoint."""
+        """Write this rank's files of a checkpoint; rank 0 also writes the job's. Collective."""
         self.learner.save(folder)
         if self.metrics is None or self.ledger is None:
             return
         progress = {name: getattr(self, name) for name in COUNTS}
         quarantined = cast(list[Quarantined], ray.get(self.config.monitor.quarantined.remote()))
-        # What a former attempt set aside may have gone well since.
+        # A sample that an earlier attempt put into quarantine may have been trained on since. It must not be in both.
         done = self.ledger.holds(ids_of(quarantined))
         quarantined = [asdict(bad) for bad, is_done in zip(quarantined, done, strict=True) if not is_done]
         (folder / checkpoint.PROGRESS).write_text(json.dumps(progress))
@@ -318,10 +325,10 @@ class Worker:
         self.metrics.flush()
 
     def resume(self) -> None:
-        """Collective: continue from the checkpoint that the stream of rows was made for, if there is one.
+        """Continue from the checkpoint that the stream of rows was made for, if there is one. Collective.
 
-        Another may have been committed meanwhile, by workers of an earlier start that had not ended yet: its samples
-        are in this stream, and would be trained on twice.
+        It need not be the newest: workers of an earlier start that had not ended yet may have committed another one
+        meanwhile. The samples of that one are in this stream, so a resume from it would train on them twice.
         """
         if self.start.checkpoint is None:
             if self.metrics:
@@ -340,14 +347,17 @@ class Worker:
             setattr(self, name, progress[name])
 
     def metrics_reference(self, manifest: checkpoint.Manifest) -> str:
-        """Return which metrics a checkpoint goes with. Older ones hold the metrics themselves, all of them."""
+        """Return how many metrics had been logged at a checkpoint, as text of `tracking.Metrics.reference`.
+
+        Checkpoints of older versions hold all the metrics themselves.
+        """
         if checkpoint.METRICS in manifest.files:
             return self.store.read_text(manifest, checkpoint.METRICS)
         records = self.store.read_text(manifest, METRICS).count("\n")
         return json.dumps({"step": manifest.step, "records": records})
 
     def finish(self) -> dict[str, Any]:
-        """Collective: export the student; rank 0 returns the outcome."""
+        """Export the student; rank 0 returns the outcome, the others {}. Collective."""
         last = self.metrics.last if self.metrics else {}
         export(self.learner.engine, self.spec, self.config.run, last, self.learner.host_group)
         if self.metrics is None or self.ledger is None:
@@ -357,7 +367,7 @@ class Worker:
 
 
 class Usage:
-    """What the steps since the last record used up."""
+    """Sums over the steps since the last record: samples, tokens and teacher time."""
 
     def __init__(self) -> None:
         self.steps = self.samples = self.squares = self.pixels = 0
@@ -366,7 +376,7 @@ class Usage:
         """Seconds that teachers computed for this rank's samples."""
 
     def add(self, step: Step) -> None:
-        """Add a step."""
+        """Add a step to the sums."""
         self.steps += 1
         self.samples += step.counts.samples
         self.squares += step.counts.squares
@@ -375,9 +385,10 @@ class Usage:
         self.teacher_busy_s += step.teacher_busy_s
 
     def rates(self, mean: dict[str, float], slowest: dict[str, float], ranks: int) -> dict[str, float]:
-        """Return rates, shares of the time and seconds a step, from every rank's seconds: their mean and the largest.
+        """Return rates per second, shares of the time, and seconds per step.
 
-        The shares `data_wait`, `teacher_wait` and `compute` are of the time of the training's threads.
+        `mean` and `slowest` are the mean and the maximum over the ranks of each phase's seconds. `data_wait`,
+        `teacher_wait` and `compute` are shares of the elapsed time of the ranks' training threads.
         """
         elapsed, tokens = mean["elapsed"], self.tokens
         every = tokens.real + tokens.padding
@@ -402,7 +413,8 @@ class Usage:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Return bytes: on a GPU of tensors, else of the process."""
+    """Return the peak memory in bytes: of the tensors on a GPU, otherwise of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # ru_maxrss is in bytes on macOS and in KiB on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,9 +1,9 @@
-"""What a job takes of a device's memory, known from configurations alone.
+"""Estimate of the device memory that a job needs, in bytes, from configurations alone.
 
-Weights, gradients, optimizer state and buffers follow from the parameters and from how DeepSpeed keeps them. What a
-micro-batch takes does not follow from a formula that holds for every family: its forward and backward are run on fake
-tensors, which have shapes and no data, and every storage they make is counted until it is freed. A model of any size is
-so run in seconds, on no memory. Kernels are the CPU's: what a kernel takes for itself is not seen.
+The sizes of weights, gradients, optimizer state and buffers follow from the number of parameters and from how DeepSpeed
+keeps them. No formula gives the memory of a micro-batch for every model family. So its forward and backward are run on
+fake tensors, which have shapes but no data, and every storage is counted until it is freed. In this way a model of any
+size runs in seconds, without its memory. The kernels are the CPU's: the workspace of a GPU kernel is not counted.
 """
 
 import os
@@ -38,70 +38,75 @@ from betakd_ray.train.optim import deepspeed_config
 
 CPU = torch.device("cpu")
 ADAM_BYTES = 8
-"""Two float32 moments."""
+"""Bytes per parameter of Adam's two float32 moments."""
 MASTER_BYTES = 4
+"""Bytes per parameter of the float32 copy of the weights."""
 
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """What can be said of a teacher before it is loaded."""
+    """Sizes of a teacher that are known before it is loaded."""
 
     parameters: int
+    """Number of parameters."""
     dtype: torch.dtype
     width: int
     vocab: int
     heads: int
     weights: int
-    """Bytes."""
+    """Bytes of all weights."""
     largest_share: int
     """Bytes of weights on the teacher's fullest GPU."""
     working: int
-    """Bytes that one group of samples takes at its peak."""
+    """Bytes that one group of samples needs at its peak, in addition to the weights."""
     quantization: str | None = None
-    """How the weights will be packed: bytes are counted as if they were not."""
+    """Quantization of the weights, if any. The bytes here are counted as if the weights were not quantized."""
 
     @property
     def peak(self) -> int:
-        """On one GPU, as if all of a group's were on the fullest."""
+        """Return the peak in bytes on the fullest GPU, as if it held all the memory of a group of samples."""
         return self.largest_share + self.working
 
     def facts(self, needs: Needs) -> TeacherFacts:
-        """Return what such a teacher will tell its students, the fingerprint of its weights aside."""
+        """Return the facts that such a teacher will send to its students, without the fingerprint of its weights."""
         dtype = str(self.dtype).removeprefix("torch.")
         return TeacherFacts(self.width, self.heads, dtype, top_k_vocab=needs.vocab)
 
 
 @dataclass(frozen=True)
 class StudentMemory:
-    """Bytes on one rank. While gradients are made, or while the optimizer steps: the larger of the two is the peak."""
+    """Memory on one rank, in bytes. The peak is either in a micro-batch or in the optimizer's step."""
 
     parameters: int
+    """Number of parameters."""
     trained: int
-    """Parameters that learn, the maps from the teacher among them."""
+    """Number of parameters that learn, including the maps from the teacher."""
     weights: int
+    """Bytes of the weights."""
     optimizer: int
-    """Adam's moments, and DeepSpeed's float32 copy of the weights."""
+    """Bytes of Adam's moments, and of DeepSpeed's float32 copy of the weights."""
     teacher_head: int
-    """The copy of the teacher's lm_head."""
+    """Bytes of the copy of the teacher's lm_head."""
     gathered: int
-    """ZeRO-3's gathered weights."""
+    """Bytes of the weights that ZeRO-3 gathers."""
     buckets: int
-    """DeepSpeed's buffers for gradients on their way to other ranks: made when a backward begins, freed after it."""
+    """Bytes of DeepSpeed's buffers for the reduction of gradients: made when a backward begins, freed after it."""
     gradients: int
-    """When a micro-batch is at its peak."""
+    """Bytes of the gradients while a micro-batch is at its peak."""
     activations: int
-    """What the forward keeps for the backward."""
+    """Bytes that the forward keeps for the backward."""
     objective: int
-    """What the forward takes beyond them at its peak: logits of one chunk, and the gradient that is made of them."""
+    """Bytes that the forward needs beyond `activations` at its peak: the logits of one chunk, and their gradient."""
     backward: int
-    """What the backward takes beyond them at its peak, the buckets apart."""
+    """Bytes that the backward needs beyond `activations` at its peak, without the buckets."""
     step: int
-    """While the optimizer steps: gradients, and their float32 copy. Fused, Adam takes nothing for itself."""
+    """Bytes for the optimizer's step: gradients, and their float32 copy. A fused Adam needs no memory of its own."""
     checkpoint: int
-    """Bytes of a checkpoint, over all ranks: trained weights and optimizer state; frozen weights are not in it."""
+    """Bytes of a checkpoint over all ranks: trained weights and optimizer state. It has no frozen weights."""
 
     @property
     def peak(self) -> int:
+        """Return the peak in bytes."""
         held = self.weights + self.optimizer + self.teacher_head
         micro_batch = self.gathered + self.gradients + self.activations
         micro_batch += max(self.objective, self.buckets + self.backward)
@@ -109,7 +114,7 @@ class StudentMemory:
 
 
 def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, processor: Any, gpus: int = 1) -> TeacherModel:
-    """A teacher's sizes on so many GPUs, and what it takes to answer one group of samples. Raises ModelError."""
+    """Return a teacher's sizes on `gpus` GPUs; `inputs` is one group of samples. Raises ModelError."""
     with _fake() as tally:
         model: Any = freeze(model_skeleton(spec, "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)))
         if needs.reads_attention:
@@ -137,9 +142,9 @@ def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, processo
 def student_memory(
     spec: JobSpec, teacher: TeacherModel | None, needs: Needs, inputs: ModelInputs, processor: Any, ranks: int
 ) -> StudentMemory:
-    """One rank's memory with `inputs` as its micro-batch. Raises ModelError."""
+    """Return the memory of one of `ranks` ranks, with `inputs` as its micro-batch. Raises ModelError."""
     dtype = torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
-    # An image processor needs data.
+    # Made outside of `_fake()`, because an image processor needs real data.
     blank = ImageProcessing(processor).blank() if getattr(processor, "image_processor", None) else None
     with _fake() as tally:
         student = student_skeleton(spec.student, dtype)
@@ -165,12 +170,12 @@ def student_memory(
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Sizes of a distiller's parameters, in elements."""
+    """Numbers of a distiller's parameters."""
 
     trained: int
     frozen: int
     bytes: int
-    """Bytes of an element."""
+    """Bytes of one parameter."""
 
 
 def _sizes(distiller: Distiller) -> _Sizes:
@@ -180,11 +185,11 @@ def _sizes(distiller: Distiller) -> _Sizes:
 
 
 GRADIENT_BYTES = 4
-"""Bytes of an element of the gradient's sum over micro-batches, in every precision."""
+"""Bytes per parameter of the gradient sum over micro-batches, which is float32 in every precision."""
 
 
 def _held(spec: JobSpec, sizes: _Sizes, ranks: int) -> StudentMemory:
-    """Return what DeepSpeed keeps between micro-batches, and takes for a step (its runtime/, 0.19)."""
+    """Return the memory that DeepSpeed keeps between micro-batches, and needs for a step (deepspeed/runtime, 0.19)."""
     stage, is_half = spec.training.zero_stage, spec.training.precision == "bf16"
     zero: dict[str, Any] = deepspeed_config(spec, ranks)["zero_optimization"]
     share = ranks if stage else 1
@@ -197,7 +202,7 @@ def _held(spec: JobSpec, sizes: _Sizes, ranks: int) -> StudentMemory:
     part = sizes.trained // share
     buckets, copy = _buckets(stage, is_half, zero, sizes)
     gradients = part * GRADIENT_BYTES
-    if stage == 1 and is_half:  # BF16_Optimizer has the whole sum on every rank, and a copy while it is reduced
+    if stage == 1 and is_half:  # BF16_Optimizer keeps the whole sum on every rank, and a copy while it is reduced
         step = sizes.trained * GRADIENT_BYTES + copy
     elif stage == 3:
         group = int(float(zero.get("sub_group_size", 1e9)))
@@ -212,31 +217,31 @@ def _held(spec: JobSpec, sizes: _Sizes, ranks: int) -> StudentMemory:
         optimizer=part * (ADAM_BYTES + (MASTER_BYTES if has_master else 0)),
         teacher_head=0,
         gathered=gathered,
-        # The first bucket is full while most activations are still there, unless one bucket holds all gradients.
+        # The first bucket is full while most activations are still alive, unless one bucket holds all gradients.
         buckets=buckets + (copy if is_early and stage > 1 else 0),
         gradients=0,
         activations=0,
         objective=0,
         backward=0,
         step=step,
-        # Of ZeRO-3's weights, only the float32 copy is saved.
+        # With ZeRO-3 only the float32 copy of the weights is saved.
         checkpoint=sizes.trained * (ADAM_BYTES + (MASTER_BYTES if has_master else 0) + (stage < 3) * sizes.bytes),
     )
 
 
 def _accumulates(spec: JobSpec, ranks: int, inputs: ModelInputs) -> bool:
-    """Return whether a rank has more than one such micro-batch a step."""
+    """Return whether a rank has more than one such micro-batch per step."""
     return spec.training.share(ranks) > inputs.size
 
 
 def _buckets(stage: int, is_half: bool, zero: dict[str, Any], sizes: _Sizes) -> tuple[int, int]:
-    """Return the bytes of the buffers for gradients on their way to other ranks, and of a full one's float32 copy."""
+    """Return the bytes of the buffers for the reduction of gradients, and of the float32 copy of a full buffer."""
     elements = int(float(zero.get("reduce_bucket_size", 5e8)))
     full = min(elements, sizes.trained)
     if stage == 0 or not zero.get("contiguous_gradients", True):
         return 0, 0
     if stage == 1 and is_half:
-        # DeepSpeed's engine joins what fits into 5e8 elements.
+        # DeepSpeed's engine copies gradients into one buffer if they have at most 5e8 elements.
         return 0, sizes.trained * GRADIENT_BYTES if sizes.trained <= 5e8 else 0
     if stage == 3:
         return elements * GRADIENT_BYTES, full * GRADIENT_BYTES
@@ -244,7 +249,7 @@ def _buckets(stage: int, is_half: bool, zero: dict[str, Any], sizes: _Sizes) -> 
 
 
 def _held_gradients(spec: JobSpec, sizes: _Sizes, ranks: int, inputs: ModelInputs) -> int:
-    """Return the bytes of gradients that DeepSpeed, not the parameters, keeps while a micro-batch is at its peak."""
+    """Return the bytes of gradients in DeepSpeed's buffers (not in `parameter.grad`) at a micro-batch's peak."""
     stage, is_half = spec.training.zero_stage, spec.training.precision == "bf16"
     if stage == 1 and is_half:
         return sizes.trained * GRADIENT_BYTES
@@ -254,21 +259,22 @@ def _held_gradients(spec: JobSpec, sizes: _Sizes, ranks: int, inputs: ModelInput
 
 
 def _stay(spec: JobSpec) -> bool:
-    """Return whether gradients add up at their parameters, and not in a buffer of DeepSpeed's."""
+    """Return whether gradients are summed in `parameter.grad`, and not in a buffer of DeepSpeed's."""
     return spec.training.zero_stage < 2 and spec.training.precision == "fp32"
 
 
 @dataclass(frozen=True)
 class _Working:
-    """Bytes that a micro-batch takes."""
+    """Bytes that a micro-batch needs."""
 
     activations: int
+    """Bytes that the forward keeps for the backward."""
     forward: int
-    """At the forward's peak."""
+    """Bytes at the forward's peak."""
     backward: int
-    """At the backward's."""
+    """Bytes at the backward's peak."""
     gradients: int
-    """At the higher of the two, of those that stay with their parameters."""
+    """Bytes in `parameter.grad` at the higher of the two peaks."""
 
     @classmethod
     def of(
@@ -280,7 +286,7 @@ class _Working:
         inputs: ModelInputs,
         tally: "Tally",
     ) -> "_Working":
-        """One forward and backward; two where gradients add up."""
+        """Run one forward and backward, and measure them; two if gradients are summed in `parameter.grad`."""
         stays = _stay(spec)
         tally.follow_gradients(distiller, stays)
         held = tally.live
@@ -314,7 +320,7 @@ class _Working:
 
 
 def _head(teacher: TeacherModel) -> Tensor:
-    """Return one element that stands for all of the teacher's head: the real one has gigabytes."""
+    """Return a head [vocab, width] that is one element, expanded: the real one may have gigabytes."""
     return torch.zeros(1, 1, dtype=teacher.dtype).expand(teacher.vocab, teacher.width)
 
 
@@ -339,7 +345,7 @@ def _view(spec: JobSpec, teacher: TeacherModel | None, needs: Needs, inputs: Mod
 
 
 class Tally(TorchDispatchMode):
-    """Bytes of the tensors that operations make, while they live."""
+    """Counter of the bytes of tensors that operations make: those alive now, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -369,7 +375,7 @@ class Tally(TorchDispatchMode):
         self.live -= size
 
     def follow_gradients(self, module: nn.Module, stays: bool) -> None:
-        """Tell gradients from the rest; unless they stay, each is dropped as soon as it is there."""
+        """Count gradients apart from other tensors. Unless `stays`, drop each one as soon as it is made."""
 
         def made(parameter: Tensor) -> None:
             if not stays:
@@ -385,7 +391,10 @@ class Tally(TorchDispatchMode):
 
 
 def _has_data(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operation is on ids, masks or grids, or makes some: a model may ask how many image tokens they are."""
+    """Return whether an operation takes or makes ids, masks or grids.
+
+    These need real data, because a model may read them, e.g. to count image tokens.
+    """
     if inputs := _tensors_in((args, kwargs)):
         return not any(isinstance(each, FakeTensor) or _is_number(each) for each in inputs)
     return not any(map(_is_number, _tensors_in(func(*args, **kwargs))))
@@ -401,8 +410,8 @@ def _tensors_in(tree: Any) -> list[Tensor]:
 
 @contextmanager
 def _fake() -> Iterator[Tally]:
-    """Tensors of numbers made in here have no data; the tally counts them as if they had."""
-    # Not transformers' no_init_weights(), which would not tie weights either, and count them twice.
+    """Make floating-point tensors of the block fake, so that they have no data. The tally counts their full size."""
+    # Not transformers' no_init_weights(): it would not tie weights either, so tied weights would be counted twice.
     unset = patch.object(PreTrainedModel, "initialize_weights", lambda _: None)
     with _unchecked(), unset, FakeTensorMode(allow_non_fake_inputs=True), Tally() as tally:
         yield tally
@@ -410,7 +419,7 @@ def _fake() -> Iterator[Tally]:
 
 @contextmanager
 def _unchecked() -> Iterator[None]:
-    """Without transformers' checks of values, of which there are none."""
+    """Switch off transformers' checks of tensor values, because fake tensors have no values."""
     name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
     before = os.environ.get(name)
     os.environ[name] = "1"

@@ -1,4 +1,4 @@
-"""The one small actor that outlives student restarts and knows how the job stands: progress, quarantine, fate."""
+"""The monitor: one small actor that survives restarts of the students, and knows progress, quarantine and failures."""
 
 import os
 import time
@@ -13,7 +13,10 @@ from betakd_ray.train.watch import Orders, Roll, Start
 
 
 class Monitor:
-    """Readers report bad samples here, rank 0 its metrics; the driver looks on. Holds no data."""
+    """State of the job. Readers report bad samples, ranks send heartbeats, rank 0 sends metrics, the driver reads them.
+
+    It holds no training data.
+    """
 
     def __init__(self, planned_samples: int, quarantined: list[Quarantined], max_failures: int) -> None:
         self._planned = planned_samples
@@ -28,49 +31,53 @@ class Monitor:
         self._start = Start()
 
     def resuming_from(self, checkpoint: str | None) -> None:
-        """Note which checkpoint a new start of the workers goes on from: the one that its rows are the rest of."""
+        """Note the checkpoint that a new start of the workers resumes from: the one that its rows were made for."""
         self._start = Start(checkpoint, os.urandom(4).hex())
         self._roll.begin(self._start.attempt)
 
     def starts_from(self) -> Start:
-        """Return what the newest start of the workers goes by."""
+        """Return the checkpoint and the attempt of the newest start of the workers."""
         return self._start
 
     def beat(self, attempt: str, rank: int, activity: str, limit_s: float) -> Orders:
-        """Note that a student worker is well; return what is asked of the job."""
+        """Note a heartbeat of a student worker; return the requests to the job.
+
+        A rank without a heartbeat for more than `limit_s` seconds is taken for dead.
+        """
         now = time.monotonic()
         self._roll.heard(attempt, rank, activity, limit_s, now)
         return Orders(self._is_stopping, len(self._quarantined), self._roll.silent(limit_s, now))
 
     def quarantine(self, records: list[Quarantined]) -> float:
-        """Note bad samples (a shard read twice counts once); returns their share of the plan."""
+        """Note bad samples, each once even if its shard is read twice; return the share of the plan that is bad."""
         self._quarantined.update({(record.epoch, record.shard, record.index): record for record in records})
         return len(self._quarantined) / self._planned
 
     def quarantined(self) -> list[Quarantined]:
-        """Every bad sample so far, in plan order of (epoch, shard, index)."""
+        """Return every bad sample so far, sorted by (epoch, shard, index)."""
         return [self._quarantined[place] for place in sorted(self._quarantined)]
 
     def log(self, record: dict[str, Any]) -> None:
-        """The newest metrics."""
+        """Keep the newest metrics."""
         self._latest = record
 
     def fail(self, kind: str, message: str) -> None:
-        """An error that no restart will mend; the first one stands."""
+        """Note an error that a restart cannot repair. Only the first one is kept."""
         self._failure = self._failure or (kind, message)
 
     def failure(self) -> tuple[str, str] | None:
-        """(class name in `errors`, message) of such an error."""
+        """Return (class name in `errors`, message) of that error; None if there is none."""
         return self._failure
 
     def committed(self) -> None:
-        """A new checkpoint is there: whatever dies now, something was gained."""
+        """Note a new checkpoint: reset the number of failures, because the job has made progress."""
         self._failures = 0
 
     def workers_died(self, reason: str) -> None:
-        """Count a restart of the workers, and give up after too many without a new checkpoint in between.
+        """Count a failure of the workers; fail the job after more than `max_failures` without a new checkpoint.
 
-        Preemptible nodes may cause one every hour, for days, which is well as long as the job gets on.
+        Called once per restart. Failures are counted since the last checkpoint, because preemptible nodes may fail
+        every hour for days. That is acceptable as long as the job makes progress.
         """
         self._failures += 1
         if self._failures > self._max_failures:
@@ -81,19 +88,19 @@ class Monitor:
             )
 
     def stop(self) -> None:
-        """The driver was asked to end: the workers shall save and return."""
+        """Ask the workers to save and return."""
         self._is_stopping = True
 
     def latest(self) -> dict[str, Any]:
-        """The newest metrics, or {}."""
+        """Return the newest metrics, or {}."""
         return self._latest
 
 
 def report(monitor: ActorHandle, records: list[Quarantined]) -> float:
-    """Bad samples; returns their share of the plan so far."""
+    """Report bad samples; return the share of the plan that is bad so far."""
     return cast(float, ray.get(monitor.quarantine.remote(records)))
 
 
 def give_up(monitor: ActorHandle, error: BetaKDError) -> None:
-    """An error that no restart will mend: the one that Ray Train makes finds it, and ends at once."""
+    """Report an error that a restart cannot repair. The workers of Ray Train's next restart see it and end at once."""
     ray.get(monitor.fail.remote(kind(error), str(error)))

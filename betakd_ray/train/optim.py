@@ -1,4 +1,4 @@
-"""Optimizers, schedule and the DeepSpeed configuration that a spec stands for."""
+"""Optimizers, learning-rate schedule and DeepSpeed configuration of a spec."""
 
 import math
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from betakd_ray.train.distiller import Distiller
 
 
 class GuardedAdamW(AdamW):
-    """AdamW that clips, and leaves parameters and moments alone when a gradient is not finite.
+    """AdamW that clips gradients, and changes nothing if a gradient is not finite.
 
-    DeepSpeed's ZeRO and bf16 optimizers do both themselves; this gives its plain float32 engine (stage 0) the same
-    behaviour, through the attributes that it reads after a step. There every rank has the whole, reduced gradient, so
-    all decide alike.
+    DeepSpeed's ZeRO and bf16 optimizers do both themselves. This class gives the plain float32 engine (stage 0) the
+    same behaviour, through the attributes that the engine reads after a step. At stage 0 every rank has the whole
+    reduced gradient, so all ranks decide alike.
     """
 
     overflow = False
@@ -32,7 +32,7 @@ class GuardedAdamW(AdamW):
         self._max_grad_norm = max_grad_norm
 
     def step(self, closure: Any = None) -> Any:
-        """One update, or none and `overflow` set."""
+        """Make one update; or none, and set `overflow`, if a gradient is not finite."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
         self.overflow = not self._global_grad_norm.isfinite()
@@ -40,7 +40,10 @@ class GuardedAdamW(AdamW):
 
 
 def student_optimizer(distiller: Distiller, spec: JobSpec) -> AdamW:
-    """AdamW over what learns: one group for the projector (and the maps from the teacher), one for the rest."""
+    """Return AdamW over the trained parameters.
+
+    It has one group for the projector and the maps from the teacher, and one for the other parameters.
+    """
     optimizer = spec.optimizer
     projector = [*part_parameters(distiller.student)["projector"], *distiller.maps.parameters()]
     own = {id(parameter) for parameter in projector}
@@ -50,7 +53,7 @@ def student_optimizer(distiller: Distiller, spec: JobSpec) -> AdamW:
         {"params": [p for p in learning if id(p) in own], "lr": optimizer.projector_lr or optimizer.lr},
     ]
     groups = [group for group in groups if group["params"]]
-    # Fused: one pass over the memory, which is what Adam waits for; four times as fast on a CPU.
+    # Fused: one pass over the memory, whose bandwidth limits Adam; four times as fast on a CPU.
     options: dict[str, Any] = {"betas": optimizer.adam_betas, "weight_decay": optimizer.weight_decay, "fused": True}
     if _is_plain(spec):
         return GuardedAdamW(groups, max_grad_norm=optimizer.max_grad_norm, **options)
@@ -58,12 +61,12 @@ def student_optimizer(distiller: Distiller, spec: JobSpec) -> AdamW:
 
 
 def _is_plain(spec: JobSpec) -> bool:
-    """Return whether DeepSpeed wraps no optimizer of its own around ours; the spec refuses bf16 there."""
+    """Return whether DeepSpeed uses our optimizer without a wrapper (stage 0, where the spec refuses bf16)."""
     return spec.training.zero_stage == 0
 
 
 def schedule(optimizer: torch.optim.Optimizer, spec: OptimizerSpec, total_steps: int) -> LambdaLR:
-    """Linear warm-up, then the spec's decay to zero at `total_steps`."""
+    """Return the schedule: linear warm-up, then the spec's decay, which ends at `total_steps`."""
     return LambdaLR(optimizer, _factor(spec, total_steps))
 
 
@@ -82,15 +85,16 @@ def _factor(spec: OptimizerSpec, total_steps: int) -> Callable[[int], float]:
 
 
 class BetaOptimizer:
-    """AdamW over what learns outside DeepSpeed: β's parameters, and ctkd's θ.
+    """AdamW over the parameters that DeepSpeed does not have: β's, and ctkd's θ.
 
-    Float32, a rate of its own, no weight decay, and gradients summed over the ranks.
+    It works in float32, with its own learning rate and no weight decay. Gradients are summed over the ranks.
     """
 
     def __init__(self, weighting: nn.Module, curriculum: nn.Module, spec: OptimizerSpec, total_steps: int) -> None:
         self._beta = [parameter for parameter in weighting.parameters() if parameter.numel()]
         theta = list(curriculum.parameters())
-        # Adam forgets how strongly a gradient was reversed, so it is θ's rate that grows with the job.
+        # θ climbs the loss, more strongly as the job goes on. Adam divides out the scale of a gradient, so θ's learning
+        # rate grows instead.
         groups = [(self._beta, _factor(spec, total_steps)), (theta, lambda step: -reversal(step / total_steps))]
         groups = [(parameters, factor) for parameters, factor in groups if parameters]
         self._parameters = self._beta + theta
@@ -104,9 +108,10 @@ class BetaOptimizer:
         self._schedule = LambdaLR(self._adam, [factor for _, factor in groups])
 
     def step(self, apply: bool) -> None:
-        """Collective. With `apply` false the gradients are dropped: the student's step was skipped."""
+        """Make one update. If `apply` is false (the student's step was skipped), drop the gradients. Collective."""
         if apply:
             for parameter in self._parameters:
+                # A sum, not a mean: each rank's loss is already its share of the global mean.
                 dist.all_reduce(parameter.grad)
             torch.nn.utils.clip_grad_norm_(self._beta, self._max_grad_norm)
             self._adam.step()
@@ -114,11 +119,11 @@ class BetaOptimizer:
         self._adam.zero_grad(set_to_none=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return {"adam": self._adam.state_dict(), "schedule": self._schedule.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint."""
+        """Restore the state from a checkpoint."""
         self._adam.load_state_dict(state["adam"])
         self._schedule.load_state_dict(state["schedule"])
 
@@ -126,7 +131,7 @@ class BetaOptimizer:
 def beta_optimizer(
     weighting: nn.Module, curriculum: nn.Module, spec: OptimizerSpec, total_steps: int
 ) -> BetaOptimizer | None:
-    """None where nothing learns outside DeepSpeed."""
+    """Return the optimizer of β and θ; None if DeepSpeed has all the trained parameters."""
     learns = any(parameter.numel() for module in (weighting, curriculum) for parameter in module.parameters())
     return BetaOptimizer(weighting, curriculum, spec, total_steps) if learns else None
 
@@ -134,11 +139,11 @@ def beta_optimizer(
 def deepspeed_config(spec: JobSpec, workers: int) -> dict[str, Any]:
     """Return the DeepSpeed configuration; `training.deepspeed` is merged last, for what the spec does not name.
 
-    Gradients accumulate over micro-batches and reduce over ranks in float32, in every precision and ZeRO stage: in
-    bfloat16 a sum stops growing once a term is below 1/256 of it (deepspeed 0.19.8: bf16 at stage 1 is BF16_Optimizer,
-    stage 2 adds up its part of each micro-batch in a float32 partition, stage 3 likewise).
+    Gradients are summed over micro-batches and reduced over ranks in float32, in every precision and ZeRO stage. In
+    bfloat16 a sum stops growing when a term is below 1/256 of it. (In deepspeed 0.19.8, bf16 at stage 1 is
+    BF16_Optimizer; stages 2 and 3 sum their part of each micro-batch in a float32 partition.)
 
-    The batch sizes are nominal; the number of micro-batches may change with every step. One step of a rank is
+    The batch sizes are nominal, because the number of micro-batches may change with every step. One step of a rank is
 
         for number, batch in enumerate(micro_batches, start=1):
             engine.set_gradient_accumulation_boundary(number == len(micro_batches))   # before the forward
@@ -146,24 +151,26 @@ def deepspeed_config(spec: JobSpec, workers: int) -> dict[str, Any]:
             engine.backward(loss, scale_wrt_gas=False)
         engine.step()                                                                 # once
 
-    DeepSpeed then averages over ranks and nothing else, so a loss that is a share of the global mean is multiplied by
-    the number of ranks. Every rank must run as many micro-batches, and each of them must give every trained parameter
-    a gradient (zeros will do): stages 2 and 3 reduce with each micro-batch, stage 1 with the last one, and stage 3
-    adds to what the step before left behind if a parameter has no gradient in a step's first micro-batch.
+    DeepSpeed then averages over ranks, and divides by nothing else. So a loss that is a share of the global mean must
+    be multiplied by the number of ranks. Every rank must run the same number of micro-batches, and each micro-batch
+    must give every trained parameter a gradient (it may be zero). Otherwise the collectives do not match: stages 2 and
+    3 reduce with each micro-batch, stage 1 with the last one. And stage 3 adds to the sum of the previous step if a
+    parameter has no gradient in a step's first micro-batch.
     """
     training = spec.training
     config = {
-        # DeepSpeed wants a product that fits. With one nominal accumulation step, nothing of it divides a gradient.
+        # DeepSpeed checks that the product is right. With one nominal accumulation step it divides no gradient.
         "train_batch_size": workers,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0 if _is_plain(spec) else spec.optimizer.max_grad_norm,
         "zero_allow_untested_optimizer": True,
-        # The update is immediate so that no second gradient, in bfloat16, lives beside the sum in float32 (stage 1).
+        # Immediate: each gradient is added to the float32 sum at once. Otherwise a second gradient in bfloat16 would
+        # stay in memory beside the sum (stage 1).
         "bf16": {"enabled": training.precision == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        # Its clock waits for the device twice in every micro-batch.
+        # DeepSpeed's throughput timer would wait for the device twice in every micro-batch.
         "timers": {"throughput": {"enabled": False}},
         "zero_optimization": _zero(training.zero_stage, workers),
     }
@@ -173,11 +180,12 @@ def deepspeed_config(spec: JobSpec, workers: int) -> dict[str, Any]:
 def _zero(stage: int, workers: int) -> dict[str, Any]:
     options: dict[str, Any] = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
     if stage in (1, 2):
-        # Alone there is nothing to overlap, but a second bucket and a wait after each backward. (Stage 3 has it on.)
+        # With one worker there is nothing to overlap, and it would only cost a second bucket and a wait after each
+        # backward. (Stage 3 has it on.)
         options["overlap_comm"] = workers > 1
     if stage == 2:
-        # With it, a bucket is divided by the number of ranks while it is still bfloat16. It saves no traffic: DeepSpeed
-        # reduces to all ranks either way (use_multi_rank_bucket_allreduce).
+        # reduce_scatter would divide a bucket by the number of ranks while it is still bfloat16. It saves no traffic:
+        # DeepSpeed reduces to all ranks in both cases (use_multi_rank_bucket_allreduce).
         options["reduce_scatter"] = False
     return options
 

@@ -1,7 +1,7 @@
-"""Micro-batches on their way to the device: copied ahead of their use, through a stream of their own.
+"""Copy of micro-batches to the device ahead of their use, on a CUDA stream of its own.
 
-On a GPU the copies run beside the training's kernels; the training's stream waits for a micro-batch's copy, and the
-host waits for nothing. On the CPU there is nothing to copy, and the same code runs.
+On a GPU the copies run at the same time as the training's kernels. The training's stream waits for the copy of a
+micro-batch; the host does not wait. On the CPU the same code runs, and there is nothing to copy.
 """
 
 import threading
@@ -21,7 +21,7 @@ from betakd_ray.train.distiller import Selection, TeacherView
 from betakd_ray.train.feed import POLL_S, Feed, MicroBatch, Step
 
 AHEAD = 2
-"""Micro-batches that wait on the device."""
+"""Number of micro-batches that may wait on the device."""
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,22 @@ class DeviceBatch:
     inputs: TensorInputs
     teacher: TeacherView | None
     valid: Tensor
-    """[B] bool, false for a stand-in that takes no part."""
+    """Bool [B]; false in a placeholder micro-batch of weight zero."""
     pairs: Pairs | None
-    """Every (answer row, image token); where an energy compares attention."""
+    """Every pair (answer row, image token); None unless an energy compares attention."""
 
 
 @dataclass(frozen=True)
 class Loader:
-    """Makes tensors of a micro-batch."""
+    """Function object that turns a micro-batch into tensors on the device."""
 
     device: torch.device
     salient_tokens: int = 0
-    """Image tokens of a sample that `align_topk` compares; 0 without it."""
+    """Number of image tokens per sample that `align_topk` compares; 0 without it."""
     compares_attention: bool = False
 
     def __call__(self, batch: MicroBatch) -> DeviceBatch:
-        """Return the micro-batch on the device. Copies are queued on the current stream, from pinned memory."""
+        """Return the micro-batch on the device. The copies are queued on the current stream, from pinned memory."""
         inputs = batch.inputs
         parts = {name: to_tensor(array, self.device) for name, array in batch.signal.items()}
         salient = None
@@ -67,9 +67,9 @@ class Loader:
 
 
 class Prefetch:
-    """The steps of a feed with their micro-batches on the device. For one consuming thread.
+    """The steps of a feed, with their micro-batches on the device. Only one thread may consume them.
 
-    A step's micro-batches are to be used up before the next step is asked for.
+    It must use up a step's micro-batches before it asks for the next step.
     """
 
     def __init__(self, feed: Feed, loader: Loader) -> None:
@@ -84,7 +84,7 @@ class Prefetch:
         self._thread.start()
 
     def steps(self) -> Iterator[tuple[Step, Iterator[DeviceBatch]]]:
-        """Yield each step with its micro-batches. Raises what went wrong in the feed."""
+        """Yield each step with its micro-batches. Raises the error that ended the feed."""
         while True:
             item = self._pop()
             if isinstance(item, BaseException):
@@ -94,12 +94,12 @@ class Prefetch:
             yield item, self._micro_batches(len(item.micro_batches))
 
     def take_stalls(self) -> dict[str, float]:
-        """Return the seconds that the consumer waited since the last call, by what it waited for."""
+        """Return cause → seconds that the consumer waited for it since the last call."""
         stalls, self._stalls = self._stalls, {}
         return stalls
 
     def close(self) -> None:
-        """End the feed's threads and this one's."""
+        """End the feed's threads and the copying thread."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -116,6 +116,8 @@ class Prefetch:
                 stream = torch.cuda.current_stream()
                 stream.wait_event(copied)
                 teacher = batch.teacher
+                # The tensors were allocated on the copying stream. Without this, their memory could be reused for the
+                # next copy while the training's stream still reads it.
                 used_by(stream, batch.inputs, batch.pairs, batch.valid)
                 if teacher:
                     used_by(stream, dict(teacher.parts), teacher.salient)
@@ -135,7 +137,7 @@ class Prefetch:
         return item
 
     def _note(self, begun: float, ended: float) -> None:
-        """Divide a wait among what the feed was doing meanwhile; the rest of it was copying."""
+        """Divide a wait among the feed's activities in that time; the rest of it counts as copying."""
         causes = self._feed.activities.between(begun, ended)
         rest = ended - begun - sum(causes.values())
         for cause, seconds in {**causes, "copy": max(0.0, rest)}.items():

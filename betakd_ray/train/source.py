@@ -1,6 +1,6 @@
-"""What the student workers are fed, from where the newest checkpoint is, and who of them is fed what.
+"""Stream of rows for the student workers: where it starts after a checkpoint, and how it is split over the ranks.
 
-Apart from `job` and `loop`, so that Ray's own actors, which call this, load nothing that trains.
+It is not in `job` or `loop`, so that Ray's own actors, which call this code, do not load the training code.
 """
 
 from copy import deepcopy
@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 
 def rows(reader: "ray.ObjectRef", spec: JobSpec, run: str, plan: Plan, monitor: ActorHandle) -> "ray.data.Dataset":
-    """Called at every start of the workers: the plan, less what the newest checkpoint has consumed or set aside.
+    """Return the rows of the plan without the samples that the newest checkpoint has consumed or put into quarantine.
 
-    The monitor is told which checkpoint that was, and the workers resume from that very one: a commit may arrive before
-    they start, and a stream older than the ledger would train samples twice. Waits for a store that does not answer:
-    an error here would end the job.
+    Ray Train calls this at every start of the workers. The monitor is told which checkpoint it was, and the workers
+    resume from exactly that one: another commit may arrive before they start, and the rows in this stream that it had
+    consumed would be trained on twice. If the store does not answer, this waits, because an error here would end the
+    job.
     """
     try:
         store = CheckpointStore(run, spec.output.storage)
@@ -41,15 +42,15 @@ def rows(reader: "ray.ObjectRef", spec: JobSpec, run: str, plan: Plan, monitor: 
 
 
 class SplitOnce(ray.train.DataConfig):
-    """Splits the stream over the ranks so that each row reaches one rank, and none is left out.
+    """Split of the stream over the ranks: each row goes to exactly one rank.
 
-    Ray Train's own split gives each rank as many rows, and drops what is over. Here the rank that had the fewest rows
-    gets the next block. As blocks come in plan order and do not depend on where they lie, a seed gives each rank the
-    same rows. Ranks may end some rows apart.
+    Ray Train's own split gives each rank the same number of rows, and drops the rest. Here the rank with the fewest
+    rows so far gets the next block. The order of the blocks is the plan's, and does not depend on the nodes that hold
+    them. So with the same seed each rank gets the same rows. At the end, ranks may have different numbers of rows.
     """
 
     def __init__(self) -> None:
-        # Ray Train takes no notice of the options in the context that the dataset is made in.
+        # Given here, because Ray Train ignores the options of the context in which the dataset is made.
         options = ray.data.ExecutionOptions(preserve_order=True)
         super().__init__(execution_options=options, enable_shard_locality=False)
         self._options = options
@@ -57,7 +58,7 @@ class SplitOnce(ray.train.DataConfig):
     def configure(
         self, datasets: "dict[str, Dataset]", world_size: int, *args: Any, **kwargs: Any
     ) -> "list[dict[str, DataIterator]]":
-        """Called by Ray Train at every start of the workers."""
+        """Return each rank's datasets. Ray Train calls this at every start of the workers."""
         splits: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
         for name, dataset in datasets.items():
             dataset.set_name(dataset.name or name)
@@ -79,7 +80,7 @@ def _patience(spec: JobSpec, **options: Any) -> Retrying:
 
 
 def _done(store: CheckpointStore, plan: Plan) -> tuple[str | None, Ledger]:
-    """The newest checkpoint's name, and what of the plan it has done with."""
+    """Return the newest checkpoint's name, and the samples of the plan that it has consumed or put into quarantine."""
     manifest, done = store.latest(), plan.empty_ledger()
     if manifest is None:
         return None, done

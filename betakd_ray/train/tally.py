@@ -1,4 +1,4 @@
-"""Sums over a global batch: kept on the device, reduced over ranks once a step, read by the host on logging steps."""
+"""Sums over a global batch: kept on the device, all-reduced once per step, read by the host when a step is logged."""
 
 import math
 from dataclasses import dataclass
@@ -11,22 +11,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Totals:
-    """A global batch, reduced. Alike on every rank; still on the device."""
+    """Means over a global batch. They are equal on every rank, and still on the device."""
 
     loss: Float[Tensor, ""]
     energies: Float[Tensor, " channels"]
-    """Mean of each channel over the samples that have it, each counted as `objective.reduction` does."""
+    """Mean of ℓ of each channel over the samples that have it. `objective.reduction` sets the samples' weights."""
     weighted: Float[Tensor, " channels"]
-    """Mean of β·ℓ likewise."""
+    """Mean of β·ℓ with the same weights."""
     beta: Float[Tensor, " channels"]
-    """Mean of β likewise."""
+    """Mean of β with the same weights."""
     statistics: Float[Tensor, " statistics"]
+    """Mean of each of the objective's `measures` over the valid samples."""
     applied: bool
-    """False for a step that was skipped, because a gradient was not finite."""
+    """False if the step was skipped because a gradient was not finite."""
 
 
 class Tally:
-    """One step's sums on this rank."""
+    """Sums over the micro-batches of one step on this rank."""
 
     def __init__(self, channels: int, statistics: int, device: torch.device) -> None:
         self._channels = channels
@@ -35,7 +36,7 @@ class Tally:
         self.clear(0)
 
     def clear(self, most_samples: int) -> None:
-        """Start the next step, of which no rank has more than `most_samples` samples."""
+        """Start the next step. No rank has more than `most_samples` samples in it."""
         self._most_samples = most_samples
         self._sums = torch.zeros(4, self._channels, device=self._device)
         self._loss = torch.zeros((), device=self._device)
@@ -51,7 +52,7 @@ class Tally:
         loss: Float[Tensor, ""],
         statistics: Float[Tensor, "batch statistics"] | None,
     ) -> None:
-        """A micro-batch. `share` is each sample's part of the global mean, and `loss` the sum of what they have."""
+        """Add a micro-batch. `share` is each sample's weight in the global mean; `loss` is the weighted sum."""
         here = torch.where(present, share[:, None], 0.0)
         self._sums += torch.stack(
             [part.sum(0) for part in (energies * here, energies * beta * here, beta * here, here)]
@@ -63,7 +64,8 @@ class Tally:
             self._betas.append(torch.where(present, beta, math.nan))
 
     def reduced(self, applied: bool) -> Totals:
-        """Collective: the global batch's means. Moves nothing to the host."""
+        """Return the means over the global batch, without a copy to the host. Collective."""
+        # One all-reduce for all sums, because each one has a fixed latency.
         flat = torch.cat([self._sums.flatten(), self._loss[None], self._statistics])
         dist.all_reduce(flat)
         sums = flat[: self._sums.numel()].view_as(self._sums)
@@ -73,12 +75,13 @@ class Tally:
         return Totals(loss, energies, weighted, beta, statistics[:-1] / _divisor(statistics[-1]), applied)
 
     def betas(self) -> Float[Tensor, "samples channels"]:
-        """Collective: β of every sample of the global batch, NaN where it lacks the channel, and in rows that fill up.
+        """Return β of every sample of the global batch [samples, channels]. Collective.
 
-        Only on steps that gathered statistics.
+        It is NaN if a sample lacks the channel, and in rows of padding. Call it only after a step with statistics.
         """
+        # Padded to the same number of rows on every rank, because all_gather needs equal shapes.
         mine = torch.full((self._most_samples, self._channels), math.nan, device=self._device)
-        known = torch.cat(self._betas)[: self._most_samples]  # beyond them there are only stand-ins
+        known = torch.cat(self._betas)[: self._most_samples]  # the rest are placeholders
         mine[: len(known)] = known
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
@@ -86,5 +89,5 @@ class Tally:
 
 
 def _divisor(shares: Tensor) -> Tensor:
-    """What sums are divided by: 1 where nobody had a part in them."""
+    """Return the divisors of the sums: 1 if no sample has the channel, which prevents 0/0."""
     return torch.where(shares > 0, shares, 1.0)

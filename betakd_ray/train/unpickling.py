@@ -1,7 +1,8 @@
-"""Checkpoints, read without running what they say.
+"""Load of checkpoints that runs no code from them.
 
-They are pickles, and DeepSpeed has torch obey them (`weights_only=False`). Inside `tensors_only` torch does not. Run as
-a program, this module is DeepSpeed's conversion of a checkpoint to its universal form, under the same rule.
+Checkpoints are pickles, and DeepSpeed lets torch run the code in them (`weights_only=False`). Inside `tensors_only`
+torch does not. Run as a program, this module is DeepSpeed's conversion of a checkpoint to its universal form, under the
+same rule.
 """
 
 import os
@@ -19,9 +20,10 @@ FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 @contextmanager
 def tensors_only(checkpoint: str) -> Iterator[None]:
-    """torch.load, whoever calls it and how, makes tensors, plain values and three small classes of DeepSpeed's.
+    """Limit every `torch.load` of the block to tensors, plain values and three small classes of DeepSpeed's.
 
-    Raises OutputError, with the checkpoint's name, at a file that asks for anything else; nothing of it has run then.
+    This holds for any caller and any arguments. Raises OutputError with the checkpoint's name if a file needs anything
+    else; none of its code has run by then.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -29,7 +31,7 @@ def tensors_only(checkpoint: str) -> Iterator[None]:
 
     pickle_stages_by_value()  # also in the conversion, which writes what it read
     before = os.environ.get(FORCE)
-    os.environ[FORCE] = "1"  # overrules the argument
+    os.environ[FORCE] = "1"  # overrides the argument weights_only=False of DeepSpeed's calls
     try:
         with safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             yield
@@ -48,7 +50,10 @@ def tensors_only(checkpoint: str) -> Iterator[None]:
 
 
 def pickle_stages_by_value() -> None:
-    """Before Python 3.11.4 an Enum asks to be read by `getattr`, which could run code, and is refused here."""
+    """Make DeepSpeed's ZeroStageEnum pickle itself by value.
+
+    Before Python 3.11.4 an Enum is unpickled with `getattr`. That could run code, so `tensors_only` refuses it.
+    """
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
     ZeroStageEnum.__reduce_ex__ = lambda self, proto: (ZeroStageEnum, (self.value,))

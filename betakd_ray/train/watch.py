@@ -1,7 +1,7 @@
-"""Ranks that are gone are noticed by what each says every few seconds, never by a collective that runs out of time.
+"""Heartbeats of the ranks. A dead rank is found by its missing heartbeats, not by the timeout of a collective.
 
-A rank that waits for a teacher, for data or for another rank is well for as long as it says so. One that says nothing
-for `training.collective_timeout_s` is taken for dead, with what it last did as the cause.
+A rank that waits for a teacher, for data or for another rank counts as alive while it sends heartbeats. A rank that
+sends none for `training.collective_timeout_s` seconds is taken for dead. Its last activity is reported with it.
 """
 
 import logging
@@ -16,37 +16,37 @@ import ray.train
 from ray.actor import ActorHandle
 
 BEAT_S = 2.0
-"""How often a rank says that it is well, and hears what is asked of the job."""
+"""Seconds between two heartbeats of a rank. The answer to each one has the requests to the job."""
 SILENT_RANK = 76
-"""Exit code of a process that ends because another rank fell silent: Ray Train then starts all of them anew."""
+"""Exit code of a process that ends because another rank sends no heartbeats. Ray Train then restarts all of them."""
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Start:
-    """What one start of the student workers goes by."""
+    """Parameters of one start of the student workers."""
 
     checkpoint: str | None = None
-    """Name of the checkpoint that the stream of rows was made for; None at the beginning."""
+    """Name of the checkpoint that the stream of rows was made for; None if there was no checkpoint."""
     attempt: str = ""
-    """A name of its own for each start, so that what it writes never meets the remains of another."""
+    """Unique name of the start. It is part of file names, so that two starts never write the same file."""
 
 
 @dataclass(frozen=True)
 class Orders:
-    """What the monitor answers to a rank's beat."""
+    """The monitor's answer to a rank's heartbeat."""
 
     is_stopping: bool = False
-    """The driver was asked to end."""
+    """True if the driver was asked to stop the job."""
     quarantined: int = 0
-    """Samples that are set aside so far, by all readers and ranks."""
+    """Number of samples in quarantine so far, from all readers and ranks."""
     silent: str = ""
-    """Which rank is taken for dead, and what it last did; empty if none is."""
+    """Text that names the rank that is taken for dead, and its last activity; empty if there is none."""
 
 
 @dataclass
 class Roll:
-    """When each rank of the present workers last said that it is well; kept by the monitor."""
+    """Last heartbeat of each rank of the current workers; kept by the monitor."""
 
     attempt: str = ""
     _heard: dict[int, tuple[float, str]] = field(default_factory=dict)
@@ -57,9 +57,10 @@ class Roll:
         self.attempt, self._heard = attempt, {}
 
     def heard(self, attempt: str, rank: int, activity: str, limit_s: float, now: float) -> None:
-        """Note that a rank is well at `now`, in seconds of a monotonic clock, and what it does.
+        """Note a heartbeat of a rank, and its activity. `now` is in seconds of a monotonic clock.
 
-        Where nothing at all was heard for long, it was the monitor that stood still: no rank is to blame for that.
+        If no heartbeat of any rank came for more than half of `limit_s` seconds, the monitor itself was blocked. Then
+        all ranks start a new interval, so that no rank is taken for dead because of the monitor.
         """
         if now - self._listened > limit_s / 2:
             self._heard = {each: (now, doing) for each, (_, doing) in self._heard.items()}
@@ -68,7 +69,7 @@ class Roll:
             self._heard[rank] = (now, activity)
 
     def silent(self, limit_s: float, now: float) -> str:
-        """Return which rank said nothing for longer than `limit_s`, in words; empty if none."""
+        """Return a text about the first rank without a heartbeat for more than `limit_s` seconds; empty if none."""
         for rank, (when, activity) in sorted(self._heard.items()):
             if now - when > limit_s:
                 doing = f" It last was at: {activity}." if activity else ""
@@ -77,10 +78,10 @@ class Roll:
 
 
 class Watch:
-    """One rank's side, in a thread of its own: says that the rank is well and hears what is asked of it.
+    """One rank's heartbeats, sent by a thread of its own, and the requests that come back. It is the feed's `Control`.
 
-    It is the feed's `Control`. Where another rank is silent for too long, it ends this process: nothing else could, as
-    its threads may wait for that rank in code of others.
+    If another rank is taken for dead, the thread ends this process. No exception could: the other threads may wait for
+    the dead rank inside a collective.
     """
 
     def __init__(
@@ -98,30 +99,30 @@ class Watch:
 
     @property
     def is_stopping(self) -> bool:
-        """Return whether the job was asked to stop. Raises RayActorError where the monitor died."""
+        """Return whether the job was asked to stop. Raises RayActorError if the monitor died."""
         if self._error:
             raise self._error
         return self._orders.is_stopping
 
     @property
     def quarantined(self) -> int:
-        """Return how many samples are set aside in all."""
+        """Return the number of samples in quarantine, over all readers and ranks."""
         return self._orders.quarantined
 
     def wants_checkpoint(self) -> bool:
-        """Return whether a node of the workers was newly told to go."""
+        """Return whether a node of the workers got a new preemption notice since the last call."""
         wants, self._wants_checkpoint = self._wants_checkpoint, False
         return wants
 
     def close(self) -> None:
-        """Say nothing more."""
+        """Send no more heartbeats."""
         self._ended.set()
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
         try:
             self._beat()
-        except BaseException as error:  # raised again where it is asked for orders
+        except BaseException as error:  # raised again by `is_stopping`, in the thread that asks
             self._error = error
 
     def _beat(self) -> None:
@@ -136,6 +137,7 @@ class Watch:
                     "this rank ends, so that all start again from the last checkpoint.",
                     self._orders.silent, self._limit_s,
                 )  # fmt: skip
+                # Not sys.exit: it ends only this thread, and the others may be blocked in a collective.
                 os._exit(SILENT_RANK)
 
     def _look_for_preemption(self) -> None:

@@ -1,4 +1,4 @@
-"""What Ray Train runs on every rank, and what the job tells it."""
+"""The function that Ray Train runs on every rank, and its configuration."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,32 +15,32 @@ from betakd_ray.teacher.parts import Needs, TeacherFacts
 from betakd_ray.train.monitor import give_up
 
 STOPPED = "stopped_at"
-"""In the outcome of a job that was asked to stop."""
+"""Key of the step number in the outcome of a job that was asked to stop."""
 
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What the job tells every worker."""
+    """Configuration that the job sends to every worker."""
 
     spec: JobSpec
     run: str
     plan: Plan
     monitor: ActorHandle
     image_token_id: int
-    """The student's."""
+    """Id of the student's image token."""
     teacher_image_token_id: int
     pad_token_id: int
     total_steps: int
     pool: ActorHandle | None = None
     facts: TeacherFacts | None = None
-    """None without a teacher."""
+    """Facts about the teacher; None without a teacher."""
     needs: Needs = field(default_factory=Needs)
     cache: SignalCache | None = None
 
 
 def train_worker(config: dict[str, WorkerConfig]) -> dict[str, Any]:
     """Train to the end of the plan and export the student. Rank 0's return value is the job's outcome."""
-    from betakd_ray.train.loop import Worker  # only where something trains: Ray Train's controller needs none of it
+    from betakd_ray.train.loop import Worker  # imported here, because Ray Train's controller does not need it
 
     worker = config["worker"]
     if ray.get(worker.monitor.failure.remote()):
@@ -48,7 +48,7 @@ def train_worker(config: dict[str, WorkerConfig]) -> dict[str, Any]:
     try:
         return Worker(worker).run()
     except (errors.OutputUnreachable, errors.DataUnreachable):
-        raise  # the restart that Ray Train now makes may find the store back
+        raise  # not given up: the store may answer again after Ray Train's restart
     except (errors.UserError, errors.TrainingError) as error:
         give_up(worker.monitor, error)
         raise

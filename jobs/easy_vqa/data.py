@@ -1,4 +1,4 @@
-"""easy-VQA for this folder and jobs/smollm: question sets, packed once, and how models are compared on them.
+"""Data of easy-VQA for this folder and jobs/smollm: question sets, packed once, and an evaluation of models on them.
 
 `python -m jobs.easy_vqa.data` packs them all.
 """
@@ -20,14 +20,20 @@ COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 
 
 def clean() -> list[dict[str, Any]]:
-    """Every training question with its own answer, mixed: neighbours ask of one image, and a batch is of one shard."""
+    """Return every training question with its correct answer, shuffled.
+
+    Unshuffled, neighbours are about the same image, and so would be the samples of a batch, which come from one shard.
+    """
     samples = list(easy_vqa_samples("train"))
     random.Random(0).shuffle(samples)
     return samples
 
 
 def captions() -> Iterator[dict[str, Any]]:
-    """Training images with a caption such as "a red circle", where their open questions tell both words."""
+    """Yield training images with a caption such as "a red circle".
+
+    Only images whose open questions and answers name both the colour and the shape are used.
+    """
     for (image,), samples in groupby(easy_vqa_samples("train"), key=lambda sample: sample["images"]):
         turns = [turn["value"] for sample in samples if sample["type"] == "open" for turn in sample["conversations"]]
         told = set(" ".join(turns).replace("?", "").split())
@@ -50,11 +56,11 @@ SETS = {
     "clean": clean,
     "test": partial(easy_vqa_samples, "test", limit=3000),
 }
-"""A shard's prefix → what it holds."""
+"""Prefix of a set's shards → function that returns its samples."""
 
 
 def pack_once(*prefixes: str) -> None:
-    """Write the sets that are not there yet."""
+    """Write the sets that do not exist yet."""
     packed = {name.rpartition("-")[0] for name in read_manifest(SHARDS, StorageSpec())}
     for prefix in prefixes:
         if prefix not in packed:
@@ -63,9 +69,9 @@ def pack_once(*prefixes: str) -> None:
 
 
 def evaluation(models: dict[str, str], output: str, **changed: Any) -> EvaluationSpec:
-    """The package's own test questions, whose answers are right; agreement is with the first model.
+    """Return an evaluation of `models` (label → path) on easy-VQA's test questions, whose answers are correct.
 
-    `changed` are fields of the spec in place of these.
+    Agreement is measured with the first model. `changed` replaces fields of the spec.
     """
     usual = {
         "name": "evaluation",

@@ -1,4 +1,4 @@
-"""`make teacher`: train easy-VQA's teacher from nothing, evaluate it beside the shipped one, print one table.
+"""`make teacher`: train easy-VQA's teacher from random weights, evaluate it and the shipped teacher, print one table.
 
 Stage 1 is the vision tower (vision.py); stage 2 is a job without a teacher (teacher.yaml), which freezes the tower.
 """
@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 
 
 def main(overrides: Overrides = []) -> None:  # noqa: B006 (typer's way)
-    """Make everything, from nothing to the table; what an earlier run finished is not done again."""
+    """Do all steps up to the table. Steps that an earlier run finished are skipped."""
     with explained():
         spec = load_spec(HERE / "teacher.yaml", overrides)
         pack_once("clean", "test")
@@ -38,7 +38,7 @@ def main(overrides: Overrides = []) -> None:  # noqa: B006 (typer's way)
 
 
 def make_vision(spec: JobSpec) -> None:
-    """Write the folder that the spec starts from: processor, trained vision tower, and the rest still random."""
+    """Write the folder that the spec starts from: processor, trained vision tower, and other weights still random."""
     folder = Path(cast(ConfigInit, spec.student.init).processor)
     if (folder / "model.safetensors").exists():
         return

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Make everything, from nothing to the table; what an earlier run finished is not done again."""
+    """Do all steps up to the table. Steps that an earlier run finished are skipped."""
     pack_once("noisy", "test")
     distilled = load_spec(HERE / "distill.yaml")
     with connected(distilled):
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def without_teacher(spec: JobSpec, name: str) -> JobSpec:
-    """The same student, data and steps, from the answers alone."""
+    """Return the same job without a teacher: same student, data and steps, trained on the answers alone."""
     tree = spec.model_dump(exclude={"teacher"}) | {"name": name, "objective": {"weighting": "equal"}}
     return parse_spec(tree)
 

@@ -1,7 +1,7 @@
-"""The teacher's first stage: a processor, and a vision tower that tells colours and shapes apart.
+"""Stage 1 of the teacher: a processor, and a vision tower that distinguishes colours and shapes.
 
-A linear head on two labels an image teaches it that in 1,600 steps, and is then thrown away; answers, through a
-language model that is still random, had not in some 500.
+The tower learns this in 1,600 steps, with a linear head on two labels per image; the head is then thrown away. Training
+on answers, through a language model with random weights, had not taught it in about 500 steps.
 """
 
 import re
@@ -21,19 +21,22 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 COLOURS = ["green", "red", "gray", "teal", "black", "yellow", "brown", "blue"]
 SHAPES = ["circle", "rectangle", "triangle"]
 UNKNOWN = -100
-"""What cross-entropy leaves out."""
+"""Label that cross-entropy ignores."""
 STEPS, BATCH = 1600, 64
 
 
 def make_processor(samples: Iterable[dict[str, Any]]) -> LlavaProcessor:
-    """A byte-level BPE in which every word of easy-VQA is one token, and images of 64×64 pixels, one token each."""
+    """Return a processor with a byte-level BPE tokenizer, for images of 64×64 pixels.
+
+    Every word of easy-VQA is one token, and every image is one token.
+    """
     turns = [[turn["value"].replace("<image>", "") for turn in sample["conversations"]] for sample in samples]
     questions, answers = (sorted(set(texts)) for texts in zip(*turns, strict=True))
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512,  # more than there is to merge
+        vocab_size=512,  # more than the training texts have merges for
         special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -56,9 +59,9 @@ def make_processor(samples: Iterable[dict[str, Any]]) -> LlavaProcessor:
 
 
 def labels(samples: Iterable[dict[str, Any]]) -> dict[str, tuple[int, int]]:
-    """Image path → indices of its colour and its shape, UNKNOWN where no question gives them away.
+    """Return image path → (index of its colour, index of its shape). UNKNOWN if no question and answer name it.
 
-    What question and answer name is in the image, unless they deny it: "is there a red shape?" – "no".
+    A word in question or answer describes the image, unless it is denied, e.g. "is there a red shape?" – "no".
     """
     found: dict[str, list[int]] = {}
     for sample in samples:
@@ -73,7 +76,10 @@ def labels(samples: Iterable[dict[str, Any]]) -> dict[str, tuple[int, int]]:
 
 
 def train_tower(tower: LevitModel, processor: LlavaProcessor, labelled: dict[str, tuple[int, int]]) -> None:
-    """AdamW on the sum of two cross-entropies, with mirrored images; leaves the tower in evaluation mode."""
+    """Train the tower with AdamW on the sum of two cross-entropies, with random mirroring of the images.
+
+    `labelled` is image path → (colour, shape). The tower is in evaluation mode afterwards.
+    """
     pictures = [Image.open(path).convert("RGB") for path in labelled]
     images: Tensor = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
     targets = torch.tensor(list(labelled.values()))
@@ -96,6 +102,6 @@ def train_tower(tower: LevitModel, processor: LlavaProcessor, labelled: dict[str
 
 
 def label_loss(logits: Float[Tensor, "batch 11"], targets: Int[Tensor, "batch 2"]) -> Float[Tensor, ""]:
-    """Cross-entropy of the colour plus that of the shape, in nats."""
+    """Return the cross-entropy of the colour plus that of the shape, in nats, as a mean over the batch."""
     colour, shape = logits.split([len(COLOURS), len(SHAPES)], dim=1)
     return F.cross_entropy(colour, targets[:, 0]) + F.cross_entropy(shape, targets[:, 1])

