@@ -142,7 +142,8 @@ class Metrics:
         self._filesystem, self._root = open_store(run, spec.output.storage)
         self._attempt = os.urandom(4).hex()
         # Used by the thread alone: the lines not written yet, and the number of the next part once it is known.
-        self._lines: list[Record] = [{RESUMED: 0}]
+        # Nothing is written before `_resume`: a part that begins at step 0 would undo what was logged before.
+        self._lines: list[Record] = []
         self._number: int | None = None
         self._trackers: list[Tracker] = []
         self._failure: BaseException | None = None

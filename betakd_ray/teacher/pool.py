@@ -300,14 +300,14 @@ class TeacherPool:
         self._add()
 
 
-def here() -> NodeAffinitySchedulingStrategy:
+def on_driver_node() -> NodeAffinitySchedulingStrategy:
     """Return the strategy that places an actor on the driver's node: if that node fails, the job ends anyway."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def start_pool(teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float, job: str) -> ActorHandle:
     """Start the pool as an actor that the caller owns, so that it ends with the job's driver."""
-    manager = ray.remote(TeacherPool).options(num_cpus=0, max_concurrency=1, scheduling_strategy=here())
+    manager = ray.remote(TeacherPool).options(num_cpus=0, max_concurrency=1, scheduling_strategy=on_driver_node())
     return cast(ActorHandle, manager.remote(teacher, needs, pool, gpus, job))
 
 
