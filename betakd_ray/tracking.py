@@ -264,7 +264,7 @@ class Metrics:
         has_whole = self._filesystem.exists(whole)
         if has_whole and not _parts(self._filesystem, self._root):
             # An older version of this package wrote no parts: all records are in this one file.
-            logged = cast(bytes, self._filesystem.cat_file(whole)).decode()
+            [(_, logged)] = _fetch(self._filesystem, self._root)
             self._store_part(0, "0", to_jsonl([{RESUMED: 0}]) + logged)
         self._lines.append({RESUMED: step})
         self._write_part()

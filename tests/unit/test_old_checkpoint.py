@@ -49,7 +49,7 @@ def resumed(folder: Path) -> dict[str, Any]:
     return {"steps": learner.engine.global_steps, "weights": weights, "beta": beta, "loss": study.steps(1)[0]}
 
 
-def test_its_weights_its_beta_and_its_optimizer_come_back(tmp_path: Path) -> None:
+def test_its_weights_its_beta_and_its_step_come_back(tmp_path: Path) -> None:
     save_tiny(tmp_path / "teacher", hidden=8, seed=1)
     save_tiny(tmp_path / "student", hidden=8, seed=2)
     shutil.copytree(RUN, tmp_path / "before")
