@@ -24,7 +24,7 @@ from betakd_ray.teacher.parts import GroupAnswer
 from betakd_ray.teacher.scorer import TeacherScorer
 from tests.nodes import LABEL
 
-SLOW_ANSWERS, SLOW_S = 40, 0.5
+SLOW_ANSWERS, SLOW_S = 40, 1.0  # well beyond a step of the student, on a busy machine too
 IDLE_S = 180
 """Longest time that nodes may stay after the job."""
 
