@@ -24,7 +24,6 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from betakd_ray.audit import write_plan
 from betakd_ray.batch.sample import Rendering
 from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.manifest import index_shards
@@ -32,10 +31,11 @@ from betakd_ray.data.plan import Plan, Quarantined
 from betakd_ray.data.reader import Reader
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.shards import RawSample, Shard
+from betakd_ray.on_ray.monitor import Monitor
+from betakd_ray.on_ray.source import SplitOnce, rows
+from betakd_ray.run.audit import write_plan
 from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
 from betakd_ray.train.checkpoint import LEDGER, QUARANTINE, CheckpointStore, Manifest
-from betakd_ray.train.monitor import Monitor
-from betakd_ray.train.source import SplitOnce, rows
 
 LOCAL = StorageSpec()
 RANKS = 2

@@ -17,8 +17,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from betakd_ray.cluster import connected
 from betakd_ray.job import BetaKDJob
+from betakd_ray.on_ray.cluster import connected
 from betakd_ray.spec import load_spec
 from betakd_ray.tracking import read_metrics
 from betakd_ray.train.checkpoint import CheckpointStore

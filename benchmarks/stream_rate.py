@@ -20,9 +20,9 @@ from ray.actor import ActorHandle
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan
 from betakd_ray.data.shards import Shard
-from betakd_ray.data.stream import stream
+from betakd_ray.on_ray.source import SplitOnce
+from betakd_ray.on_ray.stream import stream
 from betakd_ray.spec import PoolSpec
-from betakd_ray.train.source import SplitOnce
 
 ROWS = 256
 

@@ -100,7 +100,7 @@ def plan(
     ] = None,
 ) -> None:
     """Say what a job will take, and what is wrong with it; with --address also whether that cluster has room for it."""
-    from betakd_ray.forecast import AssumedData, feasibility, forecast
+    from betakd_ray.forecast.forecast import AssumedData, feasibility, forecast
     from betakd_ray.job import BetaKDJob
 
     with explained():
@@ -196,8 +196,8 @@ def evaluate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
 
 def run_evaluation(spec: str, overrides: list[str]) -> None:
     """Evaluate and print the table."""
-    from betakd_ray.cluster import connected
     from betakd_ray.evaluation.run import Evaluation
+    from betakd_ray.on_ray.cluster import connected
 
     parsed = load_spec(spec, overrides, EvaluationSpec)
     with connected(parsed):
@@ -226,7 +226,7 @@ def audit(
     endpoint_url: Endpoint = None,
 ) -> None:
     """Say where every planned sample went, from a run's files; exit code 1 if they do not add up."""
-    from betakd_ray import audit as accounts
+    from betakd_ray.run import audit as accounts
 
     with explained():
         found = accounts.audit(run, StorageSpec(endpoint_url=endpoint_url))
@@ -245,7 +245,7 @@ Address = Annotated[str | None, typer.Option(help="http://HEAD:8265; default: RA
 @app.command()
 def status(submission_id: SubmissionId = None, address: Address = None) -> None:
     """Say how a job does that was submitted with `ray job submit`."""
-    from betakd_ray.submission import Submissions
+    from betakd_ray.on_ray.submission import Submissions
 
     with explained():
         found = Submissions(address).find(submission_id)
@@ -259,7 +259,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="until the job ends")] = False,
 ) -> None:
     """Print what a submitted job has printed."""
-    from betakd_ray.submission import Submissions
+    from betakd_ray.on_ray.submission import Submissions
 
     with explained():
         jobs = Submissions(address)

@@ -22,11 +22,6 @@ from betakd_ray.spec import (
 
 Scalar = Float[Tensor, ""]
 
-KNOBS = {"ctkd": "temperature", "taid": "t"}
-"""Energy → the name of its argument that changes during the job."""
-LEARNED = frozenset({"ctkd"})
-"""Energies whose number is learned by gradient."""
-
 
 class Temperature(nn.Module):
     """T = start + range · sigmoid(θ), learned against the student: θ raises the loss that the student lowers (CTKD)."""
@@ -84,9 +79,9 @@ class Curriculum(nn.Module):
         self.moving = nn.ModuleDict()
         for energy in energies:
             if isinstance(energy, CurriculumTemperature):
-                self.moving[energy.kind] = Temperature(energy.schedule)
+                self.moving[energy.name] = Temperature(energy.schedule)
             elif isinstance(energy, TemporallyAdaptiveInterpolation):
-                self.moving[energy.kind] = Interpolation(energy.schedule)
+                self.moving[energy.name] = Interpolation(energy.schedule)
 
     def values(self) -> dict[str, Scalar]:
         """Return the number of each stateful channel. A temperature is differentiable in θ."""

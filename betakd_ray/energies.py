@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from betakd_ray.spec.energies import BY_NAME, LogitsEnergy
+
 
 def forward_kl(
     teacher_logits: Float[Tensor, "rows vocab"],
@@ -295,20 +297,11 @@ def cosine_probs(
 
 
 ENERGIES: dict[str, Callable[..., Tensor]] = {
-    "fkl": forward_kl,
-    "rkl": reverse_kl,
-    "sfkl": skew_forward_kl,
-    "srkl": skew_reverse_kl,
-    "js": jensen_shannon,
-    "tvd": total_variation,
-    "adaptive_kl": adaptive_kl,
-    "ctkd": curriculum_temperature,
-    "taid": taid,
-    "mse_logits": mse_logits,
-    "mse_probs": mse_probs,
-    "cosine_logits": cosine_logits,
-    "cosine_probs": cosine_probs,
+    name: globals()[section.function.partition(":")[2]]
+    for name, section in BY_NAME.items()
+    if issubclass(section, LogitsEnergy)
 }
+"""Energies on logits: name in specs → function."""
 
 
 def energy(

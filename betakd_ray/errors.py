@@ -56,6 +56,12 @@ def without_secrets(text: str) -> str:
     return without_url_secrets(text)
 
 
+def shortened(value: object) -> str:
+    """Return a value as an error message shows it: without credentials, and at most 80 characters."""
+    text = without_secrets(repr(value))
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def kind(error: BaseException) -> str:
     """Return the name under which an error is reported: the name of its nearest base class in this module."""
     return next(each.__name__ for each in type(error).__mro__ if each.__module__ == __name__)

@@ -26,8 +26,6 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from betakd_ray import errors
-from betakd_ray.audit import RESULT, tail_of, write_plan, write_tail
-from betakd_ray.cluster import check_feasible, connected, gpus_each
 from betakd_ray.data.mixture import find_passes
 from betakd_ray.data.plan import Pass, Plan
 from betakd_ray.data.reader import Reader
@@ -37,7 +35,12 @@ from betakd_ray.models.compatibility import check_feature_layer, check_features,
 from betakd_ray.models.load import load_config, load_processor, require_images
 from betakd_ray.models.options import check_options
 from betakd_ray.models.student import check_adapters, student_config, student_processor
+from betakd_ray.on_ray.backend import Deaths, FoundTorchConfig, causes
+from betakd_ray.on_ray.cluster import check_feasible, connected, gpus_each
+from betakd_ray.on_ray.monitor import Monitor, give_up, report
+from betakd_ray.on_ray.source import SplitOnce, rows
 from betakd_ray.progress import progress_line
+from betakd_ray.run.audit import RESULT, tail_of, write_plan, write_tail
 from betakd_ray.sigterm import on_sigterm
 from betakd_ray.spec import VISUAL_ENERGIES, JobSpec, ManualWeighting, TeacherSpec, load_spec
 from betakd_ray.storage import join, open_store, replace_file
@@ -46,10 +49,7 @@ from betakd_ray.teacher.parts import Needs, TeacherFacts
 from betakd_ray.teacher.pool import Teachers, on_driver_node
 from betakd_ray.teacher.remote import unwrapped
 from betakd_ray.tracking import to_jsonl
-from betakd_ray.train.backend import Deaths, FoundTorchConfig, causes
 from betakd_ray.train.checkpoint import QUARANTINE, SPEC, CheckpointStore, output_errors
-from betakd_ray.train.monitor import Monitor, give_up, report
-from betakd_ray.train.source import SplitOnce, rows
 from betakd_ray.train.worker import STOPPED, WorkerConfig, train_worker
 
 FREE_TO_CHANGE = {

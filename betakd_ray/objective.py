@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from betakd_ray.curriculum import KNOBS, LEARNED
-from betakd_ray.energies import ENERGIES, cross_entropy, entropy, matching_distance
-from betakd_ray.spec import Energy, ObjectiveSpec
+from betakd_ray.energies import cross_entropy, entropy, matching_distance
+from betakd_ray.errors import SpecError
+from betakd_ray.plugins import load
+from betakd_ray.spec import LogitsEnergy, ObjectiveSpec, PluginEnergy
 from betakd_ray.weighting import CE
 
 STATISTICS = ("student_entropy", "teacher_entropy", "matching_distance", "top1_agreement")
@@ -25,6 +26,9 @@ STATISTICS = ("student_entropy", "teacher_entropy", "matching_distance", "top1_a
 They are computed on logging steps only. All except the first need a teacher's logits.
 """
 
+PROBE = (4, 11)
+"""Rows and token ids of the random logits on which an energy from a user's module is tried."""
+PROBE_TOLERANCE = 1e-5
 RowEnergy = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """Function of (teacher_logits [rows, vocab], student_logits [rows, vocab], `moving`: channel → number []) → [rows]."""
 
@@ -64,17 +68,48 @@ class TeacherRows:
     """Log-probabilities of the `top_ids`, then of all other ids together: buckets = k + 1."""
 
 
-def energy_function(energy: Energy) -> RowEnergy:
-    """Return the function of an energy, with the options that the spec gives."""
-    options = energy.model_dump(exclude={"kind", "schedule"})
-    function = ENERGIES[energy.kind]  # type: ignore[attr-defined]
-    knob = KNOBS.get(energy.kind)  # type: ignore[attr-defined]
+def energy_function(energy: LogitsEnergy) -> RowEnergy:
+    """Return the function of an energy, with the options that the spec gives. Raises SpecError if it is not found."""
+    function, options = load(energy.function, "objective.energies"), energy.options
 
     def value(teacher_logits: Tensor, student_logits: Tensor, moving: Mapping[str, Tensor]) -> Tensor:
-        at = {knob: moving[energy.kind]} if knob else {}  # type: ignore[attr-defined]
+        at = {energy.moving: moving[energy.name]} if energy.moving else {}
         return function(teacher_logits, student_logits, **options, **at)
 
     return value
+
+
+def check_plugins(spec: ObjectiveSpec) -> None:
+    """Call each energy from a user's module on a few rows. Raises SpecError if it breaks a rule of energies.
+
+    The rules: one finite number per row, never negative, zero where the two agree, differentiable in the student.
+    """
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = torch.randn(2, *PROBE, generator=generator)
+    for energy in spec.energies:
+        if isinstance(energy, PluginEnergy):
+            try:
+                broken = _broken_rule(energy_function(energy), teacher, student.requires_grad_())
+            except SpecError:
+                raise
+            except Exception as error:  # the function is the user's
+                broken = f"raises {type(error).__name__}: {error}"
+            if broken:
+                raise SpecError(f"objective.energies: {energy.function} with {energy.options}: {broken}")
+
+
+def _broken_rule(function: RowEnergy, teacher: Tensor, student: Tensor) -> str | None:
+    values = function(teacher, student, {})
+    if not isinstance(values, Tensor) or values.shape != teacher.shape[:1]:
+        shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        return f"gives {shape} for logits of {list(teacher.shape)}, and one number per row is wanted"
+    if not values.isfinite().all() or (values < -PROBE_TOLERANCE).any():
+        return f"gives {values.tolist()}, and an energy is finite and never negative"
+    if not values.requires_grad or not torch.autograd.grad(values.sum(), student)[0].isfinite().all():
+        return "has no finite gradient in the student's logits, so nothing could be learned"
+    if (agreeing := function(teacher, teacher, {})).abs().max() > PROBE_TOLERANCE:
+        return f"gives {agreeing.tolist()} where teacher and student agree, and a learned β needs zero there"
+    return None
 
 
 class RowLosses(NamedTuple):
@@ -105,8 +140,8 @@ class RowObjective(nn.Module):
         top_k_vocab: int = 0,
     ) -> None:
         super().__init__()
-        self.energies = tuple(energy for energy in spec.energies if energy.kind in ENERGIES)
-        self.channels = ((CE,) if spec.ce else ()) + tuple(energy.kind for energy in self.energies)
+        self.energies = tuple(energy for energy in spec.energies if isinstance(energy, LogitsEnergy))
+        self.channels = ((CE,) if spec.ce else ()) + tuple(energy.name for energy in self.energies)
         self.ce = spec.ce
         self.chunk_rows = spec.chunk_rows
         self.lm_head = lm_head
@@ -218,7 +253,8 @@ class _Chunks:
         self.row_weights = row_weights
         self.statistics = statistics
         # Detached: the objective returns gradients for these numbers and does not update them.
-        self.moving = {name: value.detach().requires_grad_(name in LEARNED) for name, value in moving.items()}
+        learned = {energy.name for energy in objective.energies if energy.is_learned}
+        self.moving = {name: value.detach().requires_grad_(name in learned) for name, value in moving.items()}
         self.learned = {name: value for name, value in self.moving.items() if value.requires_grad}
         self.moving_gradients = {name: torch.zeros_like(value) for name, value in self.learned.items()}
 

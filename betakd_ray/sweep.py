@@ -18,11 +18,11 @@ from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple, cast
 
-from betakd_ray.cluster import connected
 from betakd_ray.data.manifest import find_shards
 from betakd_ray.errors import Interrupted, SpecError, TrainingError
 from betakd_ray.evaluation.run import RESULT, Evaluation
 from betakd_ray.job import BetaKDJob, JobResult
+from betakd_ray.on_ray.cluster import connected
 from betakd_ray.progress import Update, progress_line
 from betakd_ray.sigterm import on_sigterm
 from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, TeacherSpec, parse_spec, read_tree, set_field

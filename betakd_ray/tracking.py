@@ -21,7 +21,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from fsspec.spec import AbstractFileSystem
 
-from betakd_ray.metrics import NAMES, Gauges
+from betakd_ray.on_ray.gauges import NAMES, Gauges
 from betakd_ray.spec import JobSpec, StorageSpec
 from betakd_ray.storage import join, open_store, replace_file
 

@@ -22,7 +22,7 @@ from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.train.agreement import Proposal, StepCounts, TokenCounts, gather_over, shares
 from betakd_ray.train.feed import Collator, MicroBatch
 from betakd_ray.train.learner import Learner
-from betakd_ray.train.tally import Totals
+from betakd_ray.train.sums import Totals
 from tests.nodes import free_port
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from betakd_ray.cluster import gpus_each, placement
 from betakd_ray.data.manifest import find_shards
 from betakd_ray.data.render import IMAGE, Renderer
 from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard_with_retry
@@ -19,6 +18,7 @@ from betakd_ray.evaluation.generate import answers
 from betakd_ray.models.device import find_device
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import freeze
+from betakd_ray.on_ray.cluster import gpus_each, placement
 from betakd_ray.progress import progress_line
 from betakd_ray.spec import EvaluationSpec
 from betakd_ray.storage import join, open_store

@@ -27,7 +27,7 @@ from betakd_ray.energies import entropy
 from betakd_ray.errors import TeacherError
 from betakd_ray.models.hidden import Hidden
 from betakd_ray.objective import project, segment_mean, top_k
-from betakd_ray.spec import VISUAL_ENERGIES, Feature, InstanceWeighting, ObjectiveSpec, TeacherSpec, TopKSignal
+from betakd_ray.spec import Feature, InstanceWeighting, LogitsEnergy, ObjectiveSpec, TeacherSpec, TopKSignal
 
 Signal = dict[str, NDArray[Any]]
 """Signal of the teacher for one sample: part → [places, width] or [places]; [size] for a part of the sample axis.
@@ -180,7 +180,7 @@ def _k(teacher: TeacherSpec) -> int:
 
 
 def _compares_logits(objective: ObjectiveSpec) -> bool:
-    return any(channel not in VISUAL_ENERGIES for channel in objective.channels)
+    return any(isinstance(energy, LogitsEnergy) for energy in objective.energies)
 
 
 def _is_hidden_asked(teacher: TeacherSpec, objective: ObjectiveSpec) -> bool:
@@ -191,20 +191,11 @@ def _is_top_k_asked(teacher: TeacherSpec, objective: ObjectiveSpec) -> bool:
     return _compares_logits(objective) and bool(_k(teacher))
 
 
-def _is_visual_asked(_: TeacherSpec, objective: ObjectiveSpec) -> bool:
-    asking = {"relation", "align_topk"} if objective.feature_layer else {"relation", "align_topk", "fd"}
-    return not asking.isdisjoint(objective.channels)
+def _by_energy(name: str) -> Asked:
+    return lambda _, objective: any(name in energy.teacher_parts for energy in objective.energies)
 
 
-def _is_layer_asked(_: TeacherSpec, objective: ObjectiveSpec) -> bool:
-    return objective.feature_layer is not None
-
-
-def _with_energy(kind: str) -> Asked:
-    return lambda _, objective: kind in objective.channels
-
-
-def _with_feature(name: str) -> Asked:
+def _by_feature(name: str) -> Asked:
     def is_asked(_: TeacherSpec, objective: ObjectiveSpec) -> bool:
         weighting = objective.weighting
         return isinstance(weighting, InstanceWeighting) and name in weighting.features
@@ -278,7 +269,7 @@ _TABLE = (
     Part(
         "visual",
         axis="token",
-        is_asked=_is_visual_asked,
+        is_asked=_by_energy("visual"),
         compute=lambda forward: forward.hidden.visual,
         shape=_wide,
         must_be_finite=True,
@@ -287,7 +278,7 @@ _TABLE = (
     Part(
         "visual_layer",
         axis="token",
-        is_asked=_is_layer_asked,
+        is_asked=_by_energy("visual_layer"),
         compute=lambda forward: forward.hidden.visual_layer,
         shape=_wide,
         tag=lambda needs: f"layer{needs.layer}",
@@ -297,7 +288,7 @@ _TABLE = (
     Part(
         "attention",
         axis="pair",
-        is_asked=_with_energy("align_attention"),
+        is_asked=_by_energy("attention"),
         compute=lambda forward: forward.hidden.attention,
         shape=lambda _, facts: (facts.heads,),
         reads_attention=True,
@@ -306,7 +297,7 @@ _TABLE = (
     Part(
         "salience",
         axis="token",
-        is_asked=_with_energy("align_topk"),
+        is_asked=_by_energy("salience"),
         compute=_salience,
         shape=lambda *_: (),
         dtype="float32",
@@ -316,7 +307,7 @@ _TABLE = (
     Part(
         "teacher_vision",
         axis="sample",
-        is_asked=_with_feature("teacher_vision"),
+        is_asked=_by_feature("teacher_vision"),
         compute=_vision,
         shape=_wide,
         dtype="float32",
@@ -324,7 +315,7 @@ _TABLE = (
     Part(
         "teacher_answer",
         axis="sample",
-        is_asked=_with_feature("teacher_answer"),
+        is_asked=_by_feature("teacher_answer"),
         compute=_answer,
         shape=_wide,
         dtype="float32",
@@ -332,7 +323,7 @@ _TABLE = (
     Part(
         "teacher_entropy",
         axis="sample",
-        is_asked=_with_feature("teacher_entropy"),
+        is_asked=_by_feature("teacher_entropy"),
         compute=_entropies,
         shape=lambda *_: (2,),
         dtype="float32",

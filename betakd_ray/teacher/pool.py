@@ -16,9 +16,9 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from betakd_ray.cluster import placement
 from betakd_ray.errors import ClusterError, TeacherError
-from betakd_ray.metrics import Gauges
+from betakd_ray.on_ray.cluster import placement
+from betakd_ray.on_ray.gauges import Gauges
 from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
 from betakd_ray.teacher.parts import Needs, TeacherFacts
 from betakd_ray.teacher.ports import Pending, Roster, Teacher, Unanswered

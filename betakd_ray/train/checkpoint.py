@@ -32,10 +32,10 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 from betakd_ray.data.files import url_like
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Quarantined
+from betakd_ray.engine import unpickling
 from betakd_ray.errors import OutputError, OutputUnreachable
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import join, open_store, replace_file
-from betakd_ray.train import unpickling
 
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"

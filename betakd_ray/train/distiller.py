@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from betakd_ray.batch.images import ImageProcessing, Images
 from betakd_ray.batch.inputs import Pairs, TensorInputs, to_device
-from betakd_ray.energies import feature_distance, relation
 from betakd_ray.models.vlm import (
     Hidden,
     Normalization,
@@ -23,12 +22,13 @@ from betakd_ray.models.vlm import (
     takes_images,
 )
 from betakd_ray.objective import RowObjective, TeacherRows, segment_mean
-from betakd_ray.spec import ObjectiveSpec
+from betakd_ray.plugins import load
+from betakd_ray.spec import AlignTopK, FeatureDistance, ObjectiveSpec, VisualEnergy
+from betakd_ray.spec.energies import SECTIONS, Relation
 from betakd_ray.teacher.parts import TeacherFacts
 from betakd_ray.weighting import CE
 
 T = TypeVar("T")
-FD, RELATION, ATTENTION, TOP_K = "fd", "relation", "align_attention", "align_topk"
 
 
 @dataclass(frozen=True)
@@ -91,18 +91,24 @@ class Distiller(nn.Module):
         on_rows = [self.channels.index(name) for name in self.rows.channels]
         self.register_buffer("on_rows", torch.tensor(on_rows, dtype=torch.long, device=device), persistent=False)
         self.feature_layer = objective.feature_layer
+        # In the order of the table: the order in a spec must not change which weights a seed gives to which map.
+        self.visual = {
+            energy.name: energy
+            for section in SECTIONS
+            for energy in objective.energies
+            if type(energy) is section and isinstance(energy, VisualEnergy)
+        }
+        self.visual_functions = {name: load(energy.function, name) for name, energy in self.visual.items()}
         self.maps = nn.ModuleDict()
         """Channel → trained affine map from the teacher's width (or number of heads) to the student's, where needed."""
         if facts:
-            width = (facts.width, head.weight.shape[1])
-            sizes = {FD: width, TOP_K: width, ATTENTION: (facts.heads, attention_heads(student))}
-            self.maps.update(
-                {
-                    name: nn.Linear(*size, device=device, dtype=head.weight.dtype)
-                    for name, size in sizes.items()
-                    if name in objective.channels
-                }
-            )
+            sizes = {
+                "width": (facts.width, head.weight.shape[1]),
+                "heads": (facts.heads, attention_heads(student)),
+            }
+            for name, energy in self.visual.items():
+                if energy.mapped:
+                    self.maps[name] = nn.Linear(*sizes[energy.mapped], device=device, dtype=head.weight.dtype)
 
     def train(self, mode: bool = True) -> "Distiller":
         """Set training mode for the parts that learn, and evaluation mode for the frozen ones.
@@ -151,7 +157,7 @@ class Distiller(nn.Module):
         # would give gradients only to the parts that the images pass through; a batch of texts, through its black
         # image, to all of the language model. The zero term always reaches all of it.
         loss = rows.total if len(self.on_rows) else rows.total + 0.0 * hidden.rows.sum()
-        for name in [*self.maps, *({RELATION} & set(self.channels))]:
+        for name in self.visual:
             distance = self._on_image_tokens(name, hidden, teacher, inputs, pairs)
             at = self.channels.index(name)
             loss = loss + (distance * weights[:, at]).sum()
@@ -165,33 +171,25 @@ class Distiller(nn.Module):
         """Return one energy on image tokens for each sample; zero for a sample without an image."""
         if hidden.visual is None or teacher is None:
             return self._unused(name, hidden, len(inputs.input_ids))
-        if name == RELATION:
-            return relation(_by_sample(teacher.parts["visual"], inputs), _by_sample(hidden.visual, inputs))
-        if name == FD:
-            theirs = teacher.parts["visual_layer" if self.feature_layer else "visual"]
-            ours = _required(hidden.visual_layer) if self.feature_layer else hidden.visual
-            return self._mapped_distance(FD, theirs, ours, inputs.visual_sample, inputs.visual_per_sample)
-        if name == TOP_K:
-            at = _required(teacher.salient)
-            theirs, ours = teacher.parts["visual"][at.token], hidden.visual[at.token]
-            return self._mapped_distance(TOP_K, theirs, ours, at.sample, at.per_sample)
-        at = _required(pairs)
-        return self._mapped_distance(
-            ATTENTION, teacher.parts["attention"], _required(hidden.attention), at.sample, at.per_sample
-        )
-
-    def _mapped_distance(
-        self,
-        name: str,
-        teacher: Float[Tensor, "places teacher_width"],
-        student: Float[Tensor, "places width"],
-        sample: Int[Tensor, " places"],
-        per_sample: Int[Tensor, " batch"],
-    ) -> Float[Tensor, " batch"]:
-        """Return each sample's mean squared distance over its places, after the map of the teacher's values."""
+        function = self.visual_functions[name]
+        match energy := self.visual[name]:
+            case Relation():
+                return function(_by_sample(teacher.parts["visual"], inputs), _by_sample(hidden.visual, inputs))
+            case FeatureDistance():
+                (part,) = energy.teacher_parts
+                theirs, ours = teacher.parts[part], _required(getattr(hidden, part))
+                sample, per_sample = inputs.visual_sample, inputs.visual_per_sample
+            case AlignTopK():
+                at = _required(teacher.salient)
+                theirs, ours = teacher.parts["visual"][at.token], hidden.visual[at.token]
+                sample, per_sample = at.sample, at.per_sample
+            case _:  # AlignAttention
+                at = _required(pairs)
+                theirs, ours = teacher.parts["attention"], _required(hidden.attention)
+                sample, per_sample = at.sample, at.per_sample
         to_student = cast(nn.Linear, self.maps[name])
-        mapped = to_student(teacher.to(to_student.weight.dtype))
-        return segment_mean(feature_distance(mapped, student)[:, None], sample, per_sample)[:, 0]
+        distance = function(to_student(theirs.to(to_student.weight.dtype)), ours)
+        return segment_mean(distance[:, None], sample, per_sample)[:, 0]
 
     def _unused(self, name: str, hidden: Hidden, batch: int) -> Float[Tensor, " batch"]:
         """Return zeros that depend on all parameters that the channel uses.
@@ -204,7 +202,7 @@ class Distiller(nn.Module):
             return nothing
         to_student = cast(nn.Linear, self.maps[name])
         unused = to_student(to_student.weight.new_zeros(1, to_student.in_features)).sum()
-        if name == ATTENTION and hidden.attention is not None:
+        if self.visual[name].mapped == "heads" and hidden.attention is not None:
             unused = unused + hidden.attention.sum()
         return nothing + 0.0 * unused
 

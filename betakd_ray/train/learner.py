@@ -16,20 +16,20 @@ from torch.distributed import distributed_c10d
 
 from betakd_ray.batch.inputs import TensorInputs
 from betakd_ray.curriculum import Curriculum, reversal
+from betakd_ray.engine.unpickling import pickle_stages_by_value, tensors_only
 from betakd_ray.models.device import find_device
 from betakd_ray.models.flops import StudentFlops, device_peak
 from betakd_ray.models.student import build_student, student_processor
 from betakd_ray.models.vlm import with_attention_weights
-from betakd_ray.spec import AlignTopK, JobSpec
+from betakd_ray.spec import JobSpec
 from betakd_ray.teacher.parts import TeacherFacts, to_tensor
 from betakd_ray.train import checkpoint
 from betakd_ray.train.agreement import StepCounts
 from betakd_ray.train.clock import StepClock
-from betakd_ray.train.distiller import ATTENTION, Distilled, Distiller
+from betakd_ray.train.distiller import Distilled, Distiller
 from betakd_ray.train.optim import beta_optimizer, deepspeed_config, schedule, student_optimizer
 from betakd_ray.train.prefetch import DeviceBatch, Loader
-from betakd_ray.train.tally import Tally, Totals
-from betakd_ray.train.unpickling import pickle_stages_by_value, tensors_only
+from betakd_ray.train.sums import Tally, Totals
 from betakd_ray.weighting import BetaWeighting, present_channels
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ class Learner:
     @property
     def loader(self) -> Loader:
         """Return the loader that makes this learner's device batches."""
-        salient = [energy.tokens for energy in self.spec.objective.energies if isinstance(energy, AlignTopK)]
-        return Loader(self.device, salient[0] if salient else 0, ATTENTION in self.channels)
+        objective = self.spec.objective
+        return Loader(self.device, objective.salient_tokens, objective.compares_attention)
 
     def step(
         self,
@@ -208,7 +208,7 @@ class Learner:
         student = build_student(self.spec.student, torch.bfloat16 if training.precision == "bf16" else torch.float32)
         if training.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
-        if ATTENTION in self.spec.objective.channels:
+        if self.spec.objective.compares_attention:
             with_attention_weights(student)
         processor = student_processor(self.spec.student)
         cast(nn.Module, student).to(self.device)  # transformers' decorator hides the type of its `to`

@@ -23,6 +23,7 @@ from betakd_ray.batch.sample import Sample
 from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.plan import Quarantined, ids_of, require_few
 from betakd_ray.data.rows import samples_of
+from betakd_ray.on_ray.watch import Start, Watch
 from betakd_ray.teacher.cache import CacheWriter
 from betakd_ray.teacher.client import TeacherClient
 from betakd_ray.teacher.remote import RemotePool
@@ -35,8 +36,7 @@ from betakd_ray.train.export import export
 from betakd_ray.train.feed import Activities, Collator, Feed, Refused, Step
 from betakd_ray.train.learner import Learner
 from betakd_ray.train.prefetch import Prefetch
-from betakd_ray.train.tally import Totals
-from betakd_ray.train.watch import Start, Watch
+from betakd_ray.train.sums import Totals
 from betakd_ray.train.worker import STOPPED, WorkerConfig
 
 COUNTS = ("samples", "dropped", "skipped", "skipped_in_a_row")

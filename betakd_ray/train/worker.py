@@ -9,10 +9,10 @@ from ray.exceptions import RayActorError
 
 from betakd_ray import errors
 from betakd_ray.data.plan import Plan
+from betakd_ray.on_ray.monitor import give_up
 from betakd_ray.spec import JobSpec
 from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.parts import Needs, TeacherFacts
-from betakd_ray.train.monitor import give_up
 
 STOPPED = "stopped_at"
 """Key of the step number in the outcome of a job that was asked to stop."""

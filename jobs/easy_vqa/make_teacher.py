@@ -11,10 +11,10 @@ import typer
 from transformers import AutoModelForImageTextToText
 
 from betakd_ray.cli import Overrides, explained, print_scores
-from betakd_ray.cluster import connected
 from betakd_ray.evaluation.run import Evaluation
 from betakd_ray.job import BetaKDJob
 from betakd_ray.models.student import student_config
+from betakd_ray.on_ray.cluster import connected
 from betakd_ray.spec import ConfigInit, JobSpec, load_spec
 from jobs.easy_vqa.data import evaluation, pack_once
 from jobs.easy_vqa.samples import easy_vqa_samples

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from betakd_ray.cli import explained, print_scores
-from betakd_ray.cluster import connected
 from betakd_ray.evaluation.run import Evaluation
 from betakd_ray.job import BetaKDJob
+from betakd_ray.on_ray.cluster import connected
 from betakd_ray.spec import JobSpec, load_spec, parse_spec
 from jobs.easy_vqa.data import evaluation, pack_once
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from safetensors import safe_open
 
 from betakd_ray.cli import explained, print_scores
-from betakd_ray.cluster import connected
 from betakd_ray.evaluation.run import Evaluation
 from betakd_ray.job import BetaKDJob
+from betakd_ray.on_ray.cluster import connected
 from betakd_ray.spec import load_spec
 from jobs.easy_vqa.data import TEST, evaluation, pack_once
 from jobs.easy_vqa.run import without_teacher

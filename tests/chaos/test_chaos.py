@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from betakd_ray.audit import audit
 from betakd_ray.data.pack import pack
+from betakd_ray.run.audit import audit
 from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
 from betakd_ray.storage import join
 from betakd_ray.tracking import read_metrics

@@ -16,8 +16,8 @@ import ray
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from betakd_ray.batch.inputs import ModelInputs
-from betakd_ray.cluster import connected
 from betakd_ray.job import BetaKDJob
+from betakd_ray.on_ray.cluster import connected
 from betakd_ray.spec import load_spec
 from betakd_ray.teacher import pool
 from betakd_ray.teacher.parts import GroupAnswer

@@ -17,9 +17,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from tenacity import Retrying, stop_after_delay, wait_fixed
 from typer.testing import CliRunner
 
-from betakd_ray.audit import RESULT, audit
 from betakd_ray.cli import app
 from betakd_ray.data.pack import pack
+from betakd_ray.run.audit import RESULT, audit
 from betakd_ray.spec import StorageSpec
 from tests.nodes import LABEL, Nodes, free_port, nodes
 from tests.tiny import numbered_samples, save_tiny

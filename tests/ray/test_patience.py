@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from betakd_ray.audit import audit
 from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.data.pack import pack
 from betakd_ray.job import BetaKDJob
+from betakd_ray.run.audit import audit
 from betakd_ray.spec import StorageSpec, parse_spec
 from betakd_ray.teacher import pool as module
 from betakd_ray.teacher.parts import GroupAnswer

@@ -11,9 +11,9 @@ import ray
 from betakd_ray.data.ledger import Ledger, SampleIds
 from betakd_ray.data.plan import Plan
 from betakd_ray.data.shards import Shard
-from betakd_ray.data.stream import stream
+from betakd_ray.on_ray.source import SplitOnce
+from betakd_ray.on_ray.stream import stream
 from betakd_ray.spec import PoolSpec
-from betakd_ray.train.source import SplitOnce
 
 SIZES = (40, 37, 3, 25, 40, 11, 30, 1)
 PLAN = Plan(tuple(Shard(f"{n}.tar", size, 1, "") for n, size in enumerate(SIZES)), 2, seed=0, shuffle=True)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from betakd_ray.audit import PLAN, TAIL, audit, tail_of, write_plan, write_tail
 from betakd_ray.cli import app
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan, Quarantined, ids_of
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import OutputError
+from betakd_ray.run.audit import PLAN, TAIL, audit, tail_of, write_plan, write_tail
 from betakd_ray.spec import StorageSpec, parse_spec
 from betakd_ray.tracking import to_jsonl
 from betakd_ray.train.checkpoint import LEDGER, QUARANTINE, CheckpointStore, Manifest

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
-from betakd_ray import cluster
-from betakd_ray.cluster import Demand, Node, check_room
 from betakd_ray.errors import ClusterError
+from betakd_ray.on_ray import cluster
+from betakd_ray.on_ray.cluster import Demand, Node, check_room
 from betakd_ray.spec import PoolSpec, TeacherPoolSpec
 
 POOL = "betakd.io/pool"

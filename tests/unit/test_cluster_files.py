@@ -18,8 +18,8 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _generate_availab
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.util.accelerators import accelerators
 
-from betakd_ray.cluster import ACCELERATOR
-from betakd_ray.metrics import NAMES as METRICS
+from betakd_ray.on_ray.cluster import ACCELERATOR
+from betakd_ray.on_ray.gauges import NAMES as METRICS
 from betakd_ray.spec import ClusterSpec
 
 ROOT = Path(__file__).parents[2]

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from betakd_ray.curriculum import KNOBS, Curriculum, reversal
+from betakd_ray.curriculum import Curriculum, reversal
 from betakd_ray.energies import curriculum_temperature
 from betakd_ray.spec import CurriculumTemperature, ForwardKL, TemporallyAdaptiveInterpolation
+from betakd_ray.spec.energies import SECTIONS
 
 LOSSES = [2.0, 1.5, 1.6, 0.9, 0.9, 0.4, 0.0, 0.3]
 
@@ -89,4 +90,8 @@ def test_most_jobs_have_nothing_that_moves():
     curriculum = Curriculum([ForwardKL()])
     assert curriculum.values() == {}
     assert list(curriculum.parameters()) == []
-    assert set(KNOBS) == {CurriculumTemperature().kind, TemporallyAdaptiveInterpolation().kind}
+
+
+def test_every_energy_with_a_moving_argument_has_a_number() -> None:
+    moving = [section() for section in SECTIONS if getattr(section, "moving", None)]
+    assert set(Curriculum(moving).values()) == {energy.name for energy in moving} == {"ctkd", "taid"}

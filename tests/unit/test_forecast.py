@@ -11,16 +11,16 @@ from typer.testing import CliRunner
 
 from betakd_ray.batch.packing import stack
 from betakd_ray.cli import app
-from betakd_ray.cluster import Demand
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.pack import pack
 from betakd_ray.errors import DataError, ModelError
-from betakd_ray.forecast import AssumedData, Forecast, SampleSize, feasibility, forecast, signal_bytes
+from betakd_ray.forecast.forecast import AssumedData, Forecast, SampleSize, feasibility, forecast, signal_bytes
+from betakd_ray.forecast.memory import teacher_model
 from betakd_ray.job import BetaKDJob
+from betakd_ray.on_ray.cluster import Demand
 from betakd_ray.spec import PoolSpec, StorageSpec, parse_spec
 from betakd_ray.teacher.parts import Needs
 from betakd_ray.teacher.scorer import TeacherScorer
-from betakd_ray.train.memory import teacher_model
 from tests.tiny import IMAGE_TOKENS, VOCAB, numbered_samples, save_tiny
 
 ASSUMED = AssumedData(samples=1000, prompt_tokens=20, answer_tokens=30, samples_per_shard=300)
@@ -168,8 +168,8 @@ def test_a_pool_has_room_or_waits_for_nodes(tmp_path: Path, monkeypatch: pytest.
     spec = _job(tmp_path, cluster={"address": "10.0.0.1:6379", "start_timeout_s": 90}).spec
     pools = (("teacher", 4), ("student", 8))
     wanted = [Demand.of(pool, count, PoolSpec(cpus=2), 1.0, "Lower it") for pool, count in pools]
-    monkeypatch.setattr("betakd_ray.forecast.connected", nullcontext)
-    monkeypatch.setattr("betakd_ray.forecast.check_feasible", lambda spec: [(wanted[0], 4), (wanted[1], 3)])
+    monkeypatch.setattr("betakd_ray.forecast.forecast.connected", nullcontext)
+    monkeypatch.setattr("betakd_ray.forecast.forecast.check_feasible", lambda spec: [(wanted[0], 4), (wanted[1], 3)])
     assert list(feasibility(spec)) == [
         ("cluster at 10.0.0.1:6379", "teacher", "4 × (1 GPUs, 2 CPUs): has room"),
         ("cluster at 10.0.0.1:6379", "student", "8 × (1 GPUs, 2 CPUs): room for 3 now, waits for nodes up to 90 s"),

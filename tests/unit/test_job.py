@@ -23,11 +23,11 @@ from betakd_ray import errors
 from betakd_ray.cli import app
 from betakd_ray.data.pack import pack
 from betakd_ray.job import BetaKDJob, JobResult
+from betakd_ray.on_ray.monitor import Monitor
+from betakd_ray.on_ray.source import _done, _patience
 from betakd_ray.spec import JobSpec, parse_spec
 from betakd_ray.train import worker
 from betakd_ray.train.checkpoint import CheckpointStore
-from betakd_ray.train.monitor import Monitor
-from betakd_ray.train.source import _done, _patience
 from tests.actors import Local
 from tests.tiny import save_tiny
 
@@ -222,7 +222,7 @@ def test_a_worker_notes_what_no_restart_will_mend(monkeypatch, error, is_pool_de
 
 def test_ray_s_own_actors_load_nothing_that_trains():
     """They unpickle this on every restart; transformers is some seconds and hundreds of megabytes."""
-    names = "betakd_ray.train.source, betakd_ray.train.worker"
+    names = "betakd_ray.on_ray.source, betakd_ray.train.worker"
     code = f"import sys, {names}; print({{'transformers', 'deepspeed'}} & {{*sys.modules}})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 
 from betakd_ray.data.pack import pack
 from betakd_ray.errors import ModelError, SpecError
-from betakd_ray.forecast import forecast
+from betakd_ray.forecast.forecast import forecast
 from betakd_ray.job import BetaKDJob
 from betakd_ray.models.load import load_model
 from betakd_ray.models.student import build_student

@@ -19,6 +19,7 @@ import torch
 from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.batch.packing import stack
 from betakd_ray.data.render import Renderer
+from betakd_ray.forecast.memory import StudentMemory, student_memory, teacher_model
 from betakd_ray.models.load import load_processor
 from betakd_ray.models.student import student_processor
 from betakd_ray.spec import JobSpec, parse_spec
@@ -27,7 +28,6 @@ from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.train.agreement import StepCounts, TokenCounts
 from betakd_ray.train.feed import MicroBatch
 from betakd_ray.train.learner import Learner
-from betakd_ray.train.memory import StudentMemory, student_memory, teacher_model
 from tests.learning import Part, spawned
 from tests.tiny import VOCAB, raw_sample, save_tiny, tiny_config
 

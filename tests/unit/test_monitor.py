@@ -1,8 +1,8 @@
 """The monitor: what it counts once, and when it gives up."""
 
 from betakd_ray.data.plan import Quarantined
-from betakd_ray.train.monitor import Monitor
-from betakd_ray.train.watch import Roll
+from betakd_ray.on_ray.monitor import Monitor
+from betakd_ray.on_ray.watch import Roll
 
 
 def _bad(index: int) -> Quarantined:

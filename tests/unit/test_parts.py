@@ -29,7 +29,7 @@ from betakd_ray.batch.packing import stack
 from betakd_ray.data.pack import pack
 from betakd_ray.data.render import Renderer
 from betakd_ray.errors import ModelError
-from betakd_ray.forecast import forecast
+from betakd_ray.forecast.forecast import forecast
 from betakd_ray.job import BetaKDJob
 from betakd_ray.models.mobilevlm import MobileVLMForConditionalGeneration
 from betakd_ray.models.student import build_student, student_config, student_processor

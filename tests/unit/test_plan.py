@@ -11,8 +11,8 @@ from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.mixture import find_passes, passes_of
 from betakd_ray.data.plan import MAX_TASKS, Pass, Plan
 from betakd_ray.data.shards import Shard
-from betakd_ray.data.stream import PlanSource, _groups
 from betakd_ray.errors import DataError, SpecError
+from betakd_ray.on_ray.stream import PlanSource, _groups
 from betakd_ray.spec import DataSpec, EvaluationSpec, parse_spec
 from tests.tars import good, tar_bytes, written
 
@@ -169,7 +169,7 @@ def test_questions_have_no_weight():
 
 @pytest.mark.parametrize(("samples", "workers", "rows"), [(10, 2, 3), (10, 100, 1), (100_000, 2, 256)])
 def test_blocks_are_small_enough_for_every_rank_to_get_eight(monkeypatch, samples, workers, rows):
-    monkeypatch.setattr("betakd_ray.data.stream.ray.put", lambda _: ray.ObjectRef.from_random())
+    monkeypatch.setattr("betakd_ray.on_ray.stream.ray.put", lambda _: ray.ObjectRef.from_random())
     plan = plan_of(4, samples=samples)
     source = PlanSource(ray.ObjectRef.from_random(), plan, plan.empty_ledger(), workers)
     assert source._block_rows == rows

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForImageTextToText
 
 from betakd_ray.data.pack import pack
+from betakd_ray.engine.unpickling import FORCE, tensors_only
 from betakd_ray.errors import SECRET_VARIABLES, BetaKDError, DataError, ModelError, OutputError, SpecError
 from betakd_ray.job import BetaKDJob
 from betakd_ray.models.load import load_config, load_model, load_processor
@@ -29,7 +30,6 @@ from betakd_ray.train import checkpoint
 from betakd_ray.train.distiller import Distiller
 from betakd_ray.train.export import export
 from betakd_ray.train.learner import Learner
-from betakd_ray.train.unpickling import FORCE, tensors_only
 from tests.tiny import numbered_samples, save_tiny, tiny_model
 
 CANARIES = {name: f"canary-of-{name.lower()}" for name in SECRET_VARIABLES}

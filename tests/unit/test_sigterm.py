@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 
-from betakd_ray.cluster import connected
+from betakd_ray.on_ray.cluster import connected
 from betakd_ray.sigterm import kept_sigterm, on_sigterm
 
 ENTRY_POINT = """

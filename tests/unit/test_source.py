@@ -15,11 +15,11 @@ from betakd_ray.data.ledger import Ledger, SampleIds
 from betakd_ray.data.plan import Plan, Quarantined
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import SampleRepeated
+from betakd_ray.on_ray import source
+from betakd_ray.on_ray.monitor import Monitor
 from betakd_ray.spec import StorageSpec, parse_spec
 from betakd_ray.tracking import to_jsonl
-from betakd_ray.train import source
 from betakd_ray.train.checkpoint import LEDGER, QUARANTINE, CheckpointStore, Manifest
-from betakd_ray.train.monitor import Monitor
 from tests.actors import Local
 
 PLAN = Plan((Shard("/data/a.tar", 6, 100, "0a"), Shard("/data/b.tar", 6, 100, "0b")), 2, seed=0, shuffle=True)

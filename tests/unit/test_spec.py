@@ -1,9 +1,9 @@
 """Valid values of a spec, and the messages for invalid ones."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
@@ -11,9 +11,8 @@ from pydantic import ValidationError
 
 from betakd_ray.energies import ENERGIES
 from betakd_ray.errors import SpecError
+from betakd_ray.plugins import load
 from betakd_ray.spec import (
-    VISUAL_ENERGIES,
-    AnyEnergy,
     CosineProbs,
     EvaluationSpec,
     FeatureDistance,
@@ -26,6 +25,8 @@ from betakd_ray.spec import (
     load_spec,
     parse_spec,
 )
+from betakd_ray.spec.energies import SECTIONS
+from betakd_ray.teacher.parts import PARTS
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -136,12 +137,18 @@ def test_paths_are_absolute_and_urls_and_hub_ids_are_left_alone(tmp_path, monkey
     assert job.output.path == str(tmp_path / "runs")
 
 
-def test_the_energies_are_those_that_the_spec_names():
-    union = get_args(get_args(AnyEnergy)[0])
-    by_kind = {energy.model_fields["kind"].default: energy for energy in union}
-    kinds = set(by_kind)
-    assert kinds - VISUAL_ENERGIES == set(ENERGIES)
-    assert {kind for kind in kinds if issubclass(by_kind[kind], VisualEnergy)} == VISUAL_ENERGIES
+@pytest.mark.parametrize("section", SECTIONS)
+def test_an_energy_names_its_function_and_the_parts_that_there_are(section):
+    energy = section()
+    function = load(energy.function, energy.name)
+    assert energy.teacher_parts <= PARTS.keys()
+    moving = {energy.moving} if getattr(energy, "moving", None) else set()
+    if isinstance(energy, VisualEnergy):
+        assert energy.teacher_parts
+    else:  # every option is an argument of the function, and the other way round
+        arguments = inspect.signature(function).parameters.values()
+        assert {each.name for each in arguments if each.kind is each.KEYWORD_ONLY} == {*energy.options} | moving
+        assert ENERGIES[energy.name] is function
 
 
 @pytest.mark.parametrize("energy", ["mse_logits", "cosine_logits", "ctkd", "taid"])
@@ -279,7 +286,7 @@ def test_a_missing_file_is_named(tmp_path):
         ),
         ({"teacher": None}, "objective.energies is ['cosine_probs', 'fd'] and there is no teacher"),
         ({"objective__energies": []}, "teacher is given and objective.energies is empty"),
-        ({"objective__energies": ["fkl", "fkl"]}, "a kind stands twice"),
+        ({"objective__energies": ["fkl", "fkl"]}, "a name stands twice"),
         ({"objective__energies": [], "objective__ce": False}, "there is nothing to learn from"),
         (
             {"objective__weighting": {"kind": "manual", "weights": {"fd": 1.0}}},

@@ -7,10 +7,10 @@ from ray.dashboard.modules.job.pydantic_models import JobType
 from ray.job_submission import JobDetails, JobStatus
 from typer.testing import CliRunner
 
-from betakd_ray import submission
 from betakd_ray.cli import app
 from betakd_ray.errors import ClusterError
-from betakd_ray.submission import Submissions
+from betakd_ray.on_ray import submission
+from betakd_ray.on_ray.submission import Submissions
 
 JOBS = [
     ("first", "python jobs/distill.py --spec a.yaml", 10),

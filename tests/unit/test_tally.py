@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from betakd_ray.train.tally import Tally
+from betakd_ray.train.sums import Tally
 from tests.learning import spawned
 
 ENERGIES = torch.tensor([[1.0, 0.5], [3.0, 0.0], [2.0, 1.5], [4.0, 2.5]])

@@ -17,7 +17,7 @@ from betakd_ray.batch.packing import stack
 from betakd_ray.data.pack import pack
 from betakd_ray.data.render import Renderer
 from betakd_ray.errors import ModelError
-from betakd_ray.forecast import forecast
+from betakd_ray.forecast.forecast import forecast
 from betakd_ray.job import BetaKDJob
 from betakd_ray.models.load import load_config, load_model, load_processor
 from betakd_ray.models.options import check_options, loading_keywords

@@ -30,10 +30,10 @@ from betakd_ray.models.quantization import quantization
 from betakd_ray.models.split import device_bytes
 from betakd_ray.models.student import student_skeleton
 from betakd_ray.models.vlm import Normalization, attention_heads, freeze, with_attention_weights
-from betakd_ray.spec import AlignTopK, JobSpec, TeacherSpec
+from betakd_ray.spec import JobSpec, TeacherSpec
 from betakd_ray.teacher.parts import PARTS, Needs, TeacherFacts, places
 from betakd_ray.teacher.scorer import answer
-from betakd_ray.train.distiller import ATTENTION, Distiller, Selection, TeacherView
+from betakd_ray.train.distiller import Distiller, Selection, TeacherView
 from betakd_ray.train.optim import deepspeed_config
 
 CPU = torch.device("cpu")
@@ -150,7 +150,7 @@ def student_memory(
         student = student_skeleton(spec.student, dtype)
         if spec.training.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
-        if ATTENTION in spec.objective.channels:
+        if spec.objective.compares_attention:
             with_attention_weights(student)
         facts = teacher.facts(needs) if teacher else None
         teacher_head = _head(teacher) if teacher and "hidden" in needs else None
@@ -304,7 +304,7 @@ class _Working:
             loss = distiller(
                 _tensors(inputs),
                 _view(spec, teacher, needs, inputs),
-                Pairs.of(inputs, CPU) if ATTENTION in spec.objective.channels else None,
+                Pairs.of(inputs, CPU) if spec.objective.compares_attention else None,
                 torch.ones(inputs.size, len(distiller.channels)),
                 {},
             ).loss
@@ -334,8 +334,7 @@ def _view(spec: JobSpec, teacher: TeacherModel | None, needs: Needs, inputs: Mod
             parts[name] = torch.empty(count, *PARTS[name].shape(needs, facts), dtype=getattr(torch, dtype))
     salient = None
     if "salience" in needs:
-        (energy,) = (energy for energy in spec.objective.energies if isinstance(energy, AlignTopK))
-        token = most_salient(np.zeros(len(inputs.visual_sample)), inputs, energy.tokens)
+        token = most_salient(np.zeros(len(inputs.visual_sample)), inputs, spec.objective.salient_tokens)
         sample = inputs.visual_sample[token]
         salient = Selection(*map(torch.from_numpy, (token, sample, np.bincount(sample, minlength=inputs.size))))
     return TeacherView(parts, salient)

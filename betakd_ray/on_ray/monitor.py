@@ -9,7 +9,7 @@ from ray.actor import ActorHandle
 
 from betakd_ray.data.plan import Quarantined
 from betakd_ray.errors import BetaKDError, TrainingError, kind
-from betakd_ray.train.watch import Orders, Roll, Start
+from betakd_ray.on_ray.watch import Orders, Roll, Start
 
 
 class Monitor:

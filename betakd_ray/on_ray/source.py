@@ -13,11 +13,11 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan, ids_of
-from betakd_ray.data.stream import stream
 from betakd_ray.errors import OutputUnreachable, UserError
+from betakd_ray.on_ray.monitor import give_up
+from betakd_ray.on_ray.stream import stream
 from betakd_ray.spec import JobSpec
 from betakd_ray.train.checkpoint import CheckpointStore
-from betakd_ray.train.monitor import give_up
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset

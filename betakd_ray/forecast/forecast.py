@@ -16,16 +16,16 @@ from PIL import Image
 from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.batch.packing import stack
 from betakd_ray.batch.sample import Rendering
-from betakd_ray.cluster import check_feasible, connected
 from betakd_ray.data.mixture import find_passes
 from betakd_ray.data.plan import Pass, Plan
 from betakd_ray.data.render import IMAGE, Renderer, Unrenderable
 from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard
 from betakd_ray.errors import DataError
+from betakd_ray.forecast.memory import GRADIENT_BYTES, StudentMemory, TeacherModel, student_memory, teacher_model
 from betakd_ray.job import BetaKDJob
+from betakd_ray.on_ray.cluster import check_feasible, connected
 from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec, TeacherSpec
 from betakd_ray.teacher.parts import PARTS, Needs, value_bytes
-from betakd_ray.train.memory import GRADIENT_BYTES, StudentMemory, TeacherModel, student_memory, teacher_model
 
 SAMPLED = 64
 """Number of samples of the first shard that are read as examples of all samples."""

@@ -1,0 +1,1 @@
+"""The parts that reach into DeepSpeed and torch.distributed."""

@@ -1,0 +1,1 @@
+"""Forecast of what a job will need, without a cluster: `betakd plan`."""

@@ -1,0 +1,1 @@
+"""The parts that reach into Ray: cluster, data stream, process group, monitor."""

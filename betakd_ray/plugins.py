@@ -1,0 +1,32 @@
+"""Objects that a spec names as module:name: nobody has to change this package to extend it (docs/extending.md)."""
+
+import difflib
+from importlib import import_module
+from typing import Any
+
+from betakd_ray.errors import SpecError
+
+
+def load(reference: str, field: str) -> Any:
+    """Return the object that module:name names. Raises SpecError, which says `field`, if there is no such object."""
+    module, _, name = reference.partition(":")
+    try:
+        found = import_module(module)
+    except Exception as error:  # the module's own code may raise anything
+        raise SpecError(
+            f"{field}: {reference}: {module} cannot be imported ({type(error).__name__}: {error}). It has to be "
+            "importable on every node: install it there, or put it into the folder that the job is started from"
+        ) from error
+    if not hasattr(found, name):
+        close = difflib.get_close_matches(name, dir(found), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise SpecError(f"{field}: {reference}: {module} has no {name}{hint}")
+    return getattr(found, name)
+
+
+def load_class(reference: str, base: type, field: str) -> type:
+    """Return the class that module:name names. Raises SpecError if it is not a subclass of `base`."""
+    found = load(reference, field)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise SpecError(f"{field}: {reference} is no subclass of {base.__module__}.{base.__name__}; make it one")
+    return found

@@ -1,0 +1,109 @@
+"""What all sections of a spec share: the base class, short forms, and types of paths, URLs and numbers."""
+
+import os
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from betakd_ray.errors import shortened, without_url_secrets
+
+
+class Spec(BaseModel):
+    """Base class of every section, which is immutable and accepts only declared keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True, allow_inf_nan=False
+    )
+
+
+def _public(url: str) -> str:
+    """Refuse a URL with a secret, because a spec is stored with its run and printed in the model card."""
+    if "\0" in url:
+        raise ValueError("holds a NUL character, which no path or URL has")
+    if without_url_secrets(url) != url:
+        raise ValueError(
+            "holds a password, a token or a signature, and a spec is stored and published: leave it out, and set "
+            "credentials in the environment of the cluster (AWS_ACCESS_KEY_ID … or a role; docs/security.md)"
+        )
+    return url
+
+
+def _absolute(location: str) -> str:
+    """Return a path as an absolute path, because Ray's workers run in other folders; return a URL unchanged."""
+    if re.match(r"^[a-z][a-z0-9+.-]*://", location):
+        return location
+    return os.path.abspath(os.path.expanduser(location))
+
+
+def _absolute_if_present(location: str) -> str:
+    """Return the absolute path of an existing folder; any other relative name is a hub id and is returned unchanged."""
+    return (
+        _absolute(location)
+        if os.path.exists(os.path.expanduser(location)) or location.startswith(("/", "./", "~"))
+        else location
+    )
+
+
+def _folder(location: str) -> str:
+    if location.endswith(".gguf"):
+        folder, _, file = location.rpartition("/")
+        raise ValueError(
+            f"is a file, and a model's folder is wanted; a teacher and a student of kind: checkpoint read one, as "
+            f"path: {folder or '.'} and gguf_file: {file}"
+        )
+    return location
+
+
+def _gguf_within(file: str) -> str:
+    if not file.endswith(".gguf") or file.startswith(("/", "~")) or "://" in file or ".." in file.split("/"):
+        raise ValueError(
+            f"{shortened(file)} is no .gguf file within path; name it as it is called there, e.g. Q8_0.gguf"
+        )
+    return file
+
+
+Url = Annotated[str, AfterValidator(_public)]
+GgufFile = Annotated[Url, AfterValidator(_gguf_within)]
+Location = Annotated[Url, Field(min_length=1), AfterValidator(_absolute)]
+ModelLocation = Annotated[Url, Field(min_length=1), AfterValidator(_folder), AfterValidator(_absolute_if_present)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PLUGIN = "plugin"
+Plugin = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="an object in a module of your own, as module:name, e.g. my_package.energies:huber",
+    ),
+]
+"""Name of an object outside of this package; `betakd_ray.plugins` imports it when a job is checked."""
+
+
+class StorageSpec(Spec):
+    """Access to an object store. Credentials come from the environment, never from a spec."""
+
+    endpoint_url: Url | None = Field(default=None, description="S3 endpoint, for stores other than AWS")
+    region: str | None = None
+    anonymous: bool = Field(default=False, description="read public buckets without credentials")
+
+
+def named(value: Any) -> Any:
+    """Expand the short form `fkl` to `{kind: fkl}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+def as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, (str, dict)) else value
+
+
+class Place(Spec):
+    """A folder and the store that holds it. A path or URL alone is a short form."""
+
+    path: Location
+    storage: StorageSpec = StorageSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value

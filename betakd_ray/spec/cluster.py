@@ -1,0 +1,67 @@
+"""The section `cluster`: what each process of a job needs of its node."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from betakd_ray.spec.base import Positive, Spec, Url
+
+
+class PoolSpec(Spec):
+    """Resources that one process of a pool needs on its node."""
+
+    gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto", description="per process; auto: one if the cluster has any, else none"
+    )
+    cpus: float = Field(default=1.0, ge=0)
+    labels: dict[str, str] = Field(default_factory=dict, description="node labels, e.g. betakd.io/pool: student")
+    resources: dict[str, float] = Field(default_factory=dict, description="custom resources, e.g. student_slot: 1")
+
+
+AcceleratorType = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class GPUPoolSpec(PoolSpec):
+    """Resources that one process with a model (teacher or student) needs on its node."""
+
+    # Not checked against Ray's list: a node reports the name of any GPU that it finds, and an operator may give a name
+    # of its own, such as "A100-40G".
+    accelerator_type: AcceleratorType | None = Field(
+        default=None, description="model of the GPU as Ray calls it (ray.util.accelerators), e.g. H100, L40S, A100-80G"
+    )
+
+    @model_validator(mode="after")
+    def _has_gpus(self) -> "GPUPoolSpec":
+        if self.accelerator_type and self.gpus == 0:
+            raise ValueError(
+                f"accelerator_type is {self.accelerator_type} and gpus is 0: ask for a GPU, or for no type"
+            )
+        return self
+
+
+class TeacherPoolSpec(GPUPoolSpec):
+    """The teacher's actors, which keep running when the students restart."""
+
+    min: int = Field(default=1, ge=1)
+    max: int | None = Field(default=None, ge=1, description="default: min")
+    max_restarts: int = Field(
+        default=3, ge=0, description="times `max`: teachers that may die in a row, with no answer from any in between"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "TeacherPoolSpec":
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max {self.max} is below min {self.min}")
+        return self
+
+
+class ClusterSpec(Spec):
+    """The cluster, and the resources of each kind of process."""
+
+    address: Url | None = Field(
+        default=None, description="a running cluster; default: the one around, else a local one"
+    )
+    teacher: TeacherPoolSpec = TeacherPoolSpec()
+    student: GPUPoolSpec = GPUPoolSpec()
+    readers: PoolSpec = Field(default=PoolSpec(gpus=0, cpus=1.0), description="tasks that read and decode shards")
+    start_timeout_s: Positive = Field(default=600.0, description="wait for nodes and models")

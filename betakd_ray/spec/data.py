@@ -1,0 +1,52 @@
+"""The section `data`: which shards are read, and how a conversation becomes tokens."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_serializer, model_validator
+
+from betakd_ray.spec.base import Fraction, Location, Spec, StorageSpec, as_tuple
+
+
+class TrainingData(Spec):
+    """Shards, and how often an epoch reads them. A path or URL alone is read once per epoch."""
+
+    path: Location = Field(description="a path or URL, with {00..07} braces and * globs")
+    weight: float = Field(default=1.0, gt=0, le=1000, description="passes an epoch, e.g. 2.5, or 0.1 for a tenth")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_serializer
+    def _as_given(self) -> str | dict[str, Any]:
+        return self.path if self.weight == 1 else {"path": self.path, "weight": self.weight}
+
+    def __str__(self) -> str:
+        return self.path if self.weight == 1 else f"{self.path} × {self.weight:g}"
+
+
+class DataSpec(Spec):
+    """Settings for reading shards and for turning conversations into tokens."""
+
+    train: Annotated[tuple[TrainingData, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
+        description="shards: paths or URLs, with {00..07} braces and * globs, each alone or as {path, weight}"
+    )
+    storage: StorageSpec = StorageSpec()
+    template: Literal["plain", "vicuna_v1", "chat"] = Field(
+        default="vicuna_v1", description="`chat` is the processor's own template; `plain` is for projector warm-up"
+    )
+    system_prompt: str | None = Field(default=None, description="replaces the template's own; '' for none")
+    max_length: int = Field(default=2048, ge=8, description="tokens, image tokens included")
+    pad_to_square: bool | None = Field(
+        default=None, description="pad images with the processor's mean colour; default: only for LLaVA and MobileVLM"
+    )
+    shuffle: bool = Field(default=True, description="seeded by training.seed and the epoch")
+    shuffle_buffer: int = Field(default=1000, ge=1, description="samples of the open shards that are shuffled together")
+    max_image_pixels: int = Field(default=100_000_000, ge=1, description="larger images are quarantined, not decoded")
+    max_bad_fraction: Fraction = Field(default=0.01, description="quarantined share of the data that stops the job")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Return the paths and URLs of `train`, without their weights."""
+        return tuple(entry.path for entry in self.train)

@@ -1,0 +1,100 @@
+"""A job: its sections, and the checks that need more than one of them."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from betakd_ray.spec.base import Location, Place, Spec
+from betakd_ray.spec.cluster import ClusterSpec
+from betakd_ray.spec.data import DataSpec
+from betakd_ray.spec.energies import ProbabilitiesEnergy, VisualEnergy
+from betakd_ray.spec.models import ModelSpec, StudentSpec, TeacherSpec, TopKSignal
+from betakd_ray.spec.objective import InstanceWeighting, ObjectiveSpec
+from betakd_ray.spec.training import OptimizerSpec, TrainingSpec
+
+
+class OutputSpec(Place):
+    """Folder for everything that a run writes, which goes to `path`/`name`."""
+
+    path: Location = "runs"
+
+
+class TrackingSpec(Spec):
+    """Places for the metrics, in addition to the run's own metrics.jsonl."""
+
+    progress: bool = Field(default=True, description="a progress line with ETA on the driver's terminal")
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, . _ -")]
+
+
+class JobSpec(Spec):
+    """One distillation job, or plain supervised fine-tuning if there is no `teacher`."""
+
+    name: Name
+    data: DataSpec
+    student: StudentSpec
+    teacher: TeacherSpec | None = None
+    objective: ObjectiveSpec = ObjectiveSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    training: TrainingSpec = TrainingSpec()
+    cluster: ClusterSpec = ClusterSpec()
+    output: OutputSpec = Field(default_factory=OutputSpec)
+    tracking: TrackingSpec = TrackingSpec()
+
+    @model_validator(mode="after")
+    def _teacher_has_work(self) -> "JobSpec":
+        if self.teacher is None and self.objective.energies:
+            raise ValueError(
+                f"objective.energies is {list(self.objective.channels)} and there is no teacher: name one, or drop them"
+            )
+        weighting = self.objective.weighting
+        if self.teacher is None and isinstance(weighting, InstanceWeighting) and weighting.weight_ce:
+            raise ValueError(
+                "objective.weighting: instance predicts β from a teacher's features, and there is none: use task"
+            )
+        if self.teacher is not None and isinstance(self.teacher.signal, TopKSignal):
+            self._check_top_k()
+        if self.objective.reads_attention:
+            self._check_attention()
+        if self.teacher is not None and self.training.workers.is_elastic:
+            self._check_elastic()
+        if self.teacher is not None and not self.objective.energies:
+            raise ValueError("teacher is given and objective.energies is empty: add one, e.g. energies: [cosine_probs]")
+        return self
+
+    def _check_elastic(self) -> None:
+        # Ray Train counts how many workers fit by resources. It ignores labels, and does not know that the teachers
+        # need some of the same resources.
+        if not self.cluster.student.resources:
+            raise ValueError(
+                "cluster.student.resources: with training.workers of {min, max}, name a resource that only the "
+                "students' nodes have, e.g. {student_slot: 1}; else Ray counts the teachers' room as the students'"
+            )
+
+    def _check_attention(self) -> None:
+        if self.training.gradient_checkpointing:
+            raise ValueError(
+                "training.gradient_checkpointing: align_attention and align_topk read the first layer's attention, "
+                "which checkpointing throws away: turn it off, or drop them"
+            )
+        named = {"teacher": self.teacher, "student.init": self.student.init}
+        for field, model in named.items():
+            if isinstance(model, ModelSpec) and model.attn_implementation not in (None, "eager"):
+                raise ValueError(
+                    f"{field}.attn_implementation: {model.attn_implementation} gives no attention weights, which "
+                    "align_attention and align_topk read: leave it out"
+                )
+
+    def _check_top_k(self) -> None:
+        for energy in self.objective.energies:
+            if isinstance(energy, VisualEnergy):
+                continue
+            if not isinstance(energy, ProbabilitiesEnergy):
+                raise ValueError(f"teacher.signal: {energy.name} needs every logit, top_k has some: use signal: hidden")
+            if energy.teacher_temperature != 1 or energy.student_temperature != 1:
+                raise ValueError(
+                    f"teacher.signal: top_k has probabilities at temperature 1, and {energy.name} asks for another: "
+                    "use signal: hidden"
+                )

@@ -1,0 +1,176 @@
+"""The sections `teacher` and `student`: which models, where they come from, and what of them is trained."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from betakd_ray.errors import shortened
+from betakd_ray.spec.base import GgufFile, ModelLocation, Place, Positive, Spec, StorageSpec, named
+
+
+class ModelSpec(Spec):
+    """A pretrained vision–language model, or a language model for text alone: a folder, a hub id, or a URL."""
+
+    path: ModelLocation
+    gguf_file: GgufFile | None = Field(
+        default=None, description="a GGUF in that folder: the whole of a language model; its weights are unpacked"
+    )
+    revision: str | None = None
+    storage: StorageSpec = StorageSpec()
+    attn_implementation: str | None = None
+    trust_remote_code: bool = Field(
+        default=False, description="runs code found beside the weights: only if you read it"
+    )
+
+    @model_validator(mode="after")
+    def _trusted(self) -> "ModelSpec":
+        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
+            raise ValueError(
+                f"attn_implementation: {self.attn_implementation} is a repository, whose code would run: read it and "
+                "set trust_remote_code: true, or name one of transformers' own, e.g. sdpa"
+            )
+        return self
+
+
+class CacheSpec(Place):
+    """Storage for a teacher's answers.
+
+    Every epoch after the first reads them there. So does every job with the same teacher, template and image size.
+    """
+
+
+class HiddenSignal(Spec):
+    """The final hidden state of every answer token, which gives the exact logits with the teacher's head."""
+
+    kind: Literal["hidden"] = "hidden"
+
+
+class TopKSignal(Spec):
+    """The k largest probabilities of every answer token, and the rest of the mass as one bucket.
+
+    It needs a tenth of the bytes of `hidden`, and the students need no copy of the teacher's head. It has a bias
+    (docs/objective.md).
+    """
+
+    kind: Literal["top_k"] = "top_k"
+    k: int = Field(default=64, ge=1)
+
+
+Signal = Annotated[HiddenSignal | TopKSignal, Field(discriminator="kind"), BeforeValidator(named)]
+
+
+_LOADING = {
+    "config": "is read from teacher.path",
+    "output_loading_info": "is for transformers alone",
+    "pretrained_model_name_or_path": "is teacher.path",
+    "state_dict": "is read from teacher.path",
+    "token": "is a secret, and comes from the environment (HF_TOKEN)",
+    "torch_dtype": "is set by teacher.dtype",
+    "use_safetensors": "is always true: a pickle can run code",
+    "weights_only": "is always true: a pickle can run code",
+}
+"""Keyword of from_pretrained that `teacher.options` may not set → the reason."""
+
+
+class TeacherSpec(ModelSpec):
+    """The frozen teacher, which runs in its own actors."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    signal: Signal = Field(default=HiddenSignal(), description="what travels for energies on logits")
+    batch_tokens: int = Field(
+        default=8192,
+        ge=1,
+        description="tokens that a teacher scores at a time, padding included: samples of like lengths are put "
+        "together until it is reached. The default fits one GPU with a teacher that leaves a few GB free",
+    )
+    window: int = Field(
+        default=4, ge=0, description="groups that a student worker keeps with the teachers beyond those of one step"
+    )
+    timeout_s: Positive = Field(
+        default=600.0,
+        description="a teacher that works on one group for so long, or is silent, is replaced; waiting for its turn "
+        "does not count",
+    )
+    cache: CacheSpec | None = Field(default=None, description="keep the teacher's answers here, for other jobs too")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="further keywords of transformers' from_pretrained, e.g. quantization_config"
+    )
+
+    @model_validator(mode="after")
+    def _own_options(self) -> "TeacherSpec":
+        for name in self.options:
+            if name in TeacherSpec.model_fields or name in _LOADING:
+                raise ValueError(f"options.{name}: {_LOADING.get(name, f'is set by teacher.{name}')}; leave it out")
+        quantization = self.options.get("quantization_config", {})
+        if not isinstance(quantization, dict):
+            raise ValueError(
+                f"options.quantization_config: {shortened(quantization)} is no mapping; write it as transformers keeps "
+                "it, e.g. {quant_method: bitsandbytes, load_in_8bit: true}"
+            )
+        if self.gguf_file and quantization:
+            raise ValueError("options.quantization_config: the weights of a gguf_file are unpacked; leave it out")
+        return self
+
+
+class CheckpointInit(ModelSpec):
+    """Start from pretrained weights."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+
+
+class ConfigInit(Spec):
+    """Start from random weights, with a transformers configuration."""
+
+    kind: Literal["config"] = "config"
+    config: dict[str, Any] = Field(description="a transformers config, with its model_type")
+    processor: ModelLocation = Field(description="where the tokenizer and image processor come from")
+    vision_tower: ModelLocation | None = Field(
+        default=None, description="copy the vision tower's weights from this model; its config must match"
+    )
+    storage: StorageSpec = StorageSpec()
+
+
+class PartsInit(Spec):
+    """Start from a language model and a vision tower, with a new projector between them: a LLaVA before its warm-up."""
+
+    kind: Literal["parts"] = "parts"
+    language_model: ModelLocation = Field(description="a causal language model; the tokenizer is its own")
+    vision_tower: ModelLocation = Field(
+        description="a CLIP, SigLIP or DINOv2, or a model that has one; the image processor is its own"
+    )
+    projector: Literal["mlp2x_gelu", "ldpnetv2"] = Field(
+        default="mlp2x_gelu", description="LLaVA's two linear layers, or MobileVLM's LDPv2"
+    )
+    vision_feature_layer: int = Field(default=-2, description="hidden state of the tower that the projector takes")
+    storage: StorageSpec = StorageSpec()
+
+
+Part = Literal["language_model", "projector", "vision_tower"]
+
+
+class LoraSpec(Spec):
+    """Low-rank adapters (arXiv 2106.09685) in the language model, whose own weights do not change."""
+
+    r: int = Field(default=16, ge=1, description="rank")
+    alpha: Positive = Field(default=32.0, description="what an adapter adds is scaled by alpha / r")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="linear layers by their last name, e.g. q_proj; default: all"
+    )
+    merge: bool = Field(
+        default=True, description="add them to the weights on export; false: write them beside, for peft"
+    )
+
+
+class StudentSpec(Spec):
+    """The model that is trained. Parts that `train` does not name are frozen and not in the optimizer."""
+
+    init: Annotated[CheckpointInit | ConfigInit | PartsInit, Field(discriminator="kind")]
+    train: tuple[Part, ...] = Field(default=("language_model", "projector"), min_length=1)
+    lora: LoraSpec | None = Field(default=None, description="how the language model learns; default: all its weights")
+
+    @model_validator(mode="after")
+    def _adapts(self) -> "StudentSpec":
+        if self.lora and "language_model" not in self.train:
+            raise ValueError(f"lora is for the language model, which train {list(self.train)} leaves out: add it")
+        return self

@@ -1,0 +1,101 @@
+"""Specs beside a job: evaluation, sweep and packing."""
+
+import itertools
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from betakd_ray.spec.base import (
+    Location,
+    Spec,
+    StorageSpec,
+)
+from betakd_ray.spec.cluster import ClusterSpec
+from betakd_ray.spec.data import DataSpec
+from betakd_ray.spec.job import Name, OutputSpec
+from betakd_ray.spec.models import ModelSpec
+
+
+class QuestionsSpec(Spec):
+    """A packed question set, with the settings for answering and scoring it."""
+
+    data: DataSpec = Field(description="`train` names the shards to evaluate on, without weights")
+    benchmark: Literal["exact_match"] = "exact_match"
+    max_new_tokens: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    limit: int | None = Field(default=None, ge=1, description="first samples only")
+
+    @model_validator(mode="after")
+    def _asked_once(self) -> "QuestionsSpec":
+        if weighted := [entry for entry in self.data.train if entry.weight != 1]:
+            raise ValueError(
+                f"data.train: {weighted[0].path} has weight {weighted[0].weight:g}, and each question is asked once: "
+                "leave weight out"
+            )
+        return self
+
+
+class EvaluationSpec(QuestionsSpec):
+    """Evaluation of several models on one packed question set, with the same scoring."""
+
+    name: Name
+    models: dict[str, ModelSpec] = Field(min_length=1, description="label → model")
+    agreement_with: str | None = Field(default=None, description="label of the model that the others are compared with")
+    cluster: ClusterSpec = ClusterSpec()
+    output: OutputSpec = Field(default_factory=OutputSpec)
+
+    @model_validator(mode="after")
+    def _known_label(self) -> "EvaluationSpec":
+        if self.agreement_with is not None and self.agreement_with not in self.models:
+            raise ValueError(f"agreement_with {self.agreement_with!r} is none of the models {list(self.models)}")
+        return self
+
+
+class SweepSpec(Spec):
+    """A grid of jobs: one template, and the values for some of its fields."""
+
+    name: Name
+    template: Location = Field(description="YAML of the job that every cell starts from")
+    fixed: dict[str, Any] = Field(default_factory=dict, description="section.field → value, for every cell")
+    axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(
+        min_length=1, description="section.field → values, e.g. objective.weighting: [equal, task, instance]"
+    )
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = Field(
+        default=(0,), description="each cell is run once a seed; the table has mean ± standard deviation"
+    )
+    parallel: int = Field(default=1, ge=1, description="cells that run at a time, each with workers of its own")
+    evaluation: QuestionsSpec | None = Field(default=None, description="what each cell's model is asked")
+    output: OutputSpec = Field(default_factory=OutputSpec)
+
+    @model_validator(mode="after")
+    def _sets_each_field_once(self) -> "SweepSpec":
+        paths = [*self.fixed, *self.axes]
+        for path in paths:
+            if _overlap(path, "training.seed"):
+                raise ValueError(
+                    f"{path}: training.seed comes from `seeds`, over which the table has mean and deviation; name "
+                    "other fields"
+                )
+            if path.partition(".")[0] in ("name", "output"):
+                raise ValueError(f"{path}: a cell is named by its values, under the sweep's output; leave it out")
+        for one, other in itertools.combinations(paths, 2):
+            if _overlap(one, other):
+                raise ValueError(f"{one} and {other}: one would undo the other; name each field once")
+        return self
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Return whether the two field paths are equal or one of them contains the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+class PackSpec(Spec):
+    """Packing of a LLaVA-style JSON and its images into checked WebDataset shards."""
+
+    conversations: Location = Field(description="JSON list, or JSON lines, of {id, image?, conversations}")
+    images: Location | None = Field(default=None, description="folder that `image` is relative to")
+    output: Location = Field(description="folder for the shards")
+    prefix: str = "train"
+    samples_per_shard: int = Field(default=1000, ge=1)
+    shuffle_seed: int | None = Field(default=0, description="shuffle samples before packing; null keeps the order")
+    storage: StorageSpec = StorageSpec()

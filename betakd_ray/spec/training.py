@@ -1,0 +1,153 @@
+"""The sections `optimizer` and `training`: learning rates, batches, precision, checkpoints."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from betakd_ray.errors import shortened
+from betakd_ray.spec.base import Fraction, Positive, Spec
+
+
+class OptimizerSpec(Spec):
+    """AdamW with separate learning rates for the projector, for β, and for everything else."""
+
+    lr: Positive = 4e-5
+    projector_lr: Positive | None = Field(default=None, description="default: lr; the recipe's stage 1 has 1e-3")
+    beta_lr: Positive = Field(
+        default=1e-3, description="for β's parameters and ctkd's θ, in float32, without weight decay"
+    )
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: Fraction = 0.03
+    max_grad_norm: Positive = 1.0
+
+
+class WorkersSpec(Spec):
+    """Number of student processes, or {min, max} for as many as the cluster has room for.
+
+    With {min, max}, the job resumes automatically with another number.
+    """
+
+    min: int = Field(default=1, ge=1)
+    max: int = Field(ge=1)
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.min < self.max
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        return {"min": value, "max": value} if isinstance(value, int | str) else value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "WorkersSpec":
+        if self.max < self.min:
+            raise ValueError(f"max {self.max} is below min {self.min}")
+        return self
+
+
+DEFAULT_MICRO_BATCH = 8
+"""Default limit of a micro-batch, in samples."""
+
+
+class TrainingSpec(Spec):
+    """Settings of steps, batches, precision and checkpoints."""
+
+    epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, description="stop early; default: all epochs")
+    global_batch_size: int = Field(default=128, ge=1, description="samples a step, whatever the number of workers")
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="samples a worker holds at a time; default: 8, or no limit with micro_batch_tokens",
+    )
+    micro_batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens a worker holds at a time, padding and image tokens included: samples of like lengths are "
+        "put together until it is reached",
+    )
+    workers: WorkersSpec = WorkersSpec(max=1)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["bf16", "fp32"] = "bf16"
+    gradient_checkpointing: bool = False
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="merged last into the DeepSpeed config")
+    seed: int = 0
+    checkpoint_every: int = Field(default=500, ge=1, description="steps")
+    keep: int = Field(default=2, ge=1, description="checkpoints kept")
+    log_every: int = Field(default=10, ge=1, description="steps")
+    max_skipped_steps: int = Field(default=5, ge=1, description="non-finite steps in a row that stop the job")
+    max_failures: int = Field(
+        default=3,
+        ge=0,
+        description="restarts in a row with no new checkpoint in between: of the student workers, and of the job where "
+        "a process that watches over it died",
+    )
+    collective_timeout_s: Positive = Field(default=600.0, description="a rank silent for so long is taken for dead")
+
+    def steps(self, samples: int) -> int:
+        """Return the optimizer steps of a job that reads `samples` samples over all its epochs."""
+        steps = samples // self.global_batch_size
+        return min(steps, self.max_steps or steps)
+
+    @property
+    def micro_batch_samples(self) -> int | None:
+        """Return the limit of a micro-batch in samples; None if only tokens limit it."""
+        return self.micro_batch_size or (None if self.micro_batch_tokens else DEFAULT_MICRO_BATCH)
+
+    def share(self, workers: int) -> int:
+        """Return the largest number of samples of a step that one of `workers` workers gets."""
+        return -(-self.global_batch_size // workers)
+
+    def samples_at_a_time(self, workers: int, tokens: float) -> int:
+        """Return the largest number of samples in a micro-batch if each sample has `tokens` tokens."""
+        by_tokens = max(1, int(self.micro_batch_tokens / tokens)) if self.micro_batch_tokens else self.share(workers)
+        return min(by_tokens, self.micro_batch_samples or by_tokens, self.share(workers))
+
+    def accumulation(self, workers: int, tokens: float) -> int:
+        """Return the number of micro-batches per step and worker if each sample has `tokens` tokens."""
+        return -(-self.share(workers) // self.samples_at_a_time(workers, tokens))
+
+    @model_validator(mode="after")
+    def _owns(self) -> "TrainingSpec":
+        taken = {
+            "train_batch_size": "global_batch_size",
+            "train_micro_batch_size_per_gpu": "micro_batch_size and micro_batch_tokens",
+            "gradient_accumulation_steps": "micro_batch_size, micro_batch_tokens and workers",
+            "gradient_clipping": "optimizer.max_grad_norm",
+            "bf16": "precision",
+            "fp16": "precision",
+            "data_types": "this package (gradients are summed in float32)",
+            "communication_data_type": "this package (gradients are summed in float32)",
+            "optimizer": "the optimizer section",
+            "scheduler": "the optimizer section",
+        }
+        for key in self.deepspeed:
+            if key in taken:
+                raise ValueError(f"deepspeed.{key}: is set by {taken[key]}; leave it out")
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, dict):
+            raise ValueError(f"deepspeed.zero_optimization: is {shortened(zero)}, not a mapping")
+        if "stage" in zero:
+            raise ValueError("deepspeed.zero_optimization.stage: is set by zero_stage; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _has_work_for_all(self) -> "TrainingSpec":
+        if self.global_batch_size < self.workers.max:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is less than one sample for each of up to "
+                f"{self.workers.max} workers: raise it, or lower workers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_float32_copies(self) -> "TrainingSpec":
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError(
+                "zero_stage is 0 and precision is bf16: there DeepSpeed sums gradients in bfloat16. Set zero_stage to "
+                "1, which with one worker takes no more memory, or precision to fp32"
+            )
+        return self
