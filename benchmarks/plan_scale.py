@@ -33,9 +33,10 @@ from betakd_ray.data.render import Renderer
 from betakd_ray.data.shards import RawSample, Shard
 from betakd_ray.on_ray.monitor import Monitor
 from betakd_ray.on_ray.source import SplitOnce, rows
-from betakd_ray.run.audit import write_plan
+from betakd_ray.run.checkpoint import CheckpointStore, Manifest
+from betakd_ray.run.folder import LEDGER, QUARANTINE
+from betakd_ray.run.plan import write_plan
 from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
-from betakd_ray.train.checkpoint import LEDGER, QUARANTINE, CheckpointStore, Manifest
 
 LOCAL = StorageSpec()
 RANKS = 2

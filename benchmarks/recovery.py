@@ -19,9 +19,9 @@ from rich.table import Table
 
 from betakd_ray.job import BetaKDJob
 from betakd_ray.on_ray.cluster import connected
+from betakd_ray.run.checkpoint import CheckpointStore
+from betakd_ray.run.metrics import read_metrics
 from betakd_ray.spec import load_spec
-from betakd_ray.tracking import read_metrics
-from betakd_ray.train.checkpoint import CheckpointStore
 from jobs.easy_vqa.data import SETS, SHARDS, pack_once
 
 RUN = Path("runs/benchmarks")

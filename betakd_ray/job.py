@@ -40,7 +40,10 @@ from betakd_ray.on_ray.cluster import check_feasible, connected, gpus_each
 from betakd_ray.on_ray.monitor import Monitor, give_up, report
 from betakd_ray.on_ray.source import SplitOnce, rows
 from betakd_ray.progress import progress_line
-from betakd_ray.run.audit import RESULT, tail_of, write_plan, write_tail
+from betakd_ray.run.checkpoint import CheckpointStore, output_errors
+from betakd_ray.run.folder import MODEL, QUARANTINE, RESULT, SPEC
+from betakd_ray.run.metrics import to_jsonl
+from betakd_ray.run.plan import tail_of, write_plan, write_tail
 from betakd_ray.sigterm import on_sigterm
 from betakd_ray.spec import VISUAL_ENERGIES, JobSpec, ManualWeighting, TeacherSpec, load_spec
 from betakd_ray.storage import join, open_store, replace_file
@@ -48,9 +51,8 @@ from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.parts import Needs, TeacherFacts
 from betakd_ray.teacher.pool import Teachers, on_driver_node
 from betakd_ray.teacher.remote import unwrapped
-from betakd_ray.tracking import to_jsonl
-from betakd_ray.train.checkpoint import QUARANTINE, SPEC, CheckpointStore, output_errors
-from betakd_ray.train.worker import STOPPED, WorkerConfig, train_worker
+from betakd_ray.train.config import STOPPED, WorkerConfig
+from betakd_ray.train.worker import train_worker
 
 FREE_TO_CHANGE = {
     "training": (
@@ -396,7 +398,7 @@ class BetaKDJob:
         result = JobResult(
             name=self.spec.name,
             path=self.run,
-            model=join(self.run, "model"),
+            model=join(self.run, MODEL),
             metrics=outcome["metrics"],
             steps=outcome["steps"],
             planned=plan.samples,

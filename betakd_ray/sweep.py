@@ -24,12 +24,12 @@ from betakd_ray.evaluation.run import RESULT, Evaluation
 from betakd_ray.job import BetaKDJob, JobResult
 from betakd_ray.on_ray.cluster import connected
 from betakd_ray.progress import Update, progress_line
+from betakd_ray.run.metrics import from_jsonl, to_jsonl
 from betakd_ray.sigterm import on_sigterm
 from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, TeacherSpec, parse_spec, read_tree, set_field
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.parts import Needs
 from betakd_ray.teacher.pool import Teachers
-from betakd_ray.tracking import from_jsonl, to_jsonl
 
 ROWS, TABLE = "rows.jsonl", "table.md"
 LONGEST_NAME = 200

@@ -1,9 +1,6 @@
-"""Metrics of a run: written to the run's folder and sent to the spec's trackers, on a separate thread.
+"""Metrics of a run: written to the run's folder (`run.metrics` reads them) and sent to the spec's trackers.
 
-Object stores cannot append to a file. So metrics are written in parts, metrics/NUMBER-ATTEMPT.jsonl. Each part has the
-records since the part before it. When the job is done, the parts are joined into metrics.jsonl. Every attempt at a run
-begins with a line `{"resumed_after": step}`: records of earlier attempts after that step do not count, because these
-steps are done again. Read metrics only through `read_metrics`, which applies these rules.
+Both happen on a separate thread.
 """
 
 import hashlib
@@ -11,32 +8,23 @@ import json
 import logging
 import os
 import queue
-import re
 import threading
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, cast, runtime_checkable
-
-from fsspec.spec import AbstractFileSystem
+from typing import Protocol, runtime_checkable
 
 from betakd_ray.on_ray.gauges import NAMES, Gauges
-from betakd_ray.spec import JobSpec, StorageSpec
+from betakd_ray.run.folder import METRICS, METRICS_PARTS
+from betakd_ray.run.metrics import RESUMED, Record, fetch, fetch_parts, parse_metrics, parts_of, to_jsonl
+from betakd_ray.spec import JobSpec
 from betakd_ray.storage import join, open_store, replace_file
 
-METRICS, PARTS = "metrics.jsonl", "metrics"
-Record = dict[str, Any]
-RESUMED = "resumed_after"
 FLUSH_S, MOST_S = 10.0, 300.0
 """Limits in seconds of the time between two parts. Within them it is 1/50 of the time since the start.
 
 A run of three days has about a thousand parts.
 """
-_PART = re.compile(r"(\d{8})-([0-9a-f]+)\.jsonl")
-_READERS = 16
-_WHOLE = ""
-"""Attempt name of metrics.jsonl, which has the records of all attempts that count."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -183,7 +171,7 @@ class Metrics:
         Call it at every start, before the first `log`.
         """
         kept = json.loads(reference) if reference else {"step": 0, "records": 0}
-        records = [each for each in parse_metrics(_fetch(self._filesystem, self._root)) if each["step"] <= kept["step"]]
+        records = [each for each in parse_metrics(fetch(self._filesystem, self._root)) if each["step"] <= kept["step"]]
         if len(records) != kept["records"]:
             _LOG.warning(
                 "%s: %d records up to step %d were logged and %d are there", self._root, kept["records"], kept["step"],
@@ -250,21 +238,21 @@ class Metrics:
         if not self._lines:
             return
         if self._number is None:  # known at the first write, when the parts of all earlier attempts exist
-            self._number = 1 + max((number for number, *_ in _parts(self._filesystem, self._root)), default=0)
+            self._number = 1 + max((number for number, *_ in parts_of(self._filesystem, self._root)), default=0)
         self._store_part(self._number, self._attempt, to_jsonl(self._lines))
         self._lines = []
         self._number += 1
 
     def _store_part(self, number: int, attempt: str, lines: str) -> None:
-        self._filesystem.makedirs(join(self._root, PARTS), exist_ok=True)
-        self._replace(join(PARTS, f"{number:08d}-{attempt}.jsonl"), lines)
+        self._filesystem.makedirs(join(self._root, METRICS_PARTS), exist_ok=True)
+        self._replace(join(METRICS_PARTS, f"{number:08d}-{attempt}.jsonl"), lines)
 
     def _resume(self, step: int) -> None:
         whole = join(self._root, METRICS)
         has_whole = self._filesystem.exists(whole)
-        if has_whole and not _parts(self._filesystem, self._root):
+        if has_whole and not parts_of(self._filesystem, self._root):
             # An older version of this package wrote no parts: all records are in this one file.
-            [(_, logged)] = _fetch(self._filesystem, self._root)
+            [(_, logged)] = fetch(self._filesystem, self._root)
             self._store_part(0, "0", to_jsonl([{RESUMED: 0}]) + logged)
         self._lines.append({RESUMED: step})
         self._write_part()
@@ -274,75 +262,15 @@ class Metrics:
 
     def _join(self) -> None:
         self._write_part()
-        self._replace(METRICS, to_jsonl(parse_metrics(_fetch_parts(self._filesystem, self._root))))
+        self._replace(METRICS, to_jsonl(parse_metrics(fetch_parts(self._filesystem, self._root))))
 
     def _replace(self, name: str, content: str) -> None:
         replace_file(self._filesystem, join(self._root, name), content.encode())
 
 
-def read_metrics(run: str, storage: StorageSpec | None = None) -> list[Record]:
-    """Return the records of a run that count, in order; [] if there are none. The run may still be going on.
-
-    Raises OSError if the store fails, and ValueError or LookupError if a file is damaged.
-    """
-    return parse_metrics(fetch_metrics(run, storage))
-
-
-def fetch_metrics(run: str, storage: StorageSpec | None = None) -> list[tuple[str, str]]:
-    """Return a run's stored metrics as (attempt, lines), for `parse_metrics`: the first half of `read_metrics`."""
-    return _fetch(*open_store(run, storage))
-
-
-def parse_metrics(stored: Iterable[tuple[str, str]]) -> list[Record]:
-    """Return the records of stored (attempt, lines) whose steps no later attempt did again."""
-    counted: list[Record] = []
-    current = _WHOLE
-    for attempt, text in stored:
-        records = from_jsonl(text)
-        if records and RESUMED in records[0]:
-            current, after = attempt, records.pop(0)[RESUMED]
-            counted = [record for record in counted if record["step"] <= after]
-        if attempt == current:  # a part of another attempt comes from a process that was given up and still writes
-            counted += records
-    return counted
-
-
-def _fetch(filesystem: AbstractFileSystem, root: str) -> list[tuple[str, str]]:
-    try:
-        return [(_WHOLE, cast(bytes, filesystem.cat_file(join(root, METRICS))).decode())]
-    except FileNotFoundError:
-        return _fetch_parts(filesystem, root)
-
-
-def _fetch_parts(filesystem: AbstractFileSystem, root: str) -> list[tuple[str, str]]:
-    def content(part: tuple[int, str, str]) -> tuple[str, str]:
-        _, attempt, path = part
-        return attempt, cast(bytes, filesystem.cat_file(path)).decode()
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(content, _parts(filesystem, root)))
-
-
-def _parts(filesystem: AbstractFileSystem, root: str) -> list[tuple[int, str, str]]:
-    """Return (number, attempt, path) of each part, in order."""
-    paths = filesystem.find(join(root, PARTS))
-    named = [(_PART.fullmatch(path.rpartition("/")[2]), path) for path in paths]
-    return sorted((int(match[1]), match[2], path) for match, path in named if match)
-
-
 def _run_id(run: str) -> str:
     """Return an id that is the same for every start of a run, and differs between runs of one name."""
     return hashlib.sha256(run.encode()).hexdigest()[:16]
-
-
-def to_jsonl(records: Iterable[Record]) -> str:
-    """Return records as JSON lines."""
-    return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def from_jsonl(text: str) -> list[Record]:
-    """Return the records of JSON lines: the inverse of `to_jsonl`."""
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def _numbers(record: Record) -> dict[str, float]:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from betakd_ray.batch.images import ImageProcessing
 from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs, most_salient
+from betakd_ray.engine.config import deepspeed_config
 from betakd_ray.models.load import model_skeleton
 from betakd_ray.models.quantization import quantization
 from betakd_ray.models.split import device_bytes
@@ -34,7 +35,6 @@ from betakd_ray.spec import JobSpec, TeacherSpec
 from betakd_ray.teacher.parts import PARTS, Needs, TeacherFacts, places
 from betakd_ray.teacher.scorer import answer
 from betakd_ray.train.distiller import Distiller, Selection, TeacherView
-from betakd_ray.train.optim import deepspeed_config
 
 CPU = torch.device("cpu")
 ADAM_BYTES = 8

@@ -16,8 +16,8 @@ from betakd_ray.data.plan import Plan, ids_of
 from betakd_ray.errors import OutputUnreachable, UserError
 from betakd_ray.on_ray.monitor import give_up
 from betakd_ray.on_ray.stream import stream
+from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.spec import JobSpec
-from betakd_ray.train.checkpoint import CheckpointStore
 
 if TYPE_CHECKING:
     from ray.data import DataIterator, Dataset

@@ -6,14 +6,12 @@ open samples are the tail.
 """
 
 import json
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from os.path import commonprefix
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,15 +19,14 @@ from numpy.typing import NDArray
 from betakd_ray.data.files import store_errors
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan, Quarantined, ids_of
-from betakd_ray.data.shards import Shard
-from betakd_ray.errors import OutputError
+from betakd_ray.run.checkpoint import CheckpointStore
+from betakd_ray.run.files import as_written, read_text, stored_spec
+from betakd_ray.run.folder import CHECKPOINTS, METRICS, PLAN, PROGRESS, QUARANTINE, RESULT, TAIL
+from betakd_ray.run.metrics import fetch_metrics, parse_metrics
+from betakd_ray.run.plan import place_of, settled_samples, stored_plan, tail_of
 from betakd_ray.spec import JobSpec, StorageSpec
-from betakd_ray.storage import join, open_store, replace_file
-from betakd_ray.tracking import METRICS, fetch_metrics, parse_metrics, to_jsonl
-from betakd_ray.train.checkpoint import FOLDER, PROGRESS, QUARANTINE, SPEC, CheckpointStore
+from betakd_ray.storage import join
 
-PLAN, TAIL = "plan.json", "tail.jsonl"
-RESULT = "result.json"
 COLUMNS: tuple[str, ...] = ("planned", "consumed", "quarantined", "open")
 REPORTED = ("steps", "planned", "consumed", "quarantined", "tail")
 """Fields of result.json that the audit checks."""
@@ -37,95 +34,6 @@ NAMED = 3
 """Largest number of samples that the text of a problem names."""
 
 T = TypeVar("T")
-
-
-# ------------------------------------------------------------------------------------------ what a job notes
-
-
-def write_plan(run: str, storage: StorageSpec, plan: Plan) -> None:
-    """Write plan.json at the first start of a run. Raises OutputError if a later start has another plan."""
-    url = join(run, PLAN)
-    content = _read(url, storage)
-    if content is None:
-        _write(url, storage, _plan_to_json(plan))
-    elif (before := _parsed_plan(url, content)) != plan:
-        raise OutputError(
-            f"{url}: the data changed under the run: {_first_difference(before, plan)}. What is done can no longer be "
-            "told from what is not: put the shards back as they were, or start anew under another `name`."
-        )
-
-
-def tail_of(
-    plan: Plan, ledger: Ledger, quarantined: Sequence[Quarantined], global_batch_size: int
-) -> list[dict[str, Any]]:
-    """Return the open samples of a finished job; [] if they are a global batch or more.
-
-    A sample is {"epoch", "shard": URL, "index": number in the shard}, with "pass" from the second pass over a shard on.
-    If `training.max_steps` ended the job, most of the plan may be open. It is then not listed.
-    """
-    settled = _settled(plan, ledger, quarantined)
-    if plan.samples - settled.count >= global_batch_size:
-        return []
-    left = np.argwhere(settled.counts(plan.epochs) < plan.sizes).tolist()
-    return [
-        _place(plan, epoch, number, member)
-        for epoch, number in left
-        for member in plan.members(epoch, number)[~settled.done(epoch, number)].tolist()
-    ]
-
-
-def _place(plan: Plan, epoch: int, number: int, member: int) -> dict[str, Any]:
-    """Return where a sample is, for a human reader. "pass" is given from an epoch's second pass over the shard on."""
-    place = {"epoch": epoch, "shard": plan.shards[number].url, "index": member}
-    return place | ({"pass": int(plan.repeats[number])} if plan.repeats[number] > 1 else {})
-
-
-def write_tail(run: str, storage: StorageSpec, samples: Iterable[dict[str, Any]]) -> None:
-    """Write the open samples of a finished job to tail.jsonl, one per line."""
-    _write(join(run, TAIL), storage, to_jsonl(samples))
-
-
-def _settled(plan: Plan, ledger: Ledger, quarantined: Sequence[Quarantined]) -> Ledger:
-    settled = plan.empty_ledger()
-    settled.merge(ledger)
-    settled.include(ids_of(quarantined))
-    return settled
-
-
-def _first_difference(before: Plan, now: Plan) -> str:
-    for number, (was, is_now) in enumerate(zip(before.shards, now.shards, strict=False)):
-        if was != is_now:
-            return f"shard {number} was {_described(was)} and is {_described(is_now)}"
-    if len(before.shards) != len(now.shards):
-        number = min(len(before.shards), len(now.shards))
-        change = "is gone" if number == len(now.shards) else "is new"
-        shard = max(before.shards, now.shards, key=len)[number]
-        return f"shard {number}, {shard.url}, {change} ({len(before.shards)} shards before, {len(now.shards)} now)"
-    if (differing := np.flatnonzero(before.sizes != now.sizes)).size:
-        number = differing[0]
-        return (
-            f"of shard {number}, {now.shards[number].url}, an epoch took {before.sizes[number]} samples and takes "
-            f"{now.sizes[number]}: its weight in data.train changed"
-        )
-    changed = [name for name in ("epochs", "seed", "shuffle") if getattr(before, name) != getattr(now, name)]
-    return ", ".join(f"{name} was {getattr(before, name)} and is {getattr(now, name)}" for name in changed)
-
-
-def _plan_to_json(plan: Plan) -> str:
-    """Return the plan as JSON: {"shards": one per pass, "epochs", "seed", "shuffle", "parts": list of [pass, samples]}.
-
-    "parts" has the passes that read only a part of their shard.
-    """
-    names = [each.name for each in fields(Shard)]
-    shards = [{name: getattr(shard, name) for name in names} for shard in plan.shards]
-    return json.dumps({**{each.name: getattr(plan, each.name) for each in fields(Plan)}, "shards": shards})
-
-
-def _described(shard: Shard) -> str:
-    return f"{shard.url} ({shard.samples} samples, {shard.bytes} bytes, crc32 {shard.checksum})"
-
-
-# -------------------------------------------------------------------------------------------------- the audit
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +83,7 @@ def audit(run: str, storage: StorageSpec) -> Audit:
 
     Raises OutputError if the folder is not a run's, or if a file in it is damaged. Raises DataError if the store fails.
     """
-    spec, plan = _spec(run, storage), _plan(run, storage)
+    spec, plan = stored_spec(run, storage), stored_plan(run, storage)
     outcome = _outcome(run, storage)  # read before the checkpoint: a job that has an outcome commits no newer one
     last = _committed(run, storage, plan)
     problems = list(_disordered(_logged(run, storage)))
@@ -201,7 +109,7 @@ def _names(plan: Plan) -> tuple[str, ...]:
 
 def _counts(plan: Plan, ledger: Ledger, quarantined: list[Quarantined]) -> dict[str, NDArray[np.int64]]:
     consumed = ledger.counts(plan.epochs)
-    settled = _settled(plan, ledger, quarantined).counts(plan.epochs)
+    settled = settled_samples(plan, ledger, quarantined).counts(plan.epochs)
     planned = np.broadcast_to(plan.sizes, settled.shape)
     return dict(zip(COLUMNS, (planned, consumed, settled - consumed, planned - settled), strict=True))
 
@@ -303,7 +211,7 @@ def _named(bad: Quarantined, plan: Plan) -> str:
     if not _is_planned(bad, plan):
         is_known = 0 <= bad.shard < len(plan.shards)
         return _name(bad.epoch, plan.shards[bad.shard].url if is_known else f"shard {bad.shard}", bad.index)
-    return _name(**_place(plan, bad.epoch, bad.shard, plan.member(bad.epoch, bad.shard, bad.index)))
+    return _name(**place_of(plan, bad.epoch, bad.shard, plan.member(bad.epoch, bad.shard, bad.index)))
 
 
 def _name(epoch: int, shard: str, index: int, **again: int) -> str:
@@ -339,31 +247,12 @@ class _Outcome:
     tail: list[str]
 
 
-def _spec(run: str, storage: StorageSpec) -> JobSpec:
-    url = join(run, SPEC)
-    with _as_written(url):
-        return JobSpec.model_validate_json(_required(url, storage))
-
-
-def _plan(run: str, storage: StorageSpec) -> Plan:
-    url = join(run, PLAN)
-    return _parsed_plan(url, _required(url, storage))
-
-
-def _parsed_plan(url: str, text: str) -> Plan:
-    with _as_written(url):
-        tree = json.loads(text)
-        tree = {"parts": (), **tree}  # a run that began before data.train had weights has no parts
-        parts = tuple((int(number), int(samples)) for number, samples in tree["parts"])
-        return Plan(**{**tree, "shards": tuple(Shard(**shard) for shard in tree["shards"]), "parts": parts})
-
-
 def _committed(run: str, storage: StorageSpec, plan: Plan) -> _Committed:
-    with _as_written(join(run, FOLDER)):
+    with as_written(join(run, CHECKPOINTS)):
         store = CheckpointStore(run, storage)
         last = store.latest()
         if last is None:
-            return _Committed(f"{FOLDER} (none is committed)", 0, plan.empty_ledger(), [], 0)
+            return _Committed(f"{CHECKPOINTS} (none is committed)", 0, plan.empty_ledger(), [], 0)
         dropped = json.loads(store.read_text(last, PROGRESS))["dropped"]
         return _Committed(last.name, last.step, store.ledger(last), store.quarantined(last), dropped)
 
@@ -371,10 +260,10 @@ def _committed(run: str, storage: StorageSpec, plan: Plan) -> _Committed:
 def _outcome(run: str, storage: StorageSpec) -> _Outcome | None:
     """Return the result files of a job; None until it is finished."""
     url = join(run, RESULT)
-    text = _read(url, storage)
+    text = read_text(url, storage)
     if text is None:
         return None
-    with _as_written(url):
+    with as_written(url):
         tree = json.loads(text)
         result = {name: int(tree[name]) for name in REPORTED}
     quarantined = _records(join(run, QUARANTINE), storage, Quarantined)
@@ -386,46 +275,11 @@ def _logged(run: str, storage: StorageSpec) -> list[int]:
     url = join(run, METRICS)
     with store_errors(url, storage):
         stored = fetch_metrics(run, storage)
-    with _as_written(url):
+    with as_written(url):
         return [record["step"] for record in parse_metrics(stored)]
 
 
 def _records(url: str, storage: StorageSpec, of: Callable[..., T]) -> list[T]:
     """Return `of(**fields)` for each line of a JSON Lines file; [] if there is no such file."""
-    with _as_written(url):
-        return [of(**json.loads(line)) for line in (_read(url, storage) or "").splitlines()]
-
-
-@contextmanager
-def _as_written(url: str) -> Iterator[None]:
-    """Turn errors of the block into OutputError: the file is not as a job writes it."""
-    try:
-        yield
-    except (OSError, LookupError, TypeError, ValueError, zlib.error) as error:
-        raise OutputError(
-            f"{url}: not as a job of this version writes it ({type(error).__name__}: {error}). Look again in a moment "
-            "if the job is running; else restore it."
-        ) from error
-
-
-def _required(url: str, storage: StorageSpec) -> str:
-    text = _read(url, storage)
-    if text is None:
-        raise OutputError(f"{url}: no such file. Is this the folder of a run, output.path/name of its spec?")
-    return text
-
-
-def _read(url: str, storage: StorageSpec) -> str | None:
-    """Return the text of a file; None if there is no such file. Raises DataError if the store fails."""
-    with store_errors(url, storage):
-        filesystem, path = open_store(url, storage)
-        try:
-            return cast(bytes, filesystem.cat_file(path)).decode()
-        except FileNotFoundError:
-            return None
-
-
-def _write(url: str, storage: StorageSpec, text: str) -> None:
-    with store_errors(url, storage):
-        filesystem, path = open_store(url, storage)
-        replace_file(filesystem, path, text.encode())
+    with as_written(url):
+        return [of(**json.loads(line)) for line in (read_text(url, storage) or "").splitlines()]

@@ -11,14 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from betakd_ray.engine.weights import whole_state
 from betakd_ray.models.student import student_processor
 from betakd_ray.models.vlm import takes_images
+from betakd_ray.run.checkpoint import output_errors
+from betakd_ray.run.folder import MODEL
 from betakd_ray.spec import JobSpec, StorageSpec, StudentSpec
 from betakd_ray.storage import join, open_store
-from betakd_ray.train.checkpoint import output_errors
 from betakd_ray.train.distiller import Distiller
 
-FOLDER = "model"
 PREFIX = "student."
 
 
@@ -37,7 +38,7 @@ def export(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any], group:
             (Path(folder) / "README.md").write_text(
                 model_card(spec, metrics, sees_images=takes_images(distiller.student)), encoding="utf-8"
             )
-            _upload(Path(folder), join(run, FOLDER), spec.output.storage)
+            _upload(Path(folder), join(run, MODEL), spec.output.storage)
     dist.barrier(group=group)
 
 
@@ -63,10 +64,7 @@ def _upload(folder: Path, url: str, storage: StorageSpec) -> None:
 
 def _student_state(engine: Any, spec: JobSpec) -> dict[str, Tensor] | None:
     """Return the student's own tensors. With ZeRO-3 they are gathered from all ranks, and only rank 0 gets them."""
-    if spec.training.zero_stage == 3:
-        state = engine._zero3_consolidated_16bit_state_dict()
-    else:
-        state = cast(Distiller, engine.module).state_dict()
+    state = whole_state(engine, spec.training.zero_stage)
     if state is None:
         return None
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}

@@ -1,6 +1,5 @@
 """One rank's student: models, optimizers and β. It makes one optimizer step of a step's micro-batches, without Ray."""
 
-import os
 import random
 from collections.abc import Iterable
 from datetime import timedelta
@@ -12,22 +11,24 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed import distributed_c10d
 
 from betakd_ray.batch.inputs import TensorInputs
 from betakd_ray.curriculum import Curriculum, reversal
+from betakd_ray.engine.checkpoint import load_engine
+from betakd_ray.engine.collectives import bound_collectives, unname_shared_memory
+from betakd_ray.engine.config import deepspeed_config
 from betakd_ray.engine.unpickling import pickle_stages_by_value, tensors_only
 from betakd_ray.models.device import find_device
 from betakd_ray.models.flops import StudentFlops, device_peak
 from betakd_ray.models.student import build_student, student_processor
 from betakd_ray.models.vlm import with_attention_weights
+from betakd_ray.run.folder import BETA, ENGINE
 from betakd_ray.spec import JobSpec
 from betakd_ray.teacher.parts import TeacherFacts, to_tensor
-from betakd_ray.train import checkpoint
 from betakd_ray.train.agreement import StepCounts
 from betakd_ray.train.clock import StepClock
 from betakd_ray.train.distiller import Distilled, Distiller
-from betakd_ray.train.optim import beta_optimizer, deepspeed_config, schedule, student_optimizer
+from betakd_ray.train.optim import beta_optimizer, schedule, student_optimizer
 from betakd_ray.train.prefetch import DeviceBatch, Loader
 from betakd_ray.train.sums import Tally, Totals
 from betakd_ray.weighting import BetaWeighting, present_channels
@@ -63,14 +64,14 @@ class Learner:
         _seed(spec.training.seed)
         self.distiller = self._distiller(facts, teacher_head)
         self.engine = self._engine(total_steps)
-        _bound_collectives(timedelta(seconds=spec.training.collective_timeout_s))
+        bound_collectives(timedelta(seconds=spec.training.collective_timeout_s))
         # Collectives on host data use gloo, so that they do not wait for the device. Their timeout is long, because a
         # checkpoint takes as long as its slowest rank. The feed has a group of its own: in a group of two threads, the
         # ranks could match collectives in different orders.
         self.host_group, self.feed_group = (
             cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=FOREVER)) for _ in range(2)
         )
-        self._unname_shared_memory()
+        unname_shared_memory(self.rank, self.host_group)
         self.weighting = BetaWeighting(
             spec.objective.weighting,
             spec.objective.channels,
@@ -180,7 +181,7 @@ class Learner:
     def save(self, folder: Path) -> None:
         """Write this rank's files of a checkpoint to a local folder. Collective."""
         pickle_stages_by_value()
-        self.engine.save_checkpoint(str(folder), tag=checkpoint.ENGINE, exclude_frozen_parameters=True)
+        self.engine.save_checkpoint(str(folder), tag=ENGINE, exclude_frozen_parameters=True)
         if self.rank == 0:
             torch.save(
                 {
@@ -188,14 +189,14 @@ class Learner:
                     "curriculum": self.curriculum.state_dict(),
                     "beta_optimizer": self.beta_optimizer.state_dict() if self.beta_optimizer else None,
                 },
-                folder / "beta.pt",
+                folder / BETA,
             )
 
     def load(self, folder: Path) -> None:
         """Load a checkpoint from a folder, also one that another number of ranks wrote. Collective."""
-        checkpoint.load_engine(self.engine, folder)
+        load_engine(self.engine, folder)
         with tensors_only(folder.name):
-            state = torch.load(folder / "beta.pt", weights_only=True, map_location=self.device)
+            state = torch.load(folder / BETA, weights_only=True, map_location=self.device)
         self.weighting.load_state_dict(state["weighting"])
         self.curriculum.load_state_dict(state["curriculum"])
         if self.beta_optimizer:
@@ -231,26 +232,6 @@ class Learner:
             dist_init_required=False,
         )
         return engine
-
-    def _unname_shared_memory(self) -> None:
-        """Unlink the shared memory of DeepSpeed's CPU collectives, 66 MB per rank. Collective.
-
-        DeepSpeed does not remove it. After the barrier every rank has it open, so its name is no longer needed, and the
-        system frees the memory when the processes end.
-        """
-        dist.barrier(group=self.host_group)  # pyright: ignore[reportArgumentType]
-        place = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
-        name = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *place, str(self.rank)])
-        Path("/dev/shm", name).unlink(missing_ok=True)
-
-
-def _bound_collectives(timeout: timedelta) -> None:
-    """Set the timeout of all process groups that exist so far, including DeepSpeed's.
-
-    DeepSpeed makes its groups with torch's default of half an hour, and has no option to change it.
-    """
-    for group in distributed_c10d._world.pg_map:
-        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _seed(seed: int) -> None:

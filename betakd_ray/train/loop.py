@@ -24,20 +24,23 @@ from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.plan import Quarantined, ids_of, require_few
 from betakd_ray.data.rows import samples_of
 from betakd_ray.on_ray.watch import Start, Watch
+from betakd_ray.run.checkpoint import CheckpointStore, Manifest
+from betakd_ray.run.folder import LEDGER, LOGGED, METRICS, PROGRESS, QUARANTINE, SKIPPED, SPEC
+from betakd_ray.run.metrics import from_jsonl, to_jsonl
 from betakd_ray.teacher.cache import CacheWriter
 from betakd_ray.teacher.client import TeacherClient
 from betakd_ray.teacher.remote import RemotePool
 from betakd_ray.teacher.signals import SignalSource
-from betakd_ray.tracking import METRICS, Metrics, from_jsonl, to_jsonl
+from betakd_ray.tracking import Metrics
 from betakd_ray.train import checkpoint
 from betakd_ray.train.agreement import TokenCounts, gather_over
 from betakd_ray.train.clock import PHASES, STALLS, StepClock
+from betakd_ray.train.config import STOPPED, WorkerConfig
 from betakd_ray.train.export import export
 from betakd_ray.train.feed import Activities, Collator, Feed, Refused, Step
 from betakd_ray.train.learner import Learner
 from betakd_ray.train.prefetch import Prefetch
 from betakd_ray.train.sums import Totals
-from betakd_ray.train.worker import STOPPED, WorkerConfig
 
 COUNTS = ("samples", "dropped", "skipped", "skipped_in_a_row")
 """Counters of a worker that a checkpoint keeps in progress.json."""
@@ -68,7 +71,7 @@ class Worker:
         head = self.client.head() if self.client else None
         self.learner = Learner(self.spec, config.facts, self.total_steps, head)
         self.cache = CacheWriter(config.cache, keep=config.plan.epochs > 1) if config.cache else None
-        self.store = checkpoint.CheckpointStore(config.run, self.spec.output.storage)
+        self.store = CheckpointStore(config.run, self.spec.output.storage)
         self.metrics = Metrics(self.spec, config.run) if self.rank == 0 else None
         self.ledger = config.plan.empty_ledger() if self.rank == 0 else None
         """Samples of all ranks that took part in a step, up to the last checkpoint; only rank 0 has it."""
@@ -223,7 +226,7 @@ class Worker:
         everyone = checkpoint.gather(mine, self.learner.host_group)
         if self.metrics:
             self.skips.append({"step": self.step, "samples": [sample for part in everyone for sample in part]})
-            self.metrics.write(checkpoint.SKIPPED, to_jsonl(self.skips))
+            self.metrics.write(SKIPPED, to_jsonl(self.skips))
 
     def log(self, totals: Totals, step: Step) -> None:
         """Log this step's numbers (paper Figures 4–6, Table 6), and the timing since the last record. Collective."""
@@ -316,12 +319,12 @@ class Worker:
         # A sample that an earlier attempt put into quarantine may have been trained on since. It must not be in both.
         done = self.ledger.holds(ids_of(quarantined))
         quarantined = [asdict(bad) for bad, is_done in zip(quarantined, done, strict=True) if not is_done]
-        (folder / checkpoint.PROGRESS).write_text(json.dumps(progress))
-        (folder / checkpoint.LEDGER).write_text(self.ledger.to_json())
-        (folder / checkpoint.QUARANTINE).write_text(to_jsonl(quarantined))
-        (folder / checkpoint.SKIPPED).write_text(to_jsonl(self.skips))
-        (folder / checkpoint.METRICS).write_text(self.metrics.reference())
-        (folder / checkpoint.SPEC).write_text(self.spec.model_dump_json(indent=2))
+        (folder / PROGRESS).write_text(json.dumps(progress))
+        (folder / LEDGER).write_text(self.ledger.to_json())
+        (folder / QUARANTINE).write_text(to_jsonl(quarantined))
+        (folder / SKIPPED).write_text(to_jsonl(self.skips))
+        (folder / LOGGED).write_text(self.metrics.reference())
+        (folder / SPEC).write_text(self.spec.model_dump_json(indent=2))
         self.metrics.flush()
 
     def resume(self) -> None:
@@ -335,24 +338,24 @@ class Worker:
                 self.metrics.restore(None)
             return
         manifest = self.store.named(self.start.checkpoint)
-        with self.store.on_disk(manifest, self.start.attempt, self.learner.host_group) as folder:
+        with checkpoint.on_disk(self.store, manifest, self.start.attempt, self.learner.host_group) as folder:
             self.learner.load(folder)
-        progress = json.loads(self.store.read_text(manifest, checkpoint.PROGRESS))
+        progress = json.loads(self.store.read_text(manifest, PROGRESS))
         if self.metrics:
             self.ledger = self.store.ledger(manifest)
             self.metrics.restore(self.metrics_reference(manifest))
-            self.skips = from_jsonl(self.store.read_text(manifest, checkpoint.SKIPPED))
+            self.skips = from_jsonl(self.store.read_text(manifest, SKIPPED))
         self.step = self.saved_step = manifest.step
         for name in COUNTS:
             setattr(self, name, progress[name])
 
-    def metrics_reference(self, manifest: checkpoint.Manifest) -> str:
+    def metrics_reference(self, manifest: Manifest) -> str:
         """Return how many metrics had been logged at a checkpoint, as text of `tracking.Metrics.reference`.
 
         Checkpoints of older versions hold all the metrics themselves.
         """
-        if checkpoint.METRICS in manifest.files:
-            return self.store.read_text(manifest, checkpoint.METRICS)
+        if LOGGED in manifest.files:
+            return self.store.read_text(manifest, LOGGED)
         records = self.store.read_text(manifest, METRICS).count("\n")
         return json.dumps({"step": manifest.step, "records": records})
 

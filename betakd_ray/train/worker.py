@@ -1,6 +1,5 @@
-"""The function that Ray Train runs on every rank, and its configuration."""
+"""The function that Ray Train runs on every rank."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -8,34 +7,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from betakd_ray import errors
-from betakd_ray.data.plan import Plan
 from betakd_ray.on_ray.monitor import give_up
-from betakd_ray.spec import JobSpec
-from betakd_ray.teacher.cache import SignalCache
-from betakd_ray.teacher.parts import Needs, TeacherFacts
-
-STOPPED = "stopped_at"
-"""Key of the step number in the outcome of a job that was asked to stop."""
-
-
-@dataclass(frozen=True)
-class WorkerConfig:
-    """Configuration that the job sends to every worker."""
-
-    spec: JobSpec
-    run: str
-    plan: Plan
-    monitor: ActorHandle
-    image_token_id: int
-    """Id of the student's image token."""
-    teacher_image_token_id: int
-    pad_token_id: int
-    total_steps: int
-    pool: ActorHandle | None = None
-    facts: TeacherFacts | None = None
-    """Facts about the teacher; None without a teacher."""
-    needs: Needs = field(default_factory=Needs)
-    cache: SignalCache | None = None
+from betakd_ray.train.config import WorkerConfig
 
 
 def train_worker(config: dict[str, WorkerConfig]) -> dict[str, Any]:

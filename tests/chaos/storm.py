@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
+from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.spec import JobSpec
 from betakd_ray.storage import join
-from betakd_ray.train.checkpoint import CheckpointStore
 from tests.nodes import Nodes
 from tests.s3_proxy import FaultyS3
 

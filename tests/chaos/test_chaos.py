@@ -8,9 +8,9 @@ import pytest
 
 from betakd_ray.data.pack import pack
 from betakd_ray.run.audit import audit
+from betakd_ray.run.metrics import read_metrics
 from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
 from betakd_ray.storage import join
-from betakd_ray.tracking import read_metrics
 from tests.chaos.storm import Storm
 from tests.nodes import Nodes, nodes
 from tests.s3 import SeaweedServer, served

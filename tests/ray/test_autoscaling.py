@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from betakd_ray.data.pack import pack
-from betakd_ray.tracking import read_metrics
+from betakd_ray.run.metrics import read_metrics
 from tests.autoscaler import autoscaled
 from tests.nodes import LABEL
 from tests.tiny import numbered_samples, save_tiny

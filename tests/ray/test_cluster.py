@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from betakd_ray.cli import app
 from betakd_ray.data.pack import pack
-from betakd_ray.run.audit import RESULT, audit
+from betakd_ray.run.audit import audit
+from betakd_ray.run.folder import RESULT
 from betakd_ray.spec import StorageSpec
 from tests.nodes import LABEL, Nodes, free_port, nodes
 from tests.tiny import numbered_samples, save_tiny

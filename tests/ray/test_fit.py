@@ -17,6 +17,8 @@ import yaml
 from betakd_ray.data.pack import pack
 from betakd_ray.errors import ClusterError, OutputError, TooManyBadSamples
 from betakd_ray.job import BetaKDJob, JobResult
+from betakd_ray.run.checkpoint import CheckpointStore
+from betakd_ray.run.metrics import read_metrics
 from betakd_ray.spec import (
     DataSpec,
     JobSpec,
@@ -29,8 +31,6 @@ from betakd_ray.spec import (
 from betakd_ray.storage import open_store
 from betakd_ray.sweep import Sweep
 from betakd_ray.teacher.pool import start_pool
-from betakd_ray.tracking import read_metrics
-from betakd_ray.train.checkpoint import CheckpointStore
 from tests.nodes import title
 from tests.s3 import SeaweedServer
 from tests.tiny import numbered_samples, save_tiny

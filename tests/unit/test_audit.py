@@ -14,10 +14,12 @@ from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan, Quarantined, ids_of
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import OutputError
-from betakd_ray.run.audit import PLAN, TAIL, audit, tail_of, write_plan, write_tail
+from betakd_ray.run.audit import audit
+from betakd_ray.run.checkpoint import CheckpointStore, Manifest
+from betakd_ray.run.folder import LEDGER, PLAN, QUARANTINE, TAIL
+from betakd_ray.run.metrics import to_jsonl
+from betakd_ray.run.plan import tail_of, write_plan, write_tail
 from betakd_ray.spec import StorageSpec, parse_spec
-from betakd_ray.tracking import to_jsonl
-from betakd_ray.train.checkpoint import LEDGER, QUARANTINE, CheckpointStore, Manifest
 
 LOCAL = StorageSpec()
 SHARDS = (Shard("/data/a.tar", 5, 10240, "0000000a"), Shard("/data/b.tar", 3, 10240, "0000000b"))

@@ -20,10 +20,12 @@ from fsspec.implementations.local import LocalFileSystem
 from betakd_ray import storage
 from betakd_ray.data.ledger import Ledger, SampleIds
 from betakd_ray.errors import OutputError
+from betakd_ray.run.checkpoint import CheckpointStore, Manifest
+from betakd_ray.run.folder import CHECKPOINTS, MANIFEST, UNIVERSAL
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import ANSWERS
 from betakd_ray.train import checkpoint
-from betakd_ray.train.checkpoint import FOLDER, MANIFEST, UNIVERSAL, CheckpointStore, Manifest, merge_ledgers, save
+from betakd_ray.train.checkpoint import merge_ledgers, save
 from tests.ranks import on_ranks
 from tests.s3 import served
 from tests.s3_proxy import FAULTS, NO_BUCKET, SHORT, FaultyS3, client_without_pauses
@@ -122,7 +124,7 @@ def folders(store):
 
 def is_whole(store, manifest):
     """Return whether the restored files are those saved; the ledger, which only rank 0 reads, is from the store."""
-    with store.on_disk(manifest, "test") as folder:
+    with checkpoint.on_disk(store, manifest, "test") as folder:
         back = {file: (folder / file).read_bytes() for file in CONTENT if file != "ledger.json"}
     return back | {"ledger.json": store.read_text(manifest, "ledger.json").encode()} == CONTENT
 
@@ -472,7 +474,7 @@ def test_a_store_that_is_away_is_named_with_a_remedy(remote, proxy, call):
         "ledger": lambda: remote.ledger(manifest),
         "on_disk": lambda: is_whole(remote, manifest),
     }
-    with pytest.raises(OutputError, match=rf"^s3://betakd/.*/{FOLDER}.*ConnectionError.*output\.storage"):
+    with pytest.raises(OutputError, match=rf"^s3://betakd/.*/{CHECKPOINTS}.*ConnectionError.*output\.storage"):
         calls[call]()
 
 
@@ -528,7 +530,7 @@ def resume(run):
     store, copied = two_nodes(run)
     save(store, 1, "a", 2, write_rank)
     copied.clear()
-    with store.on_disk(store.named("step-00000001-a"), "b") as folder:
+    with checkpoint.on_disk(store, store.named("step-00000001-a"), "b") as folder:
         found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return sorted(copied), found
 
@@ -553,12 +555,12 @@ def convert(folder):
 def resume_resized(run):
     """Resume twice from the checkpoint of three ranks; return this rank's copied files and what is on its node."""
     store, copied = two_nodes(run)
-    checkpoint._make_universal = convert
+    checkpoint.make_universal = convert
     (manifest,) = store.committed()
     found = []
     for attempt in "bc":
         copied.clear()
-        with store.on_disk(manifest, attempt) as folder:
+        with checkpoint.on_disk(store, manifest, attempt) as folder:
             files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
             found.append((sorted(copied), files))
     save(store, 2, "d", 1, write_rank)

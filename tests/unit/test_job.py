@@ -25,9 +25,9 @@ from betakd_ray.data.pack import pack
 from betakd_ray.job import BetaKDJob, JobResult
 from betakd_ray.on_ray.monitor import Monitor
 from betakd_ray.on_ray.source import _done, _patience
+from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.spec import JobSpec, parse_spec
 from betakd_ray.train import worker
-from betakd_ray.train.checkpoint import CheckpointStore
 from tests.actors import Local
 from tests.tiny import save_tiny
 

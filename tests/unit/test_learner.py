@@ -21,10 +21,12 @@ from betakd_ray.batch.sample import Rendering, Sample
 from betakd_ray.data.render import Renderer
 from betakd_ray.energies import energy
 from betakd_ray.models.load import load_processor
+from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.spec import ModelSpec, StorageSpec, TemperatureSchedule, parse_spec
 from betakd_ray.teacher.parts import Needs, Signal
 from betakd_ray.teacher.scorer import TeacherScorer
-from betakd_ray.train.checkpoint import CheckpointStore, save
+from betakd_ray.train import checkpoint
+from betakd_ray.train.checkpoint import save
 from betakd_ray.train.export import export
 from betakd_ray.train.feed import Collator
 from betakd_ray.train.learner import Learner
@@ -189,7 +191,7 @@ def _learn(folder: Path, case: Case, resumed: Path | None = None) -> list[Step]:
         store = CheckpointStore(str(resumed), StorageSpec())
         manifest = store.latest()
         assert manifest
-        with store.on_disk(manifest, "resumed", learner.host_group) as found:
+        with checkpoint.on_disk(store, manifest, "resumed", learner.host_group) as found:
             learner.load(found)
     steps = []
     for number in range(STEPS - 1 if resumed else 0, STEPS):

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from betakd_ray.run.checkpoint import CheckpointStore
+from betakd_ray.run.folder import PROGRESS
+from betakd_ray.run.metrics import read_metrics
 from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
-from betakd_ray.tracking import Metrics, read_metrics
-from betakd_ray.train.checkpoint import PROGRESS, CheckpointStore
+from betakd_ray.tracking import Metrics
+from betakd_ray.train import checkpoint
 from betakd_ray.train.loop import COUNTS, Worker
 from tests.learning import Study, spawned
 from tests.tiny import raw_sample, save_tiny
@@ -42,7 +45,7 @@ def resumed(folder: Path) -> dict[str, Any]:
     store = CheckpointStore(str(folder / "before"), StorageSpec())
     manifest = store.latest()
     assert manifest
-    with store.on_disk(manifest, "attempt", learner.host_group) as files:
+    with checkpoint.on_disk(store, manifest, "attempt", learner.host_group) as files:
         learner.load(files)
     weights = {name: weight.clone() for name, weight in learner.engine.module.state_dict().items()}
     beta = {name: value.clone() for name, value in learner.weighting.state_dict().items()}

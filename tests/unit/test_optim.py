@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from betakd_ray.engine.checkpoint import load_engine, make_universal
+from betakd_ray.engine.config import deepspeed_config
+from betakd_ray.run.folder import ENGINE
 from betakd_ray.spec import JobSpec, parse_spec
-from betakd_ray.train import checkpoint
-from betakd_ray.train.optim import deepspeed_config
 from tests.learning import spawned
 
 pytestmark = pytest.mark.timeout(600)
@@ -151,10 +152,10 @@ def _learn_on(folder: Path, is_first: bool) -> list[Tensor]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     if not is_first:
-        checkpoint.load_engine(engine, folder)
+        load_engine(engine, folder)
     for gradient in (1.0, -3.0, 0.5) if is_first else (0.5,):
         if is_first and gradient == 0.5:
-            engine.save_checkpoint(str(folder), tag=checkpoint.ENGINE, exclude_frozen_parameters=True)
+            engine.save_checkpoint(str(folder), tag=ENGINE, exclude_frozen_parameters=True)
         engine.set_gradient_accumulation_boundary(True)
         engine.backward(engine(torch.tensor(gradient)), scale_wrt_gas=False)
         engine.step()
@@ -171,5 +172,5 @@ def test_bf16_at_stage_1_goes_on_from_its_checkpoint_on_any_number_of_ranks(tmp_
     (tmp_path / "store-_learn_on-2").unlink()
     assert len(expected) == 6
     torch.testing.assert_close(spawned(_learn_on, tmp_path, folder, False, ranks=2), expected, rtol=0, atol=0)
-    checkpoint._make_universal(folder)
+    make_universal(folder)
     torch.testing.assert_close(spawned(_learn_on, tmp_path, folder, False, ranks=1), expected, rtol=0, atol=0)

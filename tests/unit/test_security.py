@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForImageTextToText
 
 from betakd_ray.data.pack import pack
+from betakd_ray.engine.checkpoint import make_universal
 from betakd_ray.engine.unpickling import FORCE, tensors_only
 from betakd_ray.errors import SECRET_VARIABLES, BetaKDError, DataError, ModelError, OutputError, SpecError
 from betakd_ray.job import BetaKDJob
@@ -26,7 +27,6 @@ from betakd_ray.models.load import load_config, load_model, load_processor
 from betakd_ray.models.student import build_student
 from betakd_ray.spec import EvaluationSpec, JobSpec, ModelSpec, OutputSpec, PackSpec, load_spec, parse_spec
 from betakd_ray.tracking import Metrics
-from betakd_ray.train import checkpoint
 from betakd_ray.train.distiller import Distiller
 from betakd_ray.train.export import export
 from betakd_ray.train.learner import Learner
@@ -231,7 +231,7 @@ def _tampered(rank: int, folder: Path, spec: JobSpec) -> None:
         torch.save({**state, "trap": Trap(folder / "sprung")}, whole / file)
         said[str(file)] = _outcome(lambda: learner.load(whole))
         if file.name.endswith("optim_states.pt"):
-            said["converted"] = _outcome(lambda: checkpoint._make_universal(whole))
+            said["converted"] = _outcome(lambda: make_universal(whole))
         (whole / file).write_bytes(content)
     (folder / "said.json").write_text(json.dumps(said))
     dist.destroy_process_group()

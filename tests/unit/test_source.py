@@ -17,9 +17,10 @@ from betakd_ray.data.shards import Shard
 from betakd_ray.errors import SampleRepeated
 from betakd_ray.on_ray import source
 from betakd_ray.on_ray.monitor import Monitor
+from betakd_ray.run.checkpoint import CheckpointStore, Manifest
+from betakd_ray.run.folder import LEDGER, QUARANTINE
+from betakd_ray.run.metrics import to_jsonl
 from betakd_ray.spec import StorageSpec, parse_spec
-from betakd_ray.tracking import to_jsonl
-from betakd_ray.train.checkpoint import LEDGER, QUARANTINE, CheckpointStore, Manifest
 from tests.actors import Local
 
 PLAN = Plan((Shard("/data/a.tar", 6, 100, "0a"), Shard("/data/b.tar", 6, 100, "0b")), 2, seed=0, shuffle=True)

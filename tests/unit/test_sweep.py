@@ -18,9 +18,9 @@ from betakd_ray.cli import print_table
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import DataError, Interrupted, SpecError, TrainingError
 from betakd_ray.job import JobResult
+from betakd_ray.run.metrics import from_jsonl
 from betakd_ray.spec import SweepSpec, load_spec
 from betakd_ray.sweep import ROWS, Sweep, short_name
-from betakd_ray.tracking import from_jsonl
 
 JOBS = Path(__file__).parents[2] / "jobs"
 TEMPLATE = {

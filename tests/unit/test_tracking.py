@@ -10,8 +10,11 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from betakd_ray import tracking
+from betakd_ray.run.folder import METRICS
+from betakd_ray.run.folder import METRICS_PARTS as PARTS
+from betakd_ray.run.metrics import Record, from_jsonl, read_metrics
 from betakd_ray.spec import JobSpec, parse_spec
-from betakd_ray.tracking import METRICS, PARTS, Metrics, Record, from_jsonl, read_metrics
+from betakd_ray.tracking import Metrics
 
 
 def spec(folder: Path, *trackers: str) -> JobSpec:
