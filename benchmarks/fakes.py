@@ -20,8 +20,9 @@ from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.batch.packing import stack
 from betakd_ray.batch.sample import Rendering
 from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
+from betakd_ray.teacher.answers import GroupAnswer
 from betakd_ray.teacher.client import TeacherClient
-from betakd_ray.teacher.parts import GroupAnswer, Needs, TeacherFacts
+from betakd_ray.teacher.parts import Needs, TeacherFacts
 from betakd_ray.teacher.pool import TeacherPool
 from betakd_ray.teacher.ports import Roster, Teacher, Unanswered
 

@@ -24,7 +24,8 @@ from betakd_ray.spec import TeacherPoolSpec
 from betakd_ray.teacher.client import TeacherClient
 from betakd_ray.teacher.signals import SignalSource
 from betakd_ray.train.agreement import Gather
-from betakd_ray.train.feed import Collator, Feed
+from betakd_ray.train.feed import Feed
+from betakd_ray.train.micro_batches import Collator
 
 ACCUMULATION = (1, 2, 4, 8, 16, 32)
 RANKS = TEACHERS = 4

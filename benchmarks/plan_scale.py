@@ -30,7 +30,8 @@ from betakd_ray.data.manifest import index_shards
 from betakd_ray.data.plan import Plan, Quarantined
 from betakd_ray.data.reader import Reader
 from betakd_ray.data.render import Renderer
-from betakd_ray.data.shards import RawSample, Shard
+from betakd_ray.data.samples import RawSample
+from betakd_ray.data.shards import Shard
 from betakd_ray.on_ray.monitor import Monitor
 from betakd_ray.on_ray.source import SplitOnce, rows
 from betakd_ray.run.checkpoint import CheckpointStore, Manifest

@@ -27,7 +27,7 @@ Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint, for stores othe
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def exit_codes() -> Iterator[None]:
     """Turn an error into one message and an exit code.
 
     The code is 2 for a user's error, 1 for a failed run, and 75 for an interrupted run that can be resumed.
@@ -52,7 +52,7 @@ def job(call: Callable[..., Any]) -> None:
         spec: Annotated[str, typer.Option("--spec", help="YAML spec: a path, a URL, or - for standard input")],
         overrides: Overrides = [],  # noqa: B006 (typer's way)
     ) -> None:
-        with explained():
+        with exit_codes():
             call(spec, overrides)
 
     with answering_sigterm():
@@ -62,7 +62,7 @@ def job(call: Callable[..., Any]) -> None:
 @app.command()
 def distill(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
     """Run a distillation job (or fine-tuning, without a teacher) to the end; resumes by name."""
-    with explained():
+    with exit_codes():
         run_job(spec, overrides)
 
 
@@ -79,7 +79,7 @@ def run_job(spec: str, overrides: list[str]) -> None:
 @app.command()
 def validate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
     """Check a spec's fields, without touching data, models or a cluster."""
-    with explained():
+    with exit_codes():
         load_spec(spec, overrides)
     print(f"{spec}: valid")
 
@@ -100,10 +100,11 @@ def plan(
     ] = None,
 ) -> None:
     """Say what a job will take, and what is wrong with it; with --address also whether that cluster has room for it."""
-    from betakd_ray.forecast.forecast import AssumedData, feasibility, forecast
+    from betakd_ray.forecast.forecast import feasibility, forecast
+    from betakd_ray.forecast.samples import AssumedData
     from betakd_ray.job import BetaKDJob
 
-    with explained():
+    with exit_codes():
         job = BetaKDJob.from_yaml(spec, [*overrides, f"cluster.address={address}"] if address else overrides)
         assumed = samples and AssumedData(samples, tokens_per_prompt, tokens_per_answer, samples_per_shard)
         print_sections(forecast(job, assumed or None, tflops).rows())
@@ -120,7 +121,7 @@ def schema() -> None:
 @app.command()
 def pack(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
     """Write a LLaVA-style JSON and its images as checked shards."""
-    with explained():
+    with exit_codes():
         run_pack(spec, overrides)
 
 
@@ -138,7 +139,7 @@ def index(shards: list[str], endpoint_url: Endpoint = None) -> None:
     """Write the manifest of shards that have none."""
     from betakd_ray.data.manifest import index_shards
 
-    with explained():
+    with exit_codes():
         found = index_shards(shards, StorageSpec(endpoint_url=endpoint_url))
     print(f"{len(found)} shards, {sum(shard.samples for shard in found)} samples")
 
@@ -154,12 +155,13 @@ def inspect(
     """Show a shard's samples: keys, sizes and, with --model, the rendered prompt with its answer tokens marked."""
     from betakd_ray.data.manifest import find_shards
     from betakd_ray.data.render import Renderer, Unrenderable
-    from betakd_ray.data.shards import BadSample, read_shard
+    from betakd_ray.data.samples import BadSample
+    from betakd_ray.data.shards import read_shard
     from betakd_ray.models.load import load_processor
 
     storage = StorageSpec(endpoint_url=endpoint_url)
     console = Console(highlight=False)
-    with explained():
+    with exit_codes():
         renderer = None
         if model:
             data = DataSpec(train=(shard,), template=template)  # type: ignore[arg-type]
@@ -190,7 +192,7 @@ def inspect(
 @app.command()
 def evaluate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
     """Answer a packed question set with several models and score them alike."""
-    with explained():
+    with exit_codes():
         run_evaluation(spec, overrides)
 
 
@@ -207,7 +209,7 @@ def run_evaluation(spec: str, overrides: list[str]) -> None:
 @app.command()
 def sweep(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
     """Run a grid of jobs on one cluster; cells that are done are not done again."""
-    with explained():
+    with exit_codes():
         run_sweep(spec, overrides)
 
 
@@ -228,7 +230,7 @@ def audit(
     """Say where every planned sample went, from a run's files; exit code 1 if they do not add up."""
     from betakd_ray.run import audit as accounts
 
-    with explained():
+    with exit_codes():
         found = accounts.audit(run, StorageSpec(endpoint_url=endpoint_url))
     print_table(found.table(by_shard))
     print(f"{run}: {found.state}")
@@ -247,7 +249,7 @@ def status(submission_id: SubmissionId = None, address: Address = None) -> None:
     """Say how a job does that was submitted with `ray job submit`."""
     from betakd_ray.on_ray.submission import Submissions
 
-    with explained():
+    with exit_codes():
         found = Submissions(address).find(submission_id)
     print(f"{found.submission_id}: {found.status.value}\n{found.message or ''}\n{found.entrypoint}")
 
@@ -261,7 +263,7 @@ def logs(
     """Print what a submitted job has printed."""
     from betakd_ray.on_ray.submission import Submissions
 
-    with explained():
+    with exit_codes():
         jobs = Submissions(address)
         found = jobs.find(submission_id)
         assert found.submission_id
@@ -281,7 +283,7 @@ def convert(
     """Write a checkpoint in its authors' layout as a folder that `path:` in a spec can name."""
     from betakd_ray.models.convert import convert as write
 
-    with explained():
+    with exit_codes():
         model = write(source, target, vision_tower=vision_tower, allow_pickle=allow_pickle)
     print(f"{target}: {type(model).__name__}, {model.num_parameters():,} parameters")
 
@@ -296,7 +298,7 @@ def export(
     """Write a MobileVLM as the original tool chain loads it."""
     from betakd_ray.models.export import export_mobilevlm
 
-    with explained():
+    with exit_codes():
         export_mobilevlm(source, target, tokenizer)
     print(f"{target}: in the layout of {format}")
 

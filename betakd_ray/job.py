@@ -8,10 +8,8 @@ JobSpec ──► BetaKDJob.fit()
 
 import json
 import logging
-import os
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,72 +19,35 @@ import ray
 import ray.train
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
-from betakd_ray import errors
 from betakd_ray.data.mixture import find_passes
 from betakd_ray.data.plan import Pass, Plan
 from betakd_ray.data.reader import Reader
 from betakd_ray.data.render import Renderer
-from betakd_ray.errors import ClusterError, DataError, Interrupted, OutputError, TrainingError
+from betakd_ray.errors import DataError, Interrupted, TrainingError
 from betakd_ray.models.compatibility import check_feature_layer, check_features, check_vocabularies
 from betakd_ray.models.load import load_config, load_processor, require_images
 from betakd_ray.models.options import check_options
 from betakd_ray.models.student import check_adapters, student_config, student_processor
-from betakd_ray.on_ray.backend import Deaths, FoundTorchConfig, causes
+from betakd_ray.objective import check_plugins
 from betakd_ray.on_ray.cluster import check_feasible, connected, gpus_each
 from betakd_ray.on_ray.monitor import Monitor, give_up, report
-from betakd_ray.on_ray.source import SplitOnce, rows
-from betakd_ray.progress import progress_line
 from betakd_ray.run.checkpoint import CheckpointStore, output_errors
-from betakd_ray.run.folder import MODEL, QUARANTINE, RESULT, SPEC
+from betakd_ray.run.claim import claim
+from betakd_ray.run.folder import MODEL, QUARANTINE, RESULT
 from betakd_ray.run.metrics import to_jsonl
 from betakd_ray.run.plan import tail_of, write_plan, write_tail
 from betakd_ray.sigterm import on_sigterm
-from betakd_ray.spec import VISUAL_ENERGIES, JobSpec, ManualWeighting, TeacherSpec, load_spec
+from betakd_ray.spec import JobSpec, ManualWeighting, TeacherSpec, VisualEnergy, load_spec
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.parts import Needs, TeacherFacts
 from betakd_ray.teacher.pool import Teachers, on_driver_node
 from betakd_ray.teacher.remote import unwrapped
 from betakd_ray.train.config import STOPPED, WorkerConfig
-from betakd_ray.train.worker import train_worker
+from betakd_ray.train.students import show_progress, train_students
 
-FREE_TO_CHANGE = {
-    "training": (
-        "workers",
-        "micro_batch_size",
-        "micro_batch_tokens",
-        "checkpoint_every",
-        "keep",
-        "log_every",
-        "max_failures",
-        "max_skipped_steps",
-        "collective_timeout_s",
-    ),
-    "teacher": ("cache", "window", "timeout_s", "batch_tokens"),
-}
-"""Fields that may differ between two runs of one job."""
-UPLOADED = "/working_dir_files/"
-"""Part of the path of the folder in which a submitted job runs."""
-STARTS = 4
-"""Number of times that Ray Train tries to place the students. Together they take `cluster.start_timeout_s`."""
 _LOG = logging.getLogger(__name__)
-WORKER_ENVIRONMENT = {
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DEEPSPEED_LOG_LEVEL": "error",
-}
-ON_CPU = {
-    "DS_ACCELERATOR": "cpu",
-    # glibc keeps the memory of a step's tensors for the next step. By default it returns the pages to the system, and
-    # every step has page faults for all of them.
-    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
-}
 
 
 @dataclass(frozen=True)
@@ -163,9 +124,10 @@ class BetaKDJob:
 
         Raises UserError.
         """
+        check_plugins(self.spec.objective)
         renderers = self.renderers()
         plan = self.plan(find_passes(self.spec.data))
-        self._claim_output()
+        claim(self.run, self.spec)
         self._warn(plan)
         write_plan(self.run, self.spec.output.storage, plan)
         return plan, renderers
@@ -214,38 +176,6 @@ class BetaKDJob:
                 self.spec.name, weighting.auto_steps, steps,
             )  # fmt: skip
 
-    def was_here(self) -> bool:
-        """Return whether this same job was started before.
-
-        Raises OutputError if the folder has another job, or if Ray will remove the folder.
-        """
-        if UPLOADED in self.run:
-            raise OutputError(
-                f"output.path: {self.run} is in the folder that `ray job submit --working-dir` uploaded, which Ray "
-                "removes after the job. Give a URL, or an absolute path that outlasts the cluster."
-            )
-        filesystem, root = open_store(self.run, self.spec.output.storage)
-        path = join(root, SPEC)
-        with output_errors(self.run):
-            if not filesystem.exists(path):
-                return False
-            content = filesystem.cat_file(path)
-        try:
-            there = JobSpec.model_validate_json(content)
-        except ValueError as error:
-            raise OutputError(f"output.path: {path} is not a spec of this version; choose another name") from error
-        _require_same_job(self.run, there, self.spec)
-        return True
-
-    def _claim_output(self) -> None:
-        """Write spec.json, unless this same job was started before. Raises OutputError."""
-        if self.was_here():
-            return
-        filesystem, root = open_store(self.run, self.spec.output.storage)
-        with output_errors(self.run):
-            filesystem.makedirs(root, exist_ok=True)
-            replace_file(filesystem, join(root, SPEC), self.spec.model_dump_json(indent=2).encode())
-
     def _finished(self) -> JobResult | None:
         filesystem, root = open_store(self.run, self.spec.output.storage)
         path = join(root, RESULT)
@@ -287,39 +217,21 @@ class BetaKDJob:
         Their handles alone would not end them: a handle in a reference cycle keeps its actor, and so its node, alive.
         """
         spec = self.spec
-        gpus = {name: gpus_each(getattr(spec.cluster, name).gpus) for name in ("teacher", "student")}
-        for demand, room in check_feasible(spec):
-            if room < demand.count:
-                _LOG.warning(
-                    "%s: cluster.%s waits for nodes, up to cluster.start_timeout_s = %g: it asks for %s",
-                    spec.name, demand.pool, spec.cluster.start_timeout_s, demand,
-                )  # fmt: skip
-        store = CheckpointStore(self.run, spec.output.storage)
-        resumed = store.latest()
-        quarantined = store.quarantined(resumed) if resumed else []
-        monitors = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=on_driver_node())
-        monitor = cast(ActorHandle, monitors.remote(plan.samples, quarantined, spec.training.max_failures))
-        actors.callback(ray.kill, monitor)
-        self._monitor = monitor
-        if self._is_stopping:
-            self.stop()  # the request came before there was a monitor to send it to
-        pool = facts = cache = None
-        needs = Needs()
-        if spec.teacher:
-            needs = self.needs(spec.teacher)
-            lent = teachers.lent(spec.teacher, needs, spec.cluster.teacher, gpus["teacher"], spec.name)
-            pool, needs = actors.enter_context(lent)
-            facts = cast(TeacherFacts, unwrapped(pool.wait_until_ready.remote(spec.cluster.start_timeout_s)))
-            view = renderers.get("teacher", renderers["student"])
-            cache = SignalCache.of(spec.teacher, facts, view.fingerprint, needs)
+        self._say_who_waits()
+        monitor = self._start_monitor(plan, actors)
+        pool, facts, needs = self._start_teachers(teachers, actors)
+        views = {"student": renderers["student"], "teacher": renderers.get("teacher", renderers["student"])}
+        cache = None
+        if spec.teacher and facts:
+            cache = SignalCache.of(spec.teacher, facts, views["teacher"].fingerprint, needs)
         config = WorkerConfig(
             spec=spec,
             run=self.run,
             plan=plan,
             monitor=monitor,
-            image_token_id=renderers["student"].image_token_id,
-            teacher_image_token_id=renderers.get("teacher", renderers["student"]).image_token_id,
-            pad_token_id=renderers["student"].pad_token_id,
+            image_token_id=views["student"].image_token_id,
+            teacher_image_token_id=views["teacher"].image_token_id,
+            pad_token_id=views["student"].pad_token_id,
             total_steps=spec.training.steps(plan.samples),
             pool=pool,
             facts=facts,
@@ -333,10 +245,10 @@ class BetaKDJob:
             report=partial(report, monitor),
             give_up=partial(give_up, monitor),
             locate=cache.locate if cache else None,
-            pairs_images=not VISUAL_ENERGIES.isdisjoint(spec.objective.channels),
+            pairs_images=any(isinstance(energy, VisualEnergy) for energy in spec.objective.energies),
         )
-        with _progress(monitor, config.total_steps, spec), on_sigterm(self.stop):
-            outcome = self._train(config, ray.put(reader), gpus["student"])
+        with show_progress(monitor, config.total_steps, spec), on_sigterm(self.stop):
+            outcome = train_students(config, ray.put(reader))
         if STOPPED in outcome:
             raise Interrupted(
                 f"{spec.name}: was asked to stop, and has saved its state at step {outcome[STOPPED]} of "
@@ -344,49 +256,45 @@ class BetaKDJob:
             )
         return self._conclude(outcome, plan)
 
+    def _say_who_waits(self) -> None:
+        for demand, room in check_feasible(self.spec):
+            if room < demand.count:
+                _LOG.warning(
+                    "%s: cluster.%s waits for nodes, up to cluster.start_timeout_s = %g: it asks for %s",
+                    self.spec.name, demand.pool, self.spec.cluster.start_timeout_s, demand,
+                )  # fmt: skip
+
+    def _start_monitor(self, plan: Plan, actors: ExitStack) -> ActorHandle:
+        store = CheckpointStore(self.run, self.spec.output.storage)
+        resumed = store.latest()
+        quarantined = store.quarantined(resumed) if resumed else []
+        monitors = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=on_driver_node())
+        monitor = cast(ActorHandle, monitors.remote(plan.samples, quarantined, self.spec.training.max_failures))
+        actors.callback(ray.kill, monitor)
+        self._monitor = monitor
+        if self._is_stopping:
+            self.stop()  # the request came before there was a monitor to send it to
+        return monitor
+
+    def _start_teachers(
+        self, teachers: Teachers, actors: ExitStack
+    ) -> tuple[ActorHandle | None, TeacherFacts | None, Needs]:
+        """Return the teachers' pool once a teacher is ready, its facts, and the parts that it sends."""
+        spec = self.spec
+        if spec.teacher is None:
+            return None, None, Needs()
+        gpus = gpus_each(spec.cluster.teacher.gpus)
+        share = teachers.share(spec.teacher, self.needs(spec.teacher), spec.cluster.teacher, gpus, spec.name)
+        pool, needs = actors.enter_context(share)
+        facts = cast(TeacherFacts, unwrapped(pool.wait_until_ready.remote(spec.cluster.start_timeout_s)))
+        return pool, facts, needs
+
     def needs(self, teacher: TeacherSpec) -> Needs:
         """Return what the job needs from the teacher. Raises ModelError."""
         configs = (load_config(teacher), student_config(self.spec.student))
         # Number of ids for which both models have a logit. A model may have more logits than its tokenizer has ids.
         vocab = min(config.get_text_config().vocab_size for config in configs)
         return Needs.of(teacher, self.spec.objective, vocab)
-
-    def _train(self, config: WorkerConfig, reader: "ray.ObjectRef", gpus: float) -> dict[str, Any]:
-        spec = self.spec
-        student, workers = spec.cluster.student, spec.training.workers
-        resources = {"CPU": student.cpus, **student.resources} | ({"GPU": gpus} if gpus else {})
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config={"worker": config},
-            datasets={"train": partial(rows, reader, spec, self.run, config.plan, config.monitor)},
-            dataset_config=SplitOnce(),
-            torch_config=FoundTorchConfig(timeout_s=int(spec.training.collective_timeout_s)),
-            scaling_config=ScalingConfig(
-                num_workers=(workers.min, workers.max) if workers.is_elastic else workers.min,
-                use_gpu=gpus > 0,
-                resources_per_worker=resources,
-                label_selector=student.labels or None,
-                accelerator_type=student.accelerator_type,
-            ),
-            run_config=RunConfig(
-                # Ray Train's own folder holds only its state. Checkpoints and metrics are in the run's folder.
-                name=f"{spec.name}-{os.urandom(4).hex()}",
-                storage_path=_scratch(),
-                # Unlimited, because Ray does not reset its count on progress. The monitor counts failures instead.
-                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=STARTS - 1),
-                callbacks=[Deaths(config.monitor)],
-                worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | _accelerator(gpus)},
-            ),
-        )
-        # Ray Train reads this limit only from the environment, and passes it on to its controller.
-        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(spec.cluster.start_timeout_s / STARTS)
-        try:
-            outcome = trainer.fit().return_value or {}
-        except TrainingFailedError as error:
-            _raise_cause(config, is_failed=True)
-            raise _explained(error, spec) from error
-        _raise_cause(config)
-        return outcome
 
     def _conclude(self, outcome: dict[str, Any], plan: Plan) -> JobResult:
         store = CheckpointStore(self.run, self.spec.output.storage)
@@ -412,92 +320,3 @@ class BetaKDJob:
             replace_file(filesystem, join(root, QUARANTINE), to_jsonl(map(asdict, quarantined)).encode())
             replace_file(filesystem, join(root, RESULT), json.dumps(asdict(result), indent=2).encode())
         return result
-
-
-# ----------------------------------------------------------------------------------------------- what Ray runs
-
-
-def _accelerator(gpus: float) -> dict[str, str]:
-    return {} if gpus else ON_CPU
-
-
-def _scratch() -> str:
-    folder = Path(os.environ.get("BETAKD_CACHE", Path.home() / ".cache" / "betakd")) / "ray-train"
-    folder.mkdir(parents=True, exist_ok=True)
-    return str(folder)
-
-
-# ------------------------------------------------------------------------------------------ what went wrong
-
-
-def _raise_cause(config: WorkerConfig, *, is_failed: bool = False) -> None:
-    """Raise the error that ended the training, if the monitor has one.
-
-    Raises RayActorError if the teacher pool died, because no restart of the students can repair that.
-    """
-    failure = ray.get(config.monitor.failure.remote())
-    if (failure or is_failed) and config.pool is not None:
-        ray.get(config.pool.is_lent.remote())  # raises if it died
-    if failure:
-        kind, message = failure
-        raise getattr(errors, kind, TrainingError)(message)
-
-
-def _explained(error: TrainingFailedError, spec: JobSpec) -> errors.BetaKDError:
-    cause = getattr(error, "controller_failure", None)
-    if not isinstance(cause, WorkerGroupStartupTimeoutError):
-        workers = getattr(error, "worker_failures", None)
-        return TrainingError(f"{spec.name}: the student workers failed: {causes(workers) if workers else error}")
-    return ClusterError(
-        f"cluster.student: {cause.num_workers} students found no place within cluster.start_timeout_s = "
-        f"{spec.cluster.start_timeout_s:g}; free are {ray.available_resources()}. Wait for the other jobs, add nodes "
-        "or lower training.workers, and run it again to go on from the last checkpoint."
-    )
-
-
-def _require_same_job(run: str, there: JobSpec, asked: JobSpec) -> None:
-    """Raise OutputError if the run's folder has another job.
-
-    Fields that change the stream or the model must be equal. The other fields may differ between runs.
-    """
-    free = {"cluster", "tracking", "output"}
-    before, now = (each.model_dump(mode="json", exclude=free) for each in (there, asked))
-    for tree in (before, now):
-        for section, fields in FREE_TO_CHANGE.items():
-            for field in fields if tree[section] else ():
-                tree[section].pop(field)
-    differing = [section for section in now if before[section] != now[section]]
-    if differing:
-        raise OutputError(
-            f"output.path: {run} holds another job of this name (its {', '.join(differing)} differ). Choose another "
-            "`name`, another output.path, or remove the folder."
-        )
-
-
-# ------------------------------------------------------------------------------------------------ progress
-
-
-@contextmanager
-def _progress(monitor: ActorHandle, total_steps: int, spec: JobSpec) -> Iterator[None]:
-    """Show a progress line on the driver's terminal, with the monitor's newest metrics."""
-    stop = threading.Event()
-    with progress_line(spec.name, total_steps, "starting", is_shown=spec.tracking.progress) as update:
-
-        def show() -> None:
-            latest = cast(dict[str, Any], ray.get(monitor.latest.remote()))
-            if latest:
-                numbers = f"loss {latest['loss']:.4f} · {latest['samples_per_second']:.0f} samples/s"
-                update(completed=latest["step"], numbers=numbers)
-
-        def follow() -> None:
-            while not stop.wait(1.0):
-                show()
-
-        follower = threading.Thread(target=follow, daemon=True)
-        follower.start()
-        try:
-            yield
-            show()  # the last step may have ended since the last update
-        finally:
-            stop.set()
-            follower.join(timeout=5)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 
 from betakd_ray.data.manifest import find_shards
 from betakd_ray.errors import Interrupted, SpecError, TrainingError
-from betakd_ray.evaluation.run import RESULT, Evaluation
+from betakd_ray.evaluation.run import SCORES, Evaluation
 from betakd_ray.job import BetaKDJob, JobResult
 from betakd_ray.on_ray.cluster import connected
 from betakd_ray.progress import Update, progress_line
@@ -34,7 +34,7 @@ from betakd_ray.teacher.pool import Teachers
 ROWS, TABLE = "rows.jsonl", "table.md"
 LONGEST_NAME = 200
 """Largest number of characters in a job's name. The name of a folder may have at most 255 bytes."""
-Row = dict[str, Any]
+CellResult = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Sweep:
         if twice := {name for name in names if names.count(name) > 1}:
             raise SpecError(f"axes: two cells are both called {sorted(twice)[0]}; give values that differ in name")
 
-    def run(self) -> list[Row]:
+    def run(self) -> list[CellResult]:
         """Run the grid; return one row per cell and seed: axes, seed, final metrics and those of the evaluation.
 
         The rows and the table are also saved. A cell whose training fails has no row. The other cells still run; after
@@ -85,8 +85,8 @@ class Sweep:
         finally:
             self._is_stopping = False
 
-    def _collected(self, pending: dict["Future[Row]", int], update: Update) -> list[Row]:
-        rows: dict[int, Row] = {}
+    def _collected(self, pending: dict["Future[CellResult]", int], update: Update) -> list[CellResult]:
+        rows: dict[int, CellResult] = {}
         failed = {}
         try:
             earlier = self._stored()
@@ -117,7 +117,7 @@ class Sweep:
         for job in list(self._running):
             job.stop()
 
-    def _submit(self, executor: ThreadPoolExecutor, teachers: Teachers) -> dict["Future[Row]", int]:
+    def _submit(self, executor: ThreadPoolExecutor, teachers: Teachers) -> dict["Future[CellResult]", int]:
         """Submit all cells; return the future of each cell's row → the cell's index.
 
         Of the cells with the same question, the first runs alone. The others start after it, and find its answers in
@@ -127,7 +127,7 @@ class Sweep:
         for question in questions:
             if question:
                 teachers.expect(question.teacher, question.needs)
-        leaders: dict[str | None, Future[Row]] = {}
+        leaders: dict[str | None, Future[CellResult]] = {}
         pending = {}
         for at, (cell, question) in enumerate(zip(self.cells, questions, strict=True)):
             future = executor.submit(self._row, cell, teachers, leaders.get(question and question.key))
@@ -136,7 +136,7 @@ class Sweep:
                 leaders.setdefault(question.key, future)
         return pending
 
-    def _row(self, cell: Cell, teachers: Teachers, leader: "Future[Row] | None") -> Row:
+    def _row(self, cell: Cell, teachers: Teachers, leader: "Future[CellResult] | None") -> CellResult:
         if leader:
             wait([leader])
         job = BetaKDJob(cell.job)
@@ -154,7 +154,7 @@ class Sweep:
         finally:
             self._running.discard(job)
 
-    def table(self, rows: list[Row]) -> list[list[str]]:
+    def table(self, rows: list[CellResult]) -> list[list[str]]:
         """Return a header, and one line per cell: its axes, then the mean ± standard deviation of each metric.
 
         Mean and deviation are over the seeds. If there are several seeds, a column says how many of them have a row.
@@ -174,7 +174,7 @@ class Sweep:
         if questions is None:
             return scores
         filesystem, root = open_store(result.path, cell.job.output.storage)
-        path = join(root, self._evaluation, RESULT)
+        path = join(root, self._evaluation, SCORES)
         if not filesystem.exists(path):
             tree = {
                 **questions.model_dump(),
@@ -194,7 +194,7 @@ class Sweep:
         checksums = [shard.checksum for shard in find_shards(questions.data.paths, questions.data.storage)]
         return f"evaluation-{hashlib.sha256(f'{questions.model_dump_json()}{checksums}'.encode()).hexdigest()[:8]}"
 
-    def _stored(self) -> dict[int, Row]:
+    def _stored(self) -> dict[int, CellResult]:
         """Return the rows of an earlier run, by the index of their cell. Each is valid until its cell has run again."""
         filesystem, root = open_store(self.folder, self.spec.output.storage)
         path = join(root, ROWS)
@@ -205,7 +205,7 @@ class Sweep:
         keyed = {tuple(row.get(name) for name in (*self.spec.axes, "seed")): row for row in rows}
         return {places[key]: row for key, row in keyed.items() if key in places}
 
-    def _save(self, earlier: dict[int, Row], rows: dict[int, Row]) -> None:
+    def _save(self, earlier: dict[int, CellResult], rows: dict[int, CellResult]) -> None:
         """Save rows and table. Rows of an earlier run stay, unless they have other columns."""
         columns = next((row.keys() for row in rows.values()), None)
         known = {place: row for place, row in earlier.items() if columns in (None, row.keys())} | rows
@@ -219,7 +219,7 @@ class Sweep:
         replace_file(filesystem, join(root, name), content.encode())
 
 
-def _cause(pending: Iterable["Future[Row]"]) -> BaseException | None:
+def _cause(pending: Iterable["Future[CellResult]"]) -> BaseException | None:
     """Return the error that stopped the sweep, if one of its own cells raised it; otherwise None.
 
     It need not be the first that was seen: another cell, which the sweep then stopped, may have ended earlier.

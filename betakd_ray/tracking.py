@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 
 from betakd_ray.on_ray.gauges import NAMES, Gauges
 from betakd_ray.run.folder import METRICS, METRICS_PARTS
-from betakd_ray.run.metrics import RESUMED, Record, fetch, fetch_parts, parse_metrics, parts_of, to_jsonl
+from betakd_ray.run.metrics import RESUMED, MetricsRecord, fetch, fetch_parts, parse_metrics, parts_of, to_jsonl
 from betakd_ray.spec import JobSpec
 from betakd_ray.storage import join, open_store, replace_file
 
@@ -32,7 +32,7 @@ _LOG = logging.getLogger(__name__)
 class Tracker(Protocol):
     """Destination of the numbers of each step."""
 
-    def log(self, record: Record) -> None: ...
+    def log(self, record: MetricsRecord) -> None: ...
     def close(self) -> None: ...
 
 
@@ -44,7 +44,7 @@ class TensorBoard:
 
         self._writer = SummaryWriter(join(run, "tensorboard") if "://" not in run else f"tensorboard/{spec.name}")
 
-    def log(self, record: Record) -> None:
+    def log(self, record: MetricsRecord) -> None:
         for name, value in _numbers(record).items():
             self._writer.add_scalar(name, value, record["step"])
 
@@ -63,7 +63,7 @@ class MLflow:
         mlflow.start_run(run_name=spec.name)
         mlflow.log_dict(spec.model_dump(mode="json"), "spec.json")
 
-    def log(self, record: Record) -> None:
+    def log(self, record: MetricsRecord) -> None:
         self._mlflow.log_metrics(_numbers(record), step=record["step"])
 
     def close(self) -> None:
@@ -80,7 +80,7 @@ class WandB:
             project="betakd", name=spec.name, id=_run_id(run), resume="allow", config=spec.model_dump(mode="json")
         )
 
-    def log(self, record: Record) -> None:
+    def log(self, record: MetricsRecord) -> None:
         self._run.log(_numbers(record), step=record["step"])
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ class Prometheus:
     def __init__(self, spec: JobSpec) -> None:
         self._gauges = Gauges(spec.name)
 
-    def log(self, record: Record) -> None:
+    def log(self, record: MetricsRecord) -> None:
         numbers = _numbers(record) | {"step": record["step"], "loss/total": record["loss"]}
         numbers |= {
             name.replace("energy", "loss", 1): value for name, value in numbers.items() if name.startswith("energy/")
@@ -116,7 +116,7 @@ SHOWN_AS = {
 TRACKERS = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
 
 
-class Metrics:
+class MetricsWriter:
     """Writer of the numbers of steps that does not block the caller.
 
     An error of the store is raised by the next call. An error of a tracker is logged as a warning and ends that
@@ -124,14 +124,14 @@ class Metrics:
     """
 
     def __init__(self, spec: JobSpec, run: str) -> None:
-        self.last: Record = {}
+        self.last: MetricsRecord = {}
         """The newest record."""
         self._count = 0
         self._filesystem, self._root = open_store(run, spec.output.storage)
         self._attempt = os.urandom(4).hex()
         # Used by the thread alone: the lines not written yet, and the number of the next part once it is known.
         # Nothing is written before `_resume`: a part that begins at step 0 would undo what was logged before.
-        self._lines: list[Record] = []
+        self._lines: list[MetricsRecord] = []
         self._number: int | None = None
         self._trackers: list[Tracker] = []
         self._failure: BaseException | None = None
@@ -142,7 +142,7 @@ class Metrics:
         # On the thread, because MLflow binds its run to the thread that starts it.
         self._do(lambda: self._open(spec, run))
 
-    def log(self, record: Record) -> None:
+    def log(self, record: MetricsRecord) -> None:
         """Queue the numbers of a step and return at once."""
         self._raise_failure()
         self.last = record
@@ -221,7 +221,7 @@ class Metrics:
         for name in spec.tracking.trackers:
             self._trackers.append(TRACKERS[name](spec, run))
 
-    def _add(self, record: Record) -> None:
+    def _add(self, record: MetricsRecord) -> None:
         self._lines.append(record)
         for tracker in list(self._trackers):
             self._tell(tracker, partial(tracker.log, record))
@@ -273,5 +273,5 @@ def _run_id(run: str) -> str:
     return hashlib.sha256(run.encode()).hexdigest()[:16]
 
 
-def _numbers(record: Record) -> dict[str, float]:
+def _numbers(record: MetricsRecord) -> dict[str, float]:
     return {name: float(value) for name, value in record.items() if name != "step" and isinstance(value, (int, float))}

@@ -8,8 +8,9 @@ import numpy as np
 
 from benchmarks.feed_overlap import Meeting, Quiet
 from betakd_ray.batch.sample import Rendering, Sample
-from betakd_ray.teacher.parts import Answer, Needs, TeacherFacts
-from betakd_ray.train.feed import Collator, Step
+from betakd_ray.teacher.answers import Answer
+from betakd_ray.teacher.parts import Needs, TeacherFacts
+from betakd_ray.train.micro_batches import Collator, Step
 
 __all__ = ["Answers", "Meeting", "Quiet", "all_steps", "collator", "sample", "together"]
 

@@ -14,14 +14,14 @@ import torch.multiprocessing as mp
 from betakd_ray.batch.packing import stack
 from betakd_ray.batch.sample import Rendering, Sample
 from betakd_ray.data.render import Renderer
-from betakd_ray.data.shards import RawSample
+from betakd_ray.data.samples import RawSample
 from betakd_ray.job import BetaKDJob
 from betakd_ray.spec import JobSpec
 from betakd_ray.teacher.parts import Needs, Signal, TeacherFacts
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.train.agreement import Proposal, StepCounts, TokenCounts, gather_over, shares
-from betakd_ray.train.feed import Collator, MicroBatch
 from betakd_ray.train.learner import Learner
+from betakd_ray.train.micro_batches import Collator, MicroBatch
 from betakd_ray.train.sums import Totals
 from tests.nodes import free_port
 

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from betakd_ray.data.shards import RawSample
+from betakd_ray.data.samples import RawSample
 
 IMAGE_SIZE, PATCH = 16, 8
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH) ** 2

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 from betakd_ray.batch.images import PIXELS, Images
 
+IMAGE = "<image>"
+"""Placeholder of an image in the text of a conversation."""
+
 
 @dataclass(frozen=True)
 class Rendering:

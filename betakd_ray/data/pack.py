@@ -17,7 +17,8 @@ from rich.progress import track
 from betakd_ray.data.files import opened
 from betakd_ray.data.manifest import merge_manifest, read_manifest, remove_shards
 from betakd_ray.data.render import FORMATS, rgb
-from betakd_ray.data.shards import Shard, check_conversation
+from betakd_ray.data.samples import check_conversation
+from betakd_ray.data.shards import Shard
 from betakd_ray.errors import DataError
 from betakd_ray.spec import PackSpec, StorageSpec
 from betakd_ray.storage import join

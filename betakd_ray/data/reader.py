@@ -19,7 +19,8 @@ from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import MIXED_SHARDS, Plan, Quarantined, require_few
 from betakd_ray.data.render import Renderer, Unrenderable
 from betakd_ray.data.rows import STUDENT, TEACHER, block_of
-from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard_with_retry
+from betakd_ray.data.samples import BadSample, RawSample
+from betakd_ray.data.shards import Shard, read_shard_with_retry
 from betakd_ray.errors import DataUnreachable, UserError
 from betakd_ray.spec import DataSpec
 
@@ -27,7 +28,7 @@ KEPT_BYTES = 128 << 20
 """Limit in bytes of the rows of small sets that a reading process keeps for later epochs and later jobs."""
 
 
-class Row(NamedTuple):
+class RenderedSample(NamedTuple):
     """A sample on its way into a block, numbered within its shard's file."""
 
     member: int
@@ -40,7 +41,7 @@ class Row(NamedTuple):
         return sum(view.nbytes for view in self.views.values())
 
 
-class Refusal(NamedTuple):
+class RefusedSample(NamedTuple):
     """A sample that cannot become a row."""
 
     member: int
@@ -57,7 +58,7 @@ class Planned(NamedTuple):
 
     shard: int
     index: int
-    sample: "RawSample | BadSample | Row | Refusal"
+    sample: "RawSample | BadSample | RenderedSample | RefusedSample"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Reader:
         taken = 0
         for shard, index, prepared in self._prepared(epoch, first, todo):
             stored = answers.take(shard, self.plan.shards[shard], prepared.member)
-            if isinstance(prepared, Refusal):
+            if isinstance(prepared, RefusedSample):
                 bad.append(Quarantined(epoch, shard, index, prepared.key, prepared.reason))
                 continue
             student = prepared.views[STUDENT]
@@ -127,12 +128,12 @@ class Reader:
 
     def _prepared(
         self, epoch: int, first: int, todo: dict[int, NDArray[np.intp]]
-    ) -> Iterator[tuple[int, int, Row | Refusal]]:
+    ) -> Iterator[tuple[int, int, RenderedSample | RefusedSample]]:
         """Yield (shard, index, row or refusal) for each sample that is not done, in this epoch's order."""
         keeping = _Keeping(self._rendering, self.plan.shards, KEPT_BYTES if self._is_small else 0)
         sources = ((len(indexes), self._read(epoch, shard, indexes)) for shard, indexes in todo.items())
         for shard, index, sample in self._mixed(sources, epoch, first):
-            if isinstance(sample, (Row, Refusal)):
+            if isinstance(sample, (RenderedSample, RefusedSample)):
                 yield shard, index, sample
                 continue
             prepared = self._prepare(sample)
@@ -175,13 +176,13 @@ class Reader:
         views = {view: renderer.fingerprint for view, renderer in self.renderers.items()}
         return repr((views, self.pairs_images, self.data.storage))
 
-    def _prepare(self, sample: RawSample | BadSample) -> Row | Refusal:
+    def _prepare(self, sample: RawSample | BadSample) -> RenderedSample | RefusedSample:
         try:
             if isinstance(sample, BadSample):
                 raise Unrenderable(sample.reason)
-            return Row(sample.index, sample.key, self._render(sample))
+            return RenderedSample(sample.index, sample.key, self._render(sample))
         except Unrenderable as reason:
-            return Refusal(sample.index, sample.key, str(reason))
+            return RefusedSample(sample.index, sample.key, str(reason))
 
     def _render(self, sample: RawSample) -> dict[str, Rendering]:
         views = {view: renderer.render(sample) for view, renderer in self.renderers.items()}
@@ -220,9 +221,9 @@ class _Keeping:
 
     def __init__(self, rendering: str, shards: tuple[Shard, ...], room: int) -> None:
         self._rendering, self._shards, self._room = rendering, shards, room
-        self._rows: dict[int, list[Row | Refusal]] = {}
+        self._rows: dict[int, list[RenderedSample | RefusedSample]] = {}
 
-    def add(self, shard: int, row: Row | Refusal) -> None:
+    def add(self, shard: int, row: RenderedSample | RefusedSample) -> None:
         """Add a row. With the last row of a shard, the whole shard is kept."""
         if self._room <= 0:
             return
@@ -242,17 +243,17 @@ class KeptRows:
     """Rows of small sets for all jobs of this process. The least recently used sets are dropped first."""
 
     def __init__(self) -> None:
-        self._sets: OrderedDict[str, dict[Shard, list[Row | Refusal]]] = OrderedDict()
+        self._sets: OrderedDict[str, dict[Shard, list[RenderedSample | RefusedSample]]] = OrderedDict()
         self._bytes: dict[str, int] = {}
 
-    def find(self, rendering: str, shard: Shard) -> list[Row | Refusal] | None:
+    def find(self, rendering: str, shard: Shard) -> list[RenderedSample | RefusedSample] | None:
         """Return the rows of a shard in the order of its file; None if they are not kept."""
         if rendering not in self._sets:
             return None
         self._sets.move_to_end(rendering)
         return self._sets[rendering].get(shard)
 
-    def keep(self, rendering: str, shard: Shard, rows: list[Row | Refusal]) -> None:
+    def keep(self, rendering: str, shard: Shard, rows: list[RenderedSample | RefusedSample]) -> None:
         """Keep the rows of a shard, if there is room after dropping older sets."""
         size = sum(row.bytes for row in rows)
         while sum(self._bytes.values()) + size > KEPT_BYTES and next(iter(self._sets), rendering) != rendering:

@@ -19,12 +19,11 @@ from PIL import Image
 from transformers import LlavaProcessor
 
 from betakd_ray.batch.images import ImageProcessing, Images
-from betakd_ray.batch.sample import Rendering
-from betakd_ray.data.shards import RawSample
+from betakd_ray.batch.sample import IMAGE, Rendering
+from betakd_ray.data.samples import RawSample
 from betakd_ray.errors import ModelError
 from betakd_ray.spec import DataSpec
 
-IMAGE = "<image>"
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."

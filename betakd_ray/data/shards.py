@@ -11,13 +11,11 @@ unchanged: there a broken header counts as the end of the archive, and all membe
 """
 
 import gzip
-import json
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -26,11 +24,11 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_expo
 from tenacity.wait import wait_base
 
 from betakd_ray.data.files import ChecksumStream, opened
+from betakd_ray.data.samples import IMAGE_NAME, BadSample, RawSample, TarMembers, parse_sample
 from betakd_ray.errors import DataError, DataUnreachable
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import StoreSilent
 
-PLACEHOLDER = "<image>"
 TAR_BUFFER_BYTES = 1 << 16  # tarfile copies the rest of its buffer at each read, so a larger buffer is slower
 MAX_SAMPLE_BYTES = 256 << 20
 MAX_SAMPLE_MEMBERS = 1000
@@ -40,11 +38,9 @@ MAX_UNPACKED_RATIO = 100  # limit against gzip bombs: deflate reaches 1000, tars
 PICKLED = frozenset({"pkl", "pickle", "pt", "pth"})  # loading a pickle can run any code
 BACKOFF = wait_exponential(multiplier=2, max=30) + wait_random(0, 2)  # 2, 4, 8 s: enough for a store to restart
 
-_IMAGE = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp)")
 _MEMBER = re.compile(r"((?:.*/|)[^./]+)\.([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 
-Turn = dict[str, str]
 Skip = Callable[[int], bool] | Set[int] | NDArray[np.bool_]
 """Samples of a shard to leave out: a predicate on indexes, a set of indexes, or a mask over the shard."""
 
@@ -65,27 +61,6 @@ class Shard:
     checksum: str
 
 
-@dataclass(frozen=True, slots=True)
-class RawSample:
-    """A sample with its conversation checked and its images still encoded."""
-
-    key: str
-    index: int
-    id: str
-    conversation: list[Turn]
-    images: list[bytes]
-    extra: dict[str, Any] = field(default_factory=dict)  # the record's other fields
-
-
-@dataclass(frozen=True, slots=True)
-class BadSample:
-    """A sample that cannot be used for training, and the reason."""
-
-    key: str
-    index: int
-    reason: str
-
-
 def read_shard(shard: Shard, storage: StorageSpec, skip: Skip | None = None) -> Iterator[RawSample | BadSample]:
     """Yield a shard's samples in order, one for each of `shard.samples` indexes that is not in `skip`.
 
@@ -104,7 +79,7 @@ def read_shard(shard: Shard, storage: StorageSpec, skip: Skip | None = None) -> 
             if first < group.index:
                 group.fault = f"key {group.key!r} stands twice, first as sample {first}"
             if group.wanted:
-                yield _parse(group)
+                yield parse_sample(group)
     found = Shard(shard.url, samples, stream.size, stream.checksum)
     if found != shard:
         raise ShardDamaged(
@@ -198,21 +173,9 @@ class _StrictTarInfo(tarfile.TarInfo):
         return super()._proc_member(tar)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@dataclass(slots=True)
-class _Group:
-    """Members that share a key: extension → content, and the first fault found in them."""
-
-    key: str
-    index: int
-    wanted: bool
-    members: dict[str, bytes] = field(default_factory=dict)
-    size: int = 0
-    fault: str | None = None
-
-
-def _groups(stream: ChecksumStream, wanted: Callable[[int], bool]) -> Iterator[_Group]:
+def _groups(stream: ChecksumStream, wanted: Callable[[int], bool]) -> Iterator[TarMembers]:
     """Yield neighbouring members with one key as groups, with contents only if wanted. Reads `stream` to its end."""
-    group: _Group | None = None
+    group: TarMembers | None = None
     open_tar = cast(Any, tarfile.open)  # Any: the type stub requires seek and tell, which "r|" never calls
     with open_tar(fileobj=_unpacked(stream), mode="r|", bufsize=TAR_BUFFER_BYTES, tarinfo=_StrictTarInfo) as tar:
         while member := tar.next():
@@ -224,7 +187,7 @@ def _groups(stream: ChecksumStream, wanted: Callable[[int], bool]) -> Iterator[_
                 if group is not None:
                     yield group
                 index = 0 if group is None else group.index + 1
-                group = _Group(key, index, wanted(index))
+                group = TarMembers(key, index, wanted(index))
             group.size += member.size
             group.fault = group.fault or _fault(member, extension, group)
             if not group.fault:
@@ -299,10 +262,10 @@ def _is_unsafe(name: str) -> bool:
 
 
 def _is_read(extension: str) -> bool:
-    return extension == "json" or _IMAGE.fullmatch(extension) is not None
+    return extension == "json" or IMAGE_NAME.fullmatch(extension) is not None
 
 
-def _fault(member: tarfile.TarInfo, extension: str, group: _Group) -> str | None:
+def _fault(member: tarfile.TarInfo, extension: str, group: TarMembers) -> str | None:
     if _is_unsafe(member.name):
         return f"member {member.name!r} points outside of the archive"
     if not member.isreg() or member.issparse():
@@ -330,87 +293,3 @@ def _tar_errors(url: str) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------------- a sample
-
-
-def check_conversation(turns: Any, images: int) -> list[Turn]:
-    """Return the turns of a LLaVA conversation, with a placeholder per image. Raises ValueError with the reason."""
-    if not isinstance(turns, list) or not turns:
-        raise ValueError('"conversations" is not a list of turns')
-    checked = [_turn(number, turn) for number, turn in enumerate(turns)]
-    for number, (before, turn) in enumerate(pairwise(checked), 1):
-        if turn["from"] == before["from"]:
-            raise ValueError(f"turn {number} is from {turn['from']}, as the one before: human and gpt take turns")
-    if not any(turn["from"] == "gpt" and turn["value"].strip() for turn in checked):
-        raise ValueError("the conversation has no answer (no gpt turn with text)")
-    placeholders = sum(turn["value"].count(PLACEHOLDER) for turn in checked)
-    if images and not placeholders:
-        return _with_placeholders(checked, images)
-    if placeholders != images:
-        raise ValueError(f"{placeholders} {PLACEHOLDER} placeholders and {images} images")
-    return checked
-
-
-def _parse(group: _Group) -> RawSample | BadSample:
-    try:
-        if group.fault:
-            raise ValueError(group.fault)
-        record = _record(group.members)
-        images = _images(group.members)
-        conversation = check_conversation(record.pop("conversations", None), len(images))
-        sample_id = str(record.pop("id", group.key))
-        sample_id.encode()
-    except ValueError as error:
-        return BadSample(group.key, group.index, str(error))
-    return RawSample(group.key, group.index, sample_id, conversation, images, extra=record)
-
-
-def _record(members: dict[str, bytes]) -> dict[str, Any]:
-    if "json" not in members:
-        raise ValueError(f"no json member; there are {sorted(members)}")
-    try:
-        record = json.loads(members["json"].decode("utf-8"), object_pairs_hook=_object)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the json member is not UTF-8: {error.reason} at byte {error.start}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the json member is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"the json member holds a {type(record).__name__}, not an object")
-    return record
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object as a dict. Raises ValueError for a repeated name: `json` would keep the last value."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError(f"a name stands twice in {[name for name, _ in pairs]}")
-    return made
-
-
-def _images(members: dict[str, bytes]) -> list[bytes]:
-    """Return the images in the order of their numbers; an unnumbered image comes first."""
-    matches = [(match, content) for name, content in members.items() if (match := _IMAGE.fullmatch(name))]
-    numbered = sorted(((int(match[1] or -1), content) for match, content in matches), key=lambda pair: pair[0])
-    numbers = [number for number, _ in numbered]
-    if numbers and numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-        raise ValueError(f"images {sorted(match[0] for match, _ in matches)} are not numbered 0, 1, 2 …")
-    return [content for _, content in numbered]
-
-
-def _turn(number: int, turn: Any) -> Turn:
-    if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt") or not isinstance(turn.get("value"), str):
-        raise ValueError(f'turn {number} is not {{"from": "human" or "gpt", "value": text}}')
-    if turn["from"] == "gpt" and PLACEHOLDER in turn["value"]:
-        raise ValueError(f"turn {number}: an answer cannot hold {PLACEHOLDER}")
-    try:
-        turn["value"].encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"turn {number} has half of a surrogate pair at character {error.start}") from error
-    return {"from": turn["from"], "value": turn["value"]}
-
-
-def _with_placeholders(turns: list[Turn], images: int) -> list[Turn]:
-    first = next((number for number, turn in enumerate(turns) if turn["from"] == "human"), None)
-    if first is None:
-        raise ValueError("there are images and no human turn to put them in")
-    front = {"from": "human", "value": f"{PLACEHOLDER}\n" * images + turns[first]["value"]}
-    return [*turns[:first], front, *turns[first + 1 :]]

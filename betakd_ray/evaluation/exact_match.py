@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Record:
+class ModelAnswer:
     """Answer of one model to one question."""
 
     text: str | None
@@ -30,20 +30,20 @@ def agree(one: str | None, other: str | None) -> bool:
     return one is not None and other is not None and normalized(one) == normalized(other)
 
 
-def score(records: Sequence[Record]) -> dict[str, float]:
+def score(answers: Sequence[ModelAnswer]) -> dict[str, float]:
     """Return the overall `accuracy`, the `accuracy[type]` of each type, and the number of `unanswerable` samples.
 
-    Accuracies are between 0 and 1. Unanswerable samples count as wrong. Raises ValueError if there are no records.
+    Accuracies are between 0 and 1. Unanswerable samples count as wrong. Raises ValueError if there are none.
     """
-    if not records:
-        raise ValueError("accuracy of no answers: give at least one record")
-    by_type: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        if record.type is not None:
-            by_type[record.type].append(record)
-    metrics = {"accuracy": _accuracy(records)}
+    if not answers:
+        raise ValueError("accuracy of no answers: give at least one")
+    by_type: dict[str, list[ModelAnswer]] = defaultdict(list)
+    for answer in answers:
+        if answer.type is not None:
+            by_type[answer.type].append(answer)
+    metrics = {"accuracy": _accuracy(answers)}
     metrics |= {f"accuracy[{kind}]": _accuracy(by_type[kind]) for kind in sorted(by_type)}
-    return metrics | {"unanswerable": float(sum(record.text is None for record in records))}
+    return metrics | {"unanswerable": float(sum(answer.text is None for answer in answers))}
 
 
 def agreement(texts: Sequence[str | None], others: Sequence[str | None]) -> float:
@@ -51,5 +51,5 @@ def agreement(texts: Sequence[str | None], others: Sequence[str | None]) -> floa
     return sum(agree(one, other) for one, other in zip(texts, others, strict=True)) / len(texts)
 
 
-def _accuracy(records: Sequence[Record]) -> float:
-    return sum(record.correct for record in records) / len(records)
+def _accuracy(answers: Sequence[ModelAnswer]) -> float:
+    return sum(answer.correct for answer in answers) / len(answers)

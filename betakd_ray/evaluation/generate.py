@@ -11,9 +11,9 @@ from transformers import GenerationConfig
 
 from betakd_ray.batch.images import Normalization, joined_images
 from betakd_ray.batch.inputs import to_device
-from betakd_ray.batch.sample import Rendering
-from betakd_ray.data.render import IMAGE, Renderer, Unrenderable
-from betakd_ray.data.shards import BadSample, RawSample
+from betakd_ray.batch.sample import IMAGE, Rendering
+from betakd_ray.data.render import Renderer, Unrenderable
+from betakd_ray.data.samples import BadSample, RawSample
 from betakd_ray.models.vlm import with_image_tokens
 
 

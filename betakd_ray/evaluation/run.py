@@ -9,11 +9,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from betakd_ray.batch.sample import IMAGE
 from betakd_ray.data.manifest import find_shards
-from betakd_ray.data.render import IMAGE, Renderer
-from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard_with_retry
+from betakd_ray.data.render import Renderer
+from betakd_ray.data.samples import BadSample, RawSample
+from betakd_ray.data.shards import Shard, read_shard_with_retry
 from betakd_ray.errors import ClusterError, DataError, OutputError, TrainingError
-from betakd_ray.evaluation.exact_match import Record, agreement, score
+from betakd_ray.evaluation.exact_match import ModelAnswer, agreement, score
 from betakd_ray.evaluation.generate import answers
 from betakd_ray.models.device import find_device
 from betakd_ray.models.load import load_model, load_processor
@@ -23,9 +25,9 @@ from betakd_ray.progress import progress_line
 from betakd_ray.spec import EvaluationSpec
 from betakd_ray.storage import join, open_store
 
-RESULT = "evaluation.json"
+SCORES = "evaluation.json"
 
-Metrics = dict[str, float]
+Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Answered:
 
     question_id: str
     prompt: str
-    record: Record
+    record: ModelAnswer
     reason: str | None = None
     """Reason why the sample could not be read; None if it was read."""
 
@@ -59,7 +61,7 @@ class Evaluation:
         self.spec = spec
         self.folder = join(spec.output.path, spec.name)
 
-    def run(self) -> dict[str, Metrics]:
+    def run(self) -> dict[str, Scores]:
         """Run the evaluation; return label of a model → metrics. Answers and metrics are also written to the output.
 
         Raises ClusterError, DataError, ModelError or OutputError for errors that the user can repair.
@@ -77,7 +79,7 @@ class Evaluation:
             )
             for label in self.spec.models
         }
-        self._store(lines | {RESULT: json.dumps(results, indent=2)})
+        self._store(lines | {SCORES: json.dumps(results, indent=2)})
         return results
 
     def _answer(self, shards: list[Shard]) -> dict[str, list[Answered]]:
@@ -98,7 +100,7 @@ class Evaluation:
                 ray.cancel(unfinished, force=True)
         return answered
 
-    def _score(self, label: str, answered: dict[str, list[Answered]]) -> Metrics:
+    def _score(self, label: str, answered: dict[str, list[Answered]]) -> Scores:
         records = [each.record for each in answered[label]]
         metrics = score(records)
         reference = self.spec.agreement_with
@@ -133,12 +135,12 @@ def _samples(spec: EvaluationSpec, shards: list[Shard]) -> Iterator[RawSample | 
 
 def _answered(sample: RawSample | BadSample, text: str | None) -> Answered:
     if isinstance(sample, BadSample):
-        return Answered(sample.key, "", Record(None, None), sample.reason)
+        return Answered(sample.key, "", ModelAnswer(None, None), sample.reason)
     turns = sample.conversation
     last = max(i for i, turn in enumerate(turns) if turn["from"] == "gpt")
     question = next((turn["value"] for turn in reversed(turns[:last]) if turn["from"] == "human"), "")
     kind = sample.extra.get("type")
-    record = Record(text, turns[last]["value"], None if kind is None else str(kind))
+    record = ModelAnswer(text, turns[last]["value"], None if kind is None else str(kind))
     return Answered(sample.id, question.replace(IMAGE, "").strip(), record)
 
 

@@ -5,75 +5,30 @@ samples and the models' configurations. No weights are read; those of a quantise
 not quantised. If the data do not exist yet, their size is assumed.
 """
 
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
-import numpy as np
-from PIL import Image
-
-from betakd_ray.batch.inputs import ModelInputs
-from betakd_ray.batch.packing import stack
-from betakd_ray.batch.sample import Rendering
 from betakd_ray.data.mixture import find_passes
-from betakd_ray.data.plan import Pass, Plan
-from betakd_ray.data.render import IMAGE, Renderer, Unrenderable
-from betakd_ray.data.shards import BadSample, RawSample, Shard, read_shard
-from betakd_ray.errors import DataError
+from betakd_ray.data.plan import Plan
 from betakd_ray.forecast.memory import GRADIENT_BYTES, StudentMemory, TeacherModel, student_memory, teacher_model
+from betakd_ray.forecast.samples import (
+    AssumedData,
+    SampleSize,
+    count_of,
+    first_samples,
+    largest_batch,
+    size,
+    stacked,
+    teacher_group,
+)
 from betakd_ray.job import BetaKDJob
 from betakd_ray.on_ray.cluster import check_feasible, connected
-from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec, TeacherSpec
+from betakd_ray.run.claim import was_here
+from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec
 from betakd_ray.teacher.parts import PARTS, Needs, value_bytes
 
-SAMPLED = 64
-"""Number of samples of the first shard that are read as examples of all samples."""
-Row = tuple[str, str, str]
-"""Row of the forecast's table: section, quantity, value."""
-
-
-@dataclass(frozen=True)
-class AssumedData:
-    """Assumption about data that do not exist yet: every sample has one image and one answer."""
-
-    samples: int
-    prompt_tokens: int
-    answer_tokens: int
-    samples_per_shard: int = 10_000
-
-    def passes(self) -> list[Pass]:
-        """Return passes over shards of `samples_per_shard` samples, and one of the rest; an epoch reads each once."""
-        whole, rest = divmod(self.samples, self.samples_per_shard)
-        sizes = [self.samples_per_shard] * whole + ([rest] if rest else [])
-        return [Pass(Shard(f"assumed-{number}", size, 0, ""), size) for number, size in enumerate(sizes)]
-
-    def rendering(self, renderer: Renderer) -> Rendering:
-        """Return a sample with an image, the template's tokens, and prompt and answer of the assumed lengths.
-
-        Raises DataError if it is longer than data.max_length.
-        """
-        mask = np.repeat([False, True], [self.prompt_tokens, self.answer_tokens])
-        try:
-            shown = renderer.render(_one_image())
-        except Unrenderable as reason:
-            raise DataError(f"data.max_length: has no room for one image and the template ({reason})") from reason
-        length = len(shown.input_ids) + len(mask)
-        if length > renderer.max_length:
-            raise DataError(
-                f"data.max_length is {renderer.max_length}; the image and the template ({len(shown.input_ids)} tokens) "
-                f"with {self.prompt_tokens} + {self.answer_tokens} assumed ones are {length}. Raise it, or assume less."
-            )
-        own = np.zeros_like(shown.answer_mask)  # the example's own answer counts as part of the template
-        filling = np.full(len(mask), renderer.pad_token_id, shown.input_ids.dtype)
-        return Rendering(np.concatenate([shown.input_ids, filling]), np.concatenate([own, mask]), shown.images)
-
-
-def _one_image() -> RawSample:
-    buffer = io.BytesIO()
-    Image.new("RGB", (32, 32)).save(buffer, "PNG")
-    turns = [{"from": "human", "value": IMAGE}, {"from": "gpt", "value": "."}]
-    return RawSample("assumed", 0, "assumed", turns, [buffer.getvalue()])
+Line = tuple[str, str, str]
+"""Line of the forecast's table: section, quantity, value."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +123,7 @@ class Forecast:
         weight_bytes = 2 if training.precision == "bf16" else 4
         return (reduced * GRADIENT_BYTES + gathered * weight_bytes) * (ranks - 1) / ranks
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Line]:
         """Yield all rows of the forecast's table."""
         yield from self._data_rows()
         yield from self._model_rows()
@@ -177,7 +132,7 @@ class Forecast:
         if self.tflops:
             yield from self._speed_rows(self.tflops)
 
-    def _data_rows(self) -> Iterator[Row]:
+    def _data_rows(self) -> Iterator[Line]:
         training, source = self.spec.training, "found" if self.read else "assumed"
         passes = (
             f", in {len(self.plan.shards):,} passes an epoch" if len(self.plan.shards) > len(self.plan.distinct) else ""
@@ -190,7 +145,7 @@ class Forecast:
         for name, sample in self.samples.items():
             yield "data", f"{name}'s tokens, {source}", str(sample)
 
-    def _model_rows(self) -> Iterator[Row]:
+    def _model_rows(self) -> Iterator[Line]:
         pools, workers = self.spec.cluster, self.spec.training.workers
         if self.teacher:
             yield "pools", "teacher", _pool(pools.teacher, pools.teacher.min, pools.teacher.max or pools.teacher.min)
@@ -199,11 +154,11 @@ class Forecast:
         if (gpus := self.gpus) is not None:
             yield "pools", "GPUs at the least", f"{gpus:g}"
         if self.teacher:
-            yield "models", "teacher", f"{_count(self.teacher.parameters)} parameters"
-        trained = f"{_count(self.student.parameters)} parameters, {_count(self.student.trained)} of them trained"
+            yield "models", "teacher", f"{count_of(self.teacher.parameters)} parameters"
+        trained = f"{count_of(self.student.parameters)} parameters, {count_of(self.student.trained)} of them trained"
         yield "models", "student", trained
 
-    def _memory_rows(self) -> Iterator[Row]:
+    def _memory_rows(self) -> Iterator[Line]:
         if self.teacher:
             packed = f", as if {self.teacher.quantization} did not pack them" if self.teacher.quantization else ""
             yield "memory of a teacher", f"weights{packed}", size(self.teacher.weights)
@@ -223,7 +178,7 @@ class Forecast:
         yield where, "while the optimizer steps", size(memory.step)
         yield where, "peak", size(memory.peak)
 
-    def _byte_rows(self) -> Iterator[Row]:
+    def _byte_rows(self) -> Iterator[Line]:
         training = self.spec.training
         yield "bytes", "samples to the students, a step", size(self.sample.bytes * training.global_batch_size)
         if self.teacher and self.spec.teacher:
@@ -243,7 +198,7 @@ class Forecast:
         )
         yield "bytes", "ledger in it", f"up to {size(at_most)}, and {size(each)} for each shard being read"
 
-    def _speed_rows(self, tflops: float) -> Iterator[Row]:
+    def _speed_rows(self, tflops: float) -> Iterator[Line]:
         where, workers = f"speed, at an assumed {tflops:g} TFLOP/s a GPU", self.spec.training.workers
         speed = self.student_speed(tflops)
         total = speed * workers.max
@@ -281,32 +236,6 @@ class Forecast:
         return tflops * 1e12 / (2 * self.teacher.parameters * self.teacher_sample.tokens)
 
 
-@dataclass(frozen=True)
-class SampleSize:
-    """Mean sizes of a sample for one model."""
-
-    tokens: float
-    """Number of all tokens: prompt, image and answer."""
-    answer_tokens: float
-    image_tokens: float
-    pairs: float
-    """Number of pairs of an answer token and an image token."""
-    bytes: float
-    """Bytes on the network: ids, answer mask and decoded pixels."""
-
-    @classmethod
-    def of(cls, inputs: ModelInputs) -> "SampleSize":
-        """Return the mean over a batch, without padding."""
-        rows, visual = inputs.rows_per_sample, inputs.visual_per_sample
-        tokens = inputs.attention_mask.sum() / inputs.size
-        pixels = sum(array.nbytes for array in inputs.images.values()) / inputs.size
-        # 5 bytes per token: the id is an int32, and the answer mask one byte.
-        return cls(*map(float, (tokens, rows.mean(), visual.mean(), (rows * visual).mean(), 5 * tokens + pixels)))
-
-    def __str__(self) -> str:
-        return f"{self.tokens:,.0f}, of them {self.answer_tokens:,.0f} answer and {self.image_tokens:,.0f} image"
-
-
 def signal_bytes(needs: Needs, teacher: TeacherModel, sample: SampleSize) -> float:
     """Return the bytes of a teacher's answer to a mean sample."""
     facts = teacher.facts(needs)
@@ -323,28 +252,28 @@ def forecast(job: BetaKDJob, assumed: AssumedData | None = None, tflops: float |
     spec = job.spec
     renderers = job.renderers()
     plan = job.plan(assumed.passes() if assumed else find_passes(spec.data))
-    job.was_here()
+    was_here(job.run, job.spec)
     views = {
-        name: [assumed.rendering(renderer)] if assumed else _first_samples(plan.shards[0], spec, renderer)
+        name: [assumed.rendering(renderer)] if assumed else first_samples(plan.shards[0], spec, renderer)
         for name, renderer in renderers.items()
     }
-    batches = {name: _largest_batch(views[name], spec, renderer) for name, renderer in renderers.items()}
+    batches = {name: largest_batch(views[name], spec, renderer) for name, renderer in renderers.items()}
     processors = {name: renderer.processor for name, renderer in renderers.items()}
     needs, teacher, view = Needs(), None, "teacher" if "teacher" in renderers else "student"
     if spec.teacher:
         needs = job.needs(spec.teacher)
         asked = spec.cluster.teacher.gpus
         gpus = 1 if asked == "auto" else max(1, int(asked))
-        group = _group(views[view], spec.teacher, renderers[view])
+        group = teacher_group(views[view], spec.teacher, renderers[view])
         teacher = teacher_model(spec.teacher, needs, group, processors[view], gpus)
     ranks = spec.training.workers.min
     student = student_memory(spec, teacher, needs, batches["student"], processors["student"], ranks)
-    samples = {name: SampleSize.of(_stacked(views[name], renderer)) for name, renderer in renderers.items()}
+    samples = {name: SampleSize.of(stacked(views[name], renderer)) for name, renderer in renderers.items()}
     read = None if assumed else len(views["student"])
     return Forecast(spec, plan, samples, read, student, teacher, needs, tflops)
 
 
-def feasibility(spec: JobSpec) -> Iterator[Row]:
+def feasibility(spec: JobSpec) -> Iterator[Line]:
     """Yield for each pool whether the spec's cluster has room for it, or it must wait for nodes; ignore other jobs.
 
     The question may make an autoscaler start those nodes. Raises ClusterError for demands that can never be met.
@@ -354,43 +283,6 @@ def feasibility(spec: JobSpec) -> Iterator[Row]:
             waits = f"room for {room} now, waits for nodes up to {spec.cluster.start_timeout_s:g} s"
             state = "has room" if room == demand.count else waits
             yield f"cluster at {spec.cluster.address}", demand.pool, f"{demand}: {state}"
-
-
-def _first_samples(shard: Shard, spec: JobSpec, renderer: Renderer) -> list[Rendering]:
-    """Return renderings of a shard's first `SAMPLED` samples. Raises DataError if none of them can be rendered."""
-    found: list[Rendering] = []
-    reason = "it is empty"
-    for sample in islice(read_shard(shard, spec.data.storage), SAMPLED):
-        if isinstance(sample, BadSample):
-            reason = sample.reason
-            continue
-        try:
-            found.append(renderer.render(sample))
-        except Unrenderable as error:
-            reason = str(error)
-    if not found:
-        raise DataError(f"{shard.url}: none of its first {SAMPLED} samples can be used ({reason}). Look at it with "
-                        "`betakd inspect`.")  # fmt: skip
-    return found
-
-
-def _largest_batch(samples: Sequence[Rendering], spec: JobSpec, renderer: Renderer) -> ModelInputs:
-    """Return a micro-batch that repeats the longest sample."""
-    longest = max(samples, key=lambda sample: len(sample.input_ids))
-    training = spec.training
-    return _stacked(
-        [longest] * training.samples_at_a_time(training.workers.min, float(len(longest.input_ids))), renderer
-    )
-
-
-def _group(samples: Sequence[Rendering], spec: TeacherSpec, renderer: Renderer) -> ModelInputs:
-    """Return a group for the teacher: the longest sample, as many times as `batch_tokens` allows."""
-    longest = max(samples, key=lambda sample: len(sample.input_ids))
-    return _stacked([longest] * max(1, spec.batch_tokens // len(longest.input_ids)), renderer)
-
-
-def _stacked(samples: list[Rendering], renderer: Renderer) -> ModelInputs:
-    return stack(samples, renderer.pad_token_id, renderer.image_token_id)
 
 
 def _pool(pool: PoolSpec, least: int, most: int) -> str:
@@ -408,17 +300,3 @@ def _needs(pool: PoolSpec) -> str:
     if isinstance(pool, GPUPoolSpec) and pool.accelerator_type:
         gpus += f" of type {pool.accelerator_type}"
     return ", ".join([gpus, f"{pool.cpus:g} CPUs", *(f"{amount:g} {name}" for name, amount in pool.resources.items())])
-
-
-def size(count: float | int) -> str:
-    """Return a number of bytes as text with a decimal unit: B, kB, MB and so on."""
-    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
-        if count < 1000 or unit == "PB":
-            break
-        count /= 1000
-    return f"{count:.3g} {unit}" if count < 1000 else f"{count:,.0f} {unit}"
-
-
-def _count(number: int) -> str:
-    """Return a number of parameters as text, in millions (M) or billions (B)."""
-    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.4g} M"

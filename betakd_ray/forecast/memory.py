@@ -6,33 +6,25 @@ fake tensors, which have shapes but no data, and every storage is counted until 
 size runs in seconds, without its memory. The kernels are the CPU's: the workspace of a GPU kernel is not counted.
 """
 
-import os
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from betakd_ray.batch.images import ImageProcessing
-from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs, most_salient
+from betakd_ray.batch.images import ImageProcessing, Normalization
+from betakd_ray.batch.inputs import ModelInputs, Pairs, most_salient
 from betakd_ray.engine.config import deepspeed_config
+from betakd_ray.forecast.allocations import AllocationCounter, counted_allocations, host_tensors
 from betakd_ray.models.load import model_skeleton
 from betakd_ray.models.quantization import quantization
 from betakd_ray.models.split import device_bytes
 from betakd_ray.models.student import student_skeleton
-from betakd_ray.models.vlm import Normalization, attention_heads, freeze, with_attention_weights
+from betakd_ray.models.vlm import attention_heads, freeze, with_attention_weights
 from betakd_ray.spec import JobSpec, TeacherSpec
-from betakd_ray.teacher.parts import PARTS, Needs, TeacherFacts, places
+from betakd_ray.teacher.answers import places
+from betakd_ray.teacher.parts import PARTS, Needs, TeacherFacts
 from betakd_ray.teacher.scorer import answer
 from betakd_ray.train.distiller import Distiller, Selection, TeacherView
 
@@ -115,16 +107,16 @@ class StudentMemory:
 
 def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, processor: Any, gpus: int = 1) -> TeacherModel:
     """Return a teacher's sizes on `gpus` GPUs; `inputs` is one group of samples. Raises ModelError."""
-    with _fake() as tally:
+    with counted_allocations() as allocations:
         model: Any = freeze(model_skeleton(spec, "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)))
         if needs.reads_attention:
             with_attention_weights(model)
-        weights = tally.live
-        tally.peak = weights
+        weights = allocations.live
+        allocations.peak = weights
         with torch.inference_mode():
             pairs = Pairs.of(inputs, CPU) if needs.reads_attention else None
             normalize = Normalization.of(getattr(processor, "image_processor", None))
-            answer(model, needs, _tensors(inputs), pairs, normalize)
+            answer(model, needs, host_tensors(inputs), pairs, normalize)
         head = model.get_output_embeddings().weight
         return TeacherModel(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -134,7 +126,7 @@ def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, processo
             heads=attention_heads(model),
             weights=weights,
             largest_share=max(device_bytes(model, [torch.device("cuda", number) for number in range(gpus)]).values()),
-            working=tally.peak - weights,
+            working=allocations.peak - weights,
             quantization=quantization(spec, model.config),
         )
 
@@ -144,9 +136,9 @@ def student_memory(
 ) -> StudentMemory:
     """Return the memory of one of `ranks` ranks, with `inputs` as its micro-batch. Raises ModelError."""
     dtype = torch.bfloat16 if spec.training.precision == "bf16" else torch.float32
-    # Made outside of `_fake()`, because an image processor needs real data.
+    # Made outside of `counted_allocations()`, because an image processor needs real data.
     blank = ImageProcessing(processor).blank() if getattr(processor, "image_processor", None) else None
-    with _fake() as tally:
+    with counted_allocations() as allocations:
         student = student_skeleton(spec.student, dtype)
         if spec.training.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
@@ -156,7 +148,7 @@ def student_memory(
         teacher_head = _head(teacher) if teacher and "hidden" in needs else None
         distiller = Distiller(student, processor, spec.objective, facts, teacher_head, blank).train()
         sizes = _sizes(distiller)
-        working = _Working.of(distiller, spec, teacher, needs, inputs, tally)
+        working = _Working.of(distiller, spec, teacher, needs, inputs, allocations)
     head = teacher.vocab * teacher.width * teacher.dtype.itemsize if teacher and "hidden" in needs else 0
     return replace(
         _held(spec, sizes, ranks),
@@ -284,38 +276,38 @@ class _Working:
         teacher: TeacherModel | None,
         needs: Needs,
         inputs: ModelInputs,
-        tally: "Tally",
+        allocations: "AllocationCounter",
     ) -> "_Working":
         """Run one forward and backward, and measure them; two if gradients are summed in `parameter.grad`."""
         stays = _stay(spec)
-        tally.follow_gradients(distiller, stays)
-        held = tally.live
+        allocations.follow_gradients(distiller, stays)
+        held = allocations.live
         activations = 0
 
         def at_objective(*_: Any) -> None:
             nonlocal activations
-            activations = max(activations, tally.live - held - tally.gradients)
+            activations = max(activations, allocations.live - held - allocations.gradients)
 
         distiller.rows.register_forward_pre_hook(at_objective)
         forward = backward = gradients = 0
         ranks = spec.training.workers.min
         for _ in range(2 if stays and _accumulates(spec, ranks, inputs) else 1):
-            tally.peak = tally.live
+            allocations.peak = allocations.live
             loss = distiller(
-                _tensors(inputs),
+                host_tensors(inputs),
                 _view(spec, teacher, needs, inputs),
                 Pairs.of(inputs, CPU) if spec.objective.compares_attention else None,
                 torch.ones(inputs.size, len(distiller.channels)),
                 {},
             ).loss
-            if tally.peak - held > max(forward, backward):
-                gradients = tally.gradients_at_peak
-            forward = max(forward, tally.peak - held)
-            tally.peak = tally.live
+            if allocations.peak - held > max(forward, backward):
+                gradients = allocations.gradients_at_peak
+            forward = max(forward, allocations.peak - held)
+            allocations.peak = allocations.live
             loss.backward()
-            if tally.peak - held > max(forward, backward):
-                gradients = tally.gradients_at_peak
-            backward = max(backward, tally.peak - held)
+            if allocations.peak - held > max(forward, backward):
+                gradients = allocations.gradients_at_peak
+            backward = max(backward, allocations.peak - held)
         return cls(activations, forward, backward, gradients)
 
 
@@ -341,95 +333,3 @@ def _view(spec: JobSpec, teacher: TeacherModel | None, needs: Needs, inputs: Mod
 
 
 # ---------------------------------------------------------------------------------------------- counting
-
-
-class Tally(TorchDispatchMode):
-    """Counter of the bytes of tensors that operations make: those alive now, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.gradients = self.gradients_at_peak = 0
-        self._seen = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        with unset_fake_temporarily() if _has_data(func, args, kwargs) else nullcontext():
-            result = func(*args, **kwargs)
-        for tensor in _tensors_in(result):
-            self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._seen:
-            return
-        size = storage.nbytes()
-        self._seen[storage] = size
-        self.live += size
-        if self.live > self.peak:
-            self.peak, self.gradients_at_peak = self.live, self.gradients
-        weakref.finalize(storage, self._remove, size)
-
-    def _remove(self, size: int) -> None:
-        self.live -= size
-
-    def follow_gradients(self, module: nn.Module, stays: bool) -> None:
-        """Count gradients apart from other tensors. Unless `stays`, drop each one as soon as it is made."""
-
-        def made(parameter: Tensor) -> None:
-            if not stays:
-                parameter.grad = None
-            elif parameter not in counted and parameter.grad is not None:
-                counted.add(parameter)
-                self.gradients += parameter.grad.nbytes
-
-        counted: set[Tensor] = set()
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(made)
-
-
-def _has_data(func: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether an operation takes or makes ids, masks or grids.
-
-    These need real data, because a model may read them, e.g. to count image tokens.
-    """
-    if inputs := _tensors_in((args, kwargs)):
-        return not any(isinstance(each, FakeTensor) or _is_number(each) for each in inputs)
-    return not any(map(_is_number, _tensors_in(func(*args, **kwargs))))
-
-
-def _is_number(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _tensors_in(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-@contextmanager
-def _fake() -> Iterator[Tally]:
-    """Make floating-point tensors of the block fake, so that they have no data. The tally counts their full size."""
-    # Not transformers' no_init_weights(): it would not tie weights either, so tied weights would be counted twice.
-    unset = patch.object(PreTrainedModel, "initialize_weights", lambda _: None)
-    with _unchecked(), unset, FakeTensorMode(allow_non_fake_inputs=True), Tally() as tally:
-        yield tally
-
-
-@contextmanager
-def _unchecked() -> Iterator[None]:
-    """Switch off transformers' checks of tensor values, because fake tensors have no values."""
-    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _tensors(inputs: ModelInputs) -> TensorInputs:
-    return TensorInputs.of(inputs, CPU)

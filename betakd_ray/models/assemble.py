@@ -7,10 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AddedToken, LlavaConfig, LlavaProcessor, PretrainedConfig, PreTrainedTokenizerFast
 
+from betakd_ray.batch.sample import IMAGE
 from betakd_ray.errors import ModelError
 from betakd_ray.models.mobilevlm import MobileVLMConfig, mobilevlm_processor
 
-IMAGE = "<image>"
 PAD_ROWS_TO = 64
 """A vocabulary that grows gets a multiple of this many rows, so that the product with the head stays fast."""
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}

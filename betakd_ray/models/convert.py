@@ -36,8 +36,9 @@ from transformers.utils import (
 )
 from transformers.utils.import_utils import is_sentencepiece_available
 
+from betakd_ray.batch.sample import IMAGE
 from betakd_ray.errors import ModelError, OutputError
-from betakd_ray.models.assemble import CLASS_TOKENS, IMAGE, assembled, require_tower, with_image_token, with_row
+from betakd_ray.models.assemble import CLASS_TOKENS, assembled, require_tower, with_image_token, with_row
 from betakd_ray.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from betakd_ray.models.source import local_folder
 from betakd_ray.spec import StorageSpec

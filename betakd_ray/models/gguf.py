@@ -9,7 +9,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_gguf_available
 
 from betakd_ray.errors import ModelError
-from betakd_ray.models.source import explained, local_folder
+from betakd_ray.models.source import local_folder, model_errors
 from betakd_ray.spec import ModelSpec
 
 
@@ -21,7 +21,7 @@ def find_gguf(spec: ModelSpec, name: str) -> Path:
     """
     if not is_gguf_available():
         raise ModelError(f"gguf_file: {name} is read by the package gguf: pip install 'betakd_ray[gguf]'")
-    with explained(spec, f"gguf_file {name} cannot be found"):
+    with model_errors(spec, f"gguf_file {name} cannot be found"):
         folder = local_folder(spec.path, spec.storage, only=name)
         if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, name)):
             there = sorted(str(file.relative_to(folder)) for file in Path(folder).rglob("*.gguf"))

@@ -15,7 +15,7 @@ from transformers.utils.hub import cached_file, has_file
 import betakd_ray.models.mobilevlm  # noqa: F401 (makes the family known to transformers)
 from betakd_ray.errors import ModelError
 from betakd_ray.models.gguf import find_gguf
-from betakd_ray.models.source import explained, local_folder
+from betakd_ray.models.source import local_folder, model_errors
 from betakd_ray.spec import ModelSpec
 
 
@@ -28,7 +28,7 @@ def from_pretrained(auto_class: Any, spec: ModelSpec, **options: Any) -> Any:
     problem = "cannot load it"
     if spec.gguf_file:
         problem = f"cannot load {spec.gguf_file} (fetch it again, or name a model in safetensors)"
-    with explained(spec, f"{auto_class.__name__} {problem}"):
+    with model_errors(spec, f"{auto_class.__name__} {problem}"):
         if spec.gguf_file:
             file = find_gguf(spec, spec.gguf_file)
             # The full path, because transformers looks for a bare name in the working directory first.
@@ -44,7 +44,7 @@ def require_safetensors(spec: ModelSpec, config: PretrainedConfig) -> None:
     """Raise ModelError if transformers would load a pickle. The pickle is neither opened nor fetched from a hub."""
     if spec.gguf_file:  # holds only numbers and text, and is the only file that is read
         return
-    with explained(spec, "its weights cannot be found"):
+    with model_errors(spec, "its weights cannot be found"):
         files = _weight_files(local_folder(spec.path, spec.storage), spec.revision or "main", config)
     if pickles := [file for file in files if not file.endswith(".safetensors")]:
         raise ModelError(

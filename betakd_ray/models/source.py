@@ -50,7 +50,7 @@ def local_folder(location: str, storage: StorageSpec, only: str | None = None) -
 
 
 @contextmanager
-def explained(spec: ModelSpec, problem: str) -> Iterator[None]:
+def model_errors(spec: ModelSpec, problem: str) -> Iterator[None]:
     """Raise errors of transformers inside the block as ModelError.
 
     The message has the model's path, `problem`, and the first line of the original message. If the model needs its own

@@ -7,16 +7,9 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig, PreTrainedModel
 
+from betakd_ray.batch.sample import IMAGE
 from betakd_ray.errors import ModelError
-from betakd_ray.models.assemble import (
-    CLASS_TOKENS,
-    IMAGE,
-    assembled,
-    require_tower,
-    rows_for,
-    with_image_token,
-    with_row,
-)
+from betakd_ray.models.assemble import CLASS_TOKENS, assembled, require_tower, rows_for, with_image_token, with_row
 from betakd_ray.models.load import (
     auto_class,
     load_config,

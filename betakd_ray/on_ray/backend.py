@@ -34,7 +34,7 @@ class FoundTorchBackend(_TorchBackend):
         super().on_start(worker_group, replace(backend_config, backend="nccl" if has_gpu else "gloo"))
 
 
-class Deaths(ray.train.UserCallback):
+class ReportFailures(ray.train.UserCallback):
     """Callback that tells the monitor when workers failed, and why."""
 
     def __init__(self, monitor: ActorHandle) -> None:

@@ -18,7 +18,7 @@ from betakd_ray.run.folder import METRICS, METRICS_PARTS
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import join, open_store
 
-Record = dict[str, Any]
+MetricsRecord = dict[str, Any]
 RESUMED = "resumed_after"
 _PART = re.compile(r"(\d{8})-([0-9a-f]+)\.jsonl")
 _READERS = 16
@@ -26,7 +26,7 @@ _WHOLE = ""
 """Attempt name of metrics.jsonl, which has the records of all attempts that count."""
 
 
-def read_metrics(run: str, storage: StorageSpec | None = None) -> list[Record]:
+def read_metrics(run: str, storage: StorageSpec | None = None) -> list[MetricsRecord]:
     """Return the records of a run that count, in order; [] if there are none. The run may still be going on.
 
     Raises OSError if the store fails, and ValueError or LookupError if a file is damaged.
@@ -39,9 +39,9 @@ def fetch_metrics(run: str, storage: StorageSpec | None = None) -> list[tuple[st
     return fetch(*open_store(run, storage))
 
 
-def parse_metrics(stored: Iterable[tuple[str, str]]) -> list[Record]:
+def parse_metrics(stored: Iterable[tuple[str, str]]) -> list[MetricsRecord]:
     """Return the records of stored (attempt, lines) whose steps no later attempt did again."""
-    counted: list[Record] = []
+    counted: list[MetricsRecord] = []
     current = _WHOLE
     for attempt, text in stored:
         records = from_jsonl(text)
@@ -79,11 +79,11 @@ def parts_of(filesystem: AbstractFileSystem, root: str) -> list[tuple[int, str, 
     return sorted((int(match[1]), match[2], path) for match, path in named if match)
 
 
-def to_jsonl(records: Iterable[Record]) -> str:
+def to_jsonl(records: Iterable[MetricsRecord]) -> str:
     """Return records as JSON lines."""
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def from_jsonl(text: str) -> list[Record]:
+def from_jsonl(text: str) -> list[MetricsRecord]:
     """Return the records of JSON lines: the inverse of `to_jsonl`."""
     return [json.loads(line) for line in text.splitlines()]

@@ -56,7 +56,7 @@ class TopKSignal(Spec):
     k: int = Field(default=64, ge=1)
 
 
-Signal = Annotated[HiddenSignal | TopKSignal, Field(discriminator="kind"), BeforeValidator(named)]
+SignalChoice = Annotated[HiddenSignal | TopKSignal, Field(discriminator="kind"), BeforeValidator(named)]
 
 
 _LOADING = {
@@ -76,7 +76,7 @@ class TeacherSpec(ModelSpec):
     """The frozen teacher, which runs in its own actors."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    signal: Signal = Field(default=HiddenSignal(), description="what travels for energies on logits")
+    signal: SignalChoice = Field(default=HiddenSignal(), description="what travels for energies on logits")
     batch_tokens: int = Field(
         default=8192,
         ge=1,

@@ -23,8 +23,8 @@ from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.batch.sample import Rendering
 from betakd_ray.errors import TeacherError
 from betakd_ray.spec import TeacherSpec
+from betakd_ray.teacher.answers import Answer, GroupAnswer
 from betakd_ray.teacher.examination import Stack, examine
-from betakd_ray.teacher.parts import Answer, GroupAnswer
 from betakd_ray.teacher.ports import IN_HAND, Pending, Pool, Teacher, Unanswered
 
 HEARTBEAT_S = 5.0

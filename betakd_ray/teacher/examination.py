@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.batch.sample import Rendering
 from betakd_ray.errors import TeacherError
-from betakd_ray.teacher.parts import Answer, GroupAnswer
+from betakd_ray.teacher.answers import Answer, GroupAnswer
 from betakd_ray.teacher.ports import Unanswered
 
 Stack = Callable[[Sequence[Rendering]], ModelInputs]

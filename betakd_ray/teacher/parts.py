@@ -12,8 +12,8 @@ even smaller, but biased. numpy has no bfloat16, so such arrays are sent as a vi
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -22,9 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs, to_device
+from betakd_ray.batch.inputs import Pairs, TensorInputs
 from betakd_ray.energies import entropy
-from betakd_ray.errors import TeacherError
 from betakd_ray.models.hidden import Hidden
 from betakd_ray.objective import project, segment_mean, top_k
 from betakd_ray.spec import Feature, InstanceWeighting, LogitsEnergy, ObjectiveSpec, TeacherSpec, TopKSignal
@@ -36,10 +35,9 @@ A sample without an image has no parts of the token axis.
 """
 Axis = Literal["row", "token", "pair", "sample"]
 """Axis of a part: it has one value for each answer row, each image token, each pair of both, or the whole sample."""
-Asked = Callable[[TeacherSpec, ObjectiveSpec], bool]
+IsNeeded = Callable[[TeacherSpec, ObjectiveSpec], bool]
 CHUNK_ROWS = 1024
 """Number of rows whose logits are in memory at a time, for parts that are computed from logits."""
-NOT_FINITE = "the teacher's output is not finite"
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Needs:
     @classmethod
     def of(cls, teacher: TeacherSpec, objective: ObjectiveSpec, vocab: int) -> "Needs":
         """Return the needs of a spec; `vocab` is the number of token ids that the models have in common."""
-        parts = frozenset(name for name, part in PARTS.items() if part.is_asked(teacher, objective))
+        parts = frozenset(name for name, part in PARTS.items() if part.is_needed(teacher, objective))
         has_top_k = "top_ids" in parts
         layer = objective.feature_layer
         return cls(
@@ -183,24 +181,24 @@ def _compares_logits(objective: ObjectiveSpec) -> bool:
     return any(isinstance(energy, LogitsEnergy) for energy in objective.energies)
 
 
-def _is_hidden_asked(teacher: TeacherSpec, objective: ObjectiveSpec) -> bool:
+def _is_hidden_needed(teacher: TeacherSpec, objective: ObjectiveSpec) -> bool:
     return _compares_logits(objective) and not _k(teacher)
 
 
-def _is_top_k_asked(teacher: TeacherSpec, objective: ObjectiveSpec) -> bool:
+def _is_top_k_needed(teacher: TeacherSpec, objective: ObjectiveSpec) -> bool:
     return _compares_logits(objective) and bool(_k(teacher))
 
 
-def _by_energy(name: str) -> Asked:
+def _by_energy(name: str) -> IsNeeded:
     return lambda _, objective: any(name in energy.teacher_parts for energy in objective.energies)
 
 
-def _by_feature(name: str) -> Asked:
-    def is_asked(_: TeacherSpec, objective: ObjectiveSpec) -> bool:
+def _by_feature(name: str) -> IsNeeded:
+    def is_needed(_: TeacherSpec, objective: ObjectiveSpec) -> bool:
         weighting = objective.weighting
         return isinstance(weighting, InstanceWeighting) and name in weighting.features
 
-    return is_asked
+    return is_needed
 
 
 # -------------------------------------------------------------------------------------------------- table
@@ -212,7 +210,7 @@ class Part:
 
     name: str
     axis: Axis
-    is_asked: Asked
+    is_needed: IsNeeded
     """Whether a job needs this part."""
     compute: Callable[[Forward], Tensor | None]
     """Function that computes the values for all samples of a forward pass: [places, *shape], or [B, *shape] for the
@@ -240,7 +238,7 @@ _TABLE = (
     Part(
         "hidden",
         axis="row",
-        is_asked=_is_hidden_asked,
+        is_needed=_is_hidden_needed,
         compute=lambda forward: forward.hidden.rows,
         shape=_wide,
         must_be_finite=True,
@@ -249,7 +247,7 @@ _TABLE = (
     Part(
         "top_ids",
         axis="row",
-        is_asked=_is_top_k_asked,
+        is_needed=_is_top_k_needed,
         compute=lambda forward: forward.top[0],
         shape=lambda needs, _: (needs.top_k,),
         dtype="int32",
@@ -259,7 +257,7 @@ _TABLE = (
     Part(
         "top_log_probs",
         axis="row",
-        is_asked=_is_top_k_asked,
+        is_needed=_is_top_k_needed,
         compute=lambda forward: forward.top[1],
         shape=lambda needs, _: (needs.top_k + 1,),
         dtype="float32",
@@ -269,7 +267,7 @@ _TABLE = (
     Part(
         "visual",
         axis="token",
-        is_asked=_by_energy("visual"),
+        is_needed=_by_energy("visual"),
         compute=lambda forward: forward.hidden.visual,
         shape=_wide,
         must_be_finite=True,
@@ -278,7 +276,7 @@ _TABLE = (
     Part(
         "visual_layer",
         axis="token",
-        is_asked=_by_energy("visual_layer"),
+        is_needed=_by_energy("visual_layer"),
         compute=lambda forward: forward.hidden.visual_layer,
         shape=_wide,
         tag=lambda needs: f"layer{needs.layer}",
@@ -288,7 +286,7 @@ _TABLE = (
     Part(
         "attention",
         axis="pair",
-        is_asked=_by_energy("attention"),
+        is_needed=_by_energy("attention"),
         compute=lambda forward: forward.hidden.attention,
         shape=lambda _, facts: (facts.heads,),
         reads_attention=True,
@@ -297,7 +295,7 @@ _TABLE = (
     Part(
         "salience",
         axis="token",
-        is_asked=_by_energy("salience"),
+        is_needed=_by_energy("salience"),
         compute=_salience,
         shape=lambda *_: (),
         dtype="float32",
@@ -307,7 +305,7 @@ _TABLE = (
     Part(
         "teacher_vision",
         axis="sample",
-        is_asked=_by_feature("teacher_vision"),
+        is_needed=_by_feature("teacher_vision"),
         compute=_vision,
         shape=_wide,
         dtype="float32",
@@ -315,7 +313,7 @@ _TABLE = (
     Part(
         "teacher_answer",
         axis="sample",
-        is_asked=_by_feature("teacher_answer"),
+        is_needed=_by_feature("teacher_answer"),
         compute=_answer,
         shape=_wide,
         dtype="float32",
@@ -323,7 +321,7 @@ _TABLE = (
     Part(
         "teacher_entropy",
         axis="sample",
-        is_asked=_by_feature("teacher_entropy"),
+        is_needed=_by_feature("teacher_entropy"),
         compute=_entropies,
         shape=lambda *_: (2,),
         dtype="float32",
@@ -338,18 +336,6 @@ FEATURES = cast(tuple[Feature, ...], tuple(name for name, part in PARTS.items() 
 # -------------------------------------------------------------------------------------------- on the wire
 
 
-def to_wire(tensor: Tensor) -> NDArray[Any]:
-    """Return a tensor of any device as a numpy array; bfloat16 becomes a view of uint16."""
-    tensor = tensor.detach().contiguous().cpu()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def to_tensor(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Return the tensor that `to_wire` was given, on `device`."""
-    tensor = to_device(array, device)
-    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
-
-
 def wire_dtype(part: str, facts: TeacherFacts) -> np.dtype[Any]:
     """Return the dtype of a part's array."""
     name = PARTS[part].dtype or facts.dtype
@@ -362,122 +348,3 @@ def value_bytes(part: str, needs: Needs, facts: TeacherFacts) -> int:
 
 
 # --------------------------------------------------------------------------------- samples and their groups
-
-
-@dataclass(frozen=True)
-class GroupAnswer:
-    """Answer of a teacher to a group of B samples: few large arrays, which Ray sends without a copy."""
-
-    arrays: dict[str, NDArray[Any]]
-    """Part → [places of all samples, *shape], the samples one after the other."""
-    rows: NDArray[np.integer]
-    """[B] the number of answer rows of each sample."""
-    tokens: NDArray[np.integer]
-    """[B] the number of image tokens of each sample."""
-    is_finite: NDArray[np.bool_]
-    """[B] false for a sample for which an output of the teacher was not finite."""
-    busy_s: float = 0.0
-    """Seconds that the teacher computed this group."""
-
-    def signals(self) -> list[Signal | None]:
-        """Return the signal of each sample, as views of the arrays; None for a sample that is not finite."""
-        ends = {axis: np.cumsum(_counts(axis, self.rows, self.tokens)) for axis in ("row", "token", "pair", "sample")}
-        found: list[Signal | None] = []
-        for at, is_finite in enumerate(self.is_finite.tolist()):
-            signal: Signal = {}
-            for name, array in self.arrays.items():
-                axis = PARTS[name].axis
-                start, stop = (int(ends[axis][at - 1]) if at else 0), int(ends[axis][at])
-                if axis == "sample":
-                    signal[name] = array[at]
-                elif stop > start or axis == "row":
-                    signal[name] = array[start:stop]
-            found.append(signal if is_finite else None)
-        return found
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Signals of a group of samples, or the reasons why samples have none."""
-
-    signals: list[Signal | None]
-    """Signal of each sample; None if the teacher cannot score it, and then it takes no part in training."""
-    reasons: dict[int, str] = field(default_factory=dict)
-    """Position in the group → why that sample has no signal."""
-    busy_s: float = 0.0
-    """Seconds that teachers computed this group."""
-
-    @classmethod
-    def of(cls, group: GroupAnswer) -> "Answer":
-        """Make the answer from what one teacher sent."""
-        signals = group.signals()
-        reasons = {at: NOT_FINITE for at, signal in enumerate(signals) if signal is None}
-        return cls(signals, reasons, group.busy_s)
-
-    @classmethod
-    def joined(cls, parts: Iterable["Answer"]) -> "Answer":
-        """Join the answers to consecutive pieces of a group."""
-        signals: list[Signal | None] = []
-        reasons: dict[int, str] = {}
-        busy_s = 0.0
-        for part in parts:
-            reasons |= {len(signals) + at: reason for at, reason in part.reasons.items()}
-            signals += part.signals
-            busy_s += part.busy_s
-        return cls(signals, reasons, busy_s)
-
-
-def places(part: str, inputs: ModelInputs) -> NDArray[np.integer]:
-    """Return [B] the number of values of a part that each sample has."""
-    return _counts(PARTS[part].axis, inputs.rows_per_sample, inputs.visual_per_sample)
-
-
-def _counts(axis: Axis, rows: NDArray[np.integer], tokens: NDArray[np.integer]) -> NDArray[np.integer]:
-    if axis == "row":
-        return rows
-    if axis == "token":
-        return tokens
-    return rows * tokens if axis == "pair" else np.ones_like(rows)
-
-
-def join(signals: Sequence[Signal], inputs: ModelInputs, needs: Needs) -> dict[str, NDArray[Any]]:
-    """Join the signals of a micro-batch's samples; parts that are not in `needs` are dropped.
-
-    Parts of the sample axis are stacked to [B, size]; other parts are concatenated to [places, *shape]. A part is left
-    out if no sample has a place for it, e.g. image tokens if no sample has an image. Raises TeacherError, naming the
-    part, if the signals do not fit the samples.
-    """
-    joined: dict[str, NDArray[Any]] = {}
-    for name in (name for name in PARTS if name in needs):
-        counts = places(name, inputs)
-        if not counts.any():
-            continue
-        arrays = []
-        for at, (signal, count) in enumerate(zip(signals, counts.tolist(), strict=True)):
-            array = signal.get(name)
-            if array is not None and PARTS[name].axis == "sample":
-                array = array[None]
-            found = 0 if array is None else len(array)
-            if found != count:
-                raise TeacherError(
-                    f"the teacher's signal has {found} values of {name!r}, and the sample has {count} places for them "
-                    f"(sample {at} of {len(signals)} in a micro-batch). If it was read from teacher.cache, remove that "
-                    "cache; if not, teacher and student do not see this sample alike."
-                )
-            if array is not None:
-                arrays.append(array)
-        joined[name] = np.concatenate(arrays)
-    return joined
-
-
-def empty_signal(needs: Needs, facts: TeacherFacts, rows: int, tokens: int) -> Signal:
-    """Return a signal of zeros, shaped for a sample with `rows` answer rows and `tokens` image tokens."""
-    signal: Signal = {}
-    for name in (name for name in PARTS if name in needs):
-        (count,) = _counts(PARTS[name].axis, np.array([rows]), np.array([tokens])).tolist()
-        shape = PARTS[name].shape(needs, facts)
-        if PARTS[name].axis == "sample":
-            signal[name] = np.zeros(shape, wire_dtype(name, facts))
-        elif count or PARTS[name].axis == "row":
-            signal[name] = np.zeros((count, *shape), wire_dtype(name, facts))
-    return signal

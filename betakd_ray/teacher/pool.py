@@ -176,7 +176,7 @@ class TeacherPool:
         now = time.monotonic()
         self._asking[holder] = now
         if self._lease is None:
-            self._lease = Lease(holder, self._lendable())
+            self._lease = Lease(holder, self._teacher_to_lease())
         if self._lease.holder != holder:
             return None
         self._lease.seen = now
@@ -209,7 +209,7 @@ class TeacherPool:
         else:
             self._pending[lease.starting.teacher.number] = lease.starting
 
-    def _lendable(self) -> Starting:
+    def _teacher_to_lease(self) -> Starting:
         """Choose a teacher to lease: a member, which first finishes its groups.
 
         If there is at most one member, prefer a teacher that is starting anyway; start one if there is none at all.
@@ -221,7 +221,7 @@ class TeacherPool:
             self._add()
         return self._pending.pop(min(self._pending))
 
-    def is_lent(self) -> bool:
+    def is_leasing(self) -> bool:
         """Return whether a teacher is leased, so that other clients may have to wait for a lease."""
         return self._lease is not None
 
@@ -317,15 +317,15 @@ class Teachers:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._expected: dict[tuple[str, tuple[int, ...]], Needs] = {}
-        self._loaned: list[Loan] = []
+        self._shared: list[SharedPool] = []
 
     def __enter__(self) -> "Teachers":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for loan in self._loaned:
-            ray.kill(loan.pool)
-        self._loaned = []
+        for shared in self._shared:
+            ray.kill(shared.pool)
+        self._shared = []
 
     def expect(self, teacher: TeacherSpec, needs: Needs) -> None:
         """Announce the needs of a later job, so that a teacher's answer has what all jobs with this teacher need."""
@@ -333,7 +333,7 @@ class Teachers:
         self._expected[key] = self._expected.get(key, needs) | needs
 
     @contextmanager
-    def lent(
+    def share(
         self, teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float, job: str
     ) -> Iterator[tuple[ActorHandle, Needs]]:
         """Yield a pool, started or shared, and the needs that it answers.
@@ -342,35 +342,35 @@ class Teachers:
         """
         needs = self._expected.get(_question(teacher, needs), needs)
         with self._lock:
-            wish = (teacher, needs, pool, gpus)
-            loan = next((loan for loan in self._loaned if loan.wish == wish and not loan.is_doubtful), None)
-            if loan is None:
+            asked = (teacher, needs, pool, gpus)
+            shared = next((shared for shared in self._shared if shared.asked == asked and not shared.is_doubtful), None)
+            if shared is None:
                 self._end_unused()
-                loan = Loan(wish, start_pool(*wish, job))
-                self._loaned.append(loan)
-            loan.users += 1
+                shared = SharedPool(asked, start_pool(*asked, job))
+                self._shared.append(shared)
+            shared.users += 1
         try:
-            yield loan.pool, needs
+            yield shared.pool, needs
         except BaseException:
-            loan.is_doubtful = True
+            shared.is_doubtful = True
             raise
         finally:
             with self._lock:
-                loan.users -= 1
-                if loan.is_doubtful:
+                shared.users -= 1
+                if shared.is_doubtful:
                     self._end_unused()
 
     def _end_unused(self) -> None:
-        for loan in [loan for loan in self._loaned if not loan.users]:
-            ray.kill(loan.pool)  # this ends its teachers too
-            self._loaned.remove(loan)
+        for shared in [shared for shared in self._shared if not shared.users]:
+            ray.kill(shared.pool)  # this ends its teachers too
+            self._shared.remove(shared)
 
 
 @dataclass
-class Loan:
+class SharedPool:
     """A pool, and the number of jobs that use it."""
 
-    wish: tuple[TeacherSpec, Needs, TeacherPoolSpec, float]
+    asked: tuple[TeacherSpec, Needs, TeacherPoolSpec, float]
     pool: ActorHandle
     users: int = 0
     is_doubtful: bool = False

@@ -20,20 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from betakd_ray.batch.images import Normalization
 from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs, used_by
 from betakd_ray.models.device import find_devices
 from betakd_ray.models.load import load_model, load_processor
-from betakd_ray.models.vlm import (
-    Normalization,
-    attention_heads,
-    freeze,
-    hidden_rows,
-    lm_head,
-    with_attention_weights,
-)
+from betakd_ray.models.vlm import attention_heads, freeze, hidden_rows, lm_head, with_attention_weights
 from betakd_ray.objective import segment_mean
 from betakd_ray.spec import TeacherSpec
-from betakd_ray.teacher.parts import PARTS, Forward, GroupAnswer, Needs, TeacherFacts, to_wire
+from betakd_ray.teacher.answers import GroupAnswer, to_wire
+from betakd_ray.teacher.parts import PARTS, Forward, Needs, TeacherFacts
 
 QUIET_POLL_S = 0.1
 """Seconds between two checks of whether the teacher is idle."""

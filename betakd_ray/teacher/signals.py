@@ -19,8 +19,9 @@ from betakd_ray.batch.packing import cut
 from betakd_ray.batch.sample import Rendering, Sample
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import TeacherError
+from betakd_ray.teacher.answers import Answer
 from betakd_ray.teacher.cache import CacheWriter, SignalCache, differs
-from betakd_ray.teacher.parts import Answer, Signal
+from betakd_ray.teacher.parts import Signal
 
 CHUNK_GROUPS = 2
 """Number of groups' worth of consecutive samples that are divided together, to find samples of similar length."""

@@ -23,7 +23,7 @@ from betakd_ray.train.distiller import Distiller
 PREFIX = "student."
 
 
-def export(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any], group: Any = None) -> None:
+def export_student(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any], group: Any = None) -> None:
     """Write a DeepSpeedEngine's student to RUN/model (collective: every rank must call it).
 
     The folder has weights (safetensors), config, processor and model card. The other ranks wait in `group` for rank 0's

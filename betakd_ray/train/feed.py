@@ -9,26 +9,25 @@ ranks' assemblers (`agreement`). So no collective of the training waits for a te
 depend only on the order of the rows, never on the speed of a rank or a teacher.
 """
 
-import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from betakd_ray.batch.images import PIXELS
-from betakd_ray.batch.inputs import ModelInputs
-from betakd_ray.batch.packing import cut, stack
-from betakd_ray.batch.sample import Rendering, Sample
+from betakd_ray.batch.sample import Sample
 from betakd_ray.errors import TeacherError
-from betakd_ray.teacher.parts import Needs, Signal, TeacherFacts, empty_signal, join
+from betakd_ray.teacher.parts import Signal
 from betakd_ray.teacher.signals import Pending, SignalSource
+from betakd_ray.train.activities import Activities
 from betakd_ray.train.agreement import STOP, TAKEN, Gather, Proposal, StepCounts, TokenCounts, allot, shares
+from betakd_ray.train.micro_batches import Collator, MicroBatch, Refused, Step, token_counts
 
 HELD_BYTES = 2 << 30
 """Limit in bytes of the samples that are read ahead. One whole step is always read, even if it is larger."""
@@ -36,70 +35,6 @@ RECENT_STEPS = 9
 """Number of steps over which the training's rate is measured."""
 POLL_S = 0.5
 """Seconds between two checks of a waiting thread whether the job is to stop."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Samples of a step that go through the model together, as arrays on the host."""
-
-    inputs: ModelInputs
-    signal: dict[str, NDArray[Any]]
-    """Part → array whose first axis is the samples' places (`teacher.parts`); empty without a teacher."""
-    is_empty: bool = False
-    """True for a placeholder of weight zero, which fills up a rank that has fewer micro-batches than another."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One rank's part of a global batch."""
-
-    number: int
-    """Number of the step in the job, counted from 1."""
-    counts: StepCounts
-    micro_batches: Sequence[MicroBatch]
-    samples: Sequence[Sample]
-    """Samples of this rank that take part in the loss."""
-    teacher_busy_s: float = 0.0
-    """Seconds that teachers computed for this rank's samples."""
-
-
-class Refused(NamedTuple):
-    """A sample for which the teacher has no answer, and the reason."""
-
-    sample: Sample
-    reason: str
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Function object that cuts a rank's share of a step into micro-batches, and makes arrays of each."""
-
-    pad_token_id: int
-    image_token_id: int
-    needs: Needs
-    facts: TeacherFacts | None
-    """Facts about the teacher; None without a teacher."""
-    max_samples: int | None = None
-    max_tokens: int | None = None
-
-    def micro_batches(self, samples: Sequence[tuple[Sample, Signal]]) -> list[MicroBatch]:
-        """Return the samples in micro-batches of similar lengths, the longest first."""
-        lengths = [len(sample.student.input_ids) for sample, _ in samples]
-        batches = cut(lengths, self.max_samples, self.max_tokens)
-        return [self._batch([samples[at] for at in batch]) for batch in batches]
-
-    def empty(self) -> MicroBatch:
-        """Return a micro-batch of one text-only sample with one answer token."""
-        blank = Rendering(np.zeros(2, np.int32), np.array([False, True]))
-        signal = empty_signal(self.needs, self.facts, rows=1, tokens=0) if self.facts else {}
-        return replace(self._made([blank], [signal]), is_empty=True)
-
-    def _batch(self, samples: Sequence[tuple[Sample, Signal]]) -> MicroBatch:
-        return self._made([sample.student for sample, _ in samples], [signal for _, signal in samples])
-
-    def _made(self, views: Sequence[Rendering], signals: Sequence[Signal]) -> MicroBatch:
-        inputs = stack(views, self.pad_token_id, self.image_token_id)
-        return MicroBatch(inputs, join(signals, inputs, self.needs) if self.facts else {})
 
 
 @runtime_checkable
@@ -112,45 +47,6 @@ class Control(Protocol):
     def wants_checkpoint(self) -> bool:
         """Return whether there is a new request for a checkpoint since the last call."""
         ...
-
-
-class Activities:
-    """Log of what a thread did when, so that another thread can say what it waited for."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._past: deque[tuple[str, float, float]] = deque(maxlen=1000)
-        self._present: tuple[str, float] | None = None
-
-    @contextlib.contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Note `what` as the thread's activity until the block ends."""
-        with self._lock:
-            self._present = (what, time.perf_counter())
-        try:
-            yield
-        finally:
-            with self._lock:
-                assert self._present is not None
-                self._past.append((*self._present, time.perf_counter()))
-                self._present = None
-
-    @property
-    def present(self) -> str:
-        """Return the current activity; empty if there is none."""
-        with self._lock:
-            return self._present[0] if self._present else ""
-
-    def between(self, start: float, end: float) -> dict[str, float]:
-        """Return the seconds of each activity within an interval; `start` and `end` are `time.perf_counter` values."""
-        with self._lock:
-            spans = [*self._past, *([(*self._present, end)] if self._present else [])]
-        found: dict[str, float] = {}
-        for what, begun, ended in spans:
-            overlap = min(end, ended) - max(start, begun)
-            if overlap > 0:
-                found[what] = found.get(what, 0.0) + overlap
-        return found
 
 
 class Closed(Exception):
@@ -421,7 +317,7 @@ class Feed:
             except FutureTimeout:
                 if pending.said.done():  # the result itself is a TimeoutError; it is not this wait that ran out
                     raise
-                self._look(may_stop=True)
+                self._poll_control(may_stop=True)
 
     def _propose(self, part: "_Part") -> NDArray[np.float64] | None:
         """Send this rank's part to all ranks; return every rank's numbers [ranks, COLUMNS]. Collective of the feeds.
@@ -438,7 +334,7 @@ class Feed:
                 micro_batches=len(inputs),
                 squares=sum(int((each.attention_mask.sum(axis=1) ** 2).sum()) for each in inputs),
                 pixels=sum(each.images[PIXELS].size for each in inputs if each.images),
-                tokens=sum(map(_tokens, inputs), TokenCounts()),
+                tokens=sum(map(token_counts, inputs), TokenCounts()),
                 save=part.save,
                 stop=part.stop or self._control.is_stopping,
             )
@@ -456,10 +352,10 @@ class Feed:
     def _wait_for(self, condition: Callable[[], bool], *, may_stop: bool = False) -> None:
         """Wait until `condition` is true; the caller holds the lock. Raises Closed, and Stopping if `may_stop`."""
         while not condition():
-            self._look(may_stop=may_stop)
+            self._poll_control(may_stop=may_stop)
             self._changed.wait(timeout=POLL_S)
 
-    def _look(self, *, may_stop: bool) -> None:
+    def _poll_control(self, *, may_stop: bool) -> None:
         if self._is_closed:
             raise Closed
         if may_stop and self._control.is_stopping:
@@ -481,8 +377,3 @@ class _Part:
 def _bytes(sample: Sample) -> int:
     is_one = sample.teacher is sample.student
     return sample.student.nbytes + (0 if is_one else sample.teacher.nbytes)
-
-
-def _tokens(inputs: ModelInputs) -> TokenCounts:
-    real, image, answer = int(inputs.attention_mask.sum()), len(inputs.visual_sample), len(inputs.targets)
-    return TokenCounts(real - image - answer, image, answer, inputs.input_ids.size - real)

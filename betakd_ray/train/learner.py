@@ -24,13 +24,14 @@ from betakd_ray.models.student import build_student, student_processor
 from betakd_ray.models.vlm import with_attention_weights
 from betakd_ray.run.folder import BETA, ENGINE
 from betakd_ray.spec import JobSpec
-from betakd_ray.teacher.parts import TeacherFacts, to_tensor
+from betakd_ray.teacher.answers import to_tensor
+from betakd_ray.teacher.parts import TeacherFacts
 from betakd_ray.train.agreement import StepCounts
 from betakd_ray.train.clock import StepClock
 from betakd_ray.train.distiller import Distilled, Distiller
 from betakd_ray.train.optim import beta_optimizer, schedule, student_optimizer
 from betakd_ray.train.prefetch import DeviceBatch, Loader
-from betakd_ray.train.sums import Tally, Totals
+from betakd_ray.train.sums import StepSums, Totals
 from betakd_ray.weighting import BetaWeighting, present_channels
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Learner:
         ).to(self.device)
         self.curriculum = Curriculum(spec.objective.energies).to(self.device)
         self.beta_optimizer = beta_optimizer(self.weighting, self.curriculum, spec.optimizer, total_steps)
-        self.tally = Tally(len(self.channels), len(self.distiller.rows.measures), self.device)
+        self.sums = StepSums(len(self.channels), len(self.distiller.rows.measures), self.device)
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -109,7 +110,7 @@ class Learner:
         and does not wait for them.
         """
         clock = clock or StepClock(self.device)
-        self.tally.clear(counts.most_samples)
+        self.sums.clear(counts.most_samples)
         _seed_step(self.spec.training.seed, number, self.rank, self.device)
         with clock.phase("forward_backward"):
             for at, batch in enumerate(micro_batches, 1):
@@ -145,7 +146,7 @@ class Learner:
         for name, value in moving.items():
             if value.requires_grad:
                 value.backward(output.moving_gradients[name] / scale * reversal(progress))
-        self.tally.add(energies, beta.detach(), present, share, loss.detach(), output.statistics)
+        self.sums.add(energies, beta.detach(), present, share, loss.detach(), output.statistics)
 
     def _share(self, inputs: TensorInputs, counts: StepCounts) -> Tensor:
         """Return each sample's weight in the global mean [B], by `objective.reduction`."""
@@ -158,7 +159,7 @@ class Learner:
         # DeepSpeed decides on the reduced gradient, so all ranks skip the same steps.
         self.engine.step()
         applied = self.engine.was_step_applied()
-        totals = self.tally.reduced(applied)
+        totals = self.sums.reduced(applied)
         if self.beta_optimizer:
             self.beta_optimizer.step(applied)
         if applied:

@@ -31,16 +31,19 @@ from betakd_ray.teacher.cache import CacheWriter
 from betakd_ray.teacher.client import TeacherClient
 from betakd_ray.teacher.remote import RemotePool
 from betakd_ray.teacher.signals import SignalSource
-from betakd_ray.tracking import Metrics
+from betakd_ray.tracking import MetricsWriter
 from betakd_ray.train import checkpoint
-from betakd_ray.train.agreement import TokenCounts, gather_over
-from betakd_ray.train.clock import PHASES, STALLS, StepClock
+from betakd_ray.train.activities import Activities
+from betakd_ray.train.agreement import gather_over
+from betakd_ray.train.clock import StepClock
 from betakd_ray.train.config import STOPPED, WorkerConfig
-from betakd_ray.train.export import export
-from betakd_ray.train.feed import Activities, Collator, Feed, Refused, Step
+from betakd_ray.train.export import export_student
+from betakd_ray.train.feed import Feed
 from betakd_ray.train.learner import Learner
+from betakd_ray.train.micro_batches import Collator, Refused, Step
 from betakd_ray.train.prefetch import Prefetch
 from betakd_ray.train.sums import Totals
+from betakd_ray.train.usage import Usage
 
 COUNTS = ("samples", "dropped", "skipped", "skipped_in_a_row")
 """Counters of a worker that a checkpoint keeps in progress.json."""
@@ -72,7 +75,7 @@ class Worker:
         self.learner = Learner(self.spec, config.facts, self.total_steps, head)
         self.cache = CacheWriter(config.cache, keep=config.plan.epochs > 1) if config.cache else None
         self.store = CheckpointStore(config.run, self.spec.output.storage)
-        self.metrics = Metrics(self.spec, config.run) if self.rank == 0 else None
+        self.metrics = MetricsWriter(self.spec, config.run) if self.rank == 0 else None
         self.ledger = config.plan.empty_ledger() if self.rank == 0 else None
         """Samples of all ranks that took part in a step, up to the last checkpoint; only rank 0 has it."""
         self.trained: list[SampleIds] = []
@@ -230,7 +233,7 @@ class Worker:
 
     def log(self, totals: Totals, step: Step) -> None:
         """Log this step's numbers (paper Figures 4–6, Table 6), and the timing since the last record. Collective."""
-        betas = self.learner.tally.betas()
+        betas = self.learner.sums.betas()
         seconds = self.clock.read()
         mean, slowest = self.learner.mean_and_max({**seconds, "teacher_busy": self.usage.teacher_busy_s})
         usage, self.usage = self.usage, Usage()
@@ -350,7 +353,7 @@ class Worker:
             setattr(self, name, progress[name])
 
     def metrics_reference(self, manifest: Manifest) -> str:
-        """Return how many metrics had been logged at a checkpoint, as text of `tracking.Metrics.reference`.
+        """Return how many metrics had been logged at a checkpoint, as text of `tracking.MetricsWriter.reference`.
 
         Checkpoints of older versions hold all the metrics themselves.
         """
@@ -362,57 +365,11 @@ class Worker:
     def finish(self) -> dict[str, Any]:
         """Export the student; rank 0 returns the outcome, the others {}. Collective."""
         last = self.metrics.last if self.metrics else {}
-        export(self.learner.engine, self.spec, self.config.run, last, self.learner.host_group)
+        export_student(self.learner.engine, self.spec, self.config.run, last, self.learner.host_group)
         if self.metrics is None or self.ledger is None:
             return {}
         self.metrics.close()
         return {"steps": self.step, "metrics": last, "consumed": self.ledger.count, "skipped_steps": self.skipped}
-
-
-class Usage:
-    """Sums over the steps since the last record: samples, tokens and teacher time."""
-
-    def __init__(self) -> None:
-        self.steps = self.samples = self.squares = self.pixels = 0
-        self.tokens = TokenCounts()
-        self.teacher_busy_s = 0.0
-        """Seconds that teachers computed for this rank's samples."""
-
-    def add(self, step: Step) -> None:
-        """Add a step to the sums."""
-        self.steps += 1
-        self.samples += step.counts.samples
-        self.squares += step.counts.squares
-        self.pixels += step.counts.pixels
-        self.tokens += step.counts.tokens
-        self.teacher_busy_s += step.teacher_busy_s
-
-    def rates(self, mean: dict[str, float], slowest: dict[str, float], ranks: int) -> dict[str, float]:
-        """Return rates per second, shares of the time, and seconds per step.
-
-        `mean` and `slowest` are the mean and the maximum over the ranks of each phase's seconds. `data_wait`,
-        `teacher_wait` and `compute` are shares of the elapsed time of the ranks' training threads.
-        """
-        elapsed, tokens = mean["elapsed"], self.tokens
-        every = tokens.real + tokens.padding
-        record = {
-            "samples_per_second": self.samples / elapsed,
-            "tokens_per_second": tokens.real / elapsed,
-            "answer_tokens_per_second": tokens.answer / elapsed,
-            "tokens/prompt": tokens.prompt / self.steps,
-            "tokens/image": tokens.image / self.steps,
-            "tokens/answer": tokens.answer / self.steps,
-            "tokens/padding": tokens.padding / self.steps,
-            "padding_share": tokens.padding / max(every, 1),
-            "data_wait": mean["data_wait"] / elapsed,
-            "teacher_wait": mean["teacher_wait"] / elapsed,
-            "teacher_busy": mean["teacher_busy"] * ranks / elapsed,
-            "compute": (mean["forward_backward"] + mean["optimizer"]) / elapsed,
-        }
-        for phase in (*PHASES, *STALLS):
-            record[f"time/{phase}"] = mean[phase] / self.steps
-            record[f"time_max/{phase}"] = slowest[phase] / self.steps
-        return record
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs, most_salient, to_device, used_by
-from betakd_ray.teacher.parts import to_tensor
+from betakd_ray.teacher.answers import to_tensor
 from betakd_ray.train.distiller import Selection, TeacherView
-from betakd_ray.train.feed import POLL_S, Feed, MicroBatch, Step
+from betakd_ray.train.feed import POLL_S, Feed
+from betakd_ray.train.micro_batches import MicroBatch, Step
 
 AHEAD = 2
 """Number of micro-batches that may wait on the device."""

@@ -26,7 +26,7 @@ class Totals:
     """False if the step was skipped because a gradient was not finite."""
 
 
-class Tally:
+class StepSums:
     """Sums over the micro-batches of one step on this rank."""
 
     def __init__(self, channels: int, statistics: int, device: torch.device) -> None:

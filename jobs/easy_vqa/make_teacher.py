@@ -10,7 +10,7 @@ import torch
 import typer
 from transformers import AutoModelForImageTextToText
 
-from betakd_ray.cli import Overrides, explained, print_scores
+from betakd_ray.cli import Overrides, exit_codes, print_scores
 from betakd_ray.evaluation.run import Evaluation
 from betakd_ray.job import BetaKDJob
 from betakd_ray.models.student import student_config
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 
 def main(overrides: Overrides = []) -> None:  # noqa: B006 (typer's way)
     """Do all steps up to the table. Steps that an earlier run finished are skipped."""
-    with explained():
+    with exit_codes():
         spec = load_spec(HERE / "teacher.yaml", overrides)
         pack_once("clean", "test")
         make_vision(spec)

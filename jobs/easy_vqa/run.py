@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from betakd_ray.cli import explained, print_scores
+from betakd_ray.cli import exit_codes, print_scores
 from betakd_ray.evaluation.run import Evaluation
 from betakd_ray.job import BetaKDJob
 from betakd_ray.on_ray.cluster import connected
@@ -34,5 +34,5 @@ def without_teacher(spec: JobSpec, name: str) -> JobSpec:
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_codes():
         main()

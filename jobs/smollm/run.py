@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from betakd_ray.cli import explained, print_scores
+from betakd_ray.cli import exit_codes, print_scores
 from betakd_ray.evaluation.run import Evaluation
 from betakd_ray.job import BetaKDJob
 from betakd_ray.on_ray.cluster import connected
@@ -52,5 +52,5 @@ def parameters(model: Path) -> int:
 
 
 if __name__ == "__main__":
-    with explained():
+    with exit_codes():
         main()

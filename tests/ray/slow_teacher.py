@@ -20,7 +20,7 @@ from betakd_ray.job import BetaKDJob
 from betakd_ray.on_ray.cluster import connected
 from betakd_ray.spec import load_spec
 from betakd_ray.teacher import pool
-from betakd_ray.teacher.parts import GroupAnswer
+from betakd_ray.teacher.answers import GroupAnswer
 from betakd_ray.teacher.scorer import TeacherScorer
 from tests.nodes import LABEL
 

@@ -14,7 +14,7 @@ from betakd_ray.job import BetaKDJob
 from betakd_ray.run.audit import audit
 from betakd_ray.spec import StorageSpec, parse_spec
 from betakd_ray.teacher import pool as module
-from betakd_ray.teacher.parts import GroupAnswer
+from betakd_ray.teacher.answers import GroupAnswer
 from betakd_ray.teacher.scorer import TeacherScorer
 from tests.tiny import numbered_samples, save_tiny
 

@@ -16,8 +16,9 @@ from betakd_ray.batch.sample import Rendering
 from betakd_ray.errors import TeacherError
 from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
 from betakd_ray.teacher import pool as pool_module
+from betakd_ray.teacher.answers import GroupAnswer
 from betakd_ray.teacher.client import TeacherClient
-from betakd_ray.teacher.parts import GroupAnswer, Needs
+from betakd_ray.teacher.parts import Needs
 from betakd_ray.teacher.pool import TeacherPool, start_pool
 from betakd_ray.teacher.remote import RemotePool
 from betakd_ray.teacher.scorer import TeacherScorer

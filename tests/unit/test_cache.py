@@ -14,8 +14,9 @@ from betakd_ray.errors import TeacherError
 from betakd_ray.spec import CacheSpec, TeacherSpec
 from betakd_ray.storage import open_store
 from betakd_ray.teacher import cache as module
+from betakd_ray.teacher.answers import empty_signal, to_wire
 from betakd_ray.teacher.cache import CacheWriter, SignalCache, differs
-from betakd_ray.teacher.parts import Needs, Signal, TeacherFacts, empty_signal, to_wire
+from betakd_ray.teacher.parts import Needs, Signal, TeacherFacts
 
 SHARDS = [Shard("/data/a-0.tar", 10, 999, "aa"), Shard("/data/a-1.tar", 10, 999, "bb")]
 ALL = Needs(frozenset({"hidden", "visual", "visual_layer", "teacher_vision", "teacher_entropy"}), layer=3)

@@ -14,8 +14,8 @@ from betakd_ray.errors import TeacherError
 from betakd_ray.spec import TeacherPoolSpec
 from betakd_ray.teacher import client as module
 from betakd_ray.teacher import pool as pool_module
+from betakd_ray.teacher.answers import Answer
 from betakd_ray.teacher.client import TeacherClient
-from betakd_ray.teacher.parts import Answer
 
 DEADLY, BAD, STUCK = 97, 98, 99
 

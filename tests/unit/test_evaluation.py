@@ -7,8 +7,8 @@ from PIL import Image
 
 from betakd_ray.batch.images import Normalization
 from betakd_ray.data.render import Renderer
-from betakd_ray.data.shards import BadSample, RawSample
-from betakd_ray.evaluation.exact_match import Record, agreement, score
+from betakd_ray.data.samples import BadSample, RawSample
+from betakd_ray.evaluation.exact_match import ModelAnswer, agreement, score
 from betakd_ray.evaluation.generate import answers, pad_left
 from betakd_ray.spec import DataSpec
 from tests.tiny import tiny_model, tiny_processor
@@ -21,20 +21,20 @@ NEW_TOKENS = 8
 
 @pytest.mark.parametrize("text", ["circle", "Circle", "CIRCLE.", " circle. "])
 def test_case_and_a_final_stop_do_not_matter(text):
-    assert score([Record(text, "Circle.")])["accuracy"] == 1
+    assert score([ModelAnswer(text, "Circle.")])["accuracy"] == 1
 
 
 @pytest.mark.parametrize("text", ["", "a circle", "circle..", None])
 def test_anything_else_is_wrong(text):
-    assert score([Record(text, "circle")])["accuracy"] == 0
+    assert score([ModelAnswer(text, "circle")])["accuracy"] == 0
 
 
 def test_accuracy_is_told_overall_and_by_type():
     records = [
-        Record("yes", "yes", "yes/no"),
-        Record("no", "yes", "yes/no"),
-        Record("red", "red", "open"),
-        Record("red", "red"),
+        ModelAnswer("yes", "yes", "yes/no"),
+        ModelAnswer("no", "yes", "yes/no"),
+        ModelAnswer("red", "red", "open"),
+        ModelAnswer("red", "red"),
     ]
     assert score(records) == {
         "accuracy": 0.75,
@@ -45,7 +45,10 @@ def test_accuracy_is_told_overall_and_by_type():
 
 
 def test_the_unanswerable_are_wrong_and_counted():
-    assert score([Record(None, None), Record(None, ""), Record("", "")]) == {"accuracy": 1 / 3, "unanswerable": 2.0}
+    assert score([ModelAnswer(None, None), ModelAnswer(None, ""), ModelAnswer("", "")]) == {
+        "accuracy": 1 / 3,
+        "unanswerable": 2.0,
+    }
 
 
 def test_no_answers_have_no_accuracy():

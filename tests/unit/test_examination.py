@@ -9,8 +9,8 @@ from benchmarks.fakes import answered, rendering, stacked
 from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.batch.sample import Rendering
 from betakd_ray.errors import TeacherError
+from betakd_ray.teacher.answers import Answer, GroupAnswer
 from betakd_ray.teacher.examination import examine
-from betakd_ray.teacher.parts import Answer, GroupAnswer
 from betakd_ray.teacher.ports import Unanswered
 
 POISON = 99

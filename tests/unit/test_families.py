@@ -12,7 +12,7 @@ from betakd_ray.batch.inputs import TensorInputs
 from betakd_ray.batch.packing import stack
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.rows import samples_of
-from betakd_ray.data.shards import RawSample
+from betakd_ray.data.samples import RawSample
 from betakd_ray.evaluation.generate import answers
 from betakd_ray.models.vlm import hidden_rows, lm_head, part_parameters, parts
 from betakd_ray.spec import DataSpec

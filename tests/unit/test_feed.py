@@ -11,7 +11,8 @@ import pytest
 from betakd_ray.batch.sample import Sample
 from betakd_ray.errors import TeacherError, TooManyBadSamples
 from betakd_ray.teacher.signals import SignalSource
-from betakd_ray.train.feed import Feed, Refused, Step
+from betakd_ray.train.feed import Feed
+from betakd_ray.train.micro_batches import Refused, Step
 from tests.feeds import Answers, Meeting, Quiet, all_steps, collator, sample, together
 
 BATCH = 8

@@ -14,8 +14,9 @@ from betakd_ray.cli import app
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.pack import pack
 from betakd_ray.errors import DataError, ModelError
-from betakd_ray.forecast.forecast import AssumedData, Forecast, SampleSize, feasibility, forecast, signal_bytes
+from betakd_ray.forecast.forecast import Forecast, feasibility, forecast, signal_bytes
 from betakd_ray.forecast.memory import teacher_model
+from betakd_ray.forecast.samples import AssumedData, SampleSize
 from betakd_ray.job import BetaKDJob
 from betakd_ray.on_ray.cluster import Demand
 from betakd_ray.spec import PoolSpec, StorageSpec, parse_spec

@@ -18,7 +18,8 @@ from PIL import Image
 
 from betakd_ray.data.manifest import MANIFEST, read_manifest
 from betakd_ray.data.render import Renderer, Unrenderable
-from betakd_ray.data.shards import BadSample, Shard, ShardDamaged, read_shard, scan_shard
+from betakd_ray.data.samples import BadSample
+from betakd_ray.data.shards import Shard, ShardDamaged, read_shard, scan_shard
 from betakd_ray.errors import DataError, SpecError
 from betakd_ray.spec import DataSpec, EvaluationSpec, JobSpec, PackSpec, SweepSpec, load_spec
 from tests.tars import STORAGE, TURNS, record, tar_bytes

@@ -22,7 +22,8 @@ from betakd_ray.models.compatibility import check_vocabularies
 from betakd_ray.models.load import load_config, load_model, load_processor
 from betakd_ray.models.student import build_student, student_processor
 from betakd_ray.spec import DataSpec, JobSpec, ModelSpec, StudentSpec, TeacherSpec, parse_spec
-from betakd_ray.teacher.parts import Needs, to_tensor
+from betakd_ray.teacher.answers import to_tensor
+from betakd_ray.teacher.parts import Needs
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.train.export import _save
 from tests.tiny import BOS, CHAT_TEMPLATE, EOS, PAD, numbered_samples, raw_sample

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoProcessor, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from betakd_ray.forecast.forecast import AssumedData, forecast
+from betakd_ray.forecast.forecast import forecast
+from betakd_ray.forecast.samples import AssumedData
 from betakd_ray.job import BetaKDJob
 from betakd_ray.spec import JobSpec, load_spec
 from tests.families import FAMILIES, build, save_language_model, save_llava_qwen, vision_config

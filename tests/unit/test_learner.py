@@ -27,9 +27,9 @@ from betakd_ray.teacher.parts import Needs, Signal
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.train import checkpoint
 from betakd_ray.train.checkpoint import save
-from betakd_ray.train.export import export
-from betakd_ray.train.feed import Collator
+from betakd_ray.train.export import export_student
 from betakd_ray.train.learner import Learner
+from betakd_ray.train.micro_batches import Collator
 from tests.learning import Part, collator_of, on_this_machine, sample_of, spawned
 from tests.tiny import VOCAB, raw_sample, save_tiny
 
@@ -204,7 +204,7 @@ def _learn(folder: Path, case: Case, resumed: Path | None = None) -> list[Step]:
         moving = {name: value.item() for name, value in learner.curriculum.values().items()}
         steps.append(Step(totals.loss.item(), totals.energies.clone(), dict(gradients), norm, moving))
     if not resumed:
-        export(learner.engine, spec, str(folder / _name(dist.get_world_size(), case)), {}, learner.host_group)
+        export_student(learner.engine, spec, str(folder / _name(dist.get_world_size(), case)), {}, learner.host_group)
     _skips_alike(learner, part)
     return steps
 

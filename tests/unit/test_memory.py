@@ -23,11 +23,12 @@ from betakd_ray.forecast.memory import StudentMemory, student_memory, teacher_mo
 from betakd_ray.models.load import load_processor
 from betakd_ray.models.student import student_processor
 from betakd_ray.spec import JobSpec, parse_spec
-from betakd_ray.teacher.parts import Needs, join
+from betakd_ray.teacher.answers import join_signals
+from betakd_ray.teacher.parts import Needs
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.train.agreement import StepCounts, TokenCounts
-from betakd_ray.train.feed import MicroBatch
 from betakd_ray.train.learner import Learner
+from betakd_ray.train.micro_batches import MicroBatch
 from tests.learning import Part, spawned
 from tests.tiny import VOCAB, raw_sample, save_tiny, tiny_config
 
@@ -114,7 +115,7 @@ def _measured(folder: Path, case: Case) -> dict[str, int]:
     scorer = TeacherScorer(spec.teacher, _needs(spec))
     inputs = _inputs(spec)
     signals = [signal for signal in scorer.score(inputs).signals() if signal is not None]
-    batches = [MicroBatch(inputs, join(signals, inputs, _needs(spec)))] * case.accumulation
+    batches = [MicroBatch(inputs, join_signals(signals, inputs, _needs(spec)))] * case.accumulation
     size = case.micro * case.accumulation
     answers = case.accumulation * len(inputs.targets)
     gc.collect()  # what an earlier case left shall not go while this one is counted

@@ -12,7 +12,7 @@ from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.folder import PROGRESS
 from betakd_ray.run.metrics import read_metrics
 from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
-from betakd_ray.tracking import Metrics
+from betakd_ray.tracking import MetricsWriter
 from betakd_ray.train import checkpoint
 from betakd_ray.train.loop import COUNTS, Worker
 from tests.learning import Study, spawned
@@ -78,7 +78,7 @@ def test_its_samples_and_its_metrics_come_back(tmp_path: Path) -> None:
     progress = json.loads(store.read_text(manifest, PROGRESS))
     assert {name: progress[name] for name in COUNTS} == dict.fromkeys(COUNTS, 0) | {"samples": 24}
     reference = Worker.metrics_reference(SimpleNamespace(store=store), manifest)  # type: ignore[arg-type]
-    metrics = Metrics(job(tmp_path), run)
+    metrics = MetricsWriter(job(tmp_path), run)
     metrics.restore(reference)
     metrics.log({"step": 7, "loss": 0.5})
     metrics.close()

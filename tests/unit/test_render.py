@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import CLIPImageProcessorPil
 
 from betakd_ray.data.render import VICUNA_SYSTEM, Renderer, Unrenderable
-from betakd_ray.data.shards import RawSample
+from betakd_ray.data.samples import RawSample
 from betakd_ray.errors import ModelError
 from betakd_ray.spec import DataSpec
 from tests.tiny import BOS, CHAT_TEMPLATE, EOS, IDS, IMAGE, IMAGE_SIZE, IMAGE_TOKENS, tiny_processor

@@ -19,17 +19,8 @@ from betakd_ray.errors import ModelError, TeacherError
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import lm_head
 from betakd_ray.spec import DataSpec, ModelSpec, TeacherSpec
-from betakd_ray.teacher.parts import (
-    Answer,
-    Needs,
-    Signal,
-    empty_signal,
-    join,
-    places,
-    to_tensor,
-    to_wire,
-    value_bytes,
-)
+from betakd_ray.teacher.answers import Answer, empty_signal, join_signals, places, to_tensor, to_wire
+from betakd_ray.teacher.parts import Needs, Signal, value_bytes
 from betakd_ray.teacher.scorer import TeacherScorer
 from tests.tiny import VOCAB, raw_sample, save_tiny
 
@@ -89,7 +80,7 @@ def parts_of(teacher: TeacherScorer, inputs: ModelInputs) -> dict[str, torch.Ten
     """Return the parts that a student reads from an answer in which every sample is valid."""
     signals = Answer.of(teacher.score(inputs)).signals
     assert None not in signals
-    joined = join([signal for signal in signals if signal is not None], inputs, teacher.needs)
+    joined = join_signals([signal for signal in signals if signal is not None], inputs, teacher.needs)
     return {name: to_tensor(array, CPU) for name, array in joined.items()}
 
 
@@ -289,10 +280,10 @@ def test_signals_that_do_not_fit_their_samples_are_refused_by_the_part_s_name(fo
     ]
     short = [*signals[:2], signals[2] | {"hidden": signals[2]["hidden"][1:]}]
     with pytest.raises(TeacherError, match="values of 'hidden', and the sample has"):
-        join(short, inputs, needs)
+        join_signals(short, inputs, needs)
     del signals[0]["visual"]
     with pytest.raises(TeacherError, match="0 values of 'visual', and the sample has 4"):
-        join(signals, inputs, needs)
+        join_signals(signals, inputs, needs)
 
 
 def test_bfloat16_travels_as_it_is():

@@ -26,9 +26,9 @@ from betakd_ray.job import BetaKDJob
 from betakd_ray.models.load import load_config, load_model, load_processor
 from betakd_ray.models.student import build_student
 from betakd_ray.spec import EvaluationSpec, JobSpec, ModelSpec, OutputSpec, PackSpec, load_spec, parse_spec
-from betakd_ray.tracking import Metrics
+from betakd_ray.tracking import MetricsWriter
 from betakd_ray.train.distiller import Distiller
-from betakd_ray.train.export import export
+from betakd_ray.train.export import export_student
 from betakd_ray.train.learner import Learner
 from tests.tiny import numbered_samples, save_tiny, tiny_model
 
@@ -449,13 +449,13 @@ def process_group() -> Any:
 def test_a_result_is_in_safetensors_and_no_file_of_a_run_holds_a_credential(home, tmp_path, canaries, process_group):
     job = BetaKDJob(parse_spec(tree(home, str(tmp_path / "out"))))
     job.check()
-    metrics = Metrics(job.spec, job.run)
+    metrics = MetricsWriter(job.spec, job.run)
     metrics.log({"step": 1, "loss": 0.5})
     metrics.close()
     student = build_student(job.spec.student, torch.float32)
     processor = load_processor(ModelSpec(path=str(home / "model")))
     engine = SimpleNamespace(module=Distiller(student, processor, job.spec.objective, None))
-    export(engine, job.spec, job.run, {"loss": 0.5})
+    export_student(engine, job.spec, job.run, {"loss": 0.5})
     files = {path.name: path for path in Path(job.run).rglob("*") if path.is_file()}
     assert {"spec.json", "metrics.jsonl", "README.md", "config.json", "model.safetensors"} <= set(files)
     assert not [name for name in files if Path(name).suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle"}]

@@ -17,15 +17,8 @@ from tenacity import wait_none
 
 from betakd_ray.data import files
 from betakd_ray.data import shards as module
-from betakd_ray.data.shards import (
-    BadSample,
-    RawSample,
-    Shard,
-    ShardDamaged,
-    check_conversation,
-    read_shard,
-    read_shard_with_retry,
-)
+from betakd_ray.data.samples import BadSample, RawSample, check_conversation
+from betakd_ray.data.shards import Shard, ShardDamaged, read_shard, read_shard_with_retry
 from betakd_ray.errors import DataError
 from tests.tars import DAMAGE, JPG, STORAGE, TURNS, flip, good, headers, record, tar_bytes, whole_shard, written
 

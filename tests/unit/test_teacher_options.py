@@ -24,7 +24,8 @@ from betakd_ray.models.options import check_options, loading_keywords
 from betakd_ray.models.student import student_config
 from betakd_ray.models.vlm import lm_head
 from betakd_ray.spec import DataSpec, ModelSpec, StudentSpec, TeacherSpec, parse_spec
-from betakd_ray.teacher.parts import GroupAnswer, Needs, to_tensor
+from betakd_ray.teacher.answers import GroupAnswer, to_tensor
+from betakd_ray.teacher.parts import Needs
 from betakd_ray.teacher.scorer import TeacherScorer
 from tests.tiny import numbered_samples, raw_sample, save_tiny
 

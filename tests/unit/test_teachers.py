@@ -29,21 +29,21 @@ class Pool(ActorHandle):
 def pools(monkeypatch):
     """Return the list of the started pools and the list of the numbers of the ended pools."""
     started, ended = [], []
-    monkeypatch.setattr(module, "start_pool", lambda *wish: started.append(wish) or Pool(len(started)))
+    monkeypatch.setattr(module, "start_pool", lambda *asked: started.append(asked) or Pool(len(started)))
     monkeypatch.setattr(module.ray, "kill", lambda pool: ended.append(pool.number))
     return started, ended
 
 
-def lent(teachers, teacher=TEACHER, needs=LOGITS):
-    return teachers.lent(teacher, needs, TeacherPoolSpec(), 0.0, "job")
+def share(teachers, teacher=TEACHER, needs=LOGITS):
+    return teachers.share(teacher, needs, TeacherPoolSpec(), 0.0, "job")
 
 
 def test_jobs_side_by_side_and_one_after_the_other_share_a_pool(pools):
     started, ended = pools
     with Teachers() as teachers:
-        with lent(teachers) as (first, _), lent(teachers) as (second, _):
+        with share(teachers) as (first, _), share(teachers) as (second, _):
             assert first is second
-        with lent(teachers) as (third, _):
+        with share(teachers) as (third, _):
             assert third is first
         assert not ended
     assert (len(started), ended) == (1, [1])
@@ -52,23 +52,23 @@ def test_jobs_side_by_side_and_one_after_the_other_share_a_pool(pools):
 def test_another_teacher_takes_the_place_of_one_that_nobody_uses(pools):
     _, ended = pools
     with Teachers() as teachers:
-        with lent(teachers) as (first, _), lent(teachers, OTHER) as (second, _):
+        with share(teachers) as (first, _), share(teachers, OTHER) as (second, _):
             assert first is not second
             assert not ended
-        with lent(teachers, OTHER):
+        with share(teachers, OTHER):
             assert not ended
-            with lent(teachers, needs=VISION):
+            with share(teachers, needs=VISION):
                 assert ended == [first.number]
     assert ended == [1, 2, 3]
 
 
 def test_a_pool_that_saw_a_job_fail_is_not_lent_again_and_ends_with_its_last_user(pools):
     _, ended = pools
-    with Teachers() as teachers, lent(teachers) as (first, _):
-        with pytest.raises(RuntimeError), lent(teachers):
+    with Teachers() as teachers, share(teachers) as (first, _):
+        with pytest.raises(RuntimeError), share(teachers):
             raise RuntimeError
         assert not ended
-        with lent(teachers) as (second, _):
+        with share(teachers) as (second, _):
             assert second is not first
         assert not ended
     assert ended == [1, 2]
@@ -79,12 +79,12 @@ def test_what_is_expected_is_asked_for_at_once(pools):
     with Teachers() as teachers:
         for needs in (LOGITS, VISION, VISUAL, TOP_K):
             teachers.expect(TEACHER, needs)
-        with lent(teachers) as (_, needs):
+        with share(teachers) as (_, needs):
             assert needs == Needs(frozenset({"hidden", "visual", "teacher_vision"}))
-        with lent(teachers, needs=VISUAL) as (_, again):
+        with share(teachers, needs=VISUAL) as (_, again):
             assert again == needs
-        with lent(teachers, needs=TOP_K) as (_, needs):
+        with share(teachers, needs=TOP_K) as (_, needs):
             assert needs == TOP_K
-        with lent(teachers, OTHER) as (_, needs):
+        with share(teachers, OTHER) as (_, needs):
             assert needs == LOGITS
     assert len(started) == 3

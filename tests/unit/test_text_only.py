@@ -16,7 +16,8 @@ from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.student import build_student
 from betakd_ray.models.vlm import hidden_rows, lm_head, part_parameters, takes_images
 from betakd_ray.spec import DataSpec, ModelSpec, StudentSpec, TeacherSpec, parse_spec
-from betakd_ray.teacher.parts import Answer, Needs
+from betakd_ray.teacher.answers import Answer
+from betakd_ray.teacher.parts import Needs
 from betakd_ray.teacher.scorer import TeacherScorer
 from tests.families import FAMILIES, save_language_model
 from tests.tiny import numbered_samples, raw_sample, save_tiny

@@ -12,9 +12,9 @@ from fsspec.implementations.local import LocalFileSystem
 from betakd_ray import tracking
 from betakd_ray.run.folder import METRICS
 from betakd_ray.run.folder import METRICS_PARTS as PARTS
-from betakd_ray.run.metrics import Record, from_jsonl, read_metrics
+from betakd_ray.run.metrics import MetricsRecord, from_jsonl, read_metrics
 from betakd_ray.spec import JobSpec, parse_spec
-from betakd_ray.tracking import Metrics
+from betakd_ray.tracking import MetricsWriter
 
 
 def spec(folder: Path, *trackers: str) -> JobSpec:
@@ -30,13 +30,13 @@ def spec(folder: Path, *trackers: str) -> JobSpec:
     )
 
 
-def begin(folder: Path, reference: str | None = None) -> Metrics:
-    metrics = Metrics(spec(folder), str(folder / "run"))
+def begin(folder: Path, reference: str | None = None) -> MetricsWriter:
+    metrics = MetricsWriter(spec(folder), str(folder / "run"))
     metrics.restore(reference)
     return metrics
 
 
-def log(metrics: Metrics, *steps: int, loss: float = 0.5) -> None:
+def log(metrics: MetricsWriter, *steps: int, loss: float = 0.5) -> None:
     for step in steps:
         metrics.log({"step": step, "loss": loss})
 
@@ -113,7 +113,7 @@ def test_a_resume_that_takes_long_loses_nothing(tmp_path: Path, monkeypatch: pyt
     reference = metrics.reference()
     metrics.flush()
     monkeypatch.setattr(tracking, "FLUSH_S", 0.01)
-    metrics = Metrics(spec(tmp_path), str(tmp_path / "run"))
+    metrics = MetricsWriter(spec(tmp_path), str(tmp_path / "run"))
     time.sleep(0.3)
     assert steps(tmp_path) == [1, 2, 3]
     metrics.restore(reference)
@@ -192,10 +192,10 @@ class Broken:
     """A tracker whose server fails after one record."""
 
     def __init__(self, spec: JobSpec, run: str) -> None:
-        self.seen: list[Record] = []
+        self.seen: list[MetricsRecord] = []
         self.thread = threading.current_thread()
 
-    def log(self, record: Record) -> None:
+    def log(self, record: MetricsRecord) -> None:
         assert threading.current_thread() is self.thread
         self.seen.append(record)
         if len(self.seen) > 1:
@@ -209,7 +209,7 @@ def test_a_tracker_that_is_away_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(tracking.TRACKERS, "tensorboard", Broken)
-    metrics = Metrics(spec(tmp_path, "tensorboard"), str(tmp_path / "run"))
+    metrics = MetricsWriter(spec(tmp_path, "tensorboard"), str(tmp_path / "run"))
     metrics.restore(None)
     log(metrics, 1, 2, 3)
     metrics.close()
@@ -223,4 +223,4 @@ def test_a_tracker_that_is_not_installed_is_an_error_at_once(tmp_path: Path, mon
 
     monkeypatch.setitem(tracking.TRACKERS, "mlflow", missing)
     with pytest.raises(ModuleNotFoundError, match="mlflow"):
-        Metrics(spec(tmp_path, "mlflow"), str(tmp_path / "run"))
+        MetricsWriter(spec(tmp_path, "mlflow"), str(tmp_path / "run"))

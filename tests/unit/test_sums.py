@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from betakd_ray.train.sums import Tally
+from betakd_ray.train.sums import StepSums
 from tests.learning import spawned
 
 ENERGIES = torch.tensor([[1.0, 0.5], [3.0, 0.0], [2.0, 1.5], [4.0, 2.5]])
@@ -16,7 +16,7 @@ STATISTICS = torch.tensor([[1.0], [2.0], [3.0], [6.0]])
 
 
 def _reduced():
-    tally = Tally(channels=2, statistics=1, device=torch.device("cpu"))
+    tally = StepSums(channels=2, statistics=1, device=torch.device("cpu"))
     tally.clear(most_samples=3)
     rank = dist.get_rank()
     mine = slice(2 * rank, 2 * rank + 2)

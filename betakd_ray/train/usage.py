@@ -1,0 +1,51 @@
+"""What the steps between two log records used: samples, tokens, time."""
+
+from betakd_ray.train.agreement import TokenCounts
+from betakd_ray.train.clock import PHASES, STALLS
+from betakd_ray.train.micro_batches import Step
+
+
+class Usage:
+    """Sums over the steps since the last record: samples, tokens and teacher time."""
+
+    def __init__(self) -> None:
+        self.steps = self.samples = self.squares = self.pixels = 0
+        self.tokens = TokenCounts()
+        self.teacher_busy_s = 0.0
+        """Seconds that teachers computed for this rank's samples."""
+
+    def add(self, step: Step) -> None:
+        """Add a step to the sums."""
+        self.steps += 1
+        self.samples += step.counts.samples
+        self.squares += step.counts.squares
+        self.pixels += step.counts.pixels
+        self.tokens += step.counts.tokens
+        self.teacher_busy_s += step.teacher_busy_s
+
+    def rates(self, mean: dict[str, float], slowest: dict[str, float], ranks: int) -> dict[str, float]:
+        """Return rates per second, shares of the time, and seconds per step.
+
+        `mean` and `slowest` are the mean and the maximum over the ranks of each phase's seconds. `data_wait`,
+        `teacher_wait` and `compute` are shares of the elapsed time of the ranks' training threads.
+        """
+        elapsed, tokens = mean["elapsed"], self.tokens
+        every = tokens.real + tokens.padding
+        record = {
+            "samples_per_second": self.samples / elapsed,
+            "tokens_per_second": tokens.real / elapsed,
+            "answer_tokens_per_second": tokens.answer / elapsed,
+            "tokens/prompt": tokens.prompt / self.steps,
+            "tokens/image": tokens.image / self.steps,
+            "tokens/answer": tokens.answer / self.steps,
+            "tokens/padding": tokens.padding / self.steps,
+            "padding_share": tokens.padding / max(every, 1),
+            "data_wait": mean["data_wait"] / elapsed,
+            "teacher_wait": mean["teacher_wait"] / elapsed,
+            "teacher_busy": mean["teacher_busy"] * ranks / elapsed,
+            "compute": (mean["forward_backward"] + mean["optimizer"]) / elapsed,
+        }
+        for phase in (*PHASES, *STALLS):
+            record[f"time/{phase}"] = mean[phase] / self.steps
+            record[f"time_max/{phase}"] = slowest[phase] / self.steps
+        return record
