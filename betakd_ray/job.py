@@ -44,6 +44,7 @@ from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.parts import Needs, TeacherFacts
 from betakd_ray.teacher.pool import Teachers, on_driver_node
 from betakd_ray.teacher.remote import unwrapped
+from betakd_ray.teacher.scorer import engine_of
 from betakd_ray.train.config import STOPPED, WorkerConfig
 from betakd_ray.train.students import show_progress, train_students
 
@@ -144,6 +145,7 @@ class BetaKDJob:
             return {"student": student}
         config = load_config(spec.teacher)
         check_options(spec.teacher, config)
+        engine_of(spec.teacher)
         teacher_processor = load_processor(spec.teacher)
         require_images(spec.teacher.path, config, teacher_processor)
         check_vocabularies(teacher_processor, processor)

@@ -1,6 +1,7 @@
 """Objects that a spec names as module:name: nobody has to change this package to extend it (docs/extending.md)."""
 
 import difflib
+import inspect
 from importlib import import_module
 from typing import Any
 
@@ -22,6 +23,11 @@ def load(reference: str, field: str) -> Any:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise SpecError(f"{field}: {reference}: {module} has no {name}{hint}")
     return getattr(found, name)
+
+
+def source_of(reference: str) -> str:
+    """Return the source of the module of module:name, because what is cached depends on it."""
+    return inspect.getsource(import_module(reference.partition(":")[0]))
 
 
 def load_class(reference: str, base: type, field: str) -> type:

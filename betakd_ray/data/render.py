@@ -8,7 +8,7 @@ models are compared on these tokens.
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,8 @@ from transformers import LlavaProcessor
 from betakd_ray.batch.images import ImageProcessing, Images
 from betakd_ray.batch.sample import IMAGE, Rendering
 from betakd_ray.data.samples import RawSample
-from betakd_ray.errors import ModelError
+from betakd_ray.errors import ModelError, SpecError
+from betakd_ray.plugins import load, source_of
 from betakd_ray.spec import DataSpec
 
 VICUNA_SYSTEM = (
@@ -64,13 +65,36 @@ def plain(turns: Sequence[dict[str, str]], system: str | None, eos: str) -> Iter
             yield turn["value"] + "\n", True
 
 
-TEMPLATES = {"vicuna_v1": vicuna_v1, "plain": plain}
+Template = Callable[[Sequence[dict[str, str]], str | None, str], Iterable[Span]]
+"""Function of (turns, system prompt, end-of-sequence token) → the text, as pieces of prompt and answer."""
+TEMPLATES: dict[str, Template] = {"vicuna_v1": vicuna_v1, "plain": plain}
 
 
 def _image_first(text: str) -> str:
     """Move images to the start of the turn, one per line, as LLaVA's preprocessing does."""
     count = text.count(IMAGE)
     return f"{IMAGE}\n" * count + text.replace(IMAGE, "").strip()
+
+
+def _template(data: DataSpec, eos: str) -> Template | None:
+    """Return the function of a template; None for the processor's own, which is no function.
+
+    A user's function is tried on a conversation of two turns. Raises SpecError if it does not give prompt and answer.
+    """
+    if data.template in ("chat", *TEMPLATES):
+        return TEMPLATES.get(data.template)
+    function = load(data.template, "data.template")
+    try:
+        spans = [(str(text), bool(is_answer)) for text, is_answer in function(PROBE.conversation, None, eos)]
+    except Exception as error:  # the function is the user's
+        raise SpecError(f"data.template: {data.template} raises {type(error).__name__}: {error}") from error
+    written, answers = PROBE.conversation[-1]["value"], [text for text, is_answer in spans if is_answer]
+    if not any(written in text for text in answers) or spans[0][1]:
+        raise SpecError(
+            f"data.template: {data.template} makes {spans} of {PROBE.conversation}; it has to give the prompt as "
+            "(text, False) and then the answer as (text, True)"
+        )
+    return function
 
 
 class Renderer:
@@ -99,6 +123,7 @@ class Renderer:
             raise ModelError("the tokenizer has no eos token, so an answer could not be closed. Set eos_token.")
         if data.template == "chat" and not self._chat_template:
             raise ModelError("data.template is `chat` and the processor has no chat template. Use vicuna_v1 or plain.")
+        self._written = _template(data, self.tokenizer.eos_token)
         self._process_images = ImageProcessing(processor) if self.image_processor else None
 
     @property
@@ -119,7 +144,8 @@ class Renderer:
     @property
     def fingerprint(self) -> str:
         """Return a hash of all that a rendering depends on; equal only for renderers that render all samples alike."""
-        data = (self.template, self.system_prompt, self.max_length, self.pad_to_square, self.max_image_pixels)
+        template = (self.template, source_of(self.template)) if ":" in self.template else self.template
+        data = (template, self.system_prompt, self.max_length, self.pad_to_square, self.max_image_pixels)
         # A processor does not say how it changes an image or how many tokens it makes: test images show it.
         probed = [self._probed(*sizes) for sizes in (*((size,) for size in PROBES), PROBES[:2])]
         images = [(texts, [(name, a.shape, a.dtype) for name, a in arrays.items()]) for arrays, texts in probed]
@@ -194,9 +220,9 @@ class Renderer:
         return spans
 
     def _spans(self, conversation: Sequence[dict[str, str]]) -> Iterator[Span]:
-        if self.template == "chat":
+        if self._written is None:
             return self._chat(conversation)
-        return TEMPLATES[self.template](conversation, self.system_prompt, self.tokenizer.eos_token)
+        return iter(self._written(conversation, self.system_prompt, self.tokenizer.eos_token))
 
     def _chat(self, conversation: Sequence[dict[str, str]]) -> Iterator[Span]:
         """Yield spans by the processor's chat template. The answer is the text that a reply adds to its prompt."""

@@ -15,17 +15,20 @@ from betakd_ray.data.render import Renderer
 from betakd_ray.data.samples import BadSample, RawSample
 from betakd_ray.data.shards import Shard, read_shard_with_retry
 from betakd_ray.errors import ClusterError, DataError, OutputError, TrainingError
-from betakd_ray.evaluation.exact_match import ModelAnswer, agreement, score
+from betakd_ray.evaluation.exact_match import ModelAnswer, agreement
 from betakd_ray.evaluation.generate import answers
 from betakd_ray.models.device import find_device
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import freeze
 from betakd_ray.on_ray.cluster import gpus_each, placement
+from betakd_ray.plugins import load
 from betakd_ray.progress import progress_line
 from betakd_ray.spec import EvaluationSpec
 from betakd_ray.storage import join, open_store
 
 SCORES = "evaluation.json"
+BENCHMARKS = {"exact_match": "betakd_ray.evaluation.exact_match:score"}
+"""Benchmark → function of a model's answers (`ModelAnswer`) that returns metric → number."""
 
 Scores = dict[str, float]
 
@@ -55,11 +58,15 @@ class Answered:
 
 
 class Evaluation:
-    """Runner of an evaluation on the Ray cluster to which this process is connected."""
+    """Runner of an evaluation on the Ray cluster to which this process is connected.
+
+    Raises SpecError if the spec names a benchmark that is not found.
+    """
 
     def __init__(self, spec: EvaluationSpec) -> None:
         self.spec = spec
         self.folder = join(spec.output.path, spec.name)
+        self._benchmark = load(BENCHMARKS.get(spec.benchmark, spec.benchmark), "benchmark")
 
     def run(self) -> dict[str, Scores]:
         """Run the evaluation; return label of a model → metrics. Answers and metrics are also written to the output.
@@ -102,7 +109,7 @@ class Evaluation:
 
     def _score(self, label: str, answered: dict[str, list[Answered]]) -> Scores:
         records = [each.record for each in answered[label]]
-        metrics = score(records)
+        metrics = dict(self._benchmark(records))
         reference = self.spec.agreement_with
         if reference is not None and reference != label:
             others = [each.record.text for each in answered[reference]]

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
-from betakd_ray.spec.base import Fraction, Location, Spec, StorageSpec, as_tuple
+from betakd_ray.spec.base import Fraction, Location, Plugin, Spec, StorageSpec, as_tuple
 
 
 class TrainingData(Spec):
@@ -33,8 +33,9 @@ class DataSpec(Spec):
         description="shards: paths or URLs, with {00..07} braces and * globs, each alone or as {path, weight}"
     )
     storage: StorageSpec = StorageSpec()
-    template: Literal["plain", "vicuna_v1", "chat"] = Field(
-        default="vicuna_v1", description="`chat` is the processor's own template; `plain` is for projector warm-up"
+    template: Literal["plain", "vicuna_v1", "chat"] | Plugin = Field(
+        default="vicuna_v1",
+        description="`chat` is the processor's own template; `plain` is for projector warm-up; module:name is your own",
     )
     system_prompt: str | None = Field(default=None, description="replaces the template's own; '' for none")
     max_length: int = Field(default=2048, ge=8, description="tokens, image tokens included")

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from betakd_ray.errors import shortened
-from betakd_ray.spec.base import GgufFile, ModelLocation, Place, Positive, Spec, StorageSpec, named
+from betakd_ray.spec.base import GgufFile, ModelLocation, Place, Plugin, Positive, Spec, StorageSpec, named
 
 
 class ModelSpec(Spec):
@@ -56,6 +56,8 @@ class TopKSignal(Spec):
     k: int = Field(default=64, ge=1)
 
 
+TRANSFORMERS = "transformers"
+"""Engine of a teacher that transformers loads."""
 SignalChoice = Annotated[HiddenSignal | TopKSignal, Field(discriminator="kind"), BeforeValidator(named)]
 
 
@@ -76,6 +78,9 @@ class TeacherSpec(ModelSpec):
     """The frozen teacher, which runs in its own actors."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    engine: Literal["transformers"] | Plugin = Field(
+        default=TRANSFORMERS, description="what runs the teacher; module:name is a subclass of TeacherScorer"
+    )
     signal: SignalChoice = Field(default=HiddenSignal(), description="what travels for energies on logits")
     batch_tokens: int = Field(
         default=8192,

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from betakd_ray.spec.base import (
     Location,
+    Plugin,
     Spec,
     StorageSpec,
 )
@@ -20,7 +21,9 @@ class QuestionsSpec(Spec):
     """A packed question set, with the settings for answering and scoring it."""
 
     data: DataSpec = Field(description="`train` names the shards to evaluate on, without weights")
-    benchmark: Literal["exact_match"] = "exact_match"
+    benchmark: Literal["exact_match"] | Plugin = Field(
+        default="exact_match", description="how answers are scored; module:name is a function of your own"
+    )
     max_new_tokens: int = Field(default=16, ge=1)
     batch_size: int = Field(default=64, ge=1)
     limit: int | None = Field(default=None, ge=1, description="first samples only")

@@ -23,7 +23,7 @@ from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
 from betakd_ray.teacher.parts import Needs, TeacherFacts
 from betakd_ray.teacher.ports import Pending, Roster, Teacher, Unanswered
 from betakd_ray.teacher.remote import RemoteTeacher, placed
-from betakd_ray.teacher.scorer import TeacherScorer
+from betakd_ray.teacher.scorer import TeacherScorer, engine_of
 
 FORGET_AFTER_S = 60.0
 """Seconds without a heartbeat after which a student counts as gone; its workers may have been restarted."""
@@ -76,8 +76,6 @@ class TeacherPool:
 
     It gives up when teachers die as fast as they are replaced. From then on its methods raise TeacherError.
     """
-
-    _scorer: type[TeacherScorer] = TeacherScorer
 
     def __init__(
         self, teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float, job: str = "teachers"
@@ -285,8 +283,11 @@ class TeacherPool:
     def _place(self, number: int) -> Teacher:
         """Start a teacher on any node with room for it."""
         if self._actors is None:
-            self._actors = placed(self._scorer, placement(self._spec, self._gpus))
+            self._actors = placed(self._engine(), placement(self._spec, self._gpus))
         return RemoteTeacher(number, self._actors.remote(self._teacher, self._needs))
+
+    def _engine(self) -> type[TeacherScorer]:
+        return engine_of(self._teacher)
 
     def _replace(self, failure: Unanswered) -> None:
         if self._deaths >= self._max_deaths:

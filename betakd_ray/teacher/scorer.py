@@ -26,7 +26,9 @@ from betakd_ray.models.device import find_devices
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import attention_heads, freeze, hidden_rows, lm_head, with_attention_weights
 from betakd_ray.objective import segment_mean
+from betakd_ray.plugins import load_class
 from betakd_ray.spec import TeacherSpec
+from betakd_ray.spec.models import TRANSFORMERS
 from betakd_ray.teacher.answers import GroupAnswer, to_wire
 from betakd_ray.teacher.parts import PARTS, Forward, Needs, TeacherFacts
 
@@ -200,6 +202,11 @@ def _to_pinned(tensor: Tensor, stream: "torch.cuda.Stream") -> Tensor:
     tensor = tensor.contiguous()
     tensor.record_stream(stream)
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def engine_of(spec: TeacherSpec) -> type[TeacherScorer]:
+    """Return the class that runs the teacher. Raises SpecError if the spec names none that can."""
+    return TeacherScorer if spec.engine == TRANSFORMERS else load_class(spec.engine, TeacherScorer, "teacher.engine")
 
 
 class Work:

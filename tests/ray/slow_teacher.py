@@ -41,7 +41,8 @@ class SlowScorer(TeacherScorer):
 
 
 class SlowPool(pool.TeacherPool):
-    _scorer = SlowScorer
+    def _engine(self) -> type[TeacherScorer]:
+        return SlowScorer
 
     def __init__(self, *arguments: Any) -> None:
         pool.SHRINK_AFTER_S, pool.SHRINK_BELOW = 5.0, pool.GROW_ABOVE  # in this actor's process

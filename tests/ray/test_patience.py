@@ -44,7 +44,8 @@ class SlowToReturn(TeacherScorer):
 class Pool(module.TeacherPool):
     """Pool of teachers that are slow to return."""
 
-    _scorer = SlowToReturn
+    def _engine(self) -> type[TeacherScorer]:
+        return SlowToReturn
 
 
 @pytest.mark.slow

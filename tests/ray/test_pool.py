@@ -122,7 +122,8 @@ class SlowScorer(TeacherScorer):
 class SlowPool(TeacherPool):
     """Pool of slow teachers."""
 
-    _scorer = SlowScorer
+    def _engine(self) -> type[TeacherScorer]:
+        return SlowScorer
 
 
 @pytest.mark.timeout(200)
@@ -160,7 +161,8 @@ class MortalScorer(TeacherScorer):
 class MortalPool(TeacherPool):
     """Pool of mortal teachers."""
 
-    _scorer = MortalScorer
+    def _engine(self) -> type[TeacherScorer]:
+        return MortalScorer
 
 
 @pytest.mark.timeout(300)
