@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 
 from betakd_ray.data.manifest import find_shards
 from betakd_ray.errors import Interrupted, SpecError, TrainingError
-from betakd_ray.evaluation.run import SCORES, Evaluation
+from betakd_ray.evaluation.run import SCORES, Evaluation, benchmark_of
 from betakd_ray.job import BetaKDJob, JobResult
 from betakd_ray.on_ray.cluster import connected
 from betakd_ray.progress import Update, progress_line
@@ -61,6 +61,8 @@ class Sweep:
         self.cells = list(_cells(spec, self.folder))
         self._running: set[BetaKDJob] = set()
         self._is_stopping = False
+        if spec.evaluation:
+            benchmark_of(spec.evaluation)
         names = [cell.job.name for cell in self.cells]
         if twice := {name for name in names if names.count(name) > 1}:
             raise SpecError(f"axes: two cells are both called {sorted(twice)[0]}; give values that differ in name")

@@ -1,7 +1,7 @@
 """Evaluation of several models on one question set: one Ray task per model, and one table."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, tee
 from typing import Any
@@ -23,12 +23,14 @@ from betakd_ray.models.vlm import freeze
 from betakd_ray.on_ray.cluster import gpus_each, placement
 from betakd_ray.plugins import load
 from betakd_ray.progress import progress_line
-from betakd_ray.spec import EvaluationSpec
+from betakd_ray.spec import EvaluationSpec, QuestionsSpec
 from betakd_ray.storage import join, open_store
 
 SCORES = "evaluation.json"
+Benchmark = Callable[[Sequence[ModelAnswer]], Mapping[str, float]]
+"""Function of a model's answers, in the order of the questions, that returns metric → number."""
 BENCHMARKS = {"exact_match": "betakd_ray.evaluation.exact_match:score"}
-"""Benchmark → function of a model's answers (`ModelAnswer`) that returns metric → number."""
+"""Benchmark → its function, as module:name."""
 
 Scores = dict[str, float]
 
@@ -66,7 +68,7 @@ class Evaluation:
     def __init__(self, spec: EvaluationSpec) -> None:
         self.spec = spec
         self.folder = join(spec.output.path, spec.name)
-        self._benchmark = load(BENCHMARKS.get(spec.benchmark, spec.benchmark), "benchmark")
+        self.benchmark = benchmark_of(spec)
 
     def run(self) -> dict[str, Scores]:
         """Run the evaluation; return label of a model → metrics. Answers and metrics are also written to the output.
@@ -109,7 +111,7 @@ class Evaluation:
 
     def _score(self, label: str, answered: dict[str, list[Answered]]) -> Scores:
         records = [each.record for each in answered[label]]
-        metrics = dict(self._benchmark(records))
+        metrics = dict(self.benchmark(records))
         reference = self.spec.agreement_with
         if reference is not None and reference != label:
             others = [each.record.text for each in answered[reference]]
@@ -124,6 +126,11 @@ class Evaluation:
                 filesystem.pipe_file(join(root, name), content.encode())
         except (OSError, ValueError) as error:
             raise OutputError(f"output.path: {self.folder} cannot be written ({error})") from error
+
+
+def benchmark_of(spec: QuestionsSpec) -> Benchmark:
+    """Return the function that scores answers. Raises SpecError if the spec names one that is not found."""
+    return load(BENCHMARKS.get(spec.benchmark, spec.benchmark), "benchmark")
 
 
 def answer(spec: EvaluationSpec, label: str, shards: list[Shard]) -> list[Answered]:

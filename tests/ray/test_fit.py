@@ -57,10 +57,12 @@ def _spec(s3: SeaweedServer, models: Path, name: str, **training: object) -> Job
                 "train": f"s3://{s3.bucket}/{name}/shards/train-*.tar",
                 "storage": storage,
                 "max_bad_fraction": 0.5,
+                "template": "tests.plugins:line_by_line",
             },
-            "teacher": {"path": str(models / "teacher")},
+            # What a user adds from a module of their own goes through the same actors and workers.
+            "teacher": {"path": str(models / "teacher"), "engine": "tests.plugins:OwnScorer"},
             "student": {"init": {"kind": "checkpoint", "path": str(models / "student")}},
-            "objective": {"energies": ["fkl", "fd"], "weighting": "instance"},
+            "objective": {"energies": ["fkl", "fd", "tests.plugins:brier"], "weighting": "instance"},
             "optimizer": {"lr": 1e-3},
             "training": {
                 "epochs": 2,
