@@ -12,6 +12,11 @@ import torch
 from ray.actor import ActorHandle
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
+
+# With workers of {min, max}, a controller reserves resources for so long, and renews that every 20 s. The reservation
+# of a killed driver stands in the way of its successor; Ray's own 180 s would be three minutes without a student.
+autoscaling_coordinator_client.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = 60
 
 
 @dataclass

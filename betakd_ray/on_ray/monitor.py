@@ -1,5 +1,6 @@
 """The monitor: one small actor that survives restarts of the students, and knows progress, quarantine and failures."""
 
+import logging
 import os
 import time
 from typing import Any, cast
@@ -10,6 +11,8 @@ from ray.actor import ActorHandle
 from betakd_ray.data.plan import Quarantined
 from betakd_ray.errors import BetaKDError, TrainingError, kind
 from betakd_ray.on_ray.watch import Orders, Roll, Start
+
+_LOG = logging.getLogger(__name__)
 
 
 class Monitor:
@@ -28,16 +31,27 @@ class Monitor:
         self._failure: tuple[str, str] | None = None
         self._is_stopping = False
         self._roll = Roll()
+        self._actors: dict[int, ActorHandle] = {}
         self._start = Start()
 
     def resuming_from(self, checkpoint: str | None) -> None:
         """Note the checkpoint that a new start of the workers resumes from: the one that its rows were made for."""
         self._start = Start(checkpoint, os.urandom(4).hex())
         self._roll.begin(self._start.attempt)
+        self._actors = {}
 
     def starts_from(self) -> Start:
         """Return the checkpoint and the attempt of the newest start of the workers."""
         return self._start
+
+    def begins(self, attempt: str, rank: int, actor: ActorHandle) -> None:
+        """Note the actor in which a rank of a start runs."""
+        if attempt == self._roll.attempt:
+            self._actors[rank] = actor
+
+    def left(self, attempt: str, rank: int) -> None:
+        """Note that a rank has ended, and so sends no more heartbeats."""
+        self._roll.left(attempt, rank)
 
     def beat(self, attempt: str, rank: int, activity: str, limit_s: float) -> Orders:
         """Note a heartbeat of a student worker; return the requests to the job.
@@ -91,8 +105,15 @@ class Monitor:
         """Ask the workers to save and return."""
         self._is_stopping = True
 
-    def latest(self) -> dict[str, Any]:
-        """Return the newest metrics, or {}."""
+    def look(self, limit_s: float) -> dict[str, Any]:
+        """Return the newest metrics, or {}; kill a rank that the others should have noticed to be silent for `limit_s`.
+
+        The driver calls this all the time. After the kill Ray Train starts all ranks again.
+        """
+        rank = self._roll.missed(limit_s, time.monotonic())
+        if rank is not None and rank in self._actors:
+            _LOG.error("rank %d has said nothing for more than training.collective_timeout_s = %g", rank, limit_s)
+            ray.kill(self._actors.pop(rank))
         return self._latest
 
 

@@ -1,7 +1,8 @@
 """Heartbeats of the ranks. A dead rank is found by its missing heartbeats, not by the timeout of a collective.
 
 A rank that waits for a teacher, for data or for another rank counts as alive while it sends heartbeats. A rank that
-sends none for `training.collective_timeout_s` seconds is taken for dead. Its last activity is reported with it.
+sends none for `training.collective_timeout_s` seconds is taken for dead. Its last activity is reported with it. The
+other ranks notice and end. A rank that is alone, or hangs together with all others, is noticed by the driver.
 """
 
 import logging
@@ -51,6 +52,7 @@ class Roll:
     attempt: str = ""
     _heard: dict[int, tuple[float, str]] = field(default_factory=dict)
     _listened: float = 0.0
+    _looked: float = 0.0
 
     def begin(self, attempt: str) -> None:
         """Forget the ranks of an earlier start."""
@@ -68,13 +70,34 @@ class Roll:
         if attempt == self.attempt:
             self._heard[rank] = (now, activity)
 
+    def left(self, attempt: str, rank: int) -> None:
+        """Forget a rank that has ended, and so sends no more heartbeats."""
+        if attempt == self.attempt:
+            self._heard.pop(rank, None)
+
     def silent(self, limit_s: float, now: float) -> str:
         """Return a text about the first rank without a heartbeat for more than `limit_s` seconds; empty if none."""
-        for rank, (when, activity) in sorted(self._heard.items()):
-            if now - when > limit_s:
-                doing = f" It last was at: {activity}." if activity else ""
-                return f"rank {rank} has said nothing for {now - when:.0f} s.{doing}"
-        return ""
+        rank = self._first_silent(limit_s, now)
+        if rank is None:
+            return ""
+        when, activity = self._heard[rank]
+        doing = f" It last was at: {activity}." if activity else ""
+        return f"rank {rank} has said nothing for {now - when:.0f} s.{doing}"
+
+    def missed(self, limit_s: float, now: float) -> int | None:
+        """Return the rank that is silent for longer than the others need to notice it; None if there is none.
+
+        The driver asks this all the time. It finds a rank that is alone, or whose neighbours hang as well. If the
+        driver has not asked for a while, driver or monitor stood still, and heartbeats may wait in the queue: then all
+        ranks start a new interval.
+        """
+        if now - self._looked > limit_s / 2:
+            self._heard = {each: (now, doing) for each, (_, doing) in self._heard.items()}
+        self._looked = now
+        return self._first_silent(limit_s + 3 * BEAT_S, now)
+
+    def _first_silent(self, limit_s: float, now: float) -> int | None:
+        return next((rank for rank, (when, _) in sorted(self._heard.items()) if now - when > limit_s), None)
 
 
 class Watch:
@@ -94,6 +117,7 @@ class Watch:
         self._leaving: list[str] = []
         self._wants_checkpoint = False
         self._ended = threading.Event()
+        monitor.begins.remote(attempt, rank, ray.get_runtime_context().current_actor)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -118,6 +142,7 @@ class Watch:
         """Send no more heartbeats."""
         self._ended.set()
         self._thread.join(timeout=5)
+        self._monitor.left.remote(self._attempt, self._rank)
 
     def _run(self) -> None:
         try:

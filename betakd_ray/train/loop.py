@@ -61,6 +61,17 @@ class Worker:
         self.total_steps = config.total_steps
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.start = cast(Start, ray.get(config.monitor.starts_from.remote()))
+        self.step = 0
+        self.activities = Activities()
+        # Started before all collectives, those of DeepSpeed's start among them: they have no short timeout, and a dead
+        # rank would block the others in them.
+        self.watch = Watch(
+            config.monitor,
+            self.rank,
+            self.start.attempt,
+            self.training.collective_timeout_s,
+            lambda: f"step {self.step + 1}, its feed at {self.activities.present or 'rest'}",
+        )
         self.client: TeacherClient | None = None
         if config.pool and self.spec.teacher:
             self.client = TeacherClient(
@@ -80,20 +91,11 @@ class Worker:
         """Samples of all ranks that took part in a step, up to the last checkpoint; only rank 0 has it."""
         self.trained: list[SampleIds] = []
         """This rank's samples since the last checkpoint."""
-        self.step = self.saved_step = self.samples = self.dropped = self.skipped = self.skipped_in_a_row = 0
+        self.saved_step = self.samples = self.dropped = self.skipped = self.skipped_in_a_row = 0
         self.skips: list[dict[str, Any]] = []
         self.clock = StepClock(self.learner.device)
         self.usage = Usage()
         self.saved_at, self.save_s = time.monotonic(), 0.0
-        self.activities = Activities()
-        # Started before the resume, because its collectives have no short timeout: a dead rank would block it.
-        self.watch = Watch(
-            config.monitor,
-            self.rank,
-            self.start.attempt,
-            self.training.collective_timeout_s,
-            lambda: f"step {self.step + 1}, its feed at {self.activities.present or 'rest'}",
-        )
 
     def run(self) -> dict[str, Any]:
         """Resume, train to the end or until the job is to stop, and return the outcome. Collective."""

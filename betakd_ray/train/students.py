@@ -88,12 +88,12 @@ def train_students(config: WorkerConfig, reader: "ray.ObjectRef") -> dict[str, A
 
 @contextmanager
 def show_progress(monitor: ActorHandle, total_steps: int, spec: JobSpec) -> Iterator[None]:
-    """Show a progress line on the driver's terminal, with the monitor's newest metrics."""
+    """Show a progress line on the driver's terminal, with the monitor's newest metrics; look for ranks that hang."""
     stop = threading.Event()
     with progress_line(spec.name, total_steps, "starting", is_shown=spec.tracking.progress) as update:
 
         def show() -> None:
-            latest = cast(dict[str, Any], ray.get(monitor.latest.remote()))
+            latest = cast(dict[str, Any], ray.get(monitor.look.remote(spec.training.collective_timeout_s)))
             if latest:
                 numbers = f"loss {latest['loss']:.4f} · {latest['samples_per_second']:.0f} samples/s"
                 update(completed=latest["step"], numbers=numbers)

@@ -1,8 +1,11 @@
 """The monitor: what it counts once, and when it gives up."""
 
+import pytest
+
 from betakd_ray.data.plan import Quarantined
 from betakd_ray.on_ray.monitor import Monitor
 from betakd_ray.on_ray.watch import Roll
+from tests.actors import Local
 
 
 def _bad(index: int) -> Quarantined:
@@ -43,6 +46,49 @@ def test_no_rank_is_to_blame_where_the_monitor_itself_stood_still() -> None:
     for second in (104, 108, 112):
         roll.heard("a", 0, "", limit_s=10.0, now=float(second))
     assert roll.silent(10.0, 112.0).startswith("rank 1")
+
+
+def test_the_driver_notices_a_rank_that_is_alone() -> None:
+    roll = Roll()
+    roll.begin("a")
+    roll.heard("a", 0, "step 7", limit_s=10.0, now=0.0)
+    found = [roll.missed(10.0, float(second)) for second in range(1, 20)]
+    assert found[:15] == [None] * 15  # ranks that are not alone notice after 10 s, and end
+    assert found[-1] == 0
+
+
+def test_the_driver_blames_nobody_where_it_stood_still_itself_and_nobody_who_has_ended() -> None:
+    roll = Roll()
+    roll.begin("a")
+    for rank in (0, 1):
+        roll.heard("a", rank, "", limit_s=10.0, now=0.0)
+    roll.missed(10.0, 1.0)
+    assert roll.missed(10.0, 100.0) is None  # heartbeats may wait in the monitor's queue
+    roll.left("a", 0)
+    roll.left("of another start", 1)
+    assert [roll.missed(10.0, float(second)) for second in range(101, 120)][-1] == 1
+    roll.left("a", 1)
+    assert roll.missed(10.0, 120.0) is None
+
+
+def test_a_rank_that_hangs_alone_is_killed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed, now = [], 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("ray.kill", killed.append)
+    monitor = Monitor(10, [], max_failures=0)
+    monitor.resuming_from(None)
+    attempt = monitor.starts_from().attempt
+    monitor.begins(attempt, 0, actor := Local(object()))
+    monitor.beat(attempt, 0, "step 1", 10.0)
+    monitor.log({"step": 1})
+    for second in range(40):
+        now = float(second)
+        assert monitor.look(10.0) == {"step": 1}
+    assert killed == [actor]
+    monitor.resuming_from("step-1")  # Ray Train starts again
+    now = 80.0
+    monitor.look(10.0)
+    assert killed == [actor]
 
 
 def test_a_start_of_the_workers_has_a_name_and_the_checkpoint_that_its_rows_were_made_for() -> None:

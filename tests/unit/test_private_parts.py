@@ -17,6 +17,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "betakd_ray"
 
+COORDINATOR = "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client"
 ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
 DISPATCH = "torch.utils._python_dispatch"
 PARTS = {
@@ -26,6 +27,7 @@ PARTS = {
     "fsspec.spec.AbstractFileSystem._strip_protocol": ("fsspec", "2026.9.0", "d7bfe5591d2c"),
     "ray._raylet.InnerGcsClient.get_cluster_status": ("ray", "2.60.0", "58180ac5d3b3"),
     "ray.data._internal.execution.execution_callback.ExecutionCallback": ("ray", "2.60.0", "f73e921a09d3"),
+    f"{COORDINATOR}.TrainAutoscalingCoordinatorClient.send_resource_request": ("ray", "2.60.0", "59e083c3cda1"),
     "ray.train.torch.config._TorchBackend.on_start": ("ray", "2.60.0", "2d82fd3c0531"),
     "ray.train.v2._internal.exceptions.WorkerGroupStartupTimeoutError": ("ray", "2.60.0", "42a3dc53c46c"),
     "torch._subclasses.fake_tensor.FakeTensorMode.__init__": ("torch", "2.13.0+cpu", "e7923d9063ac"),
@@ -38,6 +40,7 @@ PARTS = {
 }
 COVERED = {
     # how our code spells it: the part it is, or belongs to
+    COORDINATOR: f"{COORDINATOR}.TrainAutoscalingCoordinatorClient.send_resource_request",
     "distributed_c10d._set_pg_timeout": "torch.distributed.distributed_c10d._set_pg_timeout",
     "distributed_c10d._world": "torch.distributed.distributed_c10d._World.pg_map",
     "engine._config": f"{ENGINE}.load_checkpoint",
