@@ -96,6 +96,8 @@ def test_every_file_that_the_architecture_names_is_there():
     assert not {name for name in named if not (ROOT / name).exists()}
 
 
-def test_the_architecture_names_every_room_of_the_data_s_way():
+def test_the_architecture_names_every_room_and_every_module_beside_them():
     rooms = {path.parent.name for path in (ROOT / "betakd_ray").glob("*/__init__.py")}
-    assert rooms - {"models", "report", "batch"} <= set(re.findall(r"betakd_ray/(\w+)/", ARCHITECTURE))
+    assert rooms <= set(re.findall(r"betakd_ray/(\w+)/", ARCHITECTURE))
+    modules = {path.stem for path in (ROOT / "betakd_ray").glob("*.py")} - {"__init__"}
+    assert modules <= set(re.findall(r"betakd_ray/(\w+)\.py", ARCHITECTURE))
