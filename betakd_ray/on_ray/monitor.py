@@ -44,8 +44,9 @@ class Monitor:
         """Return the checkpoint and the attempt of the newest start of the workers."""
         return self._start
 
-    def begins(self, attempt: str, rank: int, actor: ActorHandle) -> None:
-        """Note the actor in which a rank of a start runs."""
+    def begins(self, attempt: str, rank: int, ranks: int, actor: ActorHandle) -> None:
+        """Note that a rank of a start, which has `ranks` of them, runs in `actor`."""
+        self._roll.expect(attempt, ranks, time.monotonic())
         if attempt == self._roll.attempt:
             self._actors[rank] = actor
 

@@ -58,6 +58,14 @@ class Roll:
         """Forget the ranks of an earlier start."""
         self.attempt, self._heard = attempt, {}
 
+    def expect(self, attempt: str, ranks: int, now: float) -> None:
+        """Expect heartbeats of all `ranks` from now on: the first of them begins, and the others must too.
+
+        A rank that hangs before its first heartbeat is found like any other.
+        """
+        if attempt == self.attempt:
+            self._heard = {rank: (now, "its start") for rank in range(ranks)} | self._heard
+
     def heard(self, attempt: str, rank: int, activity: str, limit_s: float, now: float) -> None:
         """Note a heartbeat of a rank, and its activity. `now` is in seconds of a monotonic clock.
 
@@ -108,7 +116,7 @@ class Watch:
     """
 
     def __init__(
-        self, monitor: ActorHandle, rank: int, attempt: str, limit_s: float, activity: Callable[[], str]
+        self, monitor: ActorHandle, rank: int, ranks: int, attempt: str, limit_s: float, activity: Callable[[], str]
     ) -> None:
         self._monitor, self._rank, self._attempt = monitor, rank, attempt
         self._limit_s, self._activity = limit_s, activity
@@ -117,7 +125,7 @@ class Watch:
         self._leaving: list[str] = []
         self._wants_checkpoint = False
         self._ended = threading.Event()
-        monitor.begins.remote(attempt, rank, ray.get_runtime_context().current_actor)
+        monitor.begins.remote(attempt, rank, ranks, ray.get_runtime_context().current_actor)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 

@@ -68,6 +68,7 @@ class Worker:
         self.watch = Watch(
             config.monitor,
             self.rank,
+            self.ranks,
             self.start.attempt,
             self.training.collective_timeout_s,
             lambda: f"step {self.step + 1}, its feed at {self.activities.present or 'rest'}",

@@ -48,6 +48,19 @@ def test_no_rank_is_to_blame_where_the_monitor_itself_stood_still() -> None:
     assert roll.silent(10.0, 112.0).startswith("rank 1")
 
 
+def test_a_rank_that_hangs_before_its_first_heartbeat_is_noticed() -> None:
+    roll = Roll()
+    roll.begin("a")
+    roll.expect("of another start", ranks=5, now=0.0)
+    roll.heard("a", 0, "step 7", limit_s=10.0, now=0.5)
+    roll.expect("a", ranks=2, now=1.0)
+    for second in range(2, 12, 2):
+        roll.heard("a", 0, "step 7", limit_s=10.0, now=float(second))
+        assert roll.silent(10.0, float(second)) == ""
+    roll.heard("a", 0, "step 7", limit_s=10.0, now=12.0)
+    assert roll.silent(10.0, 12.0) == "rank 1 has said nothing for 11 s. It last was at: its start."
+
+
 def test_the_driver_notices_a_rank_that_is_alone() -> None:
     roll = Roll()
     roll.begin("a")
@@ -78,7 +91,7 @@ def test_a_rank_that_hangs_alone_is_killed_once(monkeypatch: pytest.MonkeyPatch)
     monitor = Monitor(10, [], max_failures=0)
     monitor.resuming_from(None)
     attempt = monitor.starts_from().attempt
-    monitor.begins(attempt, 0, actor := Local(object()))
+    monitor.begins(attempt, 0, 1, actor := Local(object()))
     monitor.beat(attempt, 0, "step 1", 10.0)
     monitor.log({"step": 1})
     for second in range(40):
