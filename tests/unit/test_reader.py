@@ -155,7 +155,7 @@ def test_what_another_template_rendered_is_not_taken(tmp_path, other):
 @pytest.mark.parametrize(("epochs", "limit"), [(1, 1 << 20), (2, 1000), (2, 11_000)])
 def test_what_is_read_once_or_is_large_is_not_kept(tmp_path, monkeypatch, epochs, limit):
     monkeypatch.setattr(module, "KEPT_BYTES", limit)
-    monkeypatch.setattr(module.Row, "bytes", 6000)  # two are above each limit but the first; their tar has 10,240
+    monkeypatch.setattr(module.RenderedSample, "bytes", 6000)  # two are above each limit but the first; their tar has 10,240
     job = Job(tmp_path, [sample("a"), sample("b")], epochs=epochs)
     job.rows(epoch=0)
     (tmp_path / "train-0.tar").unlink()
@@ -166,7 +166,7 @@ def test_what_is_read_once_or_is_large_is_not_kept(tmp_path, monkeypatch, epochs
 def test_sets_that_were_not_asked_for_lately_make_room(monkeypatch):
     monkeypatch.setattr(module, "KEPT_BYTES", 100)
     kept, shards = module.KeptRows(), [Shard(f"{n}.tar", 1, 1, "") for n in range(3)]
-    rows = [module.Refusal(0, "k" * 20, "r" * 20)]
+    rows = [module.RefusedSample(0, "k" * 20, "r" * 20)]
     for rendering, shard in (("a", 0), ("b", 0), ("b", 1), ("b", 2)):
         kept.keep(rendering, shards[shard], rows)
     assert kept.find("a", shards[0]) is None
