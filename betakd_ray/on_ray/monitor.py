@@ -106,7 +106,7 @@ class Monitor:
         """Ask the workers to save and return."""
         self._is_stopping = True
 
-    def look(self, limit_s: float) -> dict[str, Any]:
+    def poll(self, limit_s: float) -> dict[str, Any]:
         """Return the newest metrics, or {}; kill a rank that the others should have noticed to be silent for `limit_s`.
 
         The driver calls this all the time. After the kill Ray Train starts all ranks again.

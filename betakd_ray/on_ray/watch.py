@@ -52,7 +52,7 @@ class Roll:
     attempt: str = ""
     _heard: dict[int, tuple[float, str]] = field(default_factory=dict)
     _listened: float = 0.0
-    _looked: float = 0.0
+    _polled: float = 0.0
 
     def begin(self, attempt: str) -> None:
         """Forget the ranks of an earlier start."""
@@ -99,9 +99,9 @@ class Roll:
         driver has not asked for a while, driver or monitor stood still, and heartbeats may wait in the queue: then all
         ranks start a new interval.
         """
-        if now - self._looked > limit_s / 2:
+        if now - self._polled > limit_s / 2:
             self._heard = {each: (now, doing) for each, (_, doing) in self._heard.items()}
-        self._looked = now
+        self._polled = now
         return self._first_silent(limit_s + 3 * BEAT_S, now)
 
     def _first_silent(self, limit_s: float, now: float) -> int | None:

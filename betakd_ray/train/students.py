@@ -93,7 +93,7 @@ def show_progress(monitor: ActorHandle, total_steps: int, spec: JobSpec) -> Iter
     with progress_line(spec.name, total_steps, "starting", is_shown=spec.tracking.progress) as update:
 
         def show() -> None:
-            latest = cast(dict[str, Any], ray.get(monitor.look.remote(spec.training.collective_timeout_s)))
+            latest = cast(dict[str, Any], ray.get(monitor.poll.remote(spec.training.collective_timeout_s)))
             if latest:
                 numbers = f"loss {latest['loss']:.4f} · {latest['samples_per_second']:.0f} samples/s"
                 update(completed=latest["step"], numbers=numbers)

@@ -96,11 +96,11 @@ def test_a_rank_that_hangs_alone_is_killed_once(monkeypatch: pytest.MonkeyPatch)
     monitor.log({"step": 1})
     for second in range(40):
         now = float(second)
-        assert monitor.look(10.0) == {"step": 1}
+        assert monitor.poll(10.0) == {"step": 1}
     assert killed == [actor]
     monitor.resuming_from("step-1")  # Ray Train starts again
     now = 80.0
-    monitor.look(10.0)
+    monitor.poll(10.0)
     assert killed == [actor]
 
 
