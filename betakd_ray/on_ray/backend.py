@@ -3,6 +3,7 @@
 It is not in `job`, because every job waits until the controller has started: it must not load what only checks a job.
 """
 
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,9 @@ from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordina
 # With workers of {min, max}, a controller reserves resources for so long, and renews that every 20 s. The reservation
 # of a killed driver stands in the way of its successor; Ray's own 180 s would be three minutes without a student.
 autoscaling_coordinator_client.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = 60
+
+
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 
 
 @dataclass
@@ -40,10 +44,19 @@ class FoundTorchBackend(_TorchBackend):
 
 
 class ReportFailures(ray.train.UserCallback):
-    """Callback that tells the monitor when workers failed, and why."""
+    """Callback that tells the monitor when workers failed, and why. `start_timeout_s` limits each start of workers."""
 
-    def __init__(self, monitor: ActorHandle) -> None:
+    def __init__(self, monitor: ActorHandle, start_timeout_s: float) -> None:
         self._monitor = monitor
+        self._start_timeout_s = start_timeout_s
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in the controller's process, and set the limit there.
+
+        Ray Train reads it only from the environment. That of the driver would not do: jobs of a sweep share it.
+        """
+        self.__dict__ = state
+        os.environ[START_TIMEOUT] = str(self._start_timeout_s)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Report the workers' errors. Ray Train calls this before it restarts the workers."""

@@ -71,12 +71,10 @@ def train_students(config: WorkerConfig, reader: "ray.ObjectRef") -> dict[str, A
             storage_path=_scratch(),
             # Unlimited, because Ray does not reset its count on progress. The monitor counts failures instead.
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=STARTS - 1),
-            callbacks=[ReportFailures(config.monitor)],
+            callbacks=[ReportFailures(config.monitor, spec.cluster.start_timeout_s / STARTS)],
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | _accelerator(gpus)},
         ),
     )
-    # Ray Train reads this limit only from the environment, and passes it on to its controller.
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(spec.cluster.start_timeout_s / STARTS)
     try:
         outcome = trainer.fit().return_value or {}
     except TrainingFailedError as error:

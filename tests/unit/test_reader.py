@@ -155,7 +155,9 @@ def test_what_another_template_rendered_is_not_taken(tmp_path, other):
 @pytest.mark.parametrize(("epochs", "limit"), [(1, 1 << 20), (2, 1000), (2, 11_000)])
 def test_what_is_read_once_or_is_large_is_not_kept(tmp_path, monkeypatch, epochs, limit):
     monkeypatch.setattr(module, "KEPT_BYTES", limit)
-    monkeypatch.setattr(module.RenderedSample, "bytes", 6000)  # two are above each limit but the first; their tar has 10,240
+    monkeypatch.setattr(
+        module.RenderedSample, "bytes", 6000
+    )  # two are above each limit but the first; their tar has 10,240
     job = Job(tmp_path, [sample("a"), sample("b")], epochs=epochs)
     job.rows(epoch=0)
     (tmp_path / "train-0.tar").unlink()
