@@ -142,7 +142,7 @@ def _sizes_in(folder: str, urls: list[str], storage: StorageSpec) -> dict[str, i
     missing = [url for url, path in paths.items() if path not in listing]
     if missing:
         raise DataError(
-            f"{missing[0]}: no such shard ({len(missing)} of the {len(urls)} named in {folder} are missing; the folder "
+            f"{missing[0]}: no such shard ({len(missing)} of {len(urls)} named in {folder} are missing; the folder "
             f"has {len(listing)} files). Correct the name or its braces, or write it with `betakd pack`."
         )
     return {url_like(url, filesystem, path): listing[path] for url, path in paths.items()}

@@ -239,13 +239,13 @@ def test_a_step_logged_twice_is_a_problem(tmp_path):
 def test_a_result_that_says_another_number_than_the_files_is_a_problem(tmp_path, name):
     right = Run().result or {}
     assert problems(tmp_path, result={**right, name: 99}) == [
-        f"result.json: {name} is 99, by {NAME} it is {right[name]}"
+        f"result.json: {name} is 99, but according to {NAME} it is {right[name]}"
     ]
 
 
 def test_a_result_without_a_checkpoint_is_a_problem(tmp_path):
     found = problems(tmp_path, step=None)
-    assert "result.json: steps is 3, by checkpoints (none is committed) it is 0" in found
+    assert "result.json: steps is 3, but according to checkpoints (none is committed) it is 0" in found
 
 
 def test_an_open_sample_that_the_tail_lacks_is_a_problem(tmp_path):
