@@ -89,14 +89,18 @@ def plan(
     spec: SpecPath,
     overrides: Overrides = [],  # noqa: B006
     samples: Annotated[
-        int | None, typer.Option(min=1, help="assume so many samples; the data are not looked at")
+        int | None, typer.Option(min=1, help="assume this number of samples, and do not read the data")
     ] = None,
-    tokens_per_answer: Annotated[int, typer.Option(min=1, help="with --samples")] = 128,
-    tokens_per_prompt: Annotated[int, typer.Option(min=0, help="with --samples; image and template come on top")] = 64,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="with --samples")] = 10_000,
-    tflops: Annotated[float | None, typer.Option(help="assume so many TFLOP/s sustained on a GPU: adds speeds")] = None,
+    tokens_per_answer: Annotated[int, typer.Option(min=1, help="assumed with --samples")] = 128,
+    tokens_per_prompt: Annotated[
+        int, typer.Option(min=0, help="assumed with --samples, in addition to image and template")
+    ] = 64,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="assumed with --samples")] = 10_000,
+    tflops: Annotated[
+        float | None, typer.Option(help="assume these sustained TFLOP/s per GPU, and print speeds")
+    ] = None,
     address: Annotated[
-        str | None, typer.Option(help="look for room on this cluster, in place of cluster.address; HOST:6379")
+        str | None, typer.Option(help="check for room on the cluster at HOST:6379, instead of cluster.address")
     ] = None,
 ) -> None:
     """Say what a job will take, and what is wrong with it; with --address also whether that cluster has room for it."""
@@ -147,7 +151,7 @@ def index(shards: list[str], endpoint_url: Endpoint = None) -> None:
 @app.command()
 def inspect(
     shard: str,
-    model: Annotated[str | None, typer.Option(help="its processor renders the prompts")] = None,
+    model: Annotated[str | None, typer.Option(help="model whose processor renders the prompts")] = None,
     template: str = "vicuna_v1",
     limit: int = 3,
     endpoint_url: Endpoint = None,
@@ -224,7 +228,7 @@ def run_sweep(spec: str, overrides: list[str]) -> None:
 @app.command()
 def audit(
     run: Annotated[str, typer.Argument(help="folder of the run: output.path/name")],
-    by_shard: Annotated[bool, typer.Option("--by-shard", help="a line a shard, not only an epoch")] = False,
+    by_shard: Annotated[bool, typer.Option("--by-shard", help="print one line per shard, not per epoch")] = False,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Say where every planned sample went, from a run's files; exit code 1 if they do not add up."""
@@ -258,7 +262,7 @@ def status(submission_id: SubmissionId = None, address: Address = None) -> None:
 def logs(
     submission_id: SubmissionId = None,
     address: Address = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="until the job ends")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="print new output until the job ends")] = False,
 ) -> None:
     """Print what a submitted job has printed."""
     from betakd_ray.on_ray.submission import Submissions
@@ -277,7 +281,7 @@ def convert(
         str, typer.Argument(help="checkpoint of LLaVA, MobileVLM V2 or TinyLLaVA: folder, hub id or URL")
     ],
     target: Annotated[Path, typer.Argument(help="new folder")],
-    vision_tower: Annotated[str | None, typer.Option(help="in place of the one that its config.json names")] = None,
+    vision_tower: Annotated[str | None, typer.Option(help="vision tower, instead of the one in config.json")] = None,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="read tensors from pytorch_model.bin")] = False,
 ) -> None:
     """Write a checkpoint in its authors' layout as a folder that `path:` in a spec can name."""
@@ -293,7 +297,7 @@ def export(
     source: Annotated[str, typer.Argument(help="trained model: folder, hub id or URL")],
     target: Annotated[Path, typer.Argument(help="new folder")],
     tokenizer: Annotated[str, typer.Option(help="original checkpoint whose tokenizer files are copied")],
-    format: Annotated[Literal["mobilevlm"], typer.Option(help="whose layout")] = "mobilevlm",
+    format: Annotated[Literal["mobilevlm"], typer.Option(help="layout of the exported model")] = "mobilevlm",
 ) -> None:
     """Write a MobileVLM as the original tool chain loads it."""
     from betakd_ray.models.export import export_mobilevlm

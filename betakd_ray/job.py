@@ -204,12 +204,12 @@ class BetaKDJob:
                 deaths = 1 + (deaths if store.latest() == begun_at else 0)
                 if deaths > self.spec.training.max_failures:
                     raise TrainingError(
-                        f"{self.spec.name}: processes that watch over the job died {deaths} times with no new "
-                        "checkpoint in between (the limit is training.max_failures). Run it again to go on from the "
-                        f"last one. The last time: {error}"
+                        f"{self.spec.name}: control processes of the job died {deaths} times without a new checkpoint "
+                        "in between (the limit is training.max_failures). Run the job again to go on from the last "
+                        f"checkpoint. The last error: {error}"
                     ) from error
                 _LOG.warning(
-                    "%s: begins again from its last checkpoint, as a process that watches over it died: %s",
+                    "%s: restarts from its last checkpoint, because one of its control processes died: %s",
                     self.spec.name, error,
                 )  # fmt: skip
 

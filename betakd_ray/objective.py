@@ -102,13 +102,13 @@ def _broken_rule(function: RowEnergy, teacher: Tensor, student: Tensor) -> str |
     values = function(teacher, student, {})
     if not isinstance(values, Tensor) or values.shape != teacher.shape[:1]:
         shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        return f"gives {shape} for logits of {list(teacher.shape)}, and one number per row is wanted"
+        return f"returns {shape} for logits of {list(teacher.shape)}, but must return one number per row"
     if not values.isfinite().all() or (values < -PROBE_TOLERANCE).any():
-        return f"gives {values.tolist()}, and an energy is finite and never negative"
+        return f"returns {values.tolist()}, but an energy must be finite and never negative"
     if not values.requires_grad or not torch.autograd.grad(values.sum(), student)[0].isfinite().all():
-        return "has no finite gradient in the student's logits, so nothing could be learned"
+        return "has no finite gradient with respect to the student's logits, so nothing could be learned"
     if (agreeing := function(teacher, teacher, {})).abs().max() > PROBE_TOLERANCE:
-        return f"gives {agreeing.tolist()} where teacher and student agree, and a learned β needs zero there"
+        return f"returns {agreeing.tolist()} where teacher and student agree, but a learned β needs zero there"
     return None
 
 
@@ -168,7 +168,7 @@ class RowObjective(nn.Module):
         """
         if self.energies and not (teacher and self._has_logits(teacher)):
             raise ValueError(
-                f"energies {self.channels} compare with a teacher: give its rows, and its head to hidden ones"
+                f"energies {self.channels} compare with a teacher: give its rows, and its head for hidden states"
             )
         chunks = _Chunks(self, teacher, targets, row_weights, moving or {}, statistics)
         total, values = _ChunkedRows.apply(student_rows, self.lm_head.weight, self.lm_head.bias, chunks)

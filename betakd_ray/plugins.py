@@ -15,7 +15,7 @@ def load(reference: str, field: str) -> Any:
         found = import_module(module)
     except Exception as error:  # the module's own code may raise anything
         raise SpecError(
-            f"{field}: {reference}: {module} cannot be imported ({type(error).__name__}: {error}). It has to be "
+            f"{field}: {reference}: {module} cannot be imported ({type(error).__name__}: {error}). It must be "
             "importable on every node: install it there, or put it into the folder that the job is started from"
         ) from error
     if not hasattr(found, name):
@@ -34,5 +34,5 @@ def load_class(reference: str, base: type, field: str) -> type:
     """Return the class that module:name names. Raises SpecError if it is not a subclass of `base`."""
     found = load(reference, field)
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise SpecError(f"{field}: {reference} is no subclass of {base.__module__}.{base.__name__}; make it one")
+        raise SpecError(f"{field}: {reference} is not a subclass of {base.__module__}.{base.__name__}; make it one")
     return found

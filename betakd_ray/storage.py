@@ -117,10 +117,10 @@ class S3(S3FileSystem):
             raise PermissionError(str(error)) from error
         # The errors raised below are of classes that s3fs does not retry.
         except _BROKEN_OFF as error:
-            raise ConnectionError(f"{ANSWERS} answers broke off, the last with {error}") from error
+            raise ConnectionError(f"{ANSWERS} answers were cut off, the last with {error}") from error
         except (ReadTimeoutError, ConnectTimeoutError) as error:
             attempts = self.config_kwargs["retries"]["total_max_attempts"]
-            raise StoreSilent(f"no answer within {TIMEOUT_S:g} s at up to {attempts} attempts") from error
+            raise StoreSilent(f"no answer within {TIMEOUT_S:g} s in up to {attempts} attempts") from error
         except (HTTPClientError, BotoConnectionError, ResponseParserError) as error:
             raise ConnectionError(str(error)) from error
 

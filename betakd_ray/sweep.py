@@ -65,7 +65,7 @@ class Sweep:
             benchmark_of(spec.evaluation)
         names = [cell.job.name for cell in self.cells]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise SpecError(f"axes: two cells are both called {sorted(twice)[0]}; give values that differ in name")
+            raise SpecError(f"axes: two cells have the name {sorted(twice)[0]}; give values with different names")
 
     def run(self) -> list[CellResult]:
         """Run the grid; return one row per cell and seed: axes, seed, final metrics and those of the evaluation.

@@ -174,7 +174,7 @@ class MetricsWriter:
         records = [each for each in parse_metrics(fetch(self._filesystem, self._root)) if each["step"] <= kept["step"]]
         if len(records) != kept["records"]:
             _LOG.warning(
-                "%s: %d records up to step %d were logged and %d are there", self._root, kept["records"], kept["step"],
+                "%s: %d records up to step %d were logged, but %d are there", self._root, kept["records"], kept["step"],
                 len(records),
             )  # fmt: skip
         self.last, self._count = (records[-1] if records else {}), len(records)

@@ -72,9 +72,7 @@ class BetaWeighting(nn.Module):
         self.spec = spec
         self.channels: tuple[str, ...] = (CE, *channels) if ce else tuple(channels)
         if len(set(self.channels)) < len(self.channels) or CE in channels:
-            raise ValueError(
-                f"channels are {list(channels)}: name each energy once, and say whether there is {CE} by ce="
-            )
+            raise ValueError(f"channels are {list(channels)}: name each energy once, and {CE} only by the argument ce")
         weighted = [isinstance(spec, LearnedWeighting) and (name != CE or spec.weight_ce) for name in self.channels]
         self.register_buffer("learned", torch.tensor(weighted), persistent=False)
         # Indices of the learned channels: indexing with a mask would make the host wait for the device to count it.
@@ -157,9 +155,11 @@ class BetaWeighting(nn.Module):
         `energies` names other channels, or if a feature that β needs is missing.
         """
         if set(energies) != set(self.channels):
-            raise ValueError(f"energies are {sorted(energies)}: give those of the channels, {sorted(self.channels)}")
+            raise ValueError(
+                f"energies are {sorted(energies)}: give one for each of the channels {sorted(self.channels)}"
+            )
         if missing := self.needed.difference(features or ()):
-            raise ValueError(f"features has no {sorted(missing)}: β depends on {sorted(self.needed)}")
+            raise ValueError(f"features has no {sorted(missing)}: add it, because β depends on {sorted(self.needed)}")
         matrix = torch.stack([energies[name] for name in self.channels], dim=1).float()
         if has_image is None:
             has_image = torch.ones(matrix.shape[0], dtype=torch.bool, device=matrix.device)

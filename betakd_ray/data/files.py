@@ -102,11 +102,11 @@ def _explain(url: str, storage: StorageSpec, error: Exception) -> str:
     if _is_refusal(error):
         return (
             f"{url}: the store at {_endpoint(storage)} refuses access ({said}). Credentials are read from "
-            f"{', '.join(CREDENTIALS)}, AWS_PROFILE or the machine's role: set them where the job runs, or "
-            f"storage.anonymous for a public bucket."
+            f"{', '.join(CREDENTIALS)}, AWS_PROFILE or the machine's role: set them where the job runs. For a public "
+            f"bucket, set storage.anonymous."
         )
     return (
-        f"{url}: the store at {_endpoint(storage)} gives no usable answer ({said}). Check storage.endpoint_url (or "
+        f"{url}: the store at {_endpoint(storage)} gives no valid answer ({said}). Check storage.endpoint_url (or "
         f"AWS_ENDPOINT_URL), storage.region, the bucket's name and the network."
     )
 

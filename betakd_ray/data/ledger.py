@@ -165,7 +165,7 @@ class Ledger:
         """Add the samples of a text from `delta_to_json` of a ledger of the same plan. Raises as `merge` does."""
         tree = json.loads(text)
         if tree["plan"] != self._plan:
-            raise ValueError("a ledger's delta is of another plan: its shards differ")
+            raise ValueError("a ledger's delta belongs to another plan: its shards differ")
         delta = Ledger(self.sizes)
         delta._take(tree)
         self.merge(delta)
@@ -239,9 +239,9 @@ def _first_repeated(done: NDArray[np.bool_], indexes: NDArray[np.integer]) -> li
 
 def _repeated(epoch: int, shard: int, index: int) -> SampleRepeated:
     return SampleRepeated(
-        f"sample {index} of shard {shard} (its number in plan.json) in epoch {epoch} is done a second time, and a "
-        "sample is trained on once an epoch. The newest committed checkpoint is still right: run the job again to go "
-        "on from it, and report this with the run's folder."
+        f"sample {index} of shard {shard} (its number in plan.json) in epoch {epoch} is done a second time, but a "
+        "sample is trained on only once per epoch. The newest committed checkpoint is still right: run the job again "
+        "to go on from it, and report this with the run's folder."
     )
 
 

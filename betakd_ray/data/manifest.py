@@ -61,7 +61,9 @@ def read_manifest(folder: str, storage: StorageSpec) -> dict[str, Shard]:
         if line.strip():
             shard = _manifest_entry(folder, f"{url}, line {number}", line)
             if entries.setdefault(_name(shard.url), shard) != shard:
-                raise DataError(f"{url}, line {number}: {_name(shard.url)} stood above with other numbers. {_REMEDY}")
+                raise DataError(
+                    f"{url}, line {number}: {_name(shard.url)} has other numbers in a line above. {_REMEDY}"
+                )
     return entries
 
 
@@ -140,8 +142,8 @@ def _sizes_in(folder: str, urls: list[str], storage: StorageSpec) -> dict[str, i
     missing = [url for url, path in paths.items() if path not in listing]
     if missing:
         raise DataError(
-            f"{missing[0]}: no such shard ({len(missing)} of {len(urls)} named in {folder} are missing, which holds "
-            f"{len(listing)} files). Correct the name or its braces, or write it with `betakd pack`."
+            f"{missing[0]}: no such shard ({len(missing)} of {len(urls)} named in {folder} are missing; the folder "
+            f"has {len(listing)} files). Correct the name or its braces, or write it with `betakd pack`."
         )
     return {url_like(url, filesystem, path): listing[path] for url, path in paths.items()}
 
@@ -149,7 +151,7 @@ def _sizes_in(folder: str, urls: list[str], storage: StorageSpec) -> dict[str, i
 def _indexed(url: str, size: int, storage: StorageSpec) -> Shard:
     shard = scan_shard(url, storage)
     if shard.bytes != size:
-        raise ShardDamaged(f"{url}: {shard.bytes} bytes could be read of {size}. Copy it again.")
+        raise ShardDamaged(f"{url}: only {shard.bytes} of {size} bytes could be read. Copy it again.")
     if not shard.samples:
         raise DataError(f"{url}: holds no sample (members KEY.json, KEY.jpg). Write it with `betakd pack`.")
     return shard
@@ -157,14 +159,14 @@ def _indexed(url: str, size: int, storage: StorageSpec) -> Shard:
 
 def _checked(url: str, size: int, manifest: dict[str, Shard]) -> Shard:
     shard = manifest.get(_name(url))
-    remedy = f"Run `betakd index {url}`, which reads it whole and enters it"
+    remedy = f"run `betakd index {url}`, which reads the whole shard and adds it to {MANIFEST}"
     if shard is None:
         state = "has no entry in" if manifest else "there is no"
-        raise DataError(f"{url}: {state} {MANIFEST} of its folder, so a cut shard would go unnoticed. {remedy}.")
+        raise DataError(f"{url}: {state} {MANIFEST} of its folder, so a cut shard would not be noticed: {remedy}.")
     if shard.bytes != size:
         raise ShardDamaged(
-            f"{url}: {size} bytes in the store, {shard.bytes} in {MANIFEST}: it was cut or written anew. "
-            f"Copy or pack it again. {remedy}, if the file is right."
+            f"{url}: {size} bytes in the store, but {shard.bytes} in {MANIFEST}: the shard was cut or written again. "
+            f"Copy or pack it again. If the file is right, {remedy}."
         )
     return Shard(url, shard.samples, shard.bytes, shard.checksum)
 

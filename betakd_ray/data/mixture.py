@@ -44,6 +44,6 @@ def _require_disjoint(found: list[list[Shard]]) -> None:
         for shard in shards:
             if (other := entry_of.setdefault(shard.url, entry)) != entry:
                 raise DataError(
-                    f"data.train.{entry}: {shard.url} is in data.train.{other}, too. Where entries have weights, name "
-                    "each shard in one of them; to read it more often, give that one a larger weight."
+                    f"data.train.{entry}: {shard.url} is also in data.train.{other}. If an entry has a weight, name "
+                    "each shard in only one entry; to read it more often, give that entry a larger weight."
                 )

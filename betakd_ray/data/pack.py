@@ -45,7 +45,7 @@ def pack(
     Raises DataError for a sample that nobody can train on, if there are no samples, or if the store refuses.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", prefix):
-        raise DataError(f"prefix {prefix!r}: a shard's name takes letters, digits, _ and -, e.g. train.")
+        raise DataError(f"prefix {prefix!r}: the name of a shard has only letters, digits, _ and -, e.g. train.")
     own = re.compile(rf"{prefix}-\d{{6,}}\.tar").fullmatch
     former = {name for name in read_manifest(output, storage) if own(name)}
     shards = [
@@ -55,7 +55,7 @@ def pack(
         )
     ]
     if not shards:
-        raise DataError(f"{output}: there are no samples to pack. Check the source, and `limit` where there is one.")
+        raise DataError(f"{output}: there are no samples to pack. Check the source, and `limit` if it is set.")
     merge_manifest(output, shards, storage, dropped=former)
     kept = {shard.url.rpartition("/")[2] for shard in shards}
     remove_shards(output, sorted(former - kept), storage)
@@ -106,14 +106,14 @@ def _write_shard(url: str, numbered: Iterable[tuple[int, dict[str, Any]]], stora
 def _members(sample: dict[str, Any], number: int, storage: StorageSpec) -> dict[str, bytes]:
     """Return extension → content of one sample's members."""
     if not sample.get("id"):
-        raise DataError(f"sample {number}: has no id; give each one, as it names the sample in every report.")
+        raise DataError(f"sample {number}: has no id. Give each sample an id; reports name the sample by it.")
     record = {name: value for name, value in sample.items() if name != "images"}
     try:
         images = [_encoded_image(image, storage) for image in sample.get("images", ())]
         check_conversation(record.get("conversations"), len(images))
         members = {"json": json.dumps(record, ensure_ascii=False).encode()}
     except (ValueError, TypeError) as error:
-        raise DataError(f"sample {sample['id']!r}: {error}. Mend it or leave it out.") from error
+        raise DataError(f"sample {sample['id']!r}: {error}. Repair the sample or leave it out.") from error
     if len(images) == 1:
         return members | {images[0][0]: images[0][1]}
     return members | {f"{order}.{extension}": content for order, (extension, content) in enumerate(images)}
@@ -180,7 +180,7 @@ def _llava_sample(entry: Any, where: str, folder: str | None, storage: StorageSp
     try:
         check_conversation(entry.get("conversations"), len(names))
     except ValueError as error:
-        raise DataError(f"{where}: {error}. Mend the entry or leave it out.") from error
+        raise DataError(f"{where}: {error}. Repair the entry or leave it out.") from error
     try:
         images = [_read(join(folder or "", name), storage) for name in names]
     except DataError as error:
@@ -195,5 +195,5 @@ def _image_names(value: Any, where: str) -> Sequence[str]:
         raise DataError(f'{where}: "image" is {value!r}; expected a file name or a list of them.')
     for name in names:
         if name.startswith("/") or ".." in name.split("/"):
-            raise DataError(f"{where}: image {name!r} leaves the folder `images`; name it relative to that folder.")
+            raise DataError(f"{where}: image {name!r} is outside the folder `images`; name it relative to that folder.")
     return names

@@ -176,8 +176,8 @@ def require_few(fraction: float, data: DataSpec, plan: Plan, last: Quarantined) 
     if fraction > data.max_bad_fraction:
         raise TooManyBadSamples(
             f"{fraction:.2%} of the planned samples are quarantined, above data.max_bad_fraction "
-            f"{data.max_bad_fraction:.2%}; the last: {last.key} of {plan.shards[last.shard].url}: {last.reason}. Mend "
-            "the data, or raise the limit."
+            f"{data.max_bad_fraction:.2%}; the last: {last.key} of {plan.shards[last.shard].url}: {last.reason}. "
+            "Repair the data, or raise the limit."
         )
 
 

@@ -188,10 +188,12 @@ class Reader:
         views = {view: renderer.render(sample) for view, renderer in self.renderers.items()}
         answers = [view.input_ids[1:][view.answer_mask[1:]] for view in views.values()]
         if not all(np.array_equal(answers[0], other) for other in answers[1:]):
-            raise Unrenderable("teacher and student do not have the same answer tokens (one cuts at max_length)")
+            raise Unrenderable(
+                "teacher and student do not have the same answer tokens (for one of them max_length cuts the sample)"
+            )
         counts = {view: renderer.count_image_tokens(views[view]) for view, renderer in self.renderers.items()}
         if self.pairs_images and len(set(counts.values())) > 1:
-            raise Unrenderable(f"energies compare image tokens one by one, and there are {counts}")
+            raise Unrenderable(f"energies compare image tokens one by one, but their numbers differ: {counts}")
         return views
 
 

@@ -91,7 +91,7 @@ def _template(data: DataSpec, eos: str) -> Template | None:
     written, answers = PROBE.conversation[-1]["value"], [text for text, is_answer in spans if is_answer]
     if not any(written in text for text in answers) or spans[0][1]:
         raise SpecError(
-            f"data.template: {data.template} makes {spans} of {PROBE.conversation}; it has to give the prompt as "
+            f"data.template: {data.template} returns {spans} for {PROBE.conversation}; it must return the prompt as "
             "(text, False) and then the answer as (text, True)"
         )
     return function
@@ -116,13 +116,13 @@ class Renderer:
         self.image_token_id: int = getattr(processor, "image_token_id", NO_TOKEN)
         if not self.tokenizer.is_fast:
             raise ModelError(
-                f"{type(self.tokenizer).__name__} is a slow tokenizer; answer tokens are found by character offsets, "
-                "which needs a fast one. Save the tokenizer with its tokenizer.json."
+                f"{type(self.tokenizer).__name__} is a slow tokenizer, but only a fast one gives the character offsets "
+                "that locate answer tokens. Save the tokenizer with its tokenizer.json."
             )
         if self.tokenizer.eos_token is None:
-            raise ModelError("the tokenizer has no eos token, so an answer could not be closed. Set eos_token.")
+            raise ModelError("the tokenizer has no eos token, which must end each answer. Set eos_token.")
         if data.template == "chat" and not self._chat_template:
-            raise ModelError("data.template is `chat` and the processor has no chat template. Use vicuna_v1 or plain.")
+            raise ModelError("data.template is `chat`, but the processor has no chat template. Use vicuna_v1 or plain.")
         self._written = _template(data, self.tokenizer.eos_token)
         self._process_images = ImageProcessing(processor) if self.image_processor else None
 
@@ -185,7 +185,7 @@ class Renderer:
         spans = [*spans[: last - 1], (spans[last - 1][0].rstrip(" "), False)]
         input_ids, answer_mask = self._tokenize(spans)
         if not len(input_ids):
-            raise Unrenderable(f"the prompt is empty: template {self.template} shows only images, and there is none")
+            raise Unrenderable(f"the prompt is empty: template {self.template} shows only images, but there are none")
         return Rendering(input_ids, answer_mask, images)
 
     def _uncut(self, sample: RawSample) -> Rendering:
@@ -198,7 +198,7 @@ class Renderer:
         if not sample.images:
             return spans, {}
         if self._process_images is None:
-            raise Unrenderable("the sample has images, and the model takes none")
+            raise Unrenderable("the sample has images, but the model accepts none")
         try:
             images, texts = self._process_images(map(self._decode, sample.images))
         except ValueError as error:  # some processors refuse a very thin image
@@ -210,13 +210,13 @@ class Renderer:
     def _checked_spans(self, sample: RawSample) -> list[Span]:
         turns = sample.conversation
         if turns[0]["from"] != "human":
-            raise Unrenderable("the first turn is from gpt, an answer without a question")
+            raise Unrenderable("the first turn is from gpt: an answer without a question")
         spans = [(text.replace(IMAGE, self.image_token), is_answer) for text, is_answer in self._spans(turns)]
         placeholders = sum(text.count(self.image_token) for text, _ in spans)
         if placeholders != len(sample.images):
-            raise Unrenderable(f"{placeholders} {IMAGE} placeholders and {len(sample.images)} images")
+            raise Unrenderable(f"{placeholders} {IMAGE} placeholders, but {len(sample.images)} images")
         if any(self.image_token in text for text, is_answer in spans if is_answer):
-            raise Unrenderable(f"an {IMAGE} placeholder stands in an answer, which a model cannot be asked to write")
+            raise Unrenderable(f"an {IMAGE} placeholder is in an answer, but a model cannot write an image")
         return spans
 
     def _spans(self, conversation: Sequence[dict[str, str]]) -> Iterator[Span]:
@@ -236,7 +236,9 @@ class Renderer:
             messages.append(self._message("assistant", turn["value"]))
             replied = self._apply(messages, generation=False)
             if not (asked.startswith(seen) and replied.startswith(asked)):
-                raise Unrenderable("the chat template rewrites earlier turns, so answers cannot be told from prompts")
+                raise Unrenderable(
+                    "the chat template changes earlier turns, so it is not known which tokens are answers"
+                )
             yield asked[len(seen) :], False
             reply = replied[len(asked) :]
             yield reply.rstrip(), True

@@ -60,8 +60,8 @@ def _places(stored: Sequence[Stored | None]) -> dict[str, pa.Array]:
     names = [one.file.encode() if one else b"" for one in stored]
     if too_long := [name for name in names if len(name) > FILE_BYTES]:
         raise DataError(
-            f"teacher.cache: {too_long[0].decode()} has a name of {len(too_long[0])} bytes, and {FILE_BYTES} are the "
-            "most. Remove the file, or name another teacher.cache."
+            f"teacher.cache: {too_long[0].decode()} has a name of {len(too_long[0])} bytes, but at most {FILE_BYTES} "
+            "are allowed. Remove the file, or name another teacher.cache."
         )
     spans = np.array([one[1:] if one else (0, NOT_STORED) for one in stored], np.int64).reshape(-1, 2)
     return {

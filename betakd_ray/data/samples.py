@@ -52,14 +52,16 @@ def check_conversation(turns: Any, images: int) -> list[Turn]:
     checked = [_turn(number, turn) for number, turn in enumerate(turns)]
     for number, (before, turn) in enumerate(pairwise(checked), 1):
         if turn["from"] == before["from"]:
-            raise ValueError(f"turn {number} is from {turn['from']}, as the one before: human and gpt take turns")
+            raise ValueError(
+                f"turn {number} is from {turn['from']}, like the turn before; human and gpt must alternate"
+            )
     if not any(turn["from"] == "gpt" and turn["value"].strip() for turn in checked):
         raise ValueError("the conversation has no answer (no gpt turn with text)")
     placeholders = sum(turn["value"].count(IMAGE) for turn in checked)
     if images and not placeholders:
         return _with_placeholders(checked, images)
     if placeholders != images:
-        raise ValueError(f"{placeholders} {IMAGE} placeholders and {images} images")
+        raise ValueError(f"{placeholders} {IMAGE} placeholders, but {images} images")
     return checked
 
 
@@ -79,7 +81,7 @@ def parse_sample(group: TarMembers) -> RawSample | BadSample:
 
 def _record(members: dict[str, bytes]) -> dict[str, Any]:
     if "json" not in members:
-        raise ValueError(f"no json member; there are {sorted(members)}")
+        raise ValueError(f"there is no json member; the members are {sorted(members)}")
     try:
         record = json.loads(members["json"].decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
@@ -95,7 +97,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object as a dict. Raises ValueError for a repeated name: `json` would keep the last value."""
     made = dict(pairs)
     if len(made) != len(pairs):
-        raise ValueError(f"a name stands twice in {[name for name, _ in pairs]}")
+        raise ValueError(f"a name occurs twice in {[name for name, _ in pairs]}")
     return made
 
 
@@ -113,7 +115,7 @@ def _turn(number: int, turn: Any) -> Turn:
     if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt") or not isinstance(turn.get("value"), str):
         raise ValueError(f'turn {number} is not {{"from": "human" or "gpt", "value": text}}')
     if turn["from"] == "gpt" and IMAGE in turn["value"]:
-        raise ValueError(f"turn {number}: an answer cannot hold {IMAGE}")
+        raise ValueError(f"turn {number}: an answer cannot contain {IMAGE}")
     try:
         turn["value"].encode()
     except UnicodeEncodeError as error:
@@ -124,6 +126,6 @@ def _turn(number: int, turn: Any) -> Turn:
 def _with_placeholders(turns: list[Turn], images: int) -> list[Turn]:
     first = next((number for number, turn in enumerate(turns) if turn["from"] == "human"), None)
     if first is None:
-        raise ValueError("there are images and no human turn to put them in")
+        raise ValueError("there are images, but no human turn to put them in")
     front = {"from": "human", "value": f"{IMAGE}\n" * images + turns[first]["value"]}
     return [*turns[:first], front, *turns[first + 1 :]]

@@ -77,7 +77,7 @@ def read_shard(shard: Shard, storage: StorageSpec, skip: Skip | None = None) -> 
             samples += 1
             first = places.setdefault(group.key, group.index) if group.index < shard.samples else group.index
             if first < group.index:
-                group.fault = f"key {group.key!r} stands twice, first as sample {first}"
+                group.fault = f"key {group.key!r} occurs twice, first as sample {first}"
             if group.wanted:
                 yield parse_sample(group)
     found = Shard(shard.url, samples, stream.size, stream.checksum)
@@ -202,7 +202,7 @@ def _read_rest(tar: Any) -> None:
     """Raise if data follows the end mark: a header overwritten by zeros looks like that mark."""
     while rest := tar.fileobj.read(TAR_BUFFER_BYTES):
         if rest.strip(b"\0"):
-            raise tarfile.ReadError(f"data behind the end-of-archive mark at byte {tar.offset}")
+            raise tarfile.ReadError(f"there is data after the end-of-archive mark at byte {tar.offset}")
 
 
 class _Rejoined:
@@ -242,7 +242,7 @@ def _unpacked(stream: ChecksumStream) -> _Guarded:
     """Return the tar, unpacked if gzipped. `tarfile` itself unpacks without a limit, and only one gzip member."""
     head = stream.read(6)
     if head.startswith((b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-        raise tarfile.ReadError("compressed by another program than gzip, the one that is read")
+        raise tarfile.ReadError("it is compressed, but not by gzip; only gzip is read")
     whole = _Rejoined(head, stream)
     tar = gzip.GzipFile(fileobj=cast(Any, whole)) if head.startswith(b"\x1f\x8b") else whole
     return _Guarded(tar, stream)
@@ -273,9 +273,9 @@ def _fault(member: tarfile.TarInfo, extension: str, group: TarMembers) -> str | 
     if extension.rpartition(".")[2] in PICKLED:
         return f"member {member.name!r} is a pickle, which is refused: loading it would run code"
     if extension in group.members:
-        return f"member {member.name!r} stands twice"
+        return f"member {member.name!r} occurs twice"
     if group.size > MAX_SAMPLE_BYTES:
-        return f"member {member.name!r} makes it {group.size} bytes, above the limit of {MAX_SAMPLE_BYTES} a sample"
+        return f"with member {member.name!r}, the sample has {group.size} bytes, above the limit of {MAX_SAMPLE_BYTES}"
     if len(group.members) >= MAX_SAMPLE_MEMBERS:
         return f"more than {MAX_SAMPLE_MEMBERS} members"
     return None

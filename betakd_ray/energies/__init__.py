@@ -86,6 +86,6 @@ def energy(
     if teacher_logits.ndim != 2 or teacher_logits.shape != student_logits.shape:
         raise ValueError(
             f"teacher_logits are {list(teacher_logits.shape)} and student_logits {list(student_logits.shape)}: give "
-            "both as [rows, vocab], on the ids that the models have in common"
+            "both as [rows, vocab], for the token ids that the models have in common"
         )
     return ENERGIES[name](teacher_logits, student_logits, **options)

@@ -39,8 +39,8 @@ def tensors_only(checkpoint: str) -> Iterator[None]:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         found = f"asks for {asked[1]}, which could run code" if asked else "is damaged"
         raise OutputError(
-            f"{checkpoint}: is not loaded, as one of its files {found}. Find out who wrote it, and remove the "
-            "checkpoint: the job then resumes from the one before."
+            f"{checkpoint}: is not loaded, because one of its files {found}. Find out who wrote it, and remove the "
+            "checkpoint: the job then resumes from the previous one."
         ) from error
     finally:
         if before is None:

@@ -77,7 +77,7 @@ class Evaluation:
         """
         shards = find_shards(self.spec.data.paths, self.spec.data.storage)
         if not sum(shard.samples for shard in shards):
-            raise DataError(f"data.train: {list(self.spec.data.paths)} holds no sample. Name shards with questions.")
+            raise DataError(f"data.train: {list(self.spec.data.paths)} has no samples. Name shards with questions.")
         self._store({})  # fails here, before the models run, if the output cannot be written
         answered = self._answer(shards)
         results = {label: self._score(label, answered) for label in self.spec.models}

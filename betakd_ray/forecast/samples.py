@@ -46,12 +46,15 @@ class AssumedData:
         try:
             shown = renderer.render(_one_image())
         except Unrenderable as reason:
-            raise DataError(f"data.max_length: has no room for one image and the template ({reason})") from reason
+            raise DataError(
+                f"data.max_length: has no room for one image and the template ({reason}). Raise it"
+            ) from reason
         length = len(shown.input_ids) + len(mask)
         if length > renderer.max_length:
             raise DataError(
                 f"data.max_length is {renderer.max_length}; the image and the template ({len(shown.input_ids)} tokens) "
-                f"with {self.prompt_tokens} + {self.answer_tokens} assumed ones are {length}. Raise it, or assume less."
+                f"and the {self.prompt_tokens} + {self.answer_tokens} assumed tokens are {length} together. Raise "
+                "data.max_length, or assume fewer tokens."
             )
         own = np.zeros_like(shown.answer_mask)  # the example's own answer counts as part of the template
         filling = np.full(len(mask), renderer.pad_token_id, shown.input_ids.dtype)

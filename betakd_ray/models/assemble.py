@@ -66,7 +66,7 @@ def _pixels(image_processor: Any) -> int:
 def require_tower(path: str, config: PretrainedConfig) -> None:
     """Raise ModelError for a vision tower that is not in `CLASS_TOKENS`."""
     if config.model_type not in CLASS_TOKENS:
-        raise ModelError(f"{path}: a {config.model_type!r}; vision towers are {', '.join(CLASS_TOKENS)}")
+        raise ModelError(f"{path}: is a {config.model_type!r}; a vision tower must be one of {', '.join(CLASS_TOKENS)}")
 
 
 def with_image_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -40,12 +40,12 @@ def check_features(objective: ObjectiveSpec, teacher_tokens: tuple[int, ...], st
     """
     visual = [name for name in objective.channels if name in VISUAL_ENERGIES]
     if visual and not (any(teacher_tokens) and any(student_tokens)):
-        raise ModelError(f"objective.energies: {', '.join(visual)} compare image tokens; a language model has none")
+        raise ModelError(f"objective.energies: {', '.join(visual)} compare image tokens, but a language model has none")
     if visual and teacher_tokens != student_tokens:
         raise ModelError(
-            f"objective.energies: {', '.join(visual)} compare image tokens one by one; of images of some sizes the "
-            f"teacher makes {teacher_tokens}, the student {student_tokens}. Drop them, or choose models with the same "
-            "image size and patches."
+            f"objective.energies: {', '.join(visual)} compare image tokens one by one. For test images of some "
+            f"sizes, the teacher makes {teacher_tokens} tokens and the student {student_tokens}. Remove these "
+            "energies, or choose models with the same image size and patches."
         )
 
 
@@ -60,14 +60,14 @@ def check_feature_layer(objective: ObjectiveSpec, teacher: Any, student: Any) ->
         layer, layers = getattr(objective.feature_layer, name), config.get_text_config().num_hidden_layers
         if layer > layers:
             raise ModelError(
-                f"objective.energies: fd.layer.{name} is {layer}, and the {name}'s language model has {layers} layers: "
-                f"give 1 to {layers}"
+                f"objective.energies: fd.layer.{name} is {layer}, but the {name}'s language model has {layers} layers: "
+                f"give a number from 1 to {layers}"
             )
 
 
 def _explain(token: str, teacher_id: int | None, student_id: int) -> str:
-    seen = "another token has that id" if teacher_id is None else f"to id {teacher_id}"
+    seen = "gives this id to another token" if teacher_id is None else f"maps it to id {teacher_id}"
     return (
-        f"the student's tokenizer maps {token!r} to id {student_id}; in the teacher's, {seen}. Energies on logits need "
-        "one vocabulary. Choose a teacher of the student's family."
+        f"the student's tokenizer maps {token!r} to id {student_id}, but the teacher's {seen}. Energies on logits need "
+        "the same vocabulary. Choose a teacher of the student's family."
     )

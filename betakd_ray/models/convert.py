@@ -107,7 +107,7 @@ def convert(
     projector = {PROJECTOR + old: PROJECTOR + new for old, new in PROJECTORS[original.projector].items()}
     weights = {renaming(name, projector): weight for name, weight in weights.items()}
     if EMBEDDING not in weights:
-        raise ModelError(f"{folder}: no weights of a language model are there (an adapter alone is not enough)")
+        raise ModelError(f"{folder}: has no weights of a language model (an adapter alone is not enough)")
     if not any(name.startswith(VISION) for name in weights):
         weights |= _renamed(tower, TOWER, allow_pickle, only_these=True)
     tokenizer = _tokenizer(folder)
@@ -133,7 +133,7 @@ def new_folder(target: str | Path) -> Path:
     """Return the folder, and create it if it does not exist. Raises OutputError if it is not empty."""
     folder = Path(target)
     if folder.exists() and any(folder.iterdir()):
-        raise OutputError(f"{folder}: is there, and not empty. Name a new folder.")
+        raise OutputError(f"{folder}: exists and is not empty. Name a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -149,8 +149,8 @@ def fetch(location: str, allow_pickle: bool = False) -> Path:
         return Path(snapshot_download(location, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{location}: is no folder, and cannot be fetched from a hub: {error}. If a configuration names it as its "
-            "vision tower, give --vision-tower."
+            f"{location}: is not a folder, and cannot be fetched from a hub: {error}. If a configuration names it as "
+            "its vision tower, give --vision-tower."
         ) from error
 
 
@@ -159,11 +159,11 @@ def _weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
         return {name: weight for file in files for name, weight in load_file(file).items()}
     files = _files(folder, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     if not files:
-        raise ModelError(f"{folder}: no {SAFE_WEIGHTS_NAME} and no {WEIGHTS_NAME} is there, nor an index of several")
+        raise ModelError(f"{folder}: has no {SAFE_WEIGHTS_NAME}, no {WEIGHTS_NAME}, and no index of several files")
     if not allow_pickle:
         raise ModelError(
-            f"{files[0]}: weights in a pickle. Give --allow-pickle to read it: only tensors are taken from it, and "
-            "nothing that it asks for is run."
+            f"{files[0]}: the weights are in a pickle. Give --allow-pickle to read it: only tensors are read, and no "
+            "code in it is run."
         )
     return {name: weight for file in files for name, weight in _unpickled(file).items()}
 
@@ -178,16 +178,16 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ModelError(f"{file}: holds more than tensors, and was not read: {error}") from error
+        raise ModelError(f"{file}: holds more than tensors, so it was not read: {error}") from error
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelError(f"{file}: is not there") from error
+        raise ModelError(f"{file}: does not exist") from error
     except ValueError as error:
-        raise ModelError(f"{file}: is no JSON: {error}") from error
+        raise ModelError(f"{file}: is not JSON: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------ configurations
@@ -201,13 +201,15 @@ def _read(file: Path) -> Original:
         original = _flat(file, config)
     else:
         raise ModelError(
-            f"{file}: a {config.get('model_type')!r} without mm_projector_type is in no original layout known here. If "
-            "transformers loads it, there is nothing to convert."
+            f"{file}: the layout of a {config.get('model_type')!r} without mm_projector_type is not known here. If "
+            "transformers loads this model, there is nothing to convert."
         )
     if original.projector not in PROJECTORS:
-        raise ModelError(f"{file}: the projector is {original.projector!r}; known are {', '.join(PROJECTORS)}")
+        raise ModelError(f"{file}: the projector is {original.projector!r}; the known ones are {', '.join(PROJECTORS)}")
     if original.select not in SELECTS:
-        raise ModelError(f"{file}: the selected feature is {original.select!r}; known are {', '.join(SELECTS)}")
+        raise ModelError(
+            f"{file}: the selected feature is {original.select!r}; the known ones are {', '.join(SELECTS)}"
+        )
     return original
 
 
@@ -215,7 +217,7 @@ def _flat(file: Path, config: Mapping[str, Any]) -> Original:
     if config.get("mm_use_im_start_end"):
         raise ModelError(f"{file}: mm_use_im_start_end is true; tokens around an image are not supported")
     if "anyres" in str(config.get("image_aspect_ratio")):
-        raise ModelError(f"{file}: image_aspect_ratio is anyres, of LLaVA-NeXT; only images of one size are supported")
+        raise ModelError(f"{file}: image_aspect_ratio is anyres (LLaVA-NeXT); only images of one size are supported")
     return Original(
         names=FLAT,
         projector=config["mm_projector_type"],
@@ -232,7 +234,7 @@ def _flat_text(file: Path, config: Mapping[str, Any]) -> PretrainedConfig:
     architecture = _given(file, config, "architectures")[0]
     kind = next((kind for name, kind in LANGUAGE_MODELS.items() if name in architecture), None)
     if kind is None:
-        raise ModelError(f"{file}: architecture {architecture!r}; language models are {', '.join(LANGUAGE_MODELS)}")
+        raise ModelError(f"{file}: architecture {architecture!r}; the known ones are {', '.join(LANGUAGE_MODELS)}")
     config_class = CONFIG_MAPPING[kind]
     own = own_fields(config_class) | {"rope_theta", "rope_scaling"}
     return config_class.from_dict({name: value for name, value in config.items() if name in own})
@@ -308,7 +310,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     elif (folder / "tokenizer.model").exists():
         tokenizer = _from_sentencepiece(folder)
     else:
-        raise ModelError(f"{folder}: no tokenizer.json and no tokenizer.model is there")
+        raise ModelError(f"{folder}: has no tokenizer.json and no tokenizer.model")
     return with_image_token(tokenizer)
 
 
@@ -353,7 +355,7 @@ def _filled(config: LlavaConfig, weights: dict[str, Tensor]) -> PreTrainedModel:
         found = model.load_state_dict({name: w.to(dtype) for name, w in weights.items()}, strict=False, assign=True)
     except RuntimeError as error:
         raise ModelError(f"the weights do not fit the configuration: {error}") from error
-    for problem, names in (("are missing", found.missing_keys), ("have no place", found.unexpected_keys)):
+    for problem, names in (("are missing", found.missing_keys), ("it does not have", found.unexpected_keys)):
         if names:
             raise ModelError(f"{model_class.__name__}: weights that {problem}: {_some(names)}")
     model.tie_weights()

@@ -44,7 +44,9 @@ def export_mobilevlm(source: str, target: str | Path, tokenizer: str) -> None:
 def _exportable(source: str, model: PreTrainedModel) -> MobileVLMConfig:
     """Return the model's configuration. Raises ModelError if it differs from what is fixed in the original code."""
     if not isinstance(model, MobileVLMForConditionalGeneration):
-        raise ModelError(f"{source}: is a {type(model).__name__}; only a MobileVLM can have its original format")
+        raise ModelError(
+            f"{source}: is a {type(model).__name__}; only a MobileVLM can be exported to the original layout"
+        )
     config = model.config
     text = config.text_config
     for field, seen, built_in in (
@@ -73,7 +75,7 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         if (source / name).exists():
             shutil.copy(source / name, target)
         elif name == TOKENIZER_FILES[0]:
-            raise ModelError(f"{source}: no {name} is there. Name the folder of an original MobileVLM as --tokenizer.")
+            raise ModelError(f"{source}: has no {name}. Give --tokenizer the folder of an original MobileVLM.")
 
 
 def _flat_config(config: MobileVLMConfig, rows: int, dtype: torch.dtype) -> dict[str, Any]:

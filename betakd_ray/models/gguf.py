@@ -20,7 +20,7 @@ def find_gguf(spec: ModelSpec, name: str) -> Path:
     part, and if the package gguf is missing.
     """
     if not is_gguf_available():
-        raise ModelError(f"gguf_file: {name} is read by the package gguf: pip install 'betakd_ray[gguf]'")
+        raise ModelError(f"gguf_file: {name} needs the package gguf. Run: pip install 'betakd_ray[gguf]'")
     with model_errors(spec, f"gguf_file {name} cannot be found"):
         folder = local_folder(spec.path, spec.storage, only=name)
         if os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, name)):
@@ -33,16 +33,16 @@ def find_gguf(spec: ModelSpec, name: str) -> Path:
         architecture = metadata["general.architecture"]
     except (ValueError, IndexError, OverflowError, struct.error) as error:
         raise ModelError(
-            f"{spec.path}/{name}: is no GGUF, or a damaged one ({error}). Fetch or convert it again."
+            f"{spec.path}/{name}: is not a GGUF, or is damaged ({error}). Fetch or convert it again."
         ) from error
     if "rope_freqs.weight" in tensors or metadata.get(f"{architecture}.rope.scaling.type", "none") != "none":
         raise ModelError(
-            f"{spec.path}/{name}: scales its rotary positions, as Llama 3.1 does; transformers leaves that out of a "
-            "GGUF, and its answers would be others. Name the model in safetensors."
+            f"{spec.path}/{name}: scales its rotary positions, as Llama 3.1 does. transformers does not read this "
+            "scale from a GGUF, so the model's answers would be wrong. Name the model in safetensors."
         )
     if (files := metadata.get("split.count", 1)) > 1:
         raise ModelError(
-            f"{spec.path}/{name}: is one of {files} files of a model, of which transformers would read this one alone. "
+            f"{spec.path}/{name}: is one of {files} files of a model, but transformers would read only this one. "
             "Merge them with llama.cpp's llama-gguf-split --merge."
         )
     return Path(found)

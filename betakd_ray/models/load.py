@@ -43,7 +43,7 @@ def load_config(spec: ModelSpec) -> PretrainedConfig:
     if auto_class(config, is_trusted=spec.trust_remote_code) is None:
         raise ModelError(
             f"{spec.path}: a {config.model_type!r} is neither a vision–language model nor a causal language model "
-            "(AutoModelForImageTextToText, AutoModelForCausalLM) of transformers. Name one such as LLaVA."
+            "of transformers (AutoModelForImageTextToText, AutoModelForCausalLM). Name such a model, e.g. a LLaVA."
         )
     require_safetensors(spec, config)
     return config
@@ -55,7 +55,9 @@ def load_processor(spec: ModelSpec) -> Any:
     if isinstance(processor, PreTrainedTokenizerBase):
         return processor
     if getattr(processor, "image_processor", None) is None or not hasattr(processor, "image_token_id"):
-        raise ModelError(f"{spec.path}: {type(processor).__name__} has no image processor with a tokenizer beside it")
+        raise ModelError(
+            f"{spec.path}: {type(processor).__name__} has no image processor, or no tokenizer with an image token"
+        )
     return processor
 
 
@@ -87,7 +89,7 @@ def load_model(
         **extra,
     )
     if spec.gguf_file and (missing := info["missing_keys"]):  # transformers would initialise them at random
-        raise ModelError(f"{spec.path}/{spec.gguf_file}: has not all of the weights, e.g. none for {min(missing)}")
+        raise ModelError(f"{spec.path}/{spec.gguf_file}: some weights are missing, e.g. {min(missing)}")
     model.eval()
     return model if "device_map" in extra else model.to(devices[0])
 
@@ -130,4 +132,4 @@ def sees_images(config: PretrainedConfig) -> bool:
 def require_images(path: str, config: PretrainedConfig, processor: Any) -> None:
     """Raise ModelError for a vision–language model that has a tokenizer but no image processor."""
     if sees_images(config) and isinstance(processor, PreTrainedTokenizerBase):
-        raise ModelError(f"{path}: there is only a tokenizer, which takes no images; add the processor's files")
+        raise ModelError(f"{path}: has only a tokenizer, which accepts no images; add the processor's files")

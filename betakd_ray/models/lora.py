@@ -34,8 +34,8 @@ def add_adapters(model: PreTrainedModel, lora: LoraSpec, *, is_skeleton: bool = 
     there = {name.rpartition(".")[2] for name, layer in language.named_modules() if isinstance(layer, nn.Linear)}
     if unknown := set(lora.target_modules or ()) - there:
         raise ModelError(
-            f"student.lora.target_modules: the language model has no {', '.join(sorted(unknown))}; its linear layers "
-            f"are {', '.join(sorted(there))}"
+            f"student.lora.target_modules: the language model has no linear layer {', '.join(sorted(unknown))}; its "
+            f"linear layers are {', '.join(sorted(there))}"
         )
     layers = "|".join(sorted(lora.target_modules or there))
     config = LoraConfig(

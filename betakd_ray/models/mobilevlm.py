@@ -42,7 +42,9 @@ class MobileVLMConfig(LlavaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.side**2 != self.image_seq_length:
-            raise ValueError(f"image_seq_length is {self.image_seq_length}; LDPv2 makes a square of tokens, e.g. 144")
+            raise ValueError(
+                f"image_seq_length is {self.image_seq_length}; LDPv2 needs a square number of tokens, e.g. 144"
+            )
 
     @property
     def side(self) -> int:
@@ -71,8 +73,8 @@ class MobileVLMProjector(LlavaMultiModalProjector):
         rows = math.isqrt(patches)
         if rows**2 != patches:
             raise ModelError(
-                f"the vision tower gives {patches} tokens an image, and LDPv2 pools a square of patches. Give square "
-                "images; vision_feature_select_strategy is `default` for a tower with a class token, else `full`."
+                f"the vision tower gives {patches} tokens an image, but LDPv2 needs a square number. Give square "
+                "images. Set vision_feature_select_strategy to `default` for a tower with a class token, else `full`."
             )
         features = super().forward(image_features)
         pooled = adaptive_avg_pool2d(features.transpose(1, 2).unflatten(2, (rows, rows)), self.side)
@@ -114,7 +116,9 @@ def mobilevlm_processor(config: MobileVLMConfig, image_processor: Any, tokenizer
     pixels = config.vision_config.image_size
     size = pixels // config.side
     if size == 0 or pixels // size != config.side:
-        raise ModelError(f"images of {pixels} pixels do not divide into {config.side} tokens a side (image_seq_length)")
+        raise ModelError(
+            f"images of {pixels} pixels cannot be divided into {config.side} tokens a side (image_seq_length)"
+        )
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,

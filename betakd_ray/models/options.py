@@ -46,7 +46,7 @@ def _check_keywords(spec: TeacherSpec, given: dict[str, Any], config: Pretrained
         close = difflib.get_close_matches(name, known | config.to_dict().keys(), n=3)
         hint = f"Did you mean {' or '.join(close)}?" if close else "Leave it out."
         raise ModelError(
-            f"teacher.options.{name}: is no keyword of transformers' from_pretrained, and no setting of a "
+            f"teacher.options.{name}: is not a keyword of transformers' from_pretrained, and not a setting of a "
             f"{config.model_type!r}. {hint}"
         )
 

@@ -49,8 +49,8 @@ def require_safetensors(spec: ModelSpec, config: PretrainedConfig) -> None:
     if pickles := [file for file in files if not file.endswith(".safetensors")]:
         raise ModelError(
             f"{spec.path}: its weights are in {pickles[0]}, a pickle, which can run code when it is loaded. Name a "
-            "model in safetensors, or, if you trust this one, convert it: transformers' from_pretrained and then "
-            "save_pretrained into another folder, whose path to give here."
+            "model in safetensors. Or, if you trust this one, convert it: load it with transformers' from_pretrained, "
+            "save it with save_pretrained to another folder, and give the path of that folder here."
         )
 
 

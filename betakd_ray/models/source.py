@@ -64,7 +64,7 @@ def model_errors(spec: ModelSpec, problem: str) -> Iterator[None]:
             said = " ".join(said.split())
         if "trust_remote_code" in said and not spec.trust_remote_code:
             raise ModelError(
-                f"{spec.path}: comes with code of its own, which was not run. Read it; if you trust it, set "
-                "trust_remote_code: true beside this path, and revision to the commit that you read."
+                f"{spec.path}: comes with code of its own, which was not run. Read that code. If you trust it, set "
+                "trust_remote_code: true beside this path, and set revision to the commit that you read."
             ) from error
         raise ModelError(f"{spec.path}: {problem}: {said.splitlines()[0]}") from error

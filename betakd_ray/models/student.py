@@ -42,7 +42,9 @@ def student_config(student: StudentSpec) -> PretrainedConfig:
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise ModelError(f"student.init.config: {error}") from error
     if auto_class(config) is None:
-        raise ModelError(f"student.init.config: {config.model_type!r} is no vision–language or causal language model")
+        raise ModelError(
+            f"student.init.config: {config.model_type!r} is not a vision–language or causal language model"
+        )
     if init.vision_tower and not sees_images(config):
         raise ModelError(f"student.init.vision_tower: {config.model_type!r} has no vision tower. Leave it out.")
     return config
@@ -94,8 +96,8 @@ def check_adapters(student: StudentSpec) -> None:
 def _trainable(field: str, spec: ModelSpec, config: PretrainedConfig) -> PretrainedConfig:
     if method := quantization(spec, config):
         raise ModelError(
-            f"{field}: the weights of {spec.path} are quantised ({method}), and cannot learn. Name the model that they "
-            "were made from."
+            f"{field}: the weights of {spec.path} are quantised ({method}), and cannot be trained. Name the model that "
+            "they were made from."
         )
     return config
 
@@ -132,7 +134,7 @@ def _assembled(init: PartsInit) -> tuple[PretrainedConfig, Any]:
     text = _trainable("student.init.language_model", language_model, load_config(language_model))
     if sees_images(text):
         raise ModelError(
-            f"student.init.language_model: {init.language_model} is a vision–language model, and has a projector. "
+            f"student.init.language_model: {init.language_model} is a vision–language model with its own projector. "
             "Start from it with kind: checkpoint."
         )
     whole = _tower_config(tower)
@@ -182,7 +184,7 @@ def _vision_tower(source: ModelSpec) -> nn.Module:
     options = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
     tower, info = from_pretrained(AutoModel, source, config=own, **options)
     if missing := info["missing_keys"]:
-        raise ModelError(f"{source.path}: has no vision tower's weights, e.g. no {min(missing)}")
+        raise ModelError(f"{source.path}: has not all weights of a vision tower, e.g. no {min(missing)}")
     return tower
 
 

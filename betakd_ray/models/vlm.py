@@ -99,8 +99,8 @@ def lm_head(model: PreTrainedModel) -> nn.Linear:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(
-            f"{type(model).__name__} has no lm_head of one matrix; choose a causal language model, and a quantisation "
-            "that leaves the head as it is"
+            f"{type(model).__name__} has no lm_head that is one matrix. Choose a causal language model, and a "
+            "quantisation that leaves the head as it is."
         )
     weight: Tensor | None = getattr(head, "weight", None)  # some quantisations keep it under other names
     # A tensor subclass of a quantisation reports the dtype of the unpacked numbers but holds packed data.
@@ -114,8 +114,8 @@ def lm_head(model: PreTrainedModel) -> nn.Linear:
     scaled = [name for name in _LOGIT_SETTINGS if getattr(text, name, None) not in (None, 1, 1.0)]
     if head.bias is not None or scaled:
         raise ModelError(
-            f"{type(model).__name__} changes its logits after the matrix ({', '.join(scaled) or 'bias'}); energies are "
-            "computed from hidden states and one matrix. Choose a family without, e.g. of Llama or Qwen."
+            f"{type(model).__name__} changes its logits after the lm_head's matrix ({', '.join(scaled) or 'bias'}), "
+            "but energies are computed from hidden states and that matrix alone. Choose a family such as Llama or Qwen."
         )
     return head
 

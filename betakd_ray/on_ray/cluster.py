@@ -135,9 +135,9 @@ def check_feasible(spec: JobSpec) -> list[tuple[Demand, int]]:
         asked = "; ".join(f"cluster.{demand.pool}: {demand}" for demand in wanted)
         raise ClusterError(
             f"the job asks for more than the cluster can grow to. It asks for {asked}. There is room now for "
-            f"{', '.join(f'{placed} of {demand.pool}' for demand, placed in lacking)}, and its autoscaler answers that "
-            "no number of nodes within its limits has room for all. Raise maxReplicas (max_workers) of the node types "
-            "with these labels and resources, or lower cluster.teacher.min or training.workers."
+            f"{', '.join(f'{placed} of {demand.pool}' for demand, placed in lacking)}, and the autoscaler answers that "
+            "even all nodes within its limits have no room for the rest. Raise maxReplicas (max_workers) of the node "
+            "types with these labels and resources, or lower cluster.teacher.min or training.workers."
         )
     room = {demand.pool: placed for demand, placed in lacking}
     return [(demand, room.get(demand.pool, demand.count)) for demand in wanted]
@@ -193,8 +193,8 @@ def without_room(demands: Sequence[Demand], nodes: Sequence[Node]) -> list[tuple
 
 def _no_room(demand: Demand, placed: int, nodes: int) -> ClusterError:
     return ClusterError(
-        f"cluster.{demand.pool}: asks for {demand}; the cluster's {nodes} nodes have room for {placed} of them beside "
-        f"the job's other pools. {demand.remedy}, or add nodes."
+        f"cluster.{demand.pool}: asks for {demand}; the cluster's {nodes} nodes have room for {placed} of them, next "
+        f"to the job's other pools. {demand.remedy}, or add nodes."
     )
 
 

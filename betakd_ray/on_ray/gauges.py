@@ -23,7 +23,7 @@ DESCRIPTIONS = {
     "betakd_quarantined_samples": "samples that take no part in training",
     "betakd_skipped_steps": "steps whose gradient was not finite",
     "betakd_checkpoint_age_seconds": "time since the newest committed checkpoint",
-    "betakd_checkpoint_duration_seconds": "what it took to write it",
+    "betakd_checkpoint_duration_seconds": "time to write the newest checkpoint",
 }
 NAMES = frozenset(DESCRIPTIONS)
 BY_CHANNEL = frozenset({"betakd_beta", "betakd_loss"})

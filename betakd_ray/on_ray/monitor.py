@@ -99,7 +99,7 @@ class Monitor:
             self.fail(
                 TrainingError.__name__,
                 f"the student workers died {self._failures} times with no new checkpoint in between (the limit is "
-                f"training.max_failures; training.checkpoint_every may be too rare). The last time: {reason}",
+                f"training.max_failures; training.checkpoint_every may be too large). The last time: {reason}",
             )
 
     def stop(self) -> None:
@@ -113,7 +113,11 @@ class Monitor:
         """
         rank = self._roll.missed(limit_s, time.monotonic())
         if rank is not None and rank in self._actors:
-            _LOG.error("rank %d has said nothing for more than training.collective_timeout_s = %g", rank, limit_s)
+            _LOG.error(
+                "rank %d has sent nothing for more than training.collective_timeout_s = %g s; it is killed",
+                rank,
+                limit_s,
+            )
             ray.kill(self._actors.pop(rank))
         return self._latest
 

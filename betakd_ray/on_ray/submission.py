@@ -39,7 +39,7 @@ class Submissions:
             found = [job for job in jobs if OURS.search(job.entrypoint or "")]
         if not found:
             ids = ", ".join(job.submission_id for job in jobs) or "none"
-            raise ClusterError(f"no job {submission_id or 'of betakd'} was submitted there; the cluster knows {ids}")
+            raise ClusterError(f"no job {submission_id or 'of betakd'} was submitted to this cluster; it knows {ids}")
         return max(found, key=lambda job: job.start_time or 0)
 
     def logs(self, submission_id: str, *, follow: bool = False) -> Iterator[str]:

@@ -89,8 +89,8 @@ class Roll:
         if rank is None:
             return ""
         when, activity = self._heard[rank]
-        doing = f" It last was at: {activity}." if activity else ""
-        return f"rank {rank} has said nothing for {now - when:.0f} s.{doing}"
+        doing = f" Its last activity: {activity}." if activity else ""
+        return f"rank {rank} has sent nothing for {now - when:.0f} s.{doing}"
 
     def missed(self, limit_s: float, now: float) -> int | None:
         """Return the rank that is silent for longer than the others need to notice it; None if there is none.
@@ -166,8 +166,8 @@ class Watch:
             self._look_for_preemption()
             if self._orders.silent:
                 _LOG.error(
-                    "%s The limit is training.collective_timeout_s = %g. Its process hangs, or its node is cut off; "
-                    "this rank ends, so that all start again from the last checkpoint.",
+                    "%s The limit is training.collective_timeout_s = %g. Its process hangs, or its node is cut off. "
+                    "This rank ends, so that all ranks start again from the last checkpoint.",
                     self._orders.silent, self._limit_s,
                 )  # fmt: skip
                 # Not sys.exit: it ends only this thread, and the others may be blocked in a collective.

@@ -136,10 +136,10 @@ def _of_another_plan(last: "_Committed", plan: Plan) -> Iterator[str]:
     """Yield a problem if the ledger's shards are not the plan's."""
     sizes, planned = last.ledger.sizes, plan.sizes
     if len(sizes) != len(planned):
-        yield f"{last.name}: its ledger has {len(sizes)} shards, {PLAN} {len(planned)}"
+        yield f"{last.name}: its ledger has {len(sizes)} shards, but {PLAN} has {len(planned)}"
     elif (differing := np.flatnonzero(sizes != planned)).size:
         shards = [f"{plan.shards[at].url} with {sizes[at]} samples, not {planned[at]}" for at in differing]
-        yield f"{last.name}: its ledger has {len(shards)} shards of other sizes than {PLAN}: {_few(shards)}"
+        yield f"{last.name}: its ledger and {PLAN} differ in the size of {len(shards)} shards: {_few(shards)}"
 
 
 def _miscounted(last: "_Committed", plan: Plan, spec: JobSpec) -> Iterator[str]:
@@ -149,11 +149,14 @@ def _miscounted(last: "_Committed", plan: Plan, spec: JobSpec) -> Iterator[str]:
     surplus = consumed + last.dropped - taken
     sums = f"{last.step} steps of {size} took {taken}; {consumed} are consumed and {last.dropped} dropped"
     if surplus > 0:
-        yield f"{last.name}: {surplus} samples count as done and were in no step: {sums}"
+        yield f"{last.name}: {surplus} samples count as done, but were not in any step: {sums}"
     if surplus < 0:
         yield f"{last.name}: {-surplus} samples were in two steps: {sums}"
     if last.dropped > len(last.quarantined):
-        yield f"{last.name}: {last.dropped} samples were dropped from steps, only {len(last.quarantined)} quarantined"
+        yield (
+            f"{last.name}: {last.dropped} samples were dropped from steps, but only {len(last.quarantined)} are "
+            "quarantined"
+        )
     if beyond := consumed - int(last.ledger.counts(plan.epochs).sum()):
         yield f"{last.name}: {beyond} samples are consumed in epochs after the last of {plan.epochs}"
 
@@ -167,7 +170,7 @@ def _misplaced(last: "_Committed", plan: Plan, inside: list[Quarantined]) -> Ite
     if outside := [_named(bad, plan) for bad in last.quarantined if not _is_planned(bad, plan)]:
         yield f"{where}: {len(outside)} samples are not in the plan: {_few(outside)}"
     if both := [_named(inside[at], plan) for at in np.flatnonzero(last.ledger.holds(ids_of(inside)))]:
-        yield f"{where}: {len(both)} samples are consumed, too: {_few(both)}"
+        yield f"{where}: {len(both)} samples are also consumed: {_few(both)}"
 
 
 def _misreported(
@@ -177,7 +180,7 @@ def _misreported(
     numbers = (last.step, plan.samples, last.ledger.count, len(last.quarantined), left)
     for name, number in zip(REPORTED, numbers, strict=True):
         if outcome.result[name] != number:
-            yield f"{RESULT}: {name} is {outcome.result[name]}, by {last.name} it is {number}"
+            yield f"{RESULT}: {name} is {outcome.result[name]}, but according to {last.name} it is {number}"
     noted, known = (
         Counter(f"{_named(bad, plan)} ({bad.reason})" for bad in listed)
         for listed in (outcome.quarantined, last.quarantined)
@@ -187,8 +190,8 @@ def _misreported(
     size = spec.training.global_batch_size
     if left >= size and last.step != spec.training.max_steps:
         yield (
-            f"{RESULT}: {left} samples are left over, enough for another step of {size}, and no "
-            "training.max_steps ended the job"
+            f"{RESULT}: {left} samples are left over, enough for another step of {size}, but training.max_steps did "
+            "not end the job"
         )
 
 

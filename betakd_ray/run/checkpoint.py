@@ -112,8 +112,8 @@ class CheckpointStore:
         """Make a checkpoint the current one. Raises OutputError if a file is missing or has another size."""
         if missing := manifest.missing(self._stored(manifest.name)):
             raise OutputError(
-                f"{self.url}/{manifest.name}/{missing} were stored. The checkpoint before stays the current one: find "
-                "out what else writes or removes files there, and run the job again to go on from it."
+                f"{self.url}/{manifest.name}/{missing} were stored. The previous checkpoint stays the current one. "
+                "Find out what else writes or removes files there, and run the job again to go on from that checkpoint."
             )
         path = join(self.root, manifest.name, MANIFEST)
         # Written last and atomically: a reader sees a complete checkpoint, or none.
@@ -128,7 +128,7 @@ class CheckpointStore:
         try:
             self._prune(keep)
         except OutputError as error:
-            _LOG.warning("superseded checkpoints are still there: %s", error)
+            _LOG.warning("old checkpoints could not be removed: %s", error)
 
     def read_text(self, manifest: Manifest, file: str) -> str:
         """Return the text of a small file of a checkpoint."""
@@ -213,7 +213,7 @@ class CheckpointStore:
         except ValidationError as error:
             raise self._unusable(name, f"{MANIFEST} is damaged: {error.errors()[0]['msg']}") from error
         if manifest.name != name:
-            raise self._unusable(name, f"{MANIFEST} is that of {manifest.name}")
+            raise self._unusable(name, f"{MANIFEST} belongs to {manifest.name}")
         return manifest
 
     def _prune(self, keep: int) -> None:
@@ -235,7 +235,7 @@ class CheckpointStore:
 
     def _unusable(self, name: str, why: str) -> OutputError:
         return OutputError(
-            f"{self.url}/{name}: {why}. Remove this folder, and run the job again to go on from the checkpoint before."
+            f"{self.url}/{name}: {why}. Remove this folder, and run the job again to go on from the previous one."
         )
 
     def _errors(self, *parts: str) -> AbstractContextManager[None]:
@@ -255,7 +255,7 @@ def output_errors(url: str) -> Iterator[None]:
         remedy = "Check output.path and output.storage, the network and the credentials in the environment"
         if error.errno in _FULL:
             kind = OutputError
-            remedy = "The disk is full: free some of it, or keep fewer checkpoints (training.keep)"
+            remedy = "The disk is full: free some space, or keep fewer checkpoints (training.keep)"
         raise kind(
             f"{url}: {type(error).__name__}: {error}. {remedy}, and run the job again to go on from the last committed "
             "checkpoint, which is untouched."
@@ -272,8 +272,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if not is_full:
             raise
         raise OutputError(
-            f"{folder}: the disk is full ({error}). A checkpoint passes through this folder: free some of the disk, or "
-            "set TMPDIR to a larger one, and run the job again to go on from the last committed checkpoint."
+            f"{folder}: the disk is full ({error}). Checkpoints are written to this folder first: free some space, or "
+            "set TMPDIR to a larger disk, and run the job again to go on from the last committed checkpoint."
         ) from error
 
 

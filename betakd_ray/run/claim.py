@@ -33,7 +33,7 @@ def was_here(run: str, spec: JobSpec) -> bool:
     if UPLOADED in run:
         raise OutputError(
             f"output.path: {run} is in the folder that `ray job submit --working-dir` uploaded, which Ray "
-            "removes after the job. Give a URL, or an absolute path that outlasts the cluster."
+            "removes after the job. Give a URL, or an absolute path that remains after the cluster is gone."
         )
     filesystem, root = open_store(run, spec.output.storage)
     path = join(root, SPEC)

@@ -26,8 +26,8 @@ def as_written(url: str) -> Iterator[None]:
         yield
     except (OSError, LookupError, TypeError, ValueError, zlib.error) as error:
         raise OutputError(
-            f"{url}: not as a job of this version writes it ({type(error).__name__}: {error}). Look again in a moment "
-            "if the job is running; else restore it."
+            f"{url}: is not what a job of this version writes ({type(error).__name__}: {error}). If the job is "
+            "running, try again in a moment; otherwise restore the file."
         ) from error
 
 
@@ -35,7 +35,7 @@ def read_required(url: str, storage: StorageSpec) -> str:
     """Return the text of a file. Raises OutputError if there is no such file, and DataError if the store fails."""
     text = read_text(url, storage)
     if text is None:
-        raise OutputError(f"{url}: no such file. Is this the folder of a run, output.path/name of its spec?")
+        raise OutputError(f"{url}: no such file. Give the folder of a run, which is output.path/name of its spec.")
     return text
 
 

@@ -26,8 +26,8 @@ def write_plan(run: str, storage: StorageSpec, plan: Plan) -> None:
         write_text(url, storage, _plan_to_json(plan))
     elif (before := _parsed_plan(url, content)) != plan:
         raise OutputError(
-            f"{url}: the data changed under the run: {_first_difference(before, plan)}. What is done can no longer be "
-            "told from what is not: put the shards back as they were, or start anew under another `name`."
+            f"{url}: the data changed during the run: {_first_difference(before, plan)}. So it is not known which "
+            "samples are done. Restore the shards as they were, or start a new run under another `name`."
         )
 
 
@@ -81,7 +81,7 @@ def _first_difference(before: Plan, now: Plan) -> str:
     if (differing := np.flatnonzero(before.sizes != now.sizes)).size:
         number = differing[0]
         return (
-            f"of shard {number}, {now.shards[number].url}, an epoch took {before.sizes[number]} samples and takes "
+            f"an epoch took {before.sizes[number]} samples of shard {number}, {now.shards[number].url}, and now takes "
             f"{now.sizes[number]}: its weight in data.train changed"
         )
     changed = [name for name in ("epochs", "seed", "shuffle") if getattr(before, name) != getattr(now, name)]

@@ -23,8 +23,8 @@ def _public(url: str) -> str:
         raise ValueError("holds a NUL character, which no path or URL has")
     if without_url_secrets(url) != url:
         raise ValueError(
-            "holds a password, a token or a signature, and a spec is stored and published: leave it out, and set "
-            "credentials in the environment of the cluster (AWS_ACCESS_KEY_ID … or a role; docs/security.md)"
+            "holds a password, a token or a signature, but a spec is stored and published. Remove the secret, and set "
+            "credentials in the environment of the cluster (AWS_ACCESS_KEY_ID … or a role; see docs/security.md)"
         )
     return url
 
@@ -49,8 +49,8 @@ def _folder(location: str) -> str:
     if location.endswith(".gguf"):
         folder, _, file = location.rpartition("/")
         raise ValueError(
-            f"is a file, and a model's folder is wanted; a teacher and a student of kind: checkpoint read one, as "
-            f"path: {folder or '.'} and gguf_file: {file}"
+            f"is a file, but the folder of a model is expected. For a GGUF of a teacher, or of a student of kind: "
+            f"checkpoint, write path: {folder or '.'} and gguf_file: {file}"
         )
     return location
 
@@ -58,7 +58,7 @@ def _folder(location: str) -> str:
 def _gguf_within(file: str) -> str:
     if not file.endswith(".gguf") or file.startswith(("/", "~")) or "://" in file or ".." in file.split("/"):
         raise ValueError(
-            f"{shortened(file)} is no .gguf file within path; name it as it is called there, e.g. Q8_0.gguf"
+            f"{shortened(file)} is not a .gguf file inside path; give its name in that folder, e.g. Q8_0.gguf"
         )
     return file
 
@@ -74,7 +74,7 @@ Plugin = Annotated[
     str,
     Field(
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
-        description="an object in a module of your own, as module:name, e.g. my_package.energies:huber",
+        description="an object in your own module, as module:name, e.g. my_package.energies:huber",
     ),
 ]
 """Name of an object outside of this package; `betakd_ray.plugins` imports it when a job is checked."""

@@ -11,7 +11,7 @@ class PoolSpec(Spec):
     """Resources that one process of a pool needs on its node."""
 
     gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
-        default="auto", description="per process; auto: one if the cluster has any, else none"
+        default="auto", description="GPUs per process; auto: 1 if the cluster has any GPU, otherwise 0"
     )
     cpus: float = Field(default=1.0, ge=0)
     labels: dict[str, str] = Field(default_factory=dict, description="node labels, e.g. betakd.io/pool: student")
@@ -34,7 +34,7 @@ class GPUPoolSpec(PoolSpec):
     def _has_gpus(self) -> "GPUPoolSpec":
         if self.accelerator_type and self.gpus == 0:
             raise ValueError(
-                f"accelerator_type is {self.accelerator_type} and gpus is 0: ask for a GPU, or for no type"
+                f"accelerator_type is {self.accelerator_type}, but gpus is 0: ask for a GPU, or leave the type out"
             )
         return self
 
@@ -45,13 +45,15 @@ class TeacherPoolSpec(GPUPoolSpec):
     min: int = Field(default=1, ge=1)
     max: int | None = Field(default=None, ge=1, description="default: min")
     max_restarts: int = Field(
-        default=3, ge=0, description="times `max`: teachers that may die in a row, with no answer from any in between"
+        default=3,
+        ge=0,
+        description="how many teachers may die in a row, without an answer from any of them; it is multiplied by `max`",
     )
 
     @model_validator(mode="after")
     def _ordered(self) -> "TeacherPoolSpec":
         if self.max is not None and self.max < self.min:
-            raise ValueError(f"max {self.max} is below min {self.min}")
+            raise ValueError(f"max {self.max} is below min {self.min}; raise max or lower min")
         return self
 
 
@@ -59,9 +61,9 @@ class ClusterSpec(Spec):
     """The cluster, and the resources of each kind of process."""
 
     address: Url | None = Field(
-        default=None, description="a running cluster; default: the one around, else a local one"
+        default=None, description="a running cluster; default: the one in RAY_ADDRESS, otherwise a new local one"
     )
     teacher: TeacherPoolSpec = TeacherPoolSpec()
     student: GPUPoolSpec = GPUPoolSpec()
     readers: PoolSpec = Field(default=PoolSpec(gpus=0, cpus=1.0), description="tasks that read and decode shards")
-    start_timeout_s: Positive = Field(default=600.0, description="wait for nodes and models")
+    start_timeout_s: Positive = Field(default=600.0, description="longest wait for nodes and for models to load")

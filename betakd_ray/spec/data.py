@@ -11,7 +11,7 @@ class TrainingData(Spec):
     """Shards, and how often an epoch reads them. A path or URL alone is read once per epoch."""
 
     path: Location = Field(description="a path or URL, with {00..07} braces and * globs")
-    weight: float = Field(default=1.0, gt=0, le=1000, description="passes an epoch, e.g. 2.5, or 0.1 for a tenth")
+    weight: float = Field(default=1.0, gt=0, le=1000, description="passes per epoch, e.g. 2.5, or 0.1 for a tenth")
 
     @model_validator(mode="before")
     @classmethod
@@ -35,9 +35,11 @@ class DataSpec(Spec):
     storage: StorageSpec = StorageSpec()
     template: Literal["plain", "vicuna_v1", "chat"] | Plugin = Field(
         default="vicuna_v1",
-        description="`chat` is the processor's own template; `plain` is for projector warm-up; module:name is your own",
+        description="`chat`: the processor's own template; `plain`: for projector warm-up; module:name: your own",
     )
-    system_prompt: str | None = Field(default=None, description="replaces the template's own; '' for none")
+    system_prompt: str | None = Field(
+        default=None, description="replaces the template's own system prompt; '': no system prompt"
+    )
     max_length: int = Field(default=2048, ge=8, description="tokens, image tokens included")
     pad_to_square: bool | None = Field(
         default=None, description="pad images with the processor's mean colour; default: only for LLaVA and MobileVLM"
@@ -45,7 +47,7 @@ class DataSpec(Spec):
     shuffle: bool = Field(default=True, description="seeded by training.seed and the epoch")
     shuffle_buffer: int = Field(default=1000, ge=1, description="samples of the open shards that are shuffled together")
     max_image_pixels: int = Field(default=100_000_000, ge=1, description="larger images are quarantined, not decoded")
-    max_bad_fraction: Fraction = Field(default=0.01, description="quarantined share of the data that stops the job")
+    max_bad_fraction: Fraction = Field(default=0.01, description="the job stops if a larger share is quarantined")
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -93,14 +93,14 @@ class TotalVariation(ProbabilitiesEnergy):
 class AdaptiveKL(ProbabilitiesEnergy):
     function = "betakd_ray.energies:adaptive_kl"
     kind: Literal["adaptive_kl"] = "adaptive_kl"
-    head_mass: float = Field(default=0.5, gt=0, lt=1, description="μ, teacher mass that makes the head")
+    head_mass: float = Field(default=0.5, gt=0, lt=1, description="μ, the teacher's probability mass in the head")
 
 
 class TemperatureSchedule(Spec):
     """T = start + range · sigmoid(θ). θ learns to raise the loss, with a gradient that grows during the job."""
 
     start: Positive = Field(default=1.0, description="lowest temperature")
-    range: Positive = Field(default=3.0, description="above it (the original's 20 was for image classes)")
+    range: Positive = Field(default=3.0, description="largest addition to start (the paper's 20 was for image classes)")
     theta: float = Field(default=-2.0, description="θ at the first step")
 
 
@@ -129,7 +129,7 @@ class InterpolationSchedule(Spec):
     @model_validator(mode="after")
     def _rises(self) -> "InterpolationSchedule":
         if self.start > self.end:
-            raise ValueError(f"start {self.start} is above end {self.end}: t only rises")
+            raise ValueError(f"start {self.start} is above end {self.end}, but t only rises: lower start or raise end")
         return self
 
 
@@ -190,8 +190,8 @@ class FeatureDistance(VisualEnergy):
     kind: Literal["fd"] = "fd"
     layer: FeatureLayer | Literal["projector"] = Field(
         default="projector",
-        description="what the projectors give, or, with e.g. {teacher: 16, student: 12}, what the language models make "
-        "of it up to there",
+        description="where the image tokens are compared: after the projectors, or, with e.g. "
+        "{teacher: 16, student: 12}, after these layers of the language models",
     )
 
     @property
@@ -206,7 +206,7 @@ class AlignTopK(VisualEnergy):
     mapped = "width"
     reads_attention = True
     kind: Literal["align_topk"] = "align_topk"
-    tokens: int = Field(default=16, ge=1, description="image tokens of a sample")
+    tokens: int = Field(default=16, ge=1, description="compared image tokens per sample")
 
     @property
     def teacher_parts(self) -> frozenset[str]:
@@ -279,7 +279,7 @@ class PluginEnergy(LogitsEnergy):
     @model_validator(mode="after")
     def _has_a_name_of_its_own(self) -> "PluginEnergy":
         if self.name in {"ce", *BY_NAME}:
-            raise ValueError(f"kind: {self.name} is the name of a channel of this package; give your function another")
+            raise ValueError(f"kind: {self.name} is a channel of this package; give your function another name")
         return self
 
 

@@ -47,12 +47,13 @@ class JobSpec(Spec):
     def _teacher_has_work(self) -> "JobSpec":
         if self.teacher is None and self.objective.energies:
             raise ValueError(
-                f"objective.energies is {list(self.objective.channels)} and there is no teacher: name one, or drop them"
+                f"objective.energies is {list(self.objective.channels)}, but there is no teacher: add a teacher, or "
+                "remove the energies"
             )
         weighting = self.objective.weighting
         if self.teacher is None and isinstance(weighting, InstanceWeighting) and weighting.weight_ce:
             raise ValueError(
-                "objective.weighting: instance predicts β from a teacher's features, and there is none: use task"
+                "objective.weighting: instance predicts β from a teacher's features, but there is no teacher: use task"
             )
         if self.teacher is not None and isinstance(self.teacher.signal, TopKSignal):
             self._check_top_k()
@@ -61,7 +62,9 @@ class JobSpec(Spec):
         if self.teacher is not None and self.training.workers.is_elastic:
             self._check_elastic()
         if self.teacher is not None and not self.objective.energies:
-            raise ValueError("teacher is given and objective.energies is empty: add one, e.g. energies: [cosine_probs]")
+            raise ValueError(
+                "teacher is given, but objective.energies is empty: add an energy, e.g. energies: [cosine_probs]"
+            )
         return self
 
     def _check_elastic(self) -> None:
@@ -70,21 +73,22 @@ class JobSpec(Spec):
         if not self.cluster.student.resources:
             raise ValueError(
                 "cluster.student.resources: with training.workers of {min, max}, name a resource that only the "
-                "students' nodes have, e.g. {student_slot: 1}; else Ray counts the teachers' room as the students'"
+                "students' nodes have, e.g. {student_slot: 1}. Otherwise Ray counts the teachers' nodes as room for "
+                "students"
             )
 
     def _check_attention(self) -> None:
         if self.training.gradient_checkpointing:
             raise ValueError(
                 "training.gradient_checkpointing: align_attention and align_topk read the first layer's attention, "
-                "which checkpointing throws away: turn it off, or drop them"
+                "which gradient checkpointing does not keep: turn it off, or remove these energies"
             )
         named = {"teacher": self.teacher, "student.init": self.student.init}
         for field, model in named.items():
             if isinstance(model, ModelSpec) and model.attn_implementation not in (None, "eager"):
                 raise ValueError(
-                    f"{field}.attn_implementation: {model.attn_implementation} gives no attention weights, which "
-                    "align_attention and align_topk read: leave it out"
+                    f"{field}.attn_implementation: {model.attn_implementation} returns no attention weights, but "
+                    "align_attention and align_topk read them: leave this field out"
                 )
 
     def _check_top_k(self) -> None:
@@ -92,9 +96,11 @@ class JobSpec(Spec):
             if isinstance(energy, VisualEnergy):
                 continue
             if not isinstance(energy, ProbabilitiesEnergy):
-                raise ValueError(f"teacher.signal: {energy.name} needs every logit, top_k has some: use signal: hidden")
+                raise ValueError(
+                    f"teacher.signal: {energy.name} needs all logits, but top_k has only some: use signal: hidden"
+                )
             if energy.teacher_temperature != 1 or energy.student_temperature != 1:
                 raise ValueError(
-                    f"teacher.signal: top_k has probabilities at temperature 1, and {energy.name} asks for another: "
-                    "use signal: hidden"
+                    f"teacher.signal: top_k has probabilities at temperature 1, but {energy.name} has another "
+                    "temperature: use signal: hidden"
                 )

@@ -35,11 +35,11 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         tree = yaml.load(_text(str(path)), SpecLoader)
     except OSError as error:
         said = getattr(error, "strerror", None) or error
-        raise SpecError(f"{path}: cannot be read ({said}). Give the path or URL of a YAML spec, or -.") from error
+        raise SpecError(f"{path}: cannot be read ({said}). Give the path or URL of a YAML file, or -.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: is not YAML: {fault(error)}") from None
     if not isinstance(tree, dict):
-        raise SpecError(f"{path}: holds a {type(tree).__name__}, not the mapping that a spec is.")
+        raise SpecError(f"{path}: holds a {type(tree).__name__}; a spec must be a mapping.")
     return tree
 
 
@@ -116,11 +116,11 @@ def _explain(kind: type[Spec], issue: Any) -> str:
 
 def _unknown_kind(context: dict[str, str]) -> str:
     tag, known = context["tag"], re.findall(r"'([^']+)'", context["expected_tags"])
-    own = ", or module:name for one of your own" if PLUGIN in known else ""
+    own = ", or module:name for your own" if PLUGIN in known else ""
     known = [name for name in known if name != PLUGIN]
     close = difflib.get_close_matches(tag, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"there is no kind {tag!r}; {hint}there are {', '.join(known)}{own}"
+    return f"there is no kind {tag!r}; {hint}the kinds are {', '.join(known)}{own}"
 
 
 def _closest(word: str, known: list[str]) -> str:

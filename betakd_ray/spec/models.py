@@ -13,21 +13,21 @@ class ModelSpec(Spec):
 
     path: ModelLocation
     gguf_file: GgufFile | None = Field(
-        default=None, description="a GGUF in that folder: the whole of a language model; its weights are unpacked"
+        default=None, description="a GGUF in that folder with a whole language model; its weights are dequantised"
     )
     revision: str | None = None
     storage: StorageSpec = StorageSpec()
     attn_implementation: str | None = None
     trust_remote_code: bool = Field(
-        default=False, description="runs code found beside the weights: only if you read it"
+        default=False, description="run the code that is stored beside the weights; read that code first"
     )
 
     @model_validator(mode="after")
     def _trusted(self) -> "ModelSpec":
         if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
             raise ValueError(
-                f"attn_implementation: {self.attn_implementation} is a repository, whose code would run: read it and "
-                "set trust_remote_code: true, or name one of transformers' own, e.g. sdpa"
+                f"attn_implementation: {self.attn_implementation} is a repository, and its code would run. Read that "
+                "code and set trust_remote_code: true, or name an implementation of transformers, e.g. sdpa"
             )
         return self
 
@@ -63,10 +63,10 @@ SignalChoice = Annotated[HiddenSignal | TopKSignal, Field(discriminator="kind"),
 
 _LOADING = {
     "config": "is read from teacher.path",
-    "output_loading_info": "is for transformers alone",
+    "output_loading_info": "cannot be used: it changes what transformers returns",
     "pretrained_model_name_or_path": "is teacher.path",
     "state_dict": "is read from teacher.path",
-    "token": "is a secret, and comes from the environment (HF_TOKEN)",
+    "token": "is a secret, and is read from the environment (HF_TOKEN)",
     "torch_dtype": "is set by teacher.dtype",
     "use_safetensors": "is always true: a pickle can run code",
     "weights_only": "is always true: a pickle can run code",
@@ -81,20 +81,20 @@ class TeacherSpec(ModelSpec):
     engine: Literal["transformers"] | Plugin = Field(
         default=TRANSFORMERS, description="what runs the teacher; module:name is a subclass of TeacherScorer"
     )
-    signal: SignalChoice = Field(default=HiddenSignal(), description="what travels for energies on logits")
+    signal: SignalChoice = Field(default=HiddenSignal(), description="what the teacher sends for energies on logits")
     batch_tokens: int = Field(
         default=8192,
         ge=1,
-        description="tokens that a teacher scores at a time, padding included: samples of like lengths are put "
-        "together until it is reached. The default fits one GPU with a teacher that leaves a few GB free",
+        description="largest number of tokens that a teacher scores at a time, padding included; samples of similar "
+        "length are grouped up to it. The default fits a GPU on which the teacher leaves a few GB free",
     )
     window: int = Field(
-        default=4, ge=0, description="groups that a student worker keeps with the teachers beyond those of one step"
+        default=4, ge=0, description="groups that a student worker sends to the teachers in addition to one step's"
     )
     timeout_s: Positive = Field(
         default=600.0,
-        description="a teacher that works on one group for so long, or is silent, is replaced; waiting for its turn "
-        "does not count",
+        description="a teacher is replaced if it computes one group for longer than this, or is silent for longer; a "
+        "group's time in the queue does not count",
     )
     cache: CacheSpec | None = Field(default=None, description="keep the teacher's answers here, for other jobs too")
     options: dict[str, Any] = Field(
@@ -109,11 +109,11 @@ class TeacherSpec(ModelSpec):
         quantization = self.options.get("quantization_config", {})
         if not isinstance(quantization, dict):
             raise ValueError(
-                f"options.quantization_config: {shortened(quantization)} is no mapping; write it as transformers keeps "
-                "it, e.g. {quant_method: bitsandbytes, load_in_8bit: true}"
+                f"options.quantization_config: {shortened(quantization)} is not a mapping; write it as transformers "
+                "stores it, e.g. {quant_method: bitsandbytes, load_in_8bit: true}"
             )
         if self.gguf_file and quantization:
-            raise ValueError("options.quantization_config: the weights of a gguf_file are unpacked; leave it out")
+            raise ValueError("options.quantization_config: the weights of a gguf_file are dequantised; leave it out")
         return self
 
 
@@ -139,14 +139,14 @@ class PartsInit(Spec):
     """Start from a language model and a vision tower, with a new projector between them: a LLaVA before its warm-up."""
 
     kind: Literal["parts"] = "parts"
-    language_model: ModelLocation = Field(description="a causal language model; the tokenizer is its own")
+    language_model: ModelLocation = Field(description="a causal language model; its tokenizer is used too")
     vision_tower: ModelLocation = Field(
-        description="a CLIP, SigLIP or DINOv2, or a model that has one; the image processor is its own"
+        description="a CLIP, SigLIP or DINOv2, or a model that contains one; its image processor is used too"
     )
     projector: Literal["mlp2x_gelu", "ldpnetv2"] = Field(
         default="mlp2x_gelu", description="LLaVA's two linear layers, or MobileVLM's LDPv2"
     )
-    vision_feature_layer: int = Field(default=-2, description="hidden state of the tower that the projector takes")
+    vision_feature_layer: int = Field(default=-2, description="the tower's hidden state that the projector reads")
     storage: StorageSpec = StorageSpec()
 
 
@@ -157,13 +157,14 @@ class LoraSpec(Spec):
     """Low-rank adapters (arXiv 2106.09685) in the language model, whose own weights do not change."""
 
     r: int = Field(default=16, ge=1, description="rank")
-    alpha: Positive = Field(default=32.0, description="what an adapter adds is scaled by alpha / r")
+    alpha: Positive = Field(default=32.0, description="an adapter's output is multiplied by alpha / r")
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="linear layers by their last name, e.g. q_proj; default: all"
     )
     merge: bool = Field(
-        default=True, description="add them to the weights on export; false: write them beside, for peft"
+        default=True,
+        description="export adds them to the weights; false: it writes them to files of their own, for peft",
     )
 
 
@@ -172,10 +173,12 @@ class StudentSpec(Spec):
 
     init: Annotated[CheckpointInit | ConfigInit | PartsInit, Field(discriminator="kind")]
     train: tuple[Part, ...] = Field(default=("language_model", "projector"), min_length=1)
-    lora: LoraSpec | None = Field(default=None, description="how the language model learns; default: all its weights")
+    lora: LoraSpec | None = Field(
+        default=None, description="low-rank adapters in the language model; default: train all its weights"
+    )
 
     @model_validator(mode="after")
     def _adapts(self) -> "StudentSpec":
         if self.lora and "language_model" not in self.train:
-            raise ValueError(f"lora is for the language model, which train {list(self.train)} leaves out: add it")
+            raise ValueError(f"lora adapts the language model, but train is {list(self.train)}: add language_model")
         return self

@@ -20,13 +20,15 @@ class ManualWeighting(Spec):
 
     kind: Literal["manual"] = "manual"
     weights: dict[str, Annotated[float, Field(ge=0)]] | Literal["auto"] = "auto"
-    auto_steps: int = Field(default=20, ge=1, description="steps whose mean scales set the weights, with `auto`")
+    auto_steps: int = Field(
+        default=20, ge=1, description="number of first steps whose mean energies set the weights, with `auto`"
+    )
 
     @model_validator(mode="after")
     def _auto(self) -> "ManualWeighting":
         if self.weights != "auto" and self.auto_steps != type(self).model_fields["auto_steps"].default:
             raise ValueError(
-                "auto_steps: counts the steps that set `weights: auto`; weights are given, so leave it out"
+                "auto_steps: is used only with `weights: auto`, but weights are given; leave auto_steps out"
             )
         return self
 
@@ -40,12 +42,12 @@ class LearnedWeighting(Spec):
 
     d: Positive = Field(
         default=1.0,
-        description="a channel's share β·ℓ settles at d/2. The literal dim(a) = V belongs to energies summed over the "
-        "vocabulary; with energies of order one it drowns the cross-entropy",
+        description="a channel's share β·ℓ converges to d/2. The paper's dim(a) = V is for energies summed over the "
+        "vocabulary; with energies of order one, the cross-entropy would be negligible",
     )
     positivity: Literal["softplus", "exp"] = "softplus"
     log_bound: float = Field(
-        default=5.0, gt=0, le=LARGEST_LOG_BOUND, description="β stays inside [e^-bound, e^bound], smoothly"
+        default=5.0, gt=0, le=LARGEST_LOG_BOUND, description="a smooth bound keeps β inside [e^-bound, e^bound]"
     )
     weight_ce: bool = Field(default=False, description="give CE a β of its own (Kendall & Gal); the paper does not")
 
@@ -69,7 +71,7 @@ class InstanceWeighting(LearnedWeighting):
     @model_validator(mode="after")
     def _once(self) -> "InstanceWeighting":
         if len(set(self.features)) != len(self.features):
-            raise ValueError(f"features: one stands twice in {list(self.features)}; give each once")
+            raise ValueError(f"features: a feature is listed twice in {list(self.features)}; list each once")
         return self
 
 
@@ -85,25 +87,27 @@ def check_weighting(weighting: Weighting, channels: Sequence[str], *, ce: bool) 
     weights = weighting.weights if isinstance(weighting, ManualWeighting) else None
     if isinstance(weights, dict) and set(weights) != set(channels):
         raise ValueError(
-            f"weighting.weights names {sorted(weights)}, the energies are {sorted(channels)}: give one weight to each "
-            "energy"
+            f"weighting.weights names {sorted(weights)}, but the energies are {sorted(channels)}: give each energy one "
+            "weight"
         )
     if weights == "auto" and not ce:
-        raise ValueError("weighting.weights: `auto` scales each energy to the cross-entropy, and ce is false")
+        raise ValueError(
+            "weighting.weights: `auto` scales each energy to the cross-entropy, but ce is false: set ce or give weights"
+        )
     if isinstance(weighting, LearnedWeighting) and weighting.weight_ce and not ce:
-        raise ValueError("weighting.weight_ce gives the cross-entropy a β, and ce is false: drop one of the two")
+        raise ValueError("weighting.weight_ce gives the cross-entropy a β, but ce is false: change one of the two")
 
 
 class ObjectiveSpec(Spec):
     """Cross-entropy on the data, energies between teacher and student, and their weighting (Eq. 13, 15)."""
 
-    ce: bool = Field(default=True, description="false for the paper's Table 1: distillation alone")
+    ce: bool = Field(default=True, description="false: distillation alone, as in the paper's Table 1")
     energies: Energies = ()
     weighting: Weighting = InstanceWeighting()
     reduction: Literal["sample", "token"] = Field(
-        default="sample", description="mean over samples of per-sample means, or over all answer tokens"
+        default="sample", description="mean over the samples of each sample's mean, or mean over all answer tokens"
     )
-    chunk_rows: int = Field(default=1024, ge=1, description="answer rows whose logits exist at one time")
+    chunk_rows: int = Field(default=1024, ge=1, description="answer rows whose logits are in memory at a time")
 
     @property
     def channels(self) -> tuple[str, ...]:
@@ -133,7 +137,7 @@ class ObjectiveSpec(Spec):
     @model_validator(mode="after")
     def _check(self) -> "ObjectiveSpec":
         if len(set(self.channels)) != len(self.channels):
-            raise ValueError(f"energies: a name stands twice in {list(self.channels)}; give each once")
+            raise ValueError(f"energies: a name is listed twice in {list(self.channels)}; list each once")
         if not self.ce and not self.energies:
             raise ValueError("ce is false and energies is empty: there is nothing to learn from. Add an energy")
         check_weighting(self.weighting, self.channels, ce=self.ce)

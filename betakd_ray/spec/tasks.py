@@ -26,13 +26,13 @@ class QuestionsSpec(Spec):
     )
     max_new_tokens: int = Field(default=16, ge=1)
     batch_size: int = Field(default=64, ge=1)
-    limit: int | None = Field(default=None, ge=1, description="first samples only")
+    limit: int | None = Field(default=None, ge=1, description="use only this number of first samples")
 
     @model_validator(mode="after")
     def _asked_once(self) -> "QuestionsSpec":
         if weighted := [entry for entry in self.data.train if entry.weight != 1]:
             raise ValueError(
-                f"data.train: {weighted[0].path} has weight {weighted[0].weight:g}, and each question is asked once: "
+                f"data.train: {weighted[0].path} has weight {weighted[0].weight:g}, but each question is asked once: "
                 "leave weight out"
             )
         return self
@@ -50,7 +50,7 @@ class EvaluationSpec(QuestionsSpec):
     @model_validator(mode="after")
     def _known_label(self) -> "EvaluationSpec":
         if self.agreement_with is not None and self.agreement_with not in self.models:
-            raise ValueError(f"agreement_with {self.agreement_with!r} is none of the models {list(self.models)}")
+            raise ValueError(f"agreement_with {self.agreement_with!r} is not one of the models {list(self.models)}")
         return self
 
 
@@ -64,10 +64,10 @@ class SweepSpec(Spec):
         min_length=1, description="section.field → values, e.g. objective.weighting: [equal, task, instance]"
     )
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = Field(
-        default=(0,), description="each cell is run once a seed; the table has mean ± standard deviation"
+        default=(0,), description="each cell is run once per seed; the table has mean ± standard deviation"
     )
-    parallel: int = Field(default=1, ge=1, description="cells that run at a time, each with workers of its own")
-    evaluation: QuestionsSpec | None = Field(default=None, description="what each cell's model is asked")
+    parallel: int = Field(default=1, ge=1, description="cells that run at the same time, each with its own workers")
+    evaluation: QuestionsSpec | None = Field(default=None, description="questions for each cell's model")
     output: OutputSpec = Field(default_factory=OutputSpec)
 
     @model_validator(mode="after")
@@ -76,14 +76,16 @@ class SweepSpec(Spec):
         for path in paths:
             if _overlap(path, "training.seed"):
                 raise ValueError(
-                    f"{path}: training.seed comes from `seeds`, over which the table has mean and deviation; name "
+                    f"{path}: `seeds` sets training.seed, and the table has mean and deviation over the seeds; name "
                     "other fields"
                 )
             if path.partition(".")[0] in ("name", "output"):
-                raise ValueError(f"{path}: a cell is named by its values, under the sweep's output; leave it out")
+                raise ValueError(
+                    f"{path}: the sweep names each cell by its values, and puts it under its own output; leave this out"
+                )
         for one, other in itertools.combinations(paths, 2):
             if _overlap(one, other):
-                raise ValueError(f"{one} and {other}: one would undo the other; name each field once")
+                raise ValueError(f"{one} and {other}: one would overwrite the other; name each field once")
         return self
 
 

@@ -44,7 +44,7 @@ class WorkersSpec(Spec):
     @model_validator(mode="after")
     def _ordered(self) -> "WorkersSpec":
         if self.max < self.min:
-            raise ValueError(f"max {self.max} is below min {self.min}")
+            raise ValueError(f"max {self.max} is below min {self.min}; raise max or lower min")
         return self
 
 
@@ -57,17 +57,17 @@ class TrainingSpec(Spec):
 
     epochs: int = Field(default=1, ge=1)
     max_steps: int | None = Field(default=None, ge=1, description="stop early; default: all epochs")
-    global_batch_size: int = Field(default=128, ge=1, description="samples a step, whatever the number of workers")
+    global_batch_size: int = Field(default=128, ge=1, description="samples per step, of all workers together")
     micro_batch_size: int | None = Field(
         default=None,
         ge=1,
-        description="samples a worker holds at a time; default: 8, or no limit with micro_batch_tokens",
+        description="samples that a worker trains on at a time; default: 8, or no limit with micro_batch_tokens",
     )
     micro_batch_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="tokens a worker holds at a time, padding and image tokens included: samples of like lengths are "
-        "put together until it is reached",
+        description="largest number of tokens that a worker trains on at a time, padding and image tokens included; "
+        "samples of similar length are grouped up to it",
     )
     workers: WorkersSpec = WorkersSpec(max=1)
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -78,14 +78,16 @@ class TrainingSpec(Spec):
     checkpoint_every: int = Field(default=500, ge=1, description="steps")
     keep: int = Field(default=2, ge=1, description="checkpoints kept")
     log_every: int = Field(default=10, ge=1, description="steps")
-    max_skipped_steps: int = Field(default=5, ge=1, description="non-finite steps in a row that stop the job")
+    max_skipped_steps: int = Field(
+        default=5, ge=1, description="number of non-finite steps in a row after which the job stops"
+    )
     max_failures: int = Field(
         default=3,
         ge=0,
-        description="restarts in a row with no new checkpoint in between: of the student workers, and of the job where "
-        "a process that watches over it died",
+        description="largest number of restarts in a row without a new checkpoint in between: restarts of the student "
+        "workers, and restarts of the job after one of its control processes died",
     )
-    collective_timeout_s: Positive = Field(default=600.0, description="a rank silent for so long is taken for dead")
+    collective_timeout_s: Positive = Field(default=600.0, description="a rank that is silent for longer counts as dead")
 
     def steps(self, samples: int) -> int:
         """Return the optimizer steps of a job that reads `samples` samples over all its epochs."""
@@ -147,7 +149,7 @@ class TrainingSpec(Spec):
     def _keeps_float32_copies(self) -> "TrainingSpec":
         if self.zero_stage == 0 and self.precision == "bf16":
             raise ValueError(
-                "zero_stage is 0 and precision is bf16: there DeepSpeed sums gradients in bfloat16. Set zero_stage to "
-                "1, which with one worker takes no more memory, or precision to fp32"
+                "zero_stage is 0 and precision is bf16: with both, DeepSpeed sums gradients in bfloat16. Set "
+                "zero_stage to 1 (with one worker it takes no more memory), or set precision to fp32"
             )
         return self

@@ -38,14 +38,14 @@ class SpecLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
         if self._depth == MAX_DEPTH:
-            raise ComposerError(None, None, f"more than {MAX_DEPTH} levels", event.start_mark)
+            raise ComposerError(None, None, f"more than {MAX_DEPTH} nested levels", event.start_mark)
         self._depth += 1
         node = cast(yaml.Node, super().compose_node(parent, index))
         self._depth -= 1
         if not isinstance(event, yaml.AliasEvent):
             self._sizes[node] = 1 + sum(self._sizes[inner] for inner in _inner(node))
         if self._sizes.get(node, MAX_VALUES) >= MAX_VALUES:  # an alias inside its own anchor has no size yet
-            raise ComposerError(None, None, f"aliases that unfold to more than {MAX_VALUES} values", event.start_mark)
+            raise ComposerError(None, None, f"aliases that expand to more than {MAX_VALUES} values", event.start_mark)
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -54,10 +54,10 @@ class SpecLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if key.tag not in (_TEXT, _MERGE):
                 raise ComposerError(
-                    None, None, f"{shortened(key.value)} is a key and no text: quote it", key.start_mark
+                    None, None, f"the key {shortened(key.value)} is not a text: quote it", key.start_mark
                 )
             if key.value in seen:
-                raise ComposerError(None, None, f"{shortened(key.value)} stands a second time", key.start_mark)
+                raise ComposerError(None, None, f"{shortened(key.value)} is given a second time", key.start_mark)
             seen.add(key.value)
         return node
 
@@ -69,7 +69,7 @@ class SpecLoader(yaml.SafeLoader):
         except (ValueError, LookupError) as error:  # .inf, half a surrogate pair, `!!int x`, 5,000 digits
             kind = node.tag.rpartition(":")[2]
             raise ConstructorError(
-                None, None, f"{shortened(node.value)} is no {kind} that a spec can hold", node.start_mark
+                None, None, f"{shortened(node.value)} is not a valid {kind} for a spec", node.start_mark
             ) from error
         return value
 

@@ -124,9 +124,9 @@ def join_signals(signals: Sequence[Signal], inputs: ModelInputs, needs: Needs) -
             found = 0 if array is None else len(array)
             if found != count:
                 raise TeacherError(
-                    f"the teacher's signal has {found} values of {name!r}, and the sample has {count} places for them "
+                    f"the teacher's signal has {found} values of {name!r}, but the sample has {count} places for them "
                     f"(sample {at} of {len(signals)} in a micro-batch). If it was read from teacher.cache, remove that "
-                    "cache; if not, teacher and student do not see this sample alike."
+                    "cache. Otherwise teacher and student do not agree on the tokens of this sample."
                 )
             if array is not None:
                 arrays.append(array)

@@ -129,7 +129,7 @@ class SignalCache:
                 except SafetensorError as error:
                     raise TeacherError(
                         f"teacher.cache: {path} is damaged at byte {places[at].offset} ({error}). Remove it and the "
-                        ".index beside it; the teacher will be asked again."
+                        ".index file beside it; the teacher will then answer these samples again."
                     ) from error
         return [signals[at] for at in range(len(places))]
 
@@ -332,7 +332,7 @@ def differs(live: Signal, stored: Signal, dtype: str) -> str | None:
     for name, now in live.items():
         then = stored.get(name)
         if then is None or then.shape != now.shape:
-            return f"{name}: of shape {None if then is None else then.shape} in the cache, and {now.shape} now"
+            return f"{name}: has shape {None if then is None else then.shape} in the cache, but {now.shape} now"
     for name, now in live.items():
         difference = _missing_mass(live, stored) if name == "top_ids" else _difference(name, now, stored[name])
         if not difference <= ROUNDING[dtype]:

@@ -295,8 +295,8 @@ class TeacherClient:
                 since = now
             elif now - since > self._start_timeout_s:
                 raise TeacherError(
-                    f"no teacher came back within cluster.start_timeout_s = {self._start_timeout_s:g} s; is there a "
-                    "node for one?"
+                    f"no teacher came back within cluster.start_timeout_s = {self._start_timeout_s:g} s. Check that "
+                    "the cluster has a node for one."
                 )
             if now - told > 60:
                 told = now
@@ -330,7 +330,7 @@ class TeacherClient:
         if self._failure is not None:
             raise self._failure
         if self._is_closed.is_set():
-            raise TeacherError("the client of the teachers was closed while a group was with them")
+            raise TeacherError("the client of the teachers was closed while a teacher had a group of samples")
 
     def _beat(self) -> None:
         """Send heartbeats to the pool. On a separate thread, so that a slow pool does not delay training."""

@@ -45,7 +45,7 @@ class _Examination:
     def _refuse(self, group: Sequence[Rendering], reason: str) -> Answer:
         self.refused += 1
         if self.refused > 1 and not self.answered:
-            raise TeacherError(f"the teacher cannot score a batch, whichever sample of it is tried: {reason}")
+            raise TeacherError(f"the teacher could not score any sample of a batch that was tried: {reason}")
         try:
             self.score(self.stack(group).blank())
         except Unanswered as same:

@@ -118,8 +118,8 @@ class TeacherPool:
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"cluster.teacher: {len(self._members)} of {self._min} teachers were ready within "
-                    f"cluster.start_timeout_s = {timeout_s:g}. The cluster has {ray.cluster_resources()}; lower "
-                    "cluster.teacher.min or its gpus, or add nodes."
+                    f"cluster.start_timeout_s = {timeout_s:g}. The cluster has {ray.cluster_resources()}. Lower "
+                    "cluster.teacher.min or cluster.teacher.gpus, or add nodes."
                 )
             time.sleep(0.1)
 
@@ -293,7 +293,7 @@ class TeacherPool:
         if self._deaths >= self._max_deaths:
             last = failure.detail.strip().splitlines()[-1]
             self._failure = TeacherError(
-                f"teachers keep dying (cluster.teacher.max_restarts is used up). The last one: {last}"
+                f"teachers died more often in a row than cluster.teacher.max_restarts allows. The last one: {last}"
             )
             raise self._failure
         self._deaths += 1

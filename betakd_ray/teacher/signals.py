@@ -198,9 +198,9 @@ class SignalSource:
             difference = None if live is None else differs(live, stored, self._dtype)
             if difference:
                 raise TeacherError(
-                    f"teacher.cache: the stored answer to sample {pending.sample.key} is not what the teacher says now "
-                    f"({difference}); the cache's key is {self._cache.key}. Remove that folder of the cache, or find "
-                    "out what changed: the teacher's weights, its kernels or its dtype."
+                    f"teacher.cache: the stored answer to sample {pending.sample.key} differs from the teacher's "
+                    f"answer now ({difference}); the cache's key is {self._cache.key}. Remove that folder of the "
+                    "cache, or find out what changed: the teacher's weights, its kernels or its dtype."
                 )
 
 

@@ -113,5 +113,5 @@ A {kind} model trained with uncertainty-aware knowledge distillation (Beta-KD, a
 def _adapted(student: StudentSpec) -> str:
     if not student.lora:
         return ""
-    place = "merged" if student.lora.merge else "beside the weights: without peft, transformers leaves them out"
-    return f"; the language model by adapters of rank {student.lora.r} ({place})"
+    place = "merged" if student.lora.merge else "in separate files: without peft, transformers does not load them"
+    return f"; the language model with adapters of rank {student.lora.r} ({place})"

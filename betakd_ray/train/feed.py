@@ -237,8 +237,8 @@ class Feed:
         counts = StepCounts.of(everyone)
         if not counts.samples:
             raise TeacherError(
-                "the teacher's answers are not finite for any sample of a global batch. In float16 it may overflow: "
-                "set teacher.dtype to bfloat16 or float32"
+                "the teacher gave no finite answer for any sample of a global batch. A teacher in float16 may "
+                "overflow: set teacher.dtype to bfloat16 or float32"
             )
         # Every rank must run as many micro-batches: the backward passes of ZeRO are collectives.
         empties = [self._collator.empty()] * (counts.micro_batches - len(part.batches))

@@ -219,7 +219,7 @@ class Worker:
             raise errors.NonFiniteLoss(
                 f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, had a loss or gradient that is not "
                 f"finite. Last good checkpoint: {last.name if last else 'none'}. Not finite: {broken or 'a gradient'}. "
-                "Start anew, under another name, with a lower optimizer.lr or precision fp32."
+                "Start a new job, under another name, with a lower optimizer.lr or precision fp32."
             )
 
     def note_skip(self, step: Step) -> None:

@@ -140,7 +140,7 @@ def _failure(error: TrainingFailedError, spec: JobSpec) -> errors.BetaKDError:
         workers = getattr(error, "worker_failures", None)
         return TrainingError(f"{spec.name}: the student workers failed: {causes(workers) if workers else error}")
     return ClusterError(
-        f"cluster.student: {cause.num_workers} students found no place within cluster.start_timeout_s = "
-        f"{spec.cluster.start_timeout_s:g}; free are {ray.available_resources()}. Wait for the other jobs, add nodes "
-        "or lower training.workers, and run it again to go on from the last checkpoint."
+        f"cluster.student: the cluster had no room for {cause.num_workers} students within cluster.start_timeout_s = "
+        f"{spec.cluster.start_timeout_s:g}. Free now: {ray.available_resources()}. Wait for the other jobs, add nodes "
+        "or lower training.workers, and run the job again to go on from the last checkpoint."
     )

@@ -187,7 +187,7 @@ def test_a_sample_that_kills_its_teachers_is_found_and_every_other_answered(
 def test_a_teacher_that_cannot_score_anything_is_an_error(ray_cluster: str, teacher: TeacherSpec, opened) -> None:
     pool = start_pool(teacher, NEEDS, TeacherPoolSpec(min=1, max_restarts=2), 0.0, "tests")
     ray.get(pool.wait_until_ready.remote(150.0))
-    with pytest.raises(TeacherError, match="cannot score a batch"):
+    with pytest.raises(TeacherError, match="could not score any sample of a batch"):
         _client(pool, teacher, opened).score(_group(10**6, 10**6))
 
 

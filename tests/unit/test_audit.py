@@ -171,20 +171,21 @@ def test_the_table_has_a_line_an_epoch_or_a_line_a_shard(tmp_path):
 def test_a_ledger_of_another_plan_is_a_problem_and_tells_nothing(tmp_path):
     found = audit(Run(ledger=Ledger([5, 4])).write(tmp_path), LOCAL)
     assert found.problems == [
-        f"{NAME}: its ledger has 1 shards of other sizes than plan.json: /data/b.tar with 4 samples, not 3"
+        f"{NAME}: its ledger and plan.json differ in the size of 1 shards: /data/b.tar with 4 samples, not 3"
     ]
     assert found.totals == dict.fromkeys(("planned", "consumed", "quarantined", "open"), 0)
     assert len(found.table(by_shard=True)) == len(found.table(by_shard=False)) == 2
 
 
 def test_a_ledger_with_another_number_of_shards_is_a_problem(tmp_path):
-    assert problems(tmp_path, ledger=Ledger([5])) == [f"{NAME}: its ledger has 1 shards, plan.json 2"]
+    assert problems(tmp_path, ledger=Ledger([5])) == [f"{NAME}: its ledger has 1 shards, but plan.json has 2"]
 
 
 def test_a_sample_that_counts_without_a_step_is_a_problem(tmp_path):
     (found,) = problems(tmp_path, ledger=ledger_of([*CONSUMED, LEFT[0]]), result=None)
     assert found == (
-        f"{NAME}: 1 samples count as done and were in no step: 3 steps of 4 took 12; 12 are consumed and 1 dropped"
+        f"{NAME}: 1 samples count as done, but were not in any step: "
+        "3 steps of 4 took 12; 12 are consumed and 1 dropped"
     )
 
 
@@ -195,7 +196,7 @@ def test_a_sample_in_two_steps_is_a_problem(tmp_path):
 
 def test_a_dropped_sample_that_is_not_quarantined_is_a_problem(tmp_path):
     (found,) = problems(tmp_path, ledger=ledger_of(CONSUMED[2:]), dropped=3, result=None)
-    assert found == f"{NAME}: 3 samples were dropped from steps, only 2 quarantined"
+    assert found == f"{NAME}: 3 samples were dropped from steps, but only 2 are quarantined"
 
 
 def test_a_sample_consumed_in_an_epoch_that_is_not_planned_is_a_problem(tmp_path):
@@ -205,7 +206,7 @@ def test_a_sample_consumed_in_an_epoch_that_is_not_planned_is_a_problem(tmp_path
 
 def test_a_sample_both_consumed_and_quarantined_is_a_problem(tmp_path):
     (found,) = problems(tmp_path, ledger=ledger_of([*CONSUMED[1:], (0, 0, 4)]), result=None)
-    assert found == f"{NAME}/quarantine.jsonl: 1 samples are consumed, too: sample 4 of /data/a.tar in epoch 0"
+    assert found == f"{NAME}/quarantine.jsonl: 1 samples are also consumed: sample 4 of /data/a.tar in epoch 0"
 
 
 def test_a_quarantined_sample_listed_twice_is_a_problem(tmp_path):
@@ -238,13 +239,13 @@ def test_a_step_logged_twice_is_a_problem(tmp_path):
 def test_a_result_that_says_another_number_than_the_files_is_a_problem(tmp_path, name):
     right = Run().result or {}
     assert problems(tmp_path, result={**right, name: 99}) == [
-        f"result.json: {name} is 99, by {NAME} it is {right[name]}"
+        f"result.json: {name} is 99, but according to {NAME} it is {right[name]}"
     ]
 
 
 def test_a_result_without_a_checkpoint_is_a_problem(tmp_path):
     found = problems(tmp_path, step=None)
-    assert "result.json: steps is 3, by checkpoints (none is committed) it is 0" in found
+    assert "result.json: steps is 3, but according to checkpoints (none is committed) it is 0" in found
 
 
 def test_an_open_sample_that_the_tail_lacks_is_a_problem(tmp_path):
@@ -270,7 +271,7 @@ def test_a_whole_step_left_over_is_a_problem_unless_max_steps_ended_the_job(tmp_
         training={"global_batch_size": 4, "micro_batch_size": 4, "max_steps": 3},
     )
     assert found == (
-        "result.json: 7 samples are left over, enough for another step of 4, and no training.max_steps ended the job"
+        "result.json: 7 samples are left over, enough for another step of 4, but training.max_steps did not end the job"
     )
 
 
@@ -298,7 +299,7 @@ def test_a_folder_without_a_runs_files_is_an_error_that_names_the_file(tmp_path,
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path, name, content):
     run = Run().write(tmp_path)
     (Path(run) / name).write_text(content)
-    with pytest.raises(OutputError, match=rf"run/{name}: not as a job of this version writes it"):
+    with pytest.raises(OutputError, match=rf"run/{name}: is not what a job of this version writes"):
         audit(run, LOCAL)
 
 
@@ -306,7 +307,7 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, name, content):
 def test_a_damaged_checkpoint_is_an_error(tmp_path, name):
     run = Run().write(tmp_path)
     (Path(run) / "checkpoints" / NAME / name).write_text("{")
-    with pytest.raises(OutputError, match=r"run/checkpoints.*(not as a job of this version writes it|is damaged)"):
+    with pytest.raises(OutputError, match=r"run/checkpoints.*(is not what a job of this version writes|is damaged)"):
         audit(run, LOCAL)
 
 
@@ -339,7 +340,7 @@ def test_a_plan_is_written_once(tmp_path):
 def test_a_plan_that_changed_under_the_run_is_an_error_that_names_the_first_difference(tmp_path, change, difference):
     write_plan(str(tmp_path), LOCAL, A_PLAN)
     before = (tmp_path / PLAN).read_bytes()
-    with pytest.raises(OutputError, match=rf"{PLAN}: the data changed under the run: {difference}.*another `name`"):
+    with pytest.raises(OutputError, match=rf"{PLAN}: the data changed during the run: {difference}.*another `name`"):
         write_plan(str(tmp_path), LOCAL, replace(A_PLAN, **change))
     assert (tmp_path / PLAN).read_bytes() == before
 
@@ -447,6 +448,6 @@ OLD = {"epochs": 2, "seed": 0, "shuffle": True}
 
 def test_a_weight_that_changed_under_a_run_is_said(tmp_path):
     write_plan(str(tmp_path), LOCAL, WEIGHTED)
-    message = r"of shard 1, /data/a\.tar, an epoch took 2 samples and takes 3: its weight in data\.train changed"
+    message = r"an epoch took 2 samples of shard 1, /data/a\.tar, and now takes 3: its weight in data\.train changed"
     with pytest.raises(OutputError, match=message):
         write_plan(str(tmp_path), LOCAL, replace(WEIGHTED, parts=((1, 3),)))

@@ -265,9 +265,9 @@ def test_the_part_that_differs_is_named_each_of_them(name):
     needs = Needs(ALL.parts | TOP_K.parts, top_k=4, vocab=9, layer=3)
     one = signal(0, needs=needs)
     assert (differs(one | {name: signal(1, needs=needs)[name]}, one, "bfloat16") or "").startswith(f"{name}: ")
-    assert (differs(one | {name: one[name][:1]}, one, "bfloat16") or "").startswith(f"{name}: of shape")
+    assert (differs(one | {name: one[name][:1]}, one, "bfloat16") or "").startswith(f"{name}: has shape")
     assert (differs(one, {part: array for part, array in one.items() if part != name}, "bfloat16") or "").startswith(
-        f"{name}: of"
+        f"{name}: has"
     )
 
 

@@ -250,7 +250,7 @@ def test_a_full_store_leaves_the_checkpoint_before(local, monkeypatch, file):
     with monkeypatch.context() as patch:
         patch.setattr(LocalFileSystem, "put_file", full(LocalFileSystem.put_file))
         patch.setattr(LocalFileSystem, "pipe_file", full(LocalFileSystem.pipe_file))
-        with pytest.raises(OutputError, match=rf"{file}: OSError.*disk is full: free some of it, or keep fewer"):
+        with pytest.raises(OutputError, match=rf"{file}: OSError.*disk is full: free some space, or keep fewer"):
             saved(local, 2, "b")
     assert names(local) == [before]
     assert is_whole(local, local.latest())
@@ -339,7 +339,7 @@ def test_a_prune_that_fails_is_a_warning_and_made_up_for_later(remote, proxy, ca
     saved(remote, 1, keep=1)
     proxy.inject("error", only="DELETE|POST .*delete", times=99)
     second = saved(remote, 2, keep=1)
-    assert re.search(r"superseded checkpoints.*step-00000001-a.*InternalError|injected", caplog.text)
+    assert re.search(r"old checkpoints.*step-00000001-a.*InternalError|injected", caplog.text)
     assert remote.latest().name == second
     proxy.planned.clear()
     third = saved(remote, 3, keep=1)
@@ -381,7 +381,7 @@ def test_of_two_attempts_at_a_step_both_are_whole_and_every_reader_takes_the_sam
 def test_an_attempt_that_is_behind_cannot_commit_what_another_has_pruned(store):
     slow = uncommitted(store, "step-2-slow")
     current = saved(store, 3)
-    with pytest.raises(OutputError, match=r"0 of .*find out what else writes or removes files there"):
+    with pytest.raises(OutputError, match=r"0 of .*Find out what else writes or removes files there"):
         store.commit(slow)
     assert names(store) == [current]
 

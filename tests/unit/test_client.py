@@ -177,7 +177,7 @@ def test_a_sample_that_a_teacher_cannot_score_costs_no_teacher(opened) -> None:
     assert_answers(answer, 2, None, 3)
     assert "IndexError" in answer.reasons[1]
     assert len(pool.teachers) == 1
-    with pytest.raises(TeacherError, match="cannot score a batch"):
+    with pytest.raises(TeacherError, match="could not score any sample of a batch"):
         client.score(group(BAD, BAD))
 
 

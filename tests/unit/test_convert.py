@@ -305,7 +305,7 @@ def test_a_pickle_is_read_only_when_that_is_asked_for(tmp_path):
     model = llava()
     source = write_llava(tmp_path, model)
     pickled(source, load_file(source / "model.safetensors"))
-    with pytest.raises(ModelError, match=r"pytorch_model\.bin: weights in a pickle. Give --allow-pickle"):
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin: the weights are in a pickle. Give --allow-pickle"):
         convert(str(source), tmp_path / "new")
     convert(str(source), tmp_path / "new", allow_pickle=True)
     assert_same_logits(loaded(tmp_path / "new"), model)
@@ -324,7 +324,7 @@ class Mine:
 def test_a_pickle_that_asks_for_more_than_tensors_is_not_obeyed(tmp_path):
     source = write_llava(tmp_path)
     pickled(source, {"model.norm.weight": Mine(tmp_path / "ran")})
-    with pytest.raises(ModelError, match="holds more than tensors, and was not read"):
+    with pytest.raises(ModelError, match="holds more than tensors, so it was not read"):
         convert(str(source), tmp_path / "new", allow_pickle=True)
     assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(Mine(tmp_path / "ran")))
@@ -334,18 +334,21 @@ def test_a_pickle_that_asks_for_more_than_tensors_is_not_obeyed(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"mm_projector_type": "ldpnet"}, "the projector is 'ldpnet'; known are mlp2x_gelu, ldpnetv2"),
+        ({"mm_projector_type": "ldpnet"}, "the projector is 'ldpnet'; the known ones are mlp2x_gelu, ldpnetv2"),
         ({"mm_projector_type": "linear"}, "the projector is 'linear'"),
-        ({"mm_vision_select_feature": "slicefour"}, "the selected feature is 'slicefour'; known are patch, cls_patch"),
+        (
+            {"mm_vision_select_feature": "slicefour"},
+            "the selected feature is 'slicefour'; the known ones are patch, cls_patch",
+        ),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end is true"),
-        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio is anyres, of LLaVA-NeXT"),
-        ({"architectures": ["LlavaMptForCausalLM"]}, "'LlavaMptForCausalLM'; language models are Llama, Mistral, Qwen"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio is anyres \(LLaVA-NeXT\)"),
+        ({"architectures": ["LlavaMptForCausalLM"]}, "'LlavaMptForCausalLM'; the known ones are Llama, Mistral, Qwen"),
         ({"mm_vision_tower": None}, "mm_vision_tower is missing"),
-        ({"mm_vision_tower": "not/there/at/all"}, "not/there/at/all: is no folder.*give --vision-tower"),
+        ({"mm_vision_tower": "not/there/at/all"}, "not/there/at/all: is not a folder.*give --vision-tower"),
         ({"hidden_size": 32}, "the weights do not fit the configuration"),
         ({"num_hidden_layers": 3}, r"weights that are missing: model.language_model.layers.2.\S+ and 8 more"),
-        ({"num_hidden_layers": 1}, r"weights that have no place: model.language_model.layers.1.\S+ and 8 more"),
-        ({"text_config": {}}, "in no original layout known here"),
+        ({"num_hidden_layers": 1}, r"weights that it does not have: model.language_model.layers.1.\S+ and 8 more"),
+        ({"text_config": {}}, "is not known here"),
     ],
 )
 def test_a_configuration_that_is_not_understood_is_refused(tmp_path, fields, said):
@@ -368,19 +371,19 @@ def test_a_projector_alone_is_no_checkpoint(tmp_path):
     source = write_llava(tmp_path)
     projector = {n: w for n, w in load_file(source / "model.safetensors").items() if "mm_projector" in n}
     save_file(projector, source / "model.safetensors")
-    with pytest.raises(ModelError, match="no weights of a language model are there"):
+    with pytest.raises(ModelError, match="has no weights of a language model"):
         convert(str(source), tmp_path / "new")
 
 
 @pytest.mark.parametrize(
     ("missing", "said"),
     [
-        ("original/config.json", "is not there"),
-        ("original/model.safetensors", "no model.safetensors and no pytorch_model.bin is there"),
-        ("original/tokenizer.json", "no tokenizer.json and no tokenizer.model is there"),
+        ("original/config.json", "does not exist"),
+        ("original/model.safetensors", "has no model.safetensors, no pytorch_model.bin, and no index"),
+        ("original/tokenizer.json", "has no tokenizer.json and no tokenizer.model"),
         ("clip/config.json", "cannot be read as a vision tower"),
         ("clip/preprocessor_config.json", "cannot be read as a vision tower"),
-        ("clip/model.safetensors", "clip: no model.safetensors"),
+        ("clip/model.safetensors", "clip: has no model.safetensors"),
     ],
 )
 def test_a_file_that_is_missing_is_named(tmp_path, missing, said):
@@ -393,13 +396,15 @@ def test_a_file_that_is_missing_is_named(tmp_path, missing, said):
 def test_a_vision_tower_of_another_kind_is_refused(tmp_path):
     source = write_llava(tmp_path)
     (tmp_path / "clip" / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(ModelError, match="a 'vit'; vision towers are clip_vision_model, siglip_vision_model"):
+    with pytest.raises(
+        ModelError, match="is a 'vit'; a vision tower must be one of clip_vision_model, siglip_vision_model"
+    ):
         convert(str(source), tmp_path / "new")
 
 
 def test_a_folder_that_has_something_in_it_is_not_written_to(tmp_path):
     source = write_llava(tmp_path)
-    with pytest.raises(OutputError, match="original: is there, and not empty"):
+    with pytest.raises(OutputError, match="original: exists and is not empty"):
         convert(str(source), source)
 
 
@@ -439,7 +444,7 @@ def test_only_a_mobilevlm_is_exported_and_with_a_tokenizer_that_its_code_reads(t
     with pytest.raises(ModelError, match="is a LlavaForConditionalGeneration; only a MobileVLM"):
         export_mobilevlm(str(tmp_path / "other"), tmp_path / "back", str(source))
     convert(str(write_mobilevlm(tmp_path / "mobilevlm")), tmp_path / "new")
-    with pytest.raises(ModelError, match=r"no tokenizer\.model is there.*--tokenizer"):
+    with pytest.raises(ModelError, match=r"has no tokenizer\.model.*--tokenizer"):
         export_mobilevlm(str(tmp_path / "new"), tmp_path / "back", str(source))
 
 

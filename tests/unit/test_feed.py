@@ -204,7 +204,7 @@ def test_a_global_batch_without_any_answer_is_an_error() -> None:
     client = Answers()
     client.refused = set(range(100))
     feed = make([sample(number) for number in range(16)], client)
-    with pytest.raises(TeacherError, match="not finite for any sample"):
+    with pytest.raises(TeacherError, match="no finite answer for any sample"):
         feed.next_step()
 
 

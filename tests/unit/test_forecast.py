@@ -83,7 +83,7 @@ def test_data_can_be_assumed(tmp_path: Path) -> None:
     assert [shard.samples for shard in found.plan.shards] == [300, 300, 300, 100]
     assert found.sample.answer_tokens == 30
     assert found.sample.image_tokens == IMAGE_TOKENS
-    with pytest.raises(DataError, match=r"data\.max_length is 80; .* Raise it, or assume less"):
+    with pytest.raises(DataError, match=r"data\.max_length is 80; .* Raise data\.max_length, or assume fewer tokens"):
         forecast(_job(tmp_path, data={"max_length": 80}), ASSUMED)
     with pytest.raises(DataError, match=r"data\.max_length: has no room for one image"):
         forecast(_job(tmp_path, data={"max_length": 8}), ASSUMED)

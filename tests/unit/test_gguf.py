@@ -329,10 +329,10 @@ def _with(file: Path, key: str, number: int) -> bytes:
             lambda file: save_gguf(file.with_name("other.gguf"), llama()),
             rf"has no {NAME}. Its GGUFs are: other\.gguf",
         ),
-        (broken(b""), r"is no GGUF, or a damaged one"),
-        (broken(b"PK\x03\x04" + bytes(100)), r"is no GGUF, or a damaged one \(.*magic"),
-        (broken(b"GGUF" + struct.pack("<IQQ", 3, 1, 2**40)), r"is no GGUF, or a damaged one"),
-        (cut_in_its_header, r"is no GGUF, or a damaged one"),
+        (broken(b""), r"is not a GGUF, or is damaged"),
+        (broken(b"PK\x03\x04" + bytes(100)), r"is not a GGUF, or is damaged \(.*magic"),
+        (broken(b"GGUF" + struct.pack("<IQQ", 3, 1, 2**40)), r"is not a GGUF, or is damaged"),
+        (cut_in_its_header, r"is not a GGUF, or is damaged"),
         (cut_short, rf"AutoConfig cannot load {NAME} \(fetch it again"),
         (of_parts, r"is one of 3 files.*llama-gguf-split --merge"),
         (
@@ -354,7 +354,7 @@ def test_a_file_that_transformers_would_not_read_is_found_before_weights_are(tmp
 
 def test_a_file_without_all_of_the_weights_is_refused(tmp_path):
     save_gguf(tmp_path / NAME, llama(), without="blk.1.ffn_up")
-    with pytest.raises(ModelError, match=r"has not all of the weights, e\.g\. none for model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ModelError, match=r"some weights are missing, e\.g\. model\.layers\.1\.mlp\.up_proj"):
         load_model(model_spec(tmp_path))
 
 
@@ -366,7 +366,7 @@ def test_without_the_package_the_error_says_how_to_get_it(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "/models/a.gguf", "../a.gguf", "s3://bucket/a.gguf", "~/a.gguf"])
 def test_only_a_gguf_within_the_folder_can_be_named(name):
-    with pytest.raises(ValidationError, match=r"no \.gguf file within path"):
+    with pytest.raises(ValidationError, match=r"not a \.gguf file inside path"):
         ModelSpec(path="org/model", gguf_file=name)
 
 
@@ -375,10 +375,10 @@ def test_a_path_that_is_a_gguf_is_told_where_it_belongs():
         ModelSpec(path="/models/a.gguf")
     for field in ("language_model", "vision_tower"):
         parts = {"kind": "parts", "language_model": "org/words", "vision_tower": "org/tower", field: "/models/a.gguf"}
-        with pytest.raises(ValidationError, match=rf"init\.parts\.{field}[^;]*a model's folder is wanted"):
+        with pytest.raises(ValidationError, match=rf"init\.parts\.{field}[^;]*the folder of a model is expected"):
             StudentSpec.model_validate({"init": parts})
 
 
 def test_there_is_nothing_to_say_about_the_quantisation_of_a_gguf():
-    with pytest.raises(ValidationError, match="the weights of a gguf_file are unpacked; leave it out"):
+    with pytest.raises(ValidationError, match="the weights of a gguf_file are dequantised; leave it out"):
         TeacherSpec(path="org/model", gguf_file=NAME, options={"quantization_config": {"quant_method": "gguf"}})

@@ -123,7 +123,7 @@ def test_different_tokenizers_are_an_error_that_names_a_token(home, tmp_path):
 def test_a_layer_that_a_model_does_not_have_is_an_error(home, tmp_path, role):
     layer = {"teacher": 1, "student": 1, role: 3}
     job = spec(home, tmp_path / "out", objective={"energies": [{"kind": "fd", "layer": layer}]})
-    refused(job, errors.ModelError, rf"fd\.layer\.{role} is 3, and the {role}'s language model has 2 layers")
+    refused(job, errors.ModelError, rf"fd\.layer\.{role} is 3, but the {role}'s language model has 2 layers")
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
@@ -262,7 +262,7 @@ def test_a_job_that_loses_its_pool_or_monitor_begins_again(attempts: Any, caplog
     job, began = attempts(deaths=2)
     assert job.fit() == DONE
     assert began == [0, 1, 2]
-    assert caplog.text.count("job: begins again from its last checkpoint") == 2
+    assert caplog.text.count("job: restarts from its last checkpoint") == 2
 
 
 def test_a_job_that_is_to_end_while_its_teachers_load_asks_to_be_resumed(
@@ -285,7 +285,7 @@ def test_a_job_that_is_to_end_while_its_teachers_load_asks_to_be_resumed(
 def test_a_job_that_loses_them_again_and_again_says_so(attempts: Any) -> None:
     job, began = attempts(deaths=99)
     with pytest.raises(
-        errors.TrainingError, match=r"job: processes that watch over the job died 4 times.*max_failures.* Run it again"
+        errors.TrainingError, match=r"job: control processes of the job died 4 times.*max_failures.* Run the job again"
     ):
         job.fit()
     assert began == [0, 1, 2, 3]

@@ -157,7 +157,7 @@ def test_an_unreachable_store_names_the_endpoint_and_where_it_is_set(monkeypatch
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://10.0.0.1:9000")
     message = refused(monkeypatch, EndpointConnectionError(endpoint_url="http://10.0.0.1:9000"), STORAGE)
-    assert "the store at http://10.0.0.1:9000 gives no usable answer" in message
+    assert "the store at http://10.0.0.1:9000 gives no valid answer" in message
     assert "storage.endpoint_url" in message
 
 

@@ -320,7 +320,7 @@ def test_an_image_is_144_tokens_whatever_the_vision_tower(pixels, patch):
 
 
 def test_an_image_too_small_for_its_tokens_is_refused():
-    with pytest.raises(ModelError, match="20 pixels do not divide into 12 tokens a side"):
+    with pytest.raises(ModelError, match="20 pixels cannot be divided into 12 tokens a side"):
         processor(mobilevlm_config(side=12, pixels=20, patch=1))
 
 

@@ -29,7 +29,8 @@ def test_a_rank_that_says_nothing_for_too_long_is_told_to_the_others_with_what_i
         assert roll.silent(10.0, float(second)) == ""
     roll.heard("a", 0, "step 7", limit_s=10.0, now=12.0)
     assert (
-        roll.silent(10.0, 12.0) == "rank 1 has said nothing for 12 s. It last was at: step 7, its feed at teacher_wait."
+        roll.silent(10.0, 12.0)
+        == "rank 1 has sent nothing for 12 s. Its last activity: step 7, its feed at teacher_wait."
     )
     roll.begin("b")
     roll.heard("a", 1, "late", limit_s=10.0, now=13.0)  # of workers that are gone

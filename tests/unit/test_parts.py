@@ -148,16 +148,18 @@ def test_a_mobilevlm_is_put_together_too(home, tmp_path):
 def test_what_is_no_such_part_is_refused_by_its_field(home, tmp_path):
     with pytest.raises(ModelError, match=r"language_model: .*llava is a vision–language model.*kind: checkpoint"):
         student_config(student(home, "clip", "llava"))
-    with pytest.raises(ModelError, match=r"vision_tower: .*plain: a 'llama'; vision towers are clip_vision_model"):
+    with pytest.raises(
+        ModelError, match=r"vision_tower: .*plain: is a 'llama'; a vision tower must be one of clip_vision_model"
+    ):
         student_config(student(home, "plain"))
-    with pytest.raises(ModelError, match="32 pixels do not divide into 12 tokens a side"):
+    with pytest.raises(ModelError, match="32 pixels cannot be divided into 12 tokens a side"):
         student_config(student(home, "clip", projector="ldpnetv2"))
     save_tower(tmp_path / "clip", "clip")
     weights = load_file(tmp_path / "clip/model.safetensors")
     kept = {name: weight for name, weight in weights.items() if not name.startswith("vision_model")}
     save_file(kept, tmp_path / "clip/model.safetensors", metadata={"format": "pt"})
     save_language_model(tmp_path / "plain")
-    with pytest.raises(ModelError, match=r"clip: has no vision tower's weights, e\.g\. no embeddings"):
+    with pytest.raises(ModelError, match=r"clip: has not all weights of a vision tower, e\.g\. no embeddings"):
         build_student(student(tmp_path, "clip"), torch.float32)
 
 

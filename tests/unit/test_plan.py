@@ -131,7 +131,7 @@ def test_entries_of_data_train_are_mixed_by_their_weights(tmp_path):
     found = [(each.shard.url[-9:], each.samples) for each in find_passes(data)]
     assert found == [("two/0.tar", 4), ("two/0.tar", 2), ("one/0.tar", 4), ("one/1.tar", 4)]
     again = DataSpec.model_validate({"train": [{"path": one, "weight": 2}, f"{tmp_path}/one/1.tar"]})
-    with pytest.raises(DataError, match=r"data\.train\.1: .*one/1\.tar is in data\.train\.0, too.*larger weight"):
+    with pytest.raises(DataError, match=r"data\.train\.1: .*one/1\.tar is also in data\.train\.0.*larger weight"):
         find_passes(again)
     assert len(find_passes(DataSpec.model_validate({"train": [one, f"{tmp_path}/one/1.tar"]}))) == 2
 
@@ -160,7 +160,7 @@ def test_an_entry_without_a_weight_is_kept_as_it_was_written():
 
 def test_questions_have_no_weight():
     tree = {"name": "e", "data": {"train": {"path": "/a.tar", "weight": 2}}, "models": {"m": {"path": "org/m"}}}
-    with pytest.raises(SpecError, match=r"data\.train: /a\.tar has weight 2, and each question is asked once"):
+    with pytest.raises(SpecError, match=r"data\.train: /a\.tar has weight 2, but each question is asked once"):
         parse_spec(tree, EvaluationSpec)
 
 

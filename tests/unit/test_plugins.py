@@ -77,7 +77,7 @@ def test_an_energy_of_the_page_is_a_channel_like_any_other() -> None:
 @pytest.mark.parametrize(
     ("energy", "said"),
     [
-        ("broken:mean", r"broken:mean .*gives \[\] for logits of \[4, 11\]"),
+        ("broken:mean", r"broken:mean .*returns \[\] for logits of \[4, 11\]"),
         ("broken:signed", "never negative"),
         ("broken:apart", "zero there"),
         ("broken:detached", "no finite gradient"),
@@ -96,9 +96,9 @@ def test_a_faulty_energy_is_refused_before_anything_starts(energy: object, said:
 @pytest.mark.parametrize(
     ("energy", "said"),
     [
-        ("broken:fkl", "fkl is the name of a channel of this package"),
+        ("broken:fkl", "fkl is a channel of this package"),
         ("broken:not a name", "should match pattern"),
-        ("hubre", "there is no kind 'hubre'; .*module:name for one of your own"),
+        ("hubre", "there is no kind 'hubre'; .*module:name for your own"),
         ("fkll", "did you mean 'fkl'"),
     ],
 )
@@ -126,7 +126,7 @@ def test_a_template_is_known_by_its_source(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("template", "said"), [("broken:silent", "has to give the prompt"), ("broken:raising", "raises IndexError")]
+    ("template", "said"), [("broken:silent", "must return the prompt"), ("broken:raising", "raises IndexError")]
 )
 def test_a_faulty_template_is_refused(template: str, said: str) -> None:
     with pytest.raises(SpecError, match=said):
@@ -145,5 +145,5 @@ def test_a_benchmark_of_the_page_scores(tmp_path: Path) -> None:
 def test_an_engine_is_a_subclass_of_ours() -> None:
     assert engine_of(TeacherSpec(path="x")) is TeacherScorer
     assert engine_of(TeacherSpec(path="x", engine="my_engines:Recording")).__mro__[1] is TeacherScorer
-    with pytest.raises(SpecError, match=r"teacher.engine: broken:signed is no subclass of .*TeacherScorer"):
+    with pytest.raises(SpecError, match=r"teacher.engine: broken:signed is not a subclass of .*TeacherScorer"):
         engine_of(TeacherSpec(path="x", engine="broken:signed"))

@@ -153,7 +153,7 @@ def test_where_an_answer_is_kept_travels_and_changes_no_block_s_size(samples):
     block = table(samples, stored=places)
     assert [sample.stored for sample in samples_of(block)] == [*places, None]
     assert block.nbytes == table(samples).nbytes
-    with pytest.raises(DataError, match=r"teacher\.cache: x+ has a name of 193 bytes, and 192 are the most"):
+    with pytest.raises(DataError, match=r"teacher\.cache: x+ has a name of 193 bytes, but at most 192 are allowed"):
         table(samples, stored=[Stored("x" * 193, 0, 1)])
 
 

@@ -279,10 +279,10 @@ def test_signals_that_do_not_fit_their_samples_are_refused_by_the_part_s_name(fo
         dict(signal) for signal in Answer.of(teacher_of(folder, needs).score(inputs)).signals if signal
     ]
     short = [*signals[:2], signals[2] | {"hidden": signals[2]["hidden"][1:]}]
-    with pytest.raises(TeacherError, match="values of 'hidden', and the sample has"):
+    with pytest.raises(TeacherError, match="values of 'hidden', but the sample has"):
         join_signals(short, inputs, needs)
     del signals[0]["visual"]
-    with pytest.raises(TeacherError, match="0 values of 'visual', and the sample has 4"):
+    with pytest.raises(TeacherError, match="0 values of 'visual', but the sample has 4"):
         join_signals(signals, inputs, needs)
 
 

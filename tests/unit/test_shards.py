@@ -81,7 +81,7 @@ BAD = {
     "empty JSON": ([("b.json", b""), ("b.jpg", JPG)], "not JSON"),
     "a name twice in the JSON": (
         [("b.json", b'{"id": "a", "id": "b"}'), ("b.jpg", JPG)],
-        "stands twice in ['id', 'id']",
+        "occurs twice in ['id', 'id']",
     ),
     "cut JSON": ([("b.json", record()[:-9]), ("b.jpg", JPG)], "not JSON"),
     "deeply nested JSON": ([("b.json", b"[" * 200_000)], "not JSON"),
@@ -104,11 +104,11 @@ BAD = {
     "empty conversation": ([("b.json", record(conversations=[])), ("b.jpg", JPG)], "not a list of turns"),
     "two questions in a row": (
         [("b.json", turns_json(("human", "<image>"), ("human", "?"), ("gpt", "yes"))), ("b.jpg", JPG)],
-        "turn 1 is from human, as the one before",
+        "turn 1 is from human, like the turn before",
     ),
     "two answers in a row": (
         [("b.json", turns_json(("human", "<image>"), ("gpt", "yes"), ("gpt", "no"))), ("b.jpg", JPG)],
-        "turn 2 is from gpt, as the one before",
+        "turn 2 is from gpt, like the turn before",
     ),
     "no conversation": ([("b.json", b'{"id": 1}'), ("b.jpg", JPG)], "conversations"),
     "unknown speaker": ([("b.json", turns_json(("system", "Hi"), ("gpt", "yes")))], "turn 0"),
@@ -118,8 +118,8 @@ BAD = {
         [("b.json", turns_json(("human", "?"), ("gpt", "<image>"))), ("b.jpg", JPG)],
         "answer",
     ),
-    "image missing": ([("b.json", record())], "1 <image> placeholders and 0 images"),
-    "image too many": ([("b.json", record()), ("b.0.jpg", JPG), ("b.1.jpg", JPG)], "1 <image> placeholders and 2"),
+    "image missing": ([("b.json", record())], "1 <image> placeholders, but 0 images"),
+    "image too many": ([("b.json", record()), ("b.0.jpg", JPG), ("b.1.jpg", JPG)], "1 <image> placeholders, but 2"),
     "number missing": ([("b.json", record()), ("b.0.jpg", JPG), ("b.2.jpg", JPG)], "not numbered"),
     "two unnumbered images": ([*good("b"), ("b.png", JPG)], "not numbered"),
     "images and nobody to show them to": ([("b.json", turns_json(("gpt", "yes"))), ("b.jpg", JPG)], "no human turn"),
@@ -146,26 +146,26 @@ def test_an_oversized_member_is_refused_unread(tmp_path, monkeypatch):
 def test_the_limit_is_for_all_members_of_a_sample(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MAX_SAMPLE_BYTES", 1000)
     (sample,) = read_members(tmp_path, [("a.json", record()), ("a.0.jpg", bytes(600)), ("a.1.jpg", bytes(600))])
-    assert "'a.1.jpg' makes it" in sample.reason
+    assert "with member 'a.1.jpg', the sample has" in sample.reason
 
 
 def test_a_key_that_comes_again_later_is_refused_there(tmp_path):
     first, _, again = read_members(tmp_path, [*good("a"), *good("b"), *good("a")])
     assert isinstance(first, RawSample)
-    assert again == BadSample("a", 2, "key 'a' stands twice, first as sample 0")
+    assert again == BadSample("a", 2, "key 'a' occurs twice, first as sample 0")
 
 
 def test_a_repeated_key_is_known_when_the_first_was_skipped(tmp_path):
     (again,) = read_members(tmp_path, [*good("a"), *good("b"), *good("a")], skip={0, 1})
-    assert again == BadSample("a", 2, "key 'a' stands twice, first as sample 0")
+    assert again == BadSample("a", 2, "key 'a' occurs twice, first as sample 0")
 
 
 def test_a_sample_whose_members_are_apart_is_refused_in_both_places(tmp_path):
     (json_b, jpg_b) = good("b")
     samples = read_members(tmp_path, [json_b, *good("a"), jpg_b])
     assert [type(sample) for sample in samples] == [BadSample, RawSample, BadSample]
-    assert "1 <image> placeholders and 0 images" in samples[0].reason
-    assert "stands twice" in samples[2].reason
+    assert "1 <image> placeholders, but 0 images" in samples[0].reason
+    assert "occurs twice" in samples[2].reason
 
 
 @pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -214,7 +214,7 @@ def test_what_stands_behind_a_gzipped_archive_is_damage(tmp_path, behind):
 
 @pytest.mark.parametrize("compress", [bz2.compress, lzma.compress, lambda tar: b"\x28\xb5\x2f\xfd" + tar])
 def test_other_compression_is_refused_by_name(tmp_path, compress):
-    with pytest.raises(ShardDamaged, match="compressed by another program than gzip"):
+    with pytest.raises(ShardDamaged, match="compressed, but not by gzip"):
         written(tmp_path, compress(tar_bytes(good())))
 
 

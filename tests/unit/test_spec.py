@@ -90,7 +90,9 @@ def test_a_type_of_gpu_is_any_name_that_ray_could_know_and_needs_a_gpu():
         assert parse_spec(tree(cluster__teacher={"accelerator_type": name})).cluster.teacher.accelerator_type == name
     assert "cluster.student.accelerator_type: " in refused(cluster__student={"accelerator_type": "NVIDIA H100"})
     message = refused(cluster__student={"accelerator_type": "H100", "gpus": 0})
-    assert message.endswith("cluster.student: accelerator_type is H100 and gpus is 0: ask for a GPU, or for no type")
+    assert message.endswith(
+        "cluster.student: accelerator_type is H100, but gpus is 0: ask for a GPU, or leave the type out"
+    )
     assert "no such field" in refused(cluster__readers={"accelerator_type": "H100"})
 
 
@@ -156,7 +158,7 @@ def test_an_energy_names_its_function_and_the_parts_that_there_are(section):
 @pytest.mark.parametrize("energy", ["mse_logits", "cosine_logits", "ctkd", "taid"])
 def test_an_energy_that_needs_every_logit_refuses_a_top_k_signal(energy):
     teacher = {"path": "org/teacher", "signal": "top_k"}
-    with pytest.raises(SpecError, match=rf"{energy} needs every logit.*signal: hidden"):
+    with pytest.raises(SpecError, match=rf"{energy} needs all logits.*signal: hidden"):
         parse_spec(tree(teacher=teacher, objective={"energies": [energy]}))
     with pytest.raises(SpecError, match="temperature 1"):
         parse_spec(tree(teacher=teacher, objective={"energies": [{"kind": "fkl", "student_temperature": 2}]}))
@@ -287,13 +289,13 @@ def test_a_missing_file_is_named(tmp_path):
             {"training__global_batch_size": 1, "training__workers": 2},
             "global_batch_size 1 is less than one sample for each of up to 2 workers",
         ),
-        ({"teacher": None}, "objective.energies is ['cosine_probs', 'fd'] and there is no teacher"),
-        ({"objective__energies": []}, "teacher is given and objective.energies is empty"),
-        ({"objective__energies": ["fkl", "fkl"]}, "a name stands twice"),
+        ({"teacher": None}, "objective.energies is ['cosine_probs', 'fd'], but there is no teacher"),
+        ({"objective__energies": []}, "teacher is given, but objective.energies is empty"),
+        ({"objective__energies": ["fkl", "fkl"]}, "a name is listed twice"),
         ({"objective__energies": [], "objective__ce": False}, "there is nothing to learn from"),
         (
             {"objective__weighting": {"kind": "manual", "weights": {"fd": 1.0}}},
-            "weighting.weights names ['fd'], the energies are ['cosine_probs', 'fd']",
+            "weighting.weights names ['fd'], but the energies are ['cosine_probs', 'fd']",
         ),
         ({"objective__weighting": "manual", "objective__ce": False}, "ce is false"),
         ({"cluster__teacher": {"min": 3, "max": 2}}, "max 2 is below min 3"),
@@ -319,7 +321,7 @@ def test_every_wrong_field_is_told_at_once():
 
 def test_an_unknown_label_is_named():
     evaluation = {"name": "e", "models": {"a": {"path": "org/a"}}, "data": {"train": "/x.tar"}, "agreement_with": "b"}
-    with pytest.raises(SpecError, match=r"agreement_with 'b' is none of the models \['a'\]"):
+    with pytest.raises(SpecError, match=r"agreement_with 'b' is not one of the models \['a'\]"):
         parse_spec(evaluation, EvaluationSpec)
 
 

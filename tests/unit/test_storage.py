@@ -84,7 +84,7 @@ CALLS = {
 def test_a_silent_store_is_asked_so_many_times_and_given_up(silent, tmp_path, call):
     port, accepted = silent
     filesystem, path = open_store(URL, at(port))
-    with pytest.raises(StoreSilent, match=r"0\.05 s at up to 9 attempts"):
+    with pytest.raises(StoreSilent, match=r"0\.05 s in up to 9 attempts"):
         CALLS[call](filesystem, path, tmp_path)
     assert len(accepted) == ATTEMPTS
 
@@ -191,7 +191,7 @@ def test_a_download_that_breaks_off_is_begun_again(no_pauses, tmp_path):
 @pytest.mark.parametrize("limits", [{"start": 0, "end": len(CONTENT)}, {}])
 def test_an_answer_that_always_breaks_off_is_given_up(no_pauses, limits):
     with troubled(*["cut"] * 99) as (server, filesystem, path):
-        with pytest.raises(ConnectionError, match=f"{ANSWERS} answers broke off.*payload"):
+        with pytest.raises(ConnectionError, match=f"{ANSWERS} answers were cut off.*payload"):
             filesystem.cat_file(path, **limits)
         assert server.asked == ANSWERS + (not limits)  # a HEAD for the size
 

@@ -58,7 +58,7 @@ def test_the_newest_of_our_jobs_is_meant_unless_one_is_named() -> None:
     assert jobs.find().submission_id == "newest"
     assert jobs.find("stranger").submission_id == "stranger"
     with pytest.raises(
-        ClusterError, match="no job third was submitted there; the cluster knows first, newest, stranger"
+        ClusterError, match="no job third was submitted to this cluster; it knows first, newest, stranger"
     ):
         jobs.find("third")
 

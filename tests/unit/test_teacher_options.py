@@ -70,7 +70,7 @@ def check(spec: TeacherSpec) -> None:
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("no_such_option", r"is no keyword.*no setting of a 'llava'.*Leave it out"),
+        ("no_such_option", r"is not a keyword.*not a setting of a 'llava'.*Leave it out"),
         ("max_memmory", "Did you mean max_memory"),
         ("quantisation_config", "Did you mean quantization_config"),
         ("vision_feature_layr", "Did you mean vision_feature_layer"),

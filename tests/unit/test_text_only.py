@@ -83,7 +83,7 @@ def test_greedy_answers_are_those_of_the_model_s_own_generate(folder, renderer):
 
 
 def test_a_sample_with_an_image_is_refused(renderer):
-    with pytest.raises(Unrenderable, match="has images, and the model takes none"):
+    with pytest.raises(Unrenderable, match="has images, but the model accepts none"):
         renderer.render(raw_sample(0, "yes", has_image=True))
 
 
@@ -114,13 +114,13 @@ def test_a_job_of_language_models_passes_its_checks(tmp_path, folder):
 
 
 def test_energies_on_image_tokens_are_refused(tmp_path, folder):
-    with pytest.raises(ModelError, match="fd compare image tokens; a language model has none"):
+    with pytest.raises(ModelError, match="fd compare image tokens, but a language model has none"):
         _job(tmp_path, folder, objective={"energies": ["fkl", "fd"]}).check()
 
 
 def test_a_vision_language_model_with_a_tokenizer_alone_is_refused(tmp_path, folder):
     init = {"kind": "config", "config": FAMILIES["llava_next"].config(), "processor": folder}
-    with pytest.raises(ModelError, match="only a tokenizer, which takes no images"):
+    with pytest.raises(ModelError, match="only a tokenizer, which accepts no images"):
         _job(tmp_path, folder, student={"init": init}).check()
 
 

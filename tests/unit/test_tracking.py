@@ -158,7 +158,7 @@ def test_a_run_whose_metrics_are_one_file_without_parts_keeps_what_it_had_logged
 
 def test_metrics_that_are_missing_are_said_to_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     begin(tmp_path, json.dumps({"step": 2, "records": 2}))
-    assert "2 records up to step 2 were logged and 0 are there" in caplog.text
+    assert "2 records up to step 2 were logged, but 0 are there" in caplog.text
 
 
 def test_logging_waits_for_nothing_and_an_error_of_the_store_comes_with_the_next_call(

@@ -323,7 +323,7 @@ def test_what_does_not_go_together_is_said_at_once(options, match):
 @pytest.mark.parametrize("names", [("ce",), ("ce", "fkl", "rkl"), ("fkl",)])
 def test_a_loop_of_your_own_gives_the_energies_of_the_channels(names):
     energies = {name: torch.rand(2) for name in names}
-    with pytest.raises(ValueError, match=r"energies are .*give those of the channels, \['ce', 'fkl'\]"):
+    with pytest.raises(ValueError, match=r"energies are .*give one for each of the channels \['ce', 'fkl'\]"):
         build(kind="task")(energies)
 
 
