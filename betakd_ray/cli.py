@@ -229,6 +229,9 @@ def run_sweep(spec: str, overrides: list[str]) -> None:
 def audit(
     run: Annotated[str, typer.Argument(help="folder of the run: output.path/name")],
     by_shard: Annotated[bool, typer.Option("--by-shard", help="print one line per shard, not per epoch")] = False,
+    quarantined: Annotated[
+        bool, typer.Option("--quarantined", help="print each quarantined sample and the reason, and no counts")
+    ] = False,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Say where every planned sample went, from a run's files; exit code 1 if they do not add up."""
@@ -236,7 +239,7 @@ def audit(
 
     with exit_codes():
         found = accounts.audit(run, StorageSpec(endpoint_url=endpoint_url))
-    print_table(found.table(by_shard))
+    print_table(found.reasons() if quarantined else found.table(by_shard))
     print(f"{run}: {found.state}")
     for problem in found.problems:
         print(f"betakd: {problem}", file=sys.stderr)

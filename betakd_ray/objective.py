@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from betakd_ray.energies import cross_entropy, entropy, matching_distance
+from betakd_ray.energies.rows import cross_entropy, entropy, matching_distance
 from betakd_ray.errors import SpecError
 from betakd_ray.plugins import load
 from betakd_ray.spec import LogitsEnergy, ObjectiveSpec, PluginEnergy

@@ -8,7 +8,7 @@ models are compared on these tokens.
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,14 +21,12 @@ from transformers import LlavaProcessor
 from betakd_ray.batch.images import ImageProcessing, Images
 from betakd_ray.batch.sample import IMAGE, Rendering
 from betakd_ray.data.samples import RawSample
+from betakd_ray.data.templates import Span, Template, image_first
 from betakd_ray.errors import ModelError, SpecError
 from betakd_ray.plugins import load, source_of
 from betakd_ray.spec import DataSpec
+from betakd_ray.spec.data import TEMPLATES
 
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Image formats that are read, whatever the member's name says. Not all of Pillow's: for EPS it starts Ghostscript."""
 
@@ -37,43 +35,9 @@ PROBES = ((48, 32), (32, 48), (300, 40), (700, 500))
 PROBE = RawSample("probe", 0, "probe", [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A probe."}], [])
 NO_TOKEN = -1
 
-Span = tuple[str, bool]
-"""A piece of the text, and whether it is an answer, which the model learns."""
-
 
 class Unrenderable(Exception):
     """Error of a sample that cannot become a training example. Its message is the reason kept in quarantine."""
-
-
-def vicuna_v1(turns: Sequence[dict[str, str]], system: str | None, eos: str) -> Iterator[Span]:
-    """Yield a conversation in LLaVA's and MobileVLM's format, with the separators " " and the end-of-sequence token."""
-    system = VICUNA_SYSTEM if system is None else system
-    yield (system + " " if system else ""), False
-    for turn in turns:
-        if turn["from"] == "human":
-            yield f"USER: {_image_first(turn['value'])} ASSISTANT: ", False
-        else:
-            yield turn["value"] + eos, True
-
-
-def plain(turns: Sequence[dict[str, str]], system: str | None, eos: str) -> Iterator[Span]:
-    """Yield the image and its caption without a prompt, for the warm-up of the projector."""
-    for turn in turns:
-        if turn["from"] == "human":
-            yield IMAGE * turn["value"].count(IMAGE), False
-        else:
-            yield turn["value"] + "\n", True
-
-
-Template = Callable[[Sequence[dict[str, str]], str | None, str], Iterable[Span]]
-"""Function of (turns, system prompt, end-of-sequence token) → the text, as pieces of prompt and answer."""
-TEMPLATES: dict[str, Template] = {"vicuna_v1": vicuna_v1, "plain": plain}
-
-
-def _image_first(text: str) -> str:
-    """Move images to the start of the turn, one per line, as LLaVA's preprocessing does."""
-    count = text.count(IMAGE)
-    return f"{IMAGE}\n" * count + text.replace(IMAGE, "").strip()
 
 
 def _template(data: DataSpec, eos: str) -> Template | None:
@@ -81,9 +45,12 @@ def _template(data: DataSpec, eos: str) -> Template | None:
 
     A user's function is tried on a conversation of two turns. Raises SpecError if it does not give prompt and answer.
     """
-    if data.template in ("chat", *TEMPLATES):
-        return TEMPLATES.get(data.template)
-    function = load(data.template, "data.template")
+    reference = TEMPLATES.get(data.template, data.template)
+    if reference is None:
+        return None
+    function = load(reference, "data.template")
+    if data.template in TEMPLATES:
+        return function
     try:
         spans = [(str(text), bool(is_answer)) for text, is_answer in function(PROBE.conversation, None, eos)]
     except Exception as error:  # the function is the user's
@@ -248,7 +215,7 @@ class Renderer:
 
     def _message(self, role: str, text: str) -> dict[str, Any]:
         if not self._takes_parts:
-            return {"role": role, "content": _image_first(text) if role == "user" else text}
+            return {"role": role, "content": image_first(text) if role == "user" else text}
         images = 0
         if role == "user":
             images, text = text.count(IMAGE), text.replace(IMAGE, "").strip()

@@ -20,52 +20,11 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from betakd_ray.energies.on_image_tokens import feature_distance, relation
-from betakd_ray.energies.on_logits import (
-    adaptive_kl,
-    cosine_logits,
-    cosine_probs,
-    curriculum_temperature,
-    forward_kl,
-    jensen_shannon,
-    mse_logits,
-    mse_probs,
-    reverse_kl,
-    skew_forward_kl,
-    skew_reverse_kl,
-    taid,
-    total_variation,
-)
-from betakd_ray.energies.rows import cross_entropy, entropy, matching_distance
+from betakd_ray.plugins import load
 from betakd_ray.spec.energies import BY_NAME, LogitsEnergy
 
-__all__ = [
-    "ENERGIES",
-    "adaptive_kl",
-    "cosine_logits",
-    "cosine_probs",
-    "cross_entropy",
-    "curriculum_temperature",
-    "energy",
-    "entropy",
-    "feature_distance",
-    "forward_kl",
-    "jensen_shannon",
-    "matching_distance",
-    "mse_logits",
-    "mse_probs",
-    "relation",
-    "reverse_kl",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "taid",
-    "total_variation",
-]
-
 ENERGIES: dict[str, Callable[..., Tensor]] = {
-    name: globals()[section.function.partition(":")[2]]
-    for name, section in BY_NAME.items()
-    if issubclass(section, LogitsEnergy)
+    name: load(section.function, name) for name, section in BY_NAME.items() if issubclass(section, LogitsEnergy)
 }
 """Energies on logits: name in specs → function."""
 

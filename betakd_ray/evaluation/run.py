@@ -24,13 +24,12 @@ from betakd_ray.on_ray.cluster import gpus_each, placement
 from betakd_ray.plugins import load
 from betakd_ray.progress import progress_line
 from betakd_ray.spec import EvaluationSpec, QuestionsSpec
+from betakd_ray.spec.tasks import BENCHMARKS
 from betakd_ray.storage import join, open_store
 
 SCORES = "evaluation.json"
 Benchmark = Callable[[Sequence[ModelAnswer]], Mapping[str, float]]
 """Function of a model's answers, in the order of the questions, that returns metric → number."""
-BENCHMARKS = {"exact_match": "betakd_ray.evaluation.exact_match:score"}
-"""Benchmark → its function, as module:name."""
 
 Scores = dict[str, float]
 

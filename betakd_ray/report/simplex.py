@@ -22,6 +22,8 @@ MOVING = {"ctkd": {"temperature": 2.0}, "taid": {"t": 0.5}}
 
 FINE, COARSE = 100, 10
 """Number of grid steps along an edge, for the contours and for the arrows. The teacher is a point of the FINE grid."""
+COLUMNS = 5
+"""Number of panels in a row of the figure."""
 ARROW, LONGEST = 0.3, 0.09
 """Length of an arrow for a gradient of norm 1, and largest length of an arrow; the triangle's side has length 1."""
 CORNERS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.75**0.5]], dtype=torch.float64)
@@ -64,8 +66,9 @@ def draw(path: str) -> None:
     """Draw all energies on logits as one SVG. Its coloured layers are images."""
     # No date and no random ids, so that the same code always writes the same file.
     with matplotlib.rc_context({"svg.hashsalt": "energies", "font.size": 9}):
-        figure = Figure(figsize=(10.5, 6.8), facecolor="white", layout="constrained")
-        panels: list[Axes] = figure.subplots(3, 5).flatten().tolist()
+        rows = -(-(len(ENERGIES) + 1) // COLUMNS)  # one panel more for the legend
+        figure = Figure(figsize=(2.1 * COLUMNS, 2.27 * rows), facecolor="white", layout="constrained")
+        panels: list[Axes] = figure.subplots(rows, COLUMNS).flatten().tolist()
         for panel in panels:
             panel.set_aspect("equal")
             panel.axis("off")

@@ -51,6 +51,8 @@ class Audit:
     """
     problems: list[str]
     """Contradictions between the run's files, one text each."""
+    quarantined: list[Quarantined]
+    """Samples of the plan that are in quarantine."""
 
     @property
     def totals(self) -> dict[str, int]:
@@ -77,6 +79,13 @@ class Audit:
         lines = [[*name, *_figures(row)] for name, row in zip(names, counts.tolist(), strict=True)]
         return [[*header, *COLUMNS], *lines, [*total, *_figures(self.totals.values())]]
 
+    def reasons(self) -> list[list[str]]:
+        """Return a header, and one line per quarantined sample: epoch, shard, number in the shard, key, reason."""
+        lines = [
+            [str(bad.epoch), self.shards[bad.shard], str(bad.index), bad.key, bad.reason] for bad in self.quarantined
+        ]
+        return [["epoch", "shard", "sample", "key", "reason"], *lines]
+
 
 def audit(run: str, storage: StorageSpec) -> Audit:
     """Return the audit of a run. The job may still be running.
@@ -88,6 +97,7 @@ def audit(run: str, storage: StorageSpec) -> Audit:
     last = _committed(run, storage, plan)
     problems = list(_disordered(_logged(run, storage)))
     counts: dict[str, NDArray[np.int64]] = dict.fromkeys(COLUMNS, np.zeros((0, len(plan.shards)), np.int64))
+    inside: list[Quarantined] = []
     if wrong := list(_of_another_plan(last, plan)):
         problems += wrong
     else:
@@ -98,7 +108,7 @@ def audit(run: str, storage: StorageSpec) -> Audit:
             left = int(counts["open"].sum())
             tail = tail_of(plan, last.ledger, inside, spec.training.global_batch_size)
             problems += _misreported(outcome, last, plan, spec, left, tail)
-    return Audit(last.step, outcome is not None, _names(plan), counts, problems)
+    return Audit(last.step, outcome is not None, _names(plan), counts, problems, inside)
 
 
 def _names(plan: Plan) -> tuple[str, ...]:

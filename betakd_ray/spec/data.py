@@ -1,10 +1,21 @@
 """The section `data`: which shards are read, and how a conversation becomes tokens."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
 from betakd_ray.spec.base import Fraction, Location, Plugin, Spec, StorageSpec, as_tuple
+
+TEMPLATES = {
+    "plain": "betakd_ray.data.templates:plain",
+    "vicuna_v1": "betakd_ray.data.templates:vicuna_v1",
+    "chat": None,
+}
+"""Chat template → its function as module:name; None for the processor's own template."""
+if TYPE_CHECKING:
+    TemplateName = str
+else:
+    TemplateName = Literal[tuple(TEMPLATES)]
 
 
 class TrainingData(Spec):
@@ -33,7 +44,7 @@ class DataSpec(Spec):
         description="shards: paths or URLs, with {00..07} braces and * globs, each alone or as {path, weight}"
     )
     storage: StorageSpec = StorageSpec()
-    template: Literal["plain", "vicuna_v1", "chat"] | Plugin = Field(
+    template: TemplateName | Plugin = Field(
         default="vicuna_v1",
         description="`chat`: the processor's own template; `plain`: for projector warm-up; module:name: your own",
     )

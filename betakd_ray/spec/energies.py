@@ -1,7 +1,8 @@
 """The table of energies: name in specs, options, function, and what is compared, each in one place.
 
 A class below says everything about one energy, and `SECTIONS` lists the classes. To add an energy, write its function
-in `betakd_ray.energies`, and its class here. An energy from a module of your own needs neither (docs/extending.md).
+in `betakd_ray.energies.on_logits`, and its class here. An energy from a module of your own needs neither
+(docs/extending.md).
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
@@ -56,42 +57,42 @@ class ProbabilitiesEnergy(LogitsEnergy):
 
 
 class ForwardKL(ProbabilitiesEnergy):
-    function = "betakd_ray.energies:forward_kl"
+    function = "betakd_ray.energies.on_logits:forward_kl"
     kind: Literal["fkl"] = "fkl"
     reference: bool = Field(default=False, description="drop the teacher's entropy, as the released code does")
 
 
 class ReverseKL(ProbabilitiesEnergy):
-    function = "betakd_ray.energies:reverse_kl"
+    function = "betakd_ray.energies.on_logits:reverse_kl"
     kind: Literal["rkl"] = "rkl"
 
 
 class SkewForwardKL(ProbabilitiesEnergy):
-    function = "betakd_ray.energies:skew_forward_kl"
+    function = "betakd_ray.energies.on_logits:skew_forward_kl"
     kind: Literal["sfkl"] = "sfkl"
     skew: float = Field(default=0.1, gt=0, lt=1, description="λ, the teacher's share of the mixture")
     reference: bool = False
 
 
 class SkewReverseKL(ProbabilitiesEnergy):
-    function = "betakd_ray.energies:skew_reverse_kl"
+    function = "betakd_ray.energies.on_logits:skew_reverse_kl"
     kind: Literal["srkl"] = "srkl"
     skew: float = Field(default=0.1, gt=0, lt=1, description="λ, the student's share of the mixture")
 
 
 class JensenShannon(ProbabilitiesEnergy):
-    function = "betakd_ray.energies:jensen_shannon"
+    function = "betakd_ray.energies.on_logits:jensen_shannon"
     kind: Literal["js"] = "js"
     mixture: float = Field(default=0.5, gt=0, lt=1, description="w, the teacher's share (the released code: 0.1)")
 
 
 class TotalVariation(ProbabilitiesEnergy):
-    function = "betakd_ray.energies:total_variation"
+    function = "betakd_ray.energies.on_logits:total_variation"
     kind: Literal["tvd"] = "tvd"
 
 
 class AdaptiveKL(ProbabilitiesEnergy):
-    function = "betakd_ray.energies:adaptive_kl"
+    function = "betakd_ray.energies.on_logits:adaptive_kl"
     kind: Literal["adaptive_kl"] = "adaptive_kl"
     head_mass: float = Field(default=0.5, gt=0, lt=1, description="μ, the teacher's probability mass in the head")
 
@@ -107,7 +108,7 @@ class TemperatureSchedule(Spec):
 class CurriculumTemperature(LogitsEnergy):
     """CTKD: forward KL at one temperature for teacher and student, which is learned against the student."""
 
-    function = "betakd_ray.energies:curriculum_temperature"
+    function = "betakd_ray.energies.on_logits:curriculum_temperature"
     moving = "temperature"
     is_learned = True
     kind: Literal["ctkd"] = "ctkd"
@@ -136,7 +137,7 @@ class InterpolationSchedule(Spec):
 class TemporallyAdaptiveInterpolation(LogitsEnergy):
     """TAID: forward KL from a target that moves from the student to the teacher."""
 
-    function = "betakd_ray.energies:taid"
+    function = "betakd_ray.energies.on_logits:taid"
     moving = "t"
     kind: Literal["taid"] = "taid"
     schedule: InterpolationSchedule = InterpolationSchedule()
@@ -144,24 +145,24 @@ class TemporallyAdaptiveInterpolation(LogitsEnergy):
 
 
 class MSELogits(LogitsEnergy):
-    function = "betakd_ray.energies:mse_logits"
+    function = "betakd_ray.energies.on_logits:mse_logits"
     kind: Literal["mse_logits"] = "mse_logits"
     standardize: bool = Field(default=False, description="z-score both rows over the vocabulary first")
 
 
 class MSEProbs(ProbabilitiesEnergy):
-    function = "betakd_ray.energies:mse_probs"
+    function = "betakd_ray.energies.on_logits:mse_probs"
     kind: Literal["mse_probs"] = "mse_probs"
 
 
 class CosineLogits(LogitsEnergy):
-    function = "betakd_ray.energies:cosine_logits"
+    function = "betakd_ray.energies.on_logits:cosine_logits"
     kind: Literal["cosine_logits"] = "cosine_logits"
     standardize: bool = False
 
 
 class CosineProbs(ProbabilitiesEnergy):
-    function = "betakd_ray.energies:cosine_probs"
+    function = "betakd_ray.energies.on_logits:cosine_probs"
     kind: Literal["cosine_probs"] = "cosine_probs"
 
 
@@ -185,7 +186,7 @@ class FeatureLayer(Spec):
 class FeatureDistance(VisualEnergy):
     """Distance of the image tokens' features, after a trained map from the teacher's width to the student's."""
 
-    function = "betakd_ray.energies:feature_distance"
+    function = "betakd_ray.energies.on_image_tokens:feature_distance"
     mapped = "width"
     kind: Literal["fd"] = "fd"
     layer: FeatureLayer | Literal["projector"] = Field(
@@ -202,7 +203,7 @@ class FeatureDistance(VisualEnergy):
 class AlignTopK(VisualEnergy):
     """Align-KD's feature term: `fd` on the image tokens with the most attention in the teacher's first layer."""
 
-    function = "betakd_ray.energies:feature_distance"
+    function = "betakd_ray.energies.on_image_tokens:feature_distance"
     mapped = "width"
     reads_attention = True
     kind: Literal["align_topk"] = "align_topk"
@@ -216,7 +217,7 @@ class AlignTopK(VisualEnergy):
 class AlignAttention(VisualEnergy):
     """Align-KD's attention term: attention from each answer row to each image token in the first layer."""
 
-    function = "betakd_ray.energies:feature_distance"
+    function = "betakd_ray.energies.on_image_tokens:feature_distance"
     mapped = "heads"
     reads_attention = True
     kind: Literal["align_attention"] = "align_attention"
@@ -229,7 +230,7 @@ class AlignAttention(VisualEnergy):
 class Relation(VisualEnergy):
     """LLaVA-KD's relation term: similarities between the image tokens of a sample, in teacher and student."""
 
-    function = "betakd_ray.energies:relation"
+    function = "betakd_ray.energies.on_image_tokens:relation"
     kind: Literal["relation"] = "relation"
 
     @property

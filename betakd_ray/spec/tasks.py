@@ -1,7 +1,7 @@
 """Specs beside a job: evaluation, sweep and packing."""
 
 import itertools
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,12 +16,19 @@ from betakd_ray.spec.data import DataSpec
 from betakd_ray.spec.job import Name, OutputSpec
 from betakd_ray.spec.models import ModelSpec
 
+BENCHMARKS = {"exact_match": "betakd_ray.evaluation.exact_match:score"}
+"""Benchmark → its function as module:name."""
+if TYPE_CHECKING:
+    BenchmarkName = str
+else:
+    BenchmarkName = Literal[tuple(BENCHMARKS)]
+
 
 class QuestionsSpec(Spec):
     """A packed question set, with the settings for answering and scoring it."""
 
     data: DataSpec = Field(description="`train` names the shards to evaluate on, without weights")
-    benchmark: Literal["exact_match"] | Plugin = Field(
+    benchmark: BenchmarkName | Plugin = Field(
         default="exact_match", description="how answers are scored; module:name is a function of your own"
     )
     max_new_tokens: int = Field(default=16, ge=1)

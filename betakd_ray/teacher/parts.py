@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from betakd_ray.batch.inputs import Pairs, TensorInputs
-from betakd_ray.energies import entropy
+from betakd_ray.energies.rows import entropy
 from betakd_ray.models.hidden import Hidden
 from betakd_ray.objective import project, segment_mean, top_k
 from betakd_ray.spec import Feature, InstanceWeighting, LogitsEnergy, ObjectiveSpec, TeacherSpec, TopKSignal

@@ -451,3 +451,12 @@ def test_a_weight_that_changed_under_a_run_is_said(tmp_path):
     message = r"an epoch took 2 samples of shard 1, /data/a\.tar, and now takes 3: its weight in data\.train changed"
     with pytest.raises(OutputError, match=message):
         write_plan(str(tmp_path), LOCAL, replace(WEIGHTED, parts=((1, 3),)))
+
+
+def test_the_command_prints_why_samples_are_in_quarantine(tmp_path):
+    done = CliRunner().invoke(app, ["audit", Run().write(tmp_path), "--quarantined"])
+    assert done.exit_code == 0
+    for bad, shard in ((UNREADABLE, "/data/a.tar"), (UNANSWERED, "/data/b.tar")):
+        (line,) = [line for line in done.stdout.splitlines() if bad.reason in line]
+        assert bad.key in line
+        assert shard in line

@@ -341,7 +341,7 @@ def test_a_pickle_that_asks_for_more_than_tensors_is_not_obeyed(tmp_path):
             "the selected feature is 'slicefour'; the known ones are patch, cls_patch",
         ),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end is true"),
-        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio is anyres \(LLaVA-NeXT\)"),
+        ({"image_aspect_ratio": "anyres_max_9"}, r"image_aspect_ratio is anyres \(LLaVA-NeXT\)"),
         ({"architectures": ["LlavaMptForCausalLM"]}, "'LlavaMptForCausalLM'; the known ones are Llama, Mistral, Qwen"),
         ({"mm_vision_tower": None}, "mm_vision_tower is missing"),
         ({"mm_vision_tower": "not/there/at/all"}, "not/there/at/all: is not a folder.*give --vision-tower"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from betakd_ray.curriculum import Curriculum, reversal
-from betakd_ray.energies import curriculum_temperature
+from betakd_ray.energies.on_logits import curriculum_temperature
 from betakd_ray.spec import CurriculumTemperature, ForwardKL, TemporallyAdaptiveInterpolation
 from betakd_ray.spec.energies import SECTIONS
 

@@ -9,19 +9,10 @@ import torch
 from torch.autograd import gradcheck
 
 import betakd_ray
-from betakd_ray.energies import (
-    ENERGIES,
-    cross_entropy,
-    curriculum_temperature,
-    entropy,
-    feature_distance,
-    forward_kl,
-    matching_distance,
-    relation,
-    skew_forward_kl,
-    taid,
-    total_variation,
-)
+from betakd_ray.energies import ENERGIES
+from betakd_ray.energies.on_image_tokens import feature_distance, relation
+from betakd_ray.energies.on_logits import curriculum_temperature, forward_kl, skew_forward_kl, taid, total_variation
+from betakd_ray.energies.rows import cross_entropy, entropy, matching_distance
 
 INF = math.inf
 T, S = 2.0, 0.5

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from betakd_ray.energies import ENERGIES, cross_entropy
+from betakd_ray.energies import ENERGIES
+from betakd_ray.energies.rows import cross_entropy
 from betakd_ray.objective import STATISTICS, RowObjective, TeacherRows, energy_function, segment_mean, top_k
 from betakd_ray.spec import ObjectiveSpec
+from betakd_ray.spec.energies import BY_NAME, ProbabilitiesEnergy
 
 ROWS, WIDTH, TEACHER_WIDTH, VOCAB = 7, 5, 6, 11
 NAMES = list(ENERGIES)
@@ -180,7 +182,7 @@ def test_energies_without_a_teacher_s_rows_are_an_error(teacher):
 
 # ---- top-k signals -----------------------------------------------------------------------------------------------
 
-ON_BUCKETS = ["fkl", "rkl", "sfkl", "srkl", "js", "tvd", "adaptive_kl", "mse_probs", "cosine_probs"]
+ON_BUCKETS = [name for name, section in BY_NAME.items() if issubclass(section, ProbabilitiesEnergy)]
 
 
 class Buckets(Case):

@@ -12,13 +12,14 @@ from PIL import EpsImagePlugin, Image
 from tokenizers import Tokenizer
 from transformers import CLIPImageProcessorPil
 
-from betakd_ray.data.render import VICUNA_SYSTEM, Renderer, Unrenderable
+from betakd_ray.data.render import Renderer, Unrenderable
 from betakd_ray.data.samples import RawSample
+from betakd_ray.data.templates import VICUNA_SYSTEM
 from betakd_ray.errors import ModelError
 from betakd_ray.spec import DataSpec
+from betakd_ray.spec.data import TEMPLATES
 from tests.tiny import BOS, CHAT_TEMPLATE, EOS, IDS, IMAGE, IMAGE_SIZE, IMAGE_TOKENS, tiny_processor
 
-TEMPLATES = ["vicuna_v1", "plain", "chat"]
 each_template = pytest.mark.parametrize("template", TEMPLATES)
 
 ONE = (("What is it?\n<image>", "A red circle."),)
