@@ -55,6 +55,7 @@ def job(call: Callable[..., Any]) -> None:
         with exit_codes():
             call(spec, overrides)
 
+    _make_working_folder_importable()
     with answering_sigterm():
         typer.run(main)
 
@@ -206,8 +207,9 @@ def run_evaluation(spec: str, overrides: list[str]) -> None:
     from betakd_ray.on_ray.cluster import connected
 
     parsed = load_spec(spec, overrides, EvaluationSpec)
+    evaluation = Evaluation(parsed)  # names what is wrong before a cluster starts
     with connected(parsed):
-        print_scores(Evaluation(parsed).run())
+        print_scores(evaluation.run())
 
 
 @app.command()
@@ -338,5 +340,12 @@ def print_sections(rows: Iterable[tuple[str, str, str]]) -> None:
 
 def main() -> None:
     """Run the `betakd` command."""
+    _make_working_folder_importable()
     with answering_sigterm():
         app()
+
+
+def _make_working_folder_importable() -> None:
+    """Let a spec name modules in the folder where the command is typed, as `python -m` does."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())

@@ -22,6 +22,7 @@ from betakd_ray.forecast.samples import (
     teacher_group,
 )
 from betakd_ray.job import BetaKDJob
+from betakd_ray.objective import check_plugins
 from betakd_ray.on_ray.cluster import check_feasible, connected
 from betakd_ray.run.claim import was_here
 from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec
@@ -253,6 +254,7 @@ def forecast(job: BetaKDJob, assumed: AssumedData | None = None, tflops: float |
     renderers = job.renderers()
     plan = job.plan(assumed.passes() if assumed else find_passes(spec.data))
     was_here(job.run, job.spec)
+    check_plugins(spec.objective)
     views = {
         name: [assumed.rendering(renderer)] if assumed else first_samples(plan.shards[0], spec, renderer)
         for name, renderer in renderers.items()

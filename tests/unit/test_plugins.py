@@ -1,6 +1,7 @@
 """A user's own energy, template, benchmark and engine: docs/extending.md works as printed, and faults are named."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -147,3 +148,18 @@ def test_an_engine_is_a_subclass_of_ours() -> None:
     assert engine_of(TeacherSpec(path="x", engine="my_engines:Recording")).__mro__[1] is TeacherScorer
     with pytest.raises(SpecError, match=r"teacher.engine: broken:signed is not a subclass of .*TeacherScorer"):
         engine_of(TeacherSpec(path="x", engine="broken:signed"))
+
+
+def test_a_module_in_the_folder_of_the_command_is_found(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    spec = {
+        "name": "mine",
+        "data": {"train": "shards/*.tar"},
+        "models": {"one": {"path": "org/model"}},
+        "benchmark": "my_benchmarks:no_such",
+    }
+    (tmp_path / "evaluation.yaml").write_text(yaml.safe_dump(spec))
+    command = [str(Path(sys.executable).with_name("betakd")), "evaluate", "evaluation.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "benchmark: my_benchmarks:no_such: my_benchmarks has no no_such" in done.stderr
