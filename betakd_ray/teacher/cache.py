@@ -191,6 +191,7 @@ class CacheWriter:
 
     def known(self, shard: Shard, member: int) -> Signal | None:
         """Return the signal that a sample got in an earlier epoch, if it is in memory; otherwise None."""
+        # Without the lock: `add` only adds entries, and never changes or removes one.
         content = self._kept.get((_name(shard), member))
         return None if content is None else safetensors.numpy.load(content)
 
@@ -217,6 +218,7 @@ class CacheWriter:
             self._writing = self._executor.submit(self._cache.write, held)
 
     def _finish(self) -> None:
+        # Cleared first, so that an error is raised once, and `close` still stores what was added after it.
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -276,6 +278,7 @@ class _Index:
         with self._lock:
             if time.monotonic() - self._listed >= REFRESH_S:
                 self._refresh()
+                # Set after the listing, so that after an error of the store the next call lists again.
                 self._listed = time.monotonic()
             return list(self._by_shard.get(shard, ()))
 
@@ -329,12 +332,14 @@ def differs(live: Signal, stored: Signal, dtype: str) -> str | None:
 
     `dtype` is the dtype that the teacher computes in (`TeacherFacts.dtype`).
     """
+    # All shapes are checked before any value, because `_missing_mass` reads two parts of a signal.
     for name, now in live.items():
         then = stored.get(name)
         if then is None or then.shape != now.shape:
             return f"{name}: has shape {None if then is None else then.shape} in the cache, but {now.shape} now"
     for name, now in live.items():
         difference = _missing_mass(live, stored) if name == "top_ids" else _difference(name, now, stored[name])
+        # Not `>`, because NaN is a difference too.
         if not difference <= ROUNDING[dtype]:
             return f"{name}: a relative difference of {difference:.2g}, above {ROUNDING[dtype]:g} for {dtype}"
     return None
@@ -345,6 +350,8 @@ def _difference(name: str, now: NDArray[Any], then: NDArray[Any]) -> float:
     first, second = _numbers(now), _numbers(then)
     if name == "top_log_probs":
         first, second = np.exp(first), np.exp(second)
+    # The second term is the norm of an array of noise. Without it, rounding in a signal near zero would be a large
+    # relative difference.
     size = np.linalg.norm(second) + PARTS[name].noise * second.size**0.5
     return float(np.linalg.norm(first - second) / max(size, 1e-12))
 
@@ -354,6 +361,7 @@ def _missing_mass(live: Signal, stored: Signal) -> float:
 
     Probability and not a count, because rounding alone swaps the last of the k ids with the next one.
     """
+    # The last column belongs to no id: it is the probability of all the other ids together.
     mass = np.exp(_numbers(stored["top_log_probs"])[:, :-1])
     is_missing = ~(stored["top_ids"][:, :, None] == live["top_ids"][:, None, :]).any(axis=2)
     return float((mass * is_missing).sum(axis=1).mean())

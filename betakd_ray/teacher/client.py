@@ -33,6 +33,7 @@ CHECK_S = 5.0
 """Seconds to wait for an answer before a health check of its teacher, and timeout of that check."""
 POLL_S = (0.2, 2.0)
 """Seconds between two polls of the pool while no teacher is there: the first pause, and the longest."""
+# One death may be chance, for example the loss of a node. A second one of the same group hardly is.
 SUSPECT_AFTER = 2
 """Number of teachers that may die of a group before the group is examined."""
 _LOG = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class TeacherClient:
         self._waited_s = 0.0
         self._failure: Exception | None = None
         self._is_closed = threading.Event()
+        # Taken before `_lock`, and never inside of it: its holder waits for an answer of the pool.
         self._refreshing = threading.Lock()
         self._refreshed = 0.0
         self._beating = threading.Thread(target=self._beat, name="teacher-heartbeat", daemon=True)
@@ -111,6 +113,7 @@ class TeacherClient:
                 if failure.is_deadly:
                     failures += self._report(ticket, str(failure))
             finally:
+                # After `_report`, which looks for the ticket among the groups that were sent.
                 self._settle(ticket)
             if not failure.is_deadly:
                 return self._examine(group, self._score)
@@ -153,6 +156,7 @@ class TeacherClient:
                     self._sent[ticket.teacher.number].append(ticket)
             if ticket is not None:
                 self._check_open()
+                # Outside of the lock: Ray serialises the group here, images included, and other threads need the lock.
                 ticket.pending = ticket.teacher.submit(inputs)
                 return ticket
             self._wait_for_members()
@@ -180,6 +184,7 @@ class TeacherClient:
         begun = time.monotonic()
         while True:
             try:
+                # A short wait, so that the thread soon notices a closed client or a pool that has given up.
                 answer = ticket.pending.result(min(self._check_s, 1.0))
                 pulse.heard = time.monotonic()
                 return answer
@@ -222,8 +227,12 @@ class TeacherClient:
         with self._lock:
             is_first = number not in self._suspects
             if is_first:
+                # Chosen once, by the first thread that notices the death. As soon as groups are settled, groups that
+                # only waited in the queue are the oldest.
                 self._suspects[number] = self._sent[number][:IN_HAND]
             self._members.pop(number, None)
+        # Outside of the lock: this waits for the pool. Meanwhile the entry in `_suspects` keeps other threads from a
+        # second report, and keeps an older roster from bringing the teacher back.
         if is_first and not self._pool.lost(number, reason):
             with self._lock:
                 del self._suspects[number]  # the pool had removed it for a lease, after which it may return
@@ -237,6 +246,7 @@ class TeacherClient:
     # ------------------------------------------------------------------------------------------------- examination
 
     def _examine(self, group: Sequence[Rendering], score: Callable[[ModelInputs, str], GroupAnswer]) -> Answer:
+        # One name for each search: two searches on one teacher could not tell whose group killed it.
         holder = f"{self._name}/{next(self._examinations)}"
         try:
             return examine(group, self._stack, lambda inputs: score(inputs, holder))
@@ -314,6 +324,8 @@ class TeacherClient:
 
     def _take(self, roster: Any) -> None:
         with self._lock:
+            # Heartbeat and `_refresh` may bring their rosters in the wrong order. This corrects itself: the older
+            # version goes to the pool with the next request, and the pool then sends its members again.
             self._is_expecting = roster.is_expecting
             if roster.members is not None:
                 self._version = roster.version

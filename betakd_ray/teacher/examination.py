@@ -47,6 +47,7 @@ class _Examination:
         if self.refused > 1 and not self.answered:
             raise TeacherError(f"the teacher could not score any sample of a batch that was tried: {reason}")
         try:
+            # The same shapes without the content: if this fails too, the content of the sample is not the cause.
             self.score(self.stack(group).blank())
         except Unanswered as same:
             raise TeacherError(f"the teacher cannot score even a blank sample: {same}") from same

@@ -81,6 +81,7 @@ class Needs:
         layer = objective.feature_layer
         return cls(
             parts,
+            # At least one id is left over. With none, the log-probability of the rest would be minus infinity.
             top_k=min(_k(teacher), vocab - 1) if has_top_k else 0,
             vocab=vocab if has_top_k else 0,
             layer=layer.teacher if layer else 0,
@@ -127,6 +128,7 @@ class Forward:
         """Return ids [R, k] and log-probabilities [R, k + 1]; the last one is that of all other ids together."""
         ids, log_probs = [], []
         for chunk in self.hidden.rows.split(CHUNK_ROWS):
+            # Cut before the softmax: the probabilities of the ids that the student also has must add up to 1.
             logits = project(chunk, self.head)[:, : self.needs.vocab]
             top, at, rest = top_k(logits.log_softmax(1), self.needs.top_k)
             ids.append(at.int())
@@ -148,6 +150,7 @@ def _vision(forward: Forward) -> Tensor:
 def _answer(forward: Forward) -> Tensor:
     """Return [B, H] the mean hidden state over each sample's answer rows."""
     inputs = forward.inputs
+    # In float32, because a long sum in bfloat16 stops growing.
     return segment_mean(forward.hidden.rows.float(), inputs.row_sample, inputs.rows_per_sample)
 
 
@@ -156,6 +159,7 @@ def _entropies(forward: Forward) -> Tensor:
     inputs = forward.inputs
     rows = torch.cat([entropy(project(chunk, forward.head)) for chunk in forward.hidden.rows.split(CHUNK_ROWS)])
     mean = segment_mean(rows[:, None], inputs.row_sample, inputs.rows_per_sample)
+    # The zeros take part in the maximum. They do not change it, because no entropy is below zero.
     top = rows.new_zeros(len(inputs.input_ids)).scatter_reduce(0, inputs.row_sample, rows, "amax")
     return torch.cat([mean, top[:, None]], dim=1)
 

@@ -127,6 +127,7 @@ class TeacherPool:
         """Return the loaded teachers, after taking in those that became ready and ending those that have left."""
         if self._failure:
             raise self._failure
+        # Done here, because the pool has no thread of its own and students call this every few seconds.
         self._end_stale_lease()
         for number, starting in list(self._pending.items()):
             try:
@@ -158,6 +159,7 @@ class TeacherPool:
 
         Returns false if the pool had told it to leave: then its groups are not to blame for its end.
         """
+        # Each rank that had groups with the teacher reports it. Only the first report replaces it.
         teacher = self._members.pop(number, None)
         if teacher is not None:
             self._version += 1
@@ -201,10 +203,12 @@ class TeacherPool:
             self._add()
             return
         now = time.monotonic()
+        # The first is the client that has waited longest: a dict keeps the place of a key whose value changes.
         waiting = [name for name, asked in self._asking.items() if now - asked < NEXT_HOLDER_S]
         if waiting:
             self._lease = Lease(waiting[0], lease.starting)
         else:
+            # Not a member at once: a lease may end before its teacher has loaded, or has finished its groups.
             self._pending[lease.starting.teacher.number] = lease.starting
 
     def _teacher_to_lease(self) -> Starting:
@@ -225,6 +229,7 @@ class TeacherPool:
 
     def _end_stale_lease(self) -> None:
         if self._lease and time.monotonic() - self._lease.seen > FORGET_AFTER_S:
+            # The teacher is ended, because it may still work on the group for which it was leased.
             self.end_lease(self._lease.holder, is_alive=False)
 
     def heartbeat(self, client: str, waiting: float, answers: int, version: int = -1) -> Roster:
@@ -245,6 +250,7 @@ class TeacherPool:
         most = max(share for _, share in self._reports.values())
         if most > SHRINK_BELOW:
             self._calm_since = now
+        # One at a time: only after a new teacher has loaded do the waits show whether one more is needed.
         if most > GROW_ABOVE and not self._pending and len(self._members) < self._max:
             self._add()
         elif now - self._calm_since > SHRINK_AFTER_S and len(self._members) > self._min:
@@ -308,6 +314,8 @@ def on_driver_node() -> NodeAffinitySchedulingStrategy:
 
 def start_pool(teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float, job: str) -> ActorHandle:
     """Start the pool as an actor that the caller owns, so that it ends with the job's driver."""
+    # One call at a time, so the state of TeacherPool needs no lock. Without a CPU, so that it takes no place of a
+    # worker.
     manager = ray.remote(TeacherPool).options(num_cpus=0, max_concurrency=1, scheduling_strategy=on_driver_node())
     return cast(ActorHandle, manager.remote(teacher, needs, pool, gpus, job))
 

@@ -58,6 +58,7 @@ class RemoteTeacher:
         return RemotePending(self.actor.__ray_ready__.remote())
 
     def drain(self, quiet_s: float) -> RemotePending:
+        # Not in SCORE's threads: it would take one of them from the groups that it waits for.
         return RemotePending(self.actor.drain.remote(quiet_s))
 
     def kill(self) -> None:

@@ -158,6 +158,7 @@ class TeacherScorer:
         """Copy a computed answer to the host; from a GPU all parts at once, to pinned memory."""
         if self.device.type != "cuda":
             return is_finite, values
+        # The caller has waited for the computation on the host, so this stream needs no event to wait for.
         stream = self._copies()
         with torch.cuda.stream(stream):
             copied = {name: _to_pinned(value, stream) for name, value in {**values, "": is_finite}.items()}
@@ -166,6 +167,7 @@ class TeacherScorer:
 
     def _copies(self) -> "torch.cuda.Stream":
         """Return the CUDA stream on which this thread copies."""
+        # One stream for each thread: on a common stream, an answer would wait behind the copy of the next group.
         if not hasattr(self._local, "stream"):
             self._local.stream = torch.cuda.Stream(self.device)
         return self._local.stream
@@ -183,11 +185,13 @@ def answer(
     forward = Forward(hidden, inputs, pairs, model.get_output_embeddings().weight, needs)
     is_finite = torch.ones(len(inputs.input_ids), dtype=torch.bool, device=inputs.input_ids.device)
     for part in PARTS.values():
+        # Also parts that the job does not need: all other parts are computed from these.
         if not part.must_be_finite or (values := part.compute(forward)) is None:
             continue
         if part.axis == "row":
             is_finite &= _all_finite(values, inputs.row_sample, inputs.rows_per_sample)
         else:
+            # `_all_finite` is false for a sample without image tokens, but nothing is wrong with it.
             is_finite &= _all_finite(values, inputs.visual_sample, inputs.visual_per_sample) | ~inputs.has_image
     values = {name: PARTS[name].compute(forward) for name in PARTS if name in needs}
     return is_finite, {name: value for name, value in values.items() if value is not None}
@@ -195,6 +199,7 @@ def answer(
 
 def _all_finite(values: Tensor, sample: Tensor, counts: Tensor) -> Tensor:
     """Return [B] whether all rows of each sample are finite; false for a sample without rows."""
+    # The comparison with 1 is exact: float32 has every whole number up to 2**24, and n / n is 1.
     return segment_mean(values.isfinite().all(dim=1, keepdim=True).float(), sample, counts)[:, 0] == 1
 
 

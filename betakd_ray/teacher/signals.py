@@ -134,6 +134,8 @@ class SignalSource:
 
     def close(self) -> None:
         """Start nothing more. Does not wait for groups that are with teachers."""
+        # Futures of cancelled samples stay open for ever. The feed waits for them in short intervals, and notices its
+        # own end.
         self._scorers.shutdown(wait=False, cancel_futures=True)
         self._readers.shutdown(wait=False, cancel_futures=True)
 
@@ -157,6 +159,7 @@ class SignalSource:
                 self._busy_s.append(answer.busy_s)
                 self._transfer_s = max(0.0, min(self._transfer_s, time.monotonic() - start - answer.busy_s))
             for at, (pending, signal) in enumerate(zip(group, answer.signals, strict=True)):
+                # Before the result is set: an error of the cache can reach the job only through an open future.
                 if signal is not None and self._writer is not None:
                     self._writer.add(self._shards[pending.sample.shard], pending.sample.member, signal)
                 reason = "" if signal is not None else answer.reasons.get(at, "the teacher's output is not finite")
@@ -206,5 +209,6 @@ class SignalSource:
 
 def _fail(pendings: Sequence[Pending], error: BaseException) -> None:
     for pending in pendings:
+        # The error may come in the middle of a group, whose first samples have their results.
         if not pending.said.done():
             pending.said.set_exception(error)
