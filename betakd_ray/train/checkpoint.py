@@ -76,6 +76,7 @@ def on_disk(store: CheckpointStore, manifest: Manifest, attempt: str, group: Gro
     any later resume from this checkpoint, copy the universal form.
     """
     run = hashlib.sha256(store.root.encode()).hexdigest()[:12]
+    # The attempt is in the name, because a rank of an earlier start may still remove its own folder of this checkpoint.
     folder = Path(tempfile.gettempdir()) / f"betakd-{run}-{manifest.name}-{attempt}"
     try:
         store.require_stored(manifest)
@@ -83,8 +84,10 @@ def on_disk(store: CheckpointStore, manifest: Manifest, attempt: str, group: Gro
         if manifest.world_size != dist.get_world_size() and _has_optimizer_parts(manifest):
             wanted = _from_rank_0(lambda: _universal(store, manifest, folder), group)
         store.fetch(manifest.name, _of_this_rank(wanted), folder, str(dist.get_rank()))
+        # Each rank has copied only a part of what all ranks of the node read.
         dist.barrier(group)
         yield folder
+        # No rank may remove the folder while another one reads it.
         dist.barrier(group)
     finally:
         # The node's first rank removes the folder: all ranks have passed the barrier, or the job is failing.

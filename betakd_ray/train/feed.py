@@ -105,6 +105,7 @@ class Feed:
         self._changed = threading.Condition()
         self._ready: deque[Step | BaseException | None] = deque()
         self._is_closed = False
+        # Daemons, and `close` does not join them: the assembler may be in a collective with a rank that has died.
         self._threads = [
             threading.Thread(target=work, name=name, daemon=True)
             for name, work in (("feed-reader", self._read), ("feed-assembler", self._assemble))
@@ -115,6 +116,7 @@ class Feed:
     def next_step(self) -> Step | None:
         """Wait for the next step and return it; None after the last one. Raises the error that ended a thread."""
         with self._changed:
+            # Not with `may_stop`: only the assembler ends the steps, after all ranks have agreed to stop.
             self._wait_for(lambda: bool(self._ready))
             step = self._ready[0]
             if isinstance(step, Step):  # the end (None or an error) stays in the queue: every later call must see it
@@ -160,6 +162,8 @@ class Feed:
         """Return whether the next sample is to be read now."""
         count = len(self._ahead.pendings)
         # A group for the teacher that is being filled is always completed: the samples already in it wait for the rest.
+        # To fill the last step, the assembler may want more than a share. Without `_wanted`, each of the two threads
+        # would then wait for the other.
         if self._source.is_filling or count < max(self._wanted, self._largest_share):
             return True
         return count < self._target and self._ahead.bytes < HELD_BYTES
@@ -201,6 +205,7 @@ class Feed:
                     break
                 with self._changed:
                     # At most one finished step waits, so what is read ahead stays in the reader's bounds.
+                    # Not with `may_stop`: all ranks have agreed on this step, so this rank must train on it too.
                     self._wait_for(lambda: not self._ready)
                     self._ready.append(step)
                     self._changed.notify_all()
@@ -254,6 +259,7 @@ class Feed:
         try:
             spare = self._count_ahead(missing)
         except Stopping:
+            # The exchange below still takes place: the other ranks wait in it.
             part.stop, spare = True, 0
         everyone = self._exchange(Proposal(taken=spare, stop=part.stop))
         given = None if everyone is None else allot(missing, everyone[:, TAKEN].astype(int).tolist())

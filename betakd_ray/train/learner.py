@@ -65,6 +65,7 @@ class Learner:
         _seed(spec.training.seed)
         self.distiller = self._distiller(facts, teacher_head)
         self.engine = self._engine(total_steps)
+        # After DeepSpeed has made its groups, and before the two groups below, which keep their long timeout.
         bound_collectives(timedelta(seconds=spec.training.collective_timeout_s))
         # Collectives on host data use gloo, so that they do not wait for the device. Their timeout is long, because a
         # checkpoint takes as long as its slowest rank. The feed has a group of its own: in a group of two threads, the
@@ -134,17 +135,20 @@ class Learner:
             inputs,
             batch.teacher,
             batch.pairs,
+            # Detached: in the student's loss β is a constant. β learns only from its own loss, further down.
             torch.where(present, beta.detach() * share[:, None] * scale, 0.0),
             {name: value.detach() for name, value in moving.items()},
             statistics,
         )
         self.engine.backward(output.loss, scale_wrt_gas=False)
+        # Not a product with zero, which would keep a NaN.
         energies = torch.where(present, output.energies, 0.0)
         loss = (self.weighting.loss(beta, energies, present) * share).sum()
         if loss.requires_grad:
             loss.backward()
         for name, value in moving.items():
             if value.requires_grad:
+                # Without the scale, because BetaOptimizer sums over the ranks and does not divide.
                 value.backward(output.moving_gradients[name] / scale * reversal(progress))
         self.sums.add(energies, beta.detach(), present, share, loss.detach(), output.statistics)
 
@@ -183,6 +187,7 @@ class Learner:
         """Write this rank's files of a checkpoint to a local folder. Collective."""
         pickle_stages_by_value()
         self.engine.save_checkpoint(str(folder), tag=ENGINE, exclude_frozen_parameters=True)
+        # Rank 0 alone: this state is equal on all ranks, as it changes only by sums over all of them.
         if self.rank == 0:
             torch.save(
                 {
@@ -230,6 +235,7 @@ class Learner:
             optimizer=optimizer,
             lr_scheduler=schedule(optimizer, self.spec.optimizer, total_steps),  # pyright: ignore[reportArgumentType]
             config=deepspeed_config(self.spec, self.world_size),
+            # The process group is there already: Ray Train makes it.
             dist_init_required=False,
         )
         return engine
@@ -238,6 +244,7 @@ class Learner:
 def _seed(seed: int) -> None:
     """Seed all generators with the same number on every rank, so that all start with the same weights."""
     random.seed(seed)
+    # numpy takes a seed of 32 bits only.
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 

@@ -101,6 +101,7 @@ class Worker:
     def run(self) -> dict[str, Any]:
         """Resume, train to the end or until the job is to stop, and return the outcome. Collective."""
         with ExitStack() as threads:
+            # Closed last: this rank must count as alive while it saves, exports the model and writes the cache.
             threads.callback(self.watch.close)
             self.resume()
             feed, prefetch = self.feed(threads)
@@ -166,6 +167,7 @@ class Worker:
             on_refused=self.quarantine,
         )
         prefetch = Prefetch(feed, self.learner.loader)
+        # Closed in the reverse order: first the feed, so that no new signals are asked for while the cache is closed.
         for part in (self.client, self.cache, prefetch):
             if part is not None:
                 threads.callback(part.close)
@@ -175,6 +177,7 @@ class Worker:
         """Yield the samples of this rank's part of the stream, in the order of the stream."""
         shard = ray.train.get_dataset_shard("train")
         assert shard is not None
+        # With None, Ray gives whole blocks as they are. With a number, it would cut and join them.
         for table in shard.iter_batches(batch_size=cast(Any, None), batch_format="pyarrow", prefetch_batches=2):
             yield from samples_of(cast(Any, table))
 
@@ -211,6 +214,7 @@ class Worker:
             return
         self.skipped += 1
         self.skipped_in_a_row += 1
+        # Collective, but no rank is alone here: `applied` is equal on all ranks.
         self.note_skip(step)
         if self.skipped_in_a_row >= self.training.max_skipped_steps:
             last = self.store.latest()
@@ -239,6 +243,7 @@ class Worker:
         betas = self.learner.sums.betas()
         seconds = self.clock.read()
         mean, slowest = self.learner.mean_and_max({**seconds, "teacher_busy": self.usage.teacher_busy_s})
+        # All that is collective is above: only rank 0 goes on from here.
         usage, self.usage = self.usage, Usage()
         if self.metrics is None:
             return
@@ -297,6 +302,7 @@ class Worker:
         """Save a checkpoint with everything that a resume needs. Collective."""
         start = time.monotonic()
         with self.clock.phase("save"):
+            # Before `write`, in which rank 0 stores the ledger: a resume would repeat the samples that it lacks.
             self.merge_trained()
             group = self.learner.host_group
             checkpoint.save(self.store, self.step, self.start.attempt, self.training.keep, self.write, group)
@@ -331,6 +337,7 @@ class Worker:
         (folder / SKIPPED).write_text(to_jsonl(self.skips))
         (folder / LOGGED).write_text(self.metrics.reference())
         (folder / SPEC).write_text(self.spec.model_dump_json(indent=2))
+        # Before the commit: a resume counts on the records that this checkpoint refers to.
         self.metrics.flush()
 
     def resume(self) -> None:

@@ -67,6 +67,7 @@ class Collator:
 
     def empty(self) -> MicroBatch:
         """Return a micro-batch of one text-only sample with one answer token."""
+        # Two tokens, because the row that predicts an answer token is that of the token before it.
         blank = Rendering(np.zeros(2, np.int32), np.array([False, True]))
         signal = empty_signal(self.needs, self.facts, rows=1, tokens=0) if self.facts else {}
         return replace(self._made([blank], [signal]), is_empty=True)

@@ -112,6 +112,7 @@ class BetaOptimizer:
             torch.nn.utils.clip_grad_norm_(self._beta, self._max_grad_norm)
             self._adam.step()
             self._schedule.step()
+        # Zeros and not None: `all_reduce` needs a tensor on every rank, also where a parameter got no gradient.
         self._adam.zero_grad(set_to_none=False)
 
     def state_dict(self) -> dict[str, Any]:

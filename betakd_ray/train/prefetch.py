@@ -165,6 +165,8 @@ class Prefetch:
 
     def _push(self, item: Any) -> None:
         with self._changed:
+            # Only a micro-batch, which is a tuple, needs memory of the device. After `close` nobody takes one, so
+            # nothing may wait here: this thread must get to the feed, which then ends it.
             while isinstance(item, tuple) and self._batches >= AHEAD and not self._is_closed:
                 self._changed.wait(timeout=POLL_S)
             self._batches += isinstance(item, tuple)

@@ -80,6 +80,7 @@ def train_students(config: WorkerConfig, reader: "ray.ObjectRef") -> dict[str, A
     except TrainingFailedError as error:
         _raise_cause(config, is_failed=True)
         raise _failure(error, spec) from error
+    # Also without an error of Ray Train's: workers that find a failure noted in the monitor end as if all were well.
     _raise_cause(config)
     return outcome
 

@@ -61,6 +61,7 @@ class StepSums:
         if statistics is not None:
             valid = here.amax(dim=1)
             self._statistics += torch.cat([(statistics * valid[:, None]).sum(0), valid.sum()[None]])
+            # NaN marks a missing channel, and `nanquantile` leaves it out. A zero would count as a β.
             self._betas.append(torch.where(present, beta, math.nan))
 
     def reduced(self, applied: bool) -> Totals:

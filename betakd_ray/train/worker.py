@@ -16,6 +16,7 @@ def train_worker(config: dict[str, WorkerConfig]) -> dict[str, Any]:
     from betakd_ray.train.loop import Worker  # imported here, because Ray Train's controller does not need it
 
     worker = config["worker"]
+    # Ray Train restarts the workers after every error, without a limit. An end without an error stops that.
     if ray.get(worker.monitor.failure.remote()):
         return {}
     try:
@@ -26,6 +27,7 @@ def train_worker(config: dict[str, WorkerConfig]) -> dict[str, Any]:
         give_up(worker.monitor, error)
         raise
     except RayActorError as error:
+        # It may be the monitor that died. Then nobody can be told, and the driver starts the whole job again.
         if worker.pool is not None and _has_died(worker.pool):
             give_up(worker.monitor, errors.TeacherError(f"the teachers' pool died: {error}"))
         raise
