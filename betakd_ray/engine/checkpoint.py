@@ -19,6 +19,8 @@ def load_engine(engine: Any, folder: Path) -> None:
     """
     is_universal = (folder / UNIVERSAL).exists()
     tag = UNIVERSAL if is_universal else ENGINE
+    # `load_checkpoint` has no argument for the form. The engine reads it from its configuration, which is made before
+    # the checkpoint is known.
     engine._config.load_universal_checkpoint = is_universal
     # Not strict: frozen parameters are not in the checkpoint. They come from the models that the spec names.
     with unpickling.tensors_only(folder.name):
@@ -29,6 +31,7 @@ def load_engine(engine: Any, folder: Path) -> None:
 
 def make_universal(folder: Path) -> None:
     """Add DeepSpeed's universal form, which any number of ranks can load, to a folder with every rank's files."""
+    # DeepSpeed refuses to convert a checkpoint that lacks its version entry. The last option adds that entry.
     command = [sys.executable, "-m", unpickling.__name__, "--inject_missing_state"]
     command += ["--input_folder", str(folder / ENGINE), "--output_folder", str(folder / UNIVERSAL)]
     here = {"PYTHONPATH": os.pathsep.join(sys.path)}  # Ray extends a worker's sys.path, but not its environment

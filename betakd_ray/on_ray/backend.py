@@ -60,6 +60,7 @@ class ReportFailures(ray.train.UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Report the workers' errors. Ray Train calls this before it restarts the workers."""
+        # Waited for: the next workers ask the monitor first whether the job has failed too often.
         ray.get(self._monitor.workers_died.remote(causes(worker_exceptions)))
 
 

@@ -37,6 +37,7 @@ def connected(spec: Any, jobs: int = 1) -> Iterator[None]:
     if address in (None, "", "local"):
         options = {"address": "local", "include_dashboard": False, "num_cpus": _logical_cpus(spec, jobs)}
     try:
+        # `ray.init` sets a SIGTERM handler of its own, which would end the driver without exit code 75.
         with kept_sigterm():
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
@@ -241,6 +242,7 @@ def _is_out_of_reach(demands: Sequence[Demand]) -> bool:
             time.sleep(0.5)
         return False
     finally:
+        # A request holds until the next one. Without this, the autoscaler would keep the nodes after the job.
         request_resources(bundles=[])
 
 

@@ -47,6 +47,7 @@ class Monitor:
     def begins(self, attempt: str, rank: int, ranks: int, actor: ActorHandle) -> None:
         """Note that a rank of a start, which has `ranks` of them, runs in `actor`."""
         self._roll.expect(attempt, ranks, time.monotonic())
+        # A late call from an earlier start must not take the place of the actor that would have to be killed.
         if attempt == self._roll.attempt:
             self._actors[rank] = actor
 
@@ -118,6 +119,7 @@ class Monitor:
                 rank,
                 limit_s,
             )
+            # Removed, so that it is killed once: the roll names it until the next start.
             ray.kill(self._actors.pop(rank))
         return self._latest
 

@@ -37,6 +37,7 @@ def rows(reader: "ray.ObjectRef", spec: JobSpec, run: str, plan: Plan, monitor: 
     except UserError as error:
         give_up(monitor, error)
         raise
+    # Waited for: Ray Train runs `train_worker` only after this function, and it asks the monitor for this name.
     ray.get(monitor.resuming_from.remote(name))
     return stream(reader, plan, done, spec.cluster.readers, spec.training.workers.max)
 

@@ -118,11 +118,13 @@ def stream(reader: ray.ObjectRef, plan: Plan, ledger: Ledger, pool: PoolSpec, wo
     context.execution_no_progress_timeout_s = -1
     context.enable_progress_bars = False
     context.target_max_block_size = AsTheyCome(2 * BLOCK_BYTES)
+    # The context belongs to the process, which may make streams for several jobs and starts.
     if ExecutorThrottle not in context.custom_execution_callback_classes:
         context.custom_execution_callback_classes.append(ExecutorThrottle)
     source = PlanSource(reader, plan, ledger, workers)
     return ray.data.read_datasource(
         source,
+        # One block for each task. Ray Data's own number may be larger, and it would then split what a task yields.
         override_num_blocks=max(1, len(source)),
         num_cpus=pool.cpus,
         resources=pool.resources or None,

@@ -49,12 +49,14 @@ class Submissions:
                 yield self._client.get_job_logs(submission_id)
                 return
             lines = self._client.tail_job_logs(submission_id)
+            # One event loop for all lines: the connection belongs to the loop in which it was opened.
             with asyncio.Runner() as runner:
                 while (text := runner.run(_next(lines))) is not None:
                     yield text
 
 
 async def _next(lines: Any) -> str | None:
+    # A coroutine around `anext`, because `Runner.run` takes no other awaitable.
     return await anext(lines, None)
 
 

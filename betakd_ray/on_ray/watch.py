@@ -64,6 +64,7 @@ class Roll:
         A rank that hangs before its first heartbeat is found like any other.
         """
         if attempt == self.attempt:
+            # Every rank calls this. What was heard of the others stays, so that no call gives a silent rank more time.
             self._heard = {rank: (now, "its start") for rank in range(ranks)} | self._heard
 
     def heard(self, attempt: str, rank: int, activity: str, limit_s: float, now: float) -> None:
@@ -102,6 +103,7 @@ class Roll:
         if now - self._polled > limit_s / 2:
             self._heard = {each: (now, doing) for each, (_, doing) in self._heard.items()}
         self._polled = now
+        # Later than the other ranks, which learn it from their next heartbeats: they name the silent rank in their logs.
         return self._first_silent(limit_s + 3 * BEAT_S, now)
 
     def _first_silent(self, limit_s: float, now: float) -> int | None:
@@ -150,6 +152,7 @@ class Watch:
         """Send no more heartbeats."""
         self._ended.set()
         self._thread.join(timeout=5)
+        # Sent after the thread has ended. A heartbeat that comes later would put the rank back on the roll, as silent.
         self._monitor.left.remote(self._attempt, self._rank)
 
     def _run(self) -> None:
@@ -162,6 +165,7 @@ class Watch:
         interval = min(BEAT_S, self._limit_s / 4)
         while not self._ended.wait(interval):
             beat = self._monitor.beat.remote(self._attempt, self._rank, self._activity(), self._limit_s)
+            # Without a timeout: a monitor that is slow delays this thread only, and a dead one raises.
             self._orders = cast(Orders, ray.get(beat))
             self._look_for_preemption()
             if self._orders.silent:
