@@ -37,7 +37,6 @@ def connected(spec: Any, jobs: int = 1) -> Iterator[None]:
     if address in (None, "", "local"):
         options = {"address": "local", "include_dashboard": False, "num_cpus": _logical_cpus(spec, jobs)}
     try:
-        # `ray.init` sets a SIGTERM handler of its own, which would end the driver without exit code 75.
         with kept_sigterm():
             ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:

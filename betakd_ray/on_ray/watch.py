@@ -103,7 +103,7 @@ class Roll:
         if now - self._polled > limit_s / 2:
             self._heard = {each: (now, doing) for each, (_, doing) in self._heard.items()}
         self._polled = now
-        # Later than the other ranks, which learn it from their next heartbeats: they name the silent rank in their logs.
+        # Later than the other ranks, which learn it from their next heartbeats and name the silent rank in their logs.
         return self._first_silent(limit_s + 3 * BEAT_S, now)
 
     def _first_silent(self, limit_s: float, now: float) -> int | None:

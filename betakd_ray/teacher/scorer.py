@@ -191,7 +191,6 @@ def answer(
         if part.axis == "row":
             is_finite &= _all_finite(values, inputs.row_sample, inputs.rows_per_sample)
         else:
-            # `_all_finite` is false for a sample without image tokens, but nothing is wrong with it.
             is_finite &= _all_finite(values, inputs.visual_sample, inputs.visual_per_sample) | ~inputs.has_image
     values = {name: PARTS[name].compute(forward) for name in PARTS if name in needs}
     return is_finite, {name: value for name, value in values.items() if value is not None}
