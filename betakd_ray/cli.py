@@ -19,6 +19,7 @@ from betakd_ray.errors import Interrupted, TrainingError, UserError
 from betakd_ray.sigterm import answering_sigterm
 from betakd_ray.spec import DataSpec, EvaluationSpec, JobSpec, ModelSpec, PackSpec, StorageSpec, SweepSpec, load_spec
 
+# Commands import what they need themselves: torch and Ray take seconds, and `betakd validate` needs neither.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 SpecPath = Annotated[str, typer.Argument(help="YAML spec: a path, a URL, or - for standard input")]

@@ -99,6 +99,7 @@ class BetaKDJob:
         TrainingError if it failed later; the next `fit()` then resumes from the last committed checkpoint.
         """
         views = self.check()
+        # Only after check(), which refuses a folder that belongs to another job. A finished job needs no cluster.
         if (finished := self._finished()) is not None:
             return finished
         try:
@@ -112,6 +113,8 @@ class BetaKDJob:
 
         Call it from another thread, or from a signal handler.
         """
+        # Set before the monitor is read. `_start_monitor` sets the monitor, and then reads this. So no request is lost
+        # if the two run at the same time.
         self._is_stopping = True
         if self._monitor is not None:
             self._monitor.stop.remote()
@@ -128,6 +131,7 @@ class BetaKDJob:
         check_plugins(self.spec.objective)
         renderers = self.renderers()
         plan = self.plan(find_passes(self.spec.data))
+        # Claimed after the checks, so that a spec which fails one of them leaves no folder.
         claim(self.run, self.spec)
         self._warn(plan)
         write_plan(self.run, self.spec.output.storage, plan)
@@ -320,5 +324,6 @@ class BetaKDJob:
         filesystem, root = open_store(self.run, self.spec.output.storage)
         with output_errors(self.run):
             replace_file(filesystem, join(root, QUARANTINE), to_jsonl(map(asdict, quarantined)).encode())
+            # Last, because this file makes the job a finished one.
             replace_file(filesystem, join(root, RESULT), json.dumps(asdict(result), indent=2).encode())
         return result

@@ -54,6 +54,7 @@ def top_k(
 
 def rest_of(logits: Float[Tensor, "rows vocab"], ids: Int[Tensor, "rows k"]) -> Float[Tensor, "rows 1"]:
     """Return the log-sum-exp of each row over all ids except `ids`."""
+    # Not log(1 − Σ p): that loses all digits where the k largest hold almost all of the probability.
     return logits.scatter(1, ids, -math.inf).logsumexp(dim=1, keepdim=True)
 
 
@@ -306,6 +307,7 @@ class _ChunkedRows(torch.autograd.Function):
         need_rows, need_weight, need_bias = (need and learns for need in ctx.needs_input_grad[:3])
         dtype = torch.promote_types(torch.float32, student_rows.dtype)
         grad_rows = torch.zeros_like(student_rows) if need_rows else None
+        # At least float32, because it is a sum over chunks. `backward` rounds it once.
         grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias and bias is not None else None
         total = student_rows.new_zeros((), dtype=dtype)

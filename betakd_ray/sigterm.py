@@ -37,6 +37,7 @@ def kept_sigterm() -> Iterator[None]:
             if before is None or ended.code != signal.SIGTERM:
                 raise
             signal.signal(signal.SIGTERM, before)
+            # The `raise` after it is for a handler that returns, or ignores the signal.
             signal.raise_signal(signal.SIGTERM)
             raise
 

@@ -78,6 +78,7 @@ def replace_file(filesystem: AbstractFileSystem, path: str, content: bytes) -> N
     if not isinstance(filesystem, LocalFileSystem):
         filesystem.pipe_file(path, content)
         return
+    # In the same folder, because a rename works only within one file system.
     aside = f"{path}.{os.getpid()}.tmp"
     filesystem.pipe_file(aside, content)
     os.replace(aside, path)

@@ -103,9 +103,11 @@ class Sweep:
                 self._save(earlier, rows)
         except Interrupted as interrupted:
             self.stop()
+            # The running cells save first. Then it is known whether one of them failed by itself.
             wait(pending)
             raise _cause(pending) or interrupted from None
         except BaseException:
+            # Ctrl-C, or a failed write of the table. Without this, the executor would first run all other cells.
             self.stop()
             raise
         if failed:
@@ -139,9 +141,12 @@ class Sweep:
         return pending
 
     def _row(self, cell: Cell, teachers: Teachers, leader: "Future[CellResult] | None") -> CellResult:
+        # No deadlock: the leader was submitted earlier, so it has a thread or has ended. It may have failed: then this
+        # cell asks the teacher.
         if leader:
             wait([leader])
         job = BetaKDJob(cell.job)
+        # Added before the flag is read, and stop() sets the flag before it reads the set. So no cell is missed.
         self._running.add(job)
         try:
             if self._is_stopping:

@@ -194,6 +194,7 @@ class MetricsWriter:
         """Run `work` on the thread, after everything queued before, and wait for it. Raises the thread's error."""
         done = threading.Event()
         self._work.put(work)
+        # A separate item, so that it runs even if `work` raises. Otherwise the caller would wait forever.
         self._work.put(done.set)
         done.wait()
         self._raise_failure()
@@ -231,9 +232,11 @@ class MetricsWriter:
             what()
         except Exception as error:
             _LOG.warning("%s gets no more metrics: %s: %s", type(tracker).__name__, type(error).__name__, error)
+            # A new list, because `_run` may be in a loop over the present one.
             self._trackers = [each for each in self._trackers if each is not tracker]
 
     def _write_part(self) -> None:
+        # Set first: if the store fails, the next attempt comes after a whole pause, and not at once.
         self._flushed = time.monotonic()
         if not self._lines:
             return

@@ -122,6 +122,7 @@ class BetaWeighting(nn.Module):
         # Autocast would run the network in bfloat16.
         with torch.autocast(has_image.device.type, enabled=False):
             if isinstance(self.spec, TaskWeighting):
+                # Expanded before the bound, because `_Bounded` needs one entry per sample.
                 return self._placed(beta, self._positive(self.u.expand(batch, -1)))
             if isinstance(self.spec, InstanceWeighting) and self.net is not None:
                 return self._placed(beta, self._positive(self.net(self._features(features, has_image))))
@@ -273,6 +274,7 @@ def _log_softplus(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
     Far below zero this is x itself; there softplus would underflow and give a gradient of 0/0.
     """
+    # clamp_min too: the branch that is not taken would give a gradient of 0 · NaN.
     return torch.where(x < -15, x, nn.functional.softplus(x.clamp_min(-15)).log())
 
 

@@ -47,6 +47,7 @@ class Normalization:
         """Normalise images [..., 3, height, width] or flat patches [patches, 3 · values per channel]."""
         if pixels.dtype != torch.uint8:
             return pixels.to(dtype)
+        # A flat patch has all values of one channel, then those of the next.
         channels = pixels.view(len(pixels), 3, -1, 1) if pixels.ndim == 2 else pixels
         mean, std = _constants(self.mean, pixels.device), _constants(self.std, pixels.device)
         return ((channels * self.scale - mean) / std).to(dtype).view(pixels.shape)

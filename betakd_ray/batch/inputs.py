@@ -135,6 +135,7 @@ def most_salient(salience: NDArray[np.floating], inputs: ModelInputs, k: int) ->
 
     A sample with fewer than k image tokens keeps all of them.
     """
+    # lexsort is stable: image tokens of equal salience keep their order, so the choice is the same at every run.
     order = np.lexsort((-salience, inputs.visual_sample))
     return order[_within(inputs.visual_per_sample) < k]
 

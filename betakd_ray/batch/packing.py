@@ -34,6 +34,7 @@ def cut(lengths: Sequence[int], max_samples: int | None = None, max_tokens: int 
     # samples, costs[n] is the lowest cost, and begins[n] is where the last batch of that division begins.
     costs, begins = [0.0] + [math.inf] * len(order), [0] * (len(order) + 1)
     for start, at in enumerate(order):
+        # The samples are in descending order, so the first of a batch is its longest.
         longest = max(1, lengths[at])
         most = min(max_samples or len(order), max(1, max_tokens // longest))
         for end in range(start + 1, min(len(order), start + most) + 1):

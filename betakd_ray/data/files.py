@@ -66,6 +66,7 @@ def opened(url: str, mode: str, storage: StorageSpec) -> Iterator[ChecksumStream
     try:
         yield ChecksumStream(raw, url_like(url, filesystem, path), errors)
     finally:
+        # Closing a written file sends its last part to the store, so it can fail as a write can.
         with errors():
             raw.close()
 
@@ -80,6 +81,7 @@ def store_errors(url: str, storage: StorageSpec) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # ValueError: e.g. a protocol that fsspec does not know. ImportError: a protocol whose package is not installed.
         permanent = (FileNotFoundError, ValueError, ImportError)
         kind = DataError if isinstance(error, permanent) or _is_refusal(error) else DataUnreachable
         raise kind(_explain(url, storage, error)) from error
@@ -91,6 +93,8 @@ def url_like(given: str, filesystem: AbstractFileSystem, path: str) -> str:
 
 
 def _is_refusal(error: Exception) -> bool:
+    # By name: botocore has several such classes (NoCredentialsError, PartialCredentialsError, …), without a common base
+    # class of their own.
     return isinstance(error, PermissionError) or "Credential" in type(error).__name__
 
 

@@ -59,6 +59,7 @@ class Ledger:
                 raise _repeated(*place, repeated[0])
             done[indexes] = True
             marked.append((place, np.packbits(done)))
+        # Stored only after all checks, so that an error leaves the ledger as it was.
         for place, bits in marked:
             self._put(place, bits)
 
@@ -79,6 +80,7 @@ class Ledger:
         for epoch, shard in other._places_in(self):
             if (both := self.done(epoch, shard) & other.done(epoch, shard)).any():
                 raise _repeated(epoch, shard, int(both.argmax()))
+        # No shard is finished in one ledger and begun in the other: the loop above would have raised.
         for epoch, shards in other._complete.items():
             self._completed(epoch)[:] |= shards
         for place, bits in other._partial.items():
@@ -224,6 +226,7 @@ def _by_place(ids: SampleIds) -> Iterator[tuple[Place, NDArray[np.intp]]]:
     """Yield each (epoch, shard) of a batch, and the positions of its samples in the batch."""
     order = np.lexsort((ids.shard, ids.epoch))
     epoch, shard = ids.epoch[order], ids.shard[order]
+    # No epoch and no shard is −1, so the first sample always begins a place, and the part before it is empty.
     is_first = (np.diff(epoch, prepend=-1) != 0) | (np.diff(shard, prepend=-1) != 0)
     for at in np.split(order, np.flatnonzero(is_first))[1:]:
         yield (int(ids.epoch[at[0]]), int(ids.shard[at[0]])), at

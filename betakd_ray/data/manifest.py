@@ -123,6 +123,7 @@ def _glob(pattern: str, storage: StorageSpec) -> dict[str, int]:
     sizes = {
         url_like(pattern, filesystem, name): info["size"]
         for name, info in found.items()
+        # Not ==: an interrupted write of the manifest leaves a temporary file whose name begins in the same way.
         if info["type"] == "file" and not _name(name).startswith(MANIFEST)
     }
     if not sizes:
@@ -178,6 +179,7 @@ def _manifest_entry(folder: str, where: str, line: bytes | str) -> Shard:
         if not 1 <= shard.samples <= shard.bytes:  # otherwise a wrong count would decide the size of the ledger
             raise ValueError(f"{shard.samples} samples in {shard.bytes} bytes")
         return shard
+    # OverflowError: int() of JSON's Infinity. RecursionError: JSON that is nested too deeply.
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(
             f'{where}: {line[:80]!r} is not {{"shard", "samples", "bytes", "crc32"}} ({error}). {_REMEDY}'

@@ -19,6 +19,7 @@ def find_passes(data: DataSpec) -> list[Pass]:
     Raises DataError as `find_shards` does, and if there are weights and two entries name the same shard.
     """
     if all(entry.weight == 1 for entry in data.train):
+        # One call for all entries, so that a shard that two of them name is read only once.
         return [Pass(shard, shard.samples) for shard in find_shards(data.paths, data.storage)]
     found = [find_shards([entry.path], data.storage) for entry in data.train]
     _require_disjoint(found)

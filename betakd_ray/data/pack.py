@@ -48,6 +48,7 @@ def pack(
         raise DataError(f"prefix {prefix!r}: the name of a shard has only letters, digits, _ and -, e.g. train.")
     own = re.compile(rf"{prefix}-\d{{6,}}\.tar").fullmatch
     former = {name for name in read_manifest(output, storage) if own(name)}
+    # groupby is lazy: samples are read while their shard is written, and are never all in memory.
     shards = [
         _write_shard(join(output, f"{prefix}-{number:06d}.tar"), numbered, storage)
         for number, numbered in groupby(
@@ -57,6 +58,7 @@ def pack(
     if not shards:
         raise DataError(f"{output}: there are no samples to pack. Check the source, and `limit` if it is set.")
     merge_manifest(output, shards, storage, dropped=former)
+    # Removed only after the manifest no longer names them: no entry is ever without its shard.
     kept = {shard.url.rpartition("/")[2] for shard in shards}
     remove_shards(output, sorted(former - kept), storage)
     return shards
@@ -152,6 +154,7 @@ def _numbered_entries(location: str, storage: StorageSpec) -> list[tuple[str, An
     """Return (location, entry) for each entry of a JSON list or of JSON lines."""
     content = _read(location, storage)
     try:
+        # utf-8-sig: some editors write a byte order mark, and json refuses it.
         entries = _json_values(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{location}: is neither a JSON list nor JSON lines: {error}.") from error
@@ -161,6 +164,7 @@ def _numbered_entries(location: str, storage: StorageSpec) -> list[tuple[str, An
 def _json_values(text: str) -> list[Any]:
     if text.lstrip().startswith("["):
         return json.loads(text)
+    # Not splitlines(): it also splits at characters such as U+2028, which a text in JSON may contain.
     return [_json_line(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 

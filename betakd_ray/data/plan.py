@@ -133,6 +133,7 @@ class Plan:
         if planned == samples:
             return np.arange(samples)
         window = (epoch * planned + np.arange(planned)) % samples
+        # Sorted, because a shard is read from front to back.
         return np.sort(self._random(_WINDOW, shard).permutation(samples)[window])
 
     def member(self, epoch: int, shard: int, index: int) -> int:

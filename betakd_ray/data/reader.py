@@ -161,6 +161,7 @@ class Reader:
             for _, source in sources:
                 yield from source
             return
+        # The order depends on the numbers of samples only. It is thus the same for samples from a file and from memory.
         rng = self.plan.mixing(epoch, first)
         yield from _shuffle(_interleave(sources, MIXED_SHARDS, rng), self.data.shuffle_buffer, rng)
 
@@ -186,6 +187,7 @@ class Reader:
 
     def _render(self, sample: RawSample) -> dict[str, Rendering]:
         views = {view: renderer.render(sample) for view, renderer in self.renderers.items()}
+        # From the second token on, because no row of logits predicts the first one.
         answers = [view.input_ids[1:][view.answer_mask[1:]] for view in views.values()]
         if not all(np.array_equal(answers[0], other) for other in answers[1:]):
             raise Unrenderable(
@@ -231,6 +233,7 @@ class _Keeping:
             return
         self._room -= row.bytes
         if self._room <= 0:
+            # Rows hold decoded images, so a set of small files may be too large as rows.
             self._rows.clear()
             return
         rows = self._rows.setdefault(shard, [])
@@ -258,6 +261,7 @@ class KeptRows:
     def keep(self, rendering: str, shard: Shard, rows: list[RenderedSample | RefusedSample]) -> None:
         """Keep the rows of a shard, if there is room after dropping older sets."""
         size = sum(row.bytes for row in rows)
+        # Never drops rows of the set that is being read: that would only make room for other rows of the same set.
         while sum(self._bytes.values()) + size > KEPT_BYTES and next(iter(self._sets), rendering) != rendering:
             oldest, _ = self._sets.popitem(last=False)
             del self._bytes[oldest]
@@ -290,11 +294,13 @@ def _interleave(
             for at in rng.permutation(np.repeat(np.arange(len(opened)), left)).tolist():
                 yield next(opened[at])
                 left[at] -= 1
+                # The rest of the permutation is dropped: the source that takes the free place must be in the next draw.
                 if not left[at]:
                     break
             next(opened[at], None)  # a damaged shard raises only after its last sample
             del opened[at], left[at]
     finally:
+        # Otherwise the files of the open shards would stay open until their generators are collected.
         for source in opened:
             source.close()
 
@@ -306,6 +312,7 @@ def _shuffle(samples: Iterable[Planned], buffer: int, rng: np.random.Generator) 
         held.append(sample)
         if len(held) >= buffer:
             at = int(rng.integers(len(held)))
+            # Swapped with the last one first: pop(at) would move every item behind it.
             held[at], held[-1] = held[-1], held[at]
             yield held.pop()
     rng.shuffle(held)

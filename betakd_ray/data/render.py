@@ -114,6 +114,7 @@ class Renderer:
         template = (self.template, source_of(self.template)) if ":" in self.template else self.template
         data = (template, self.system_prompt, self.max_length, self.pad_to_square, self.max_image_pixels)
         # A processor does not say how it changes an image or how many tokens it makes: test images show it.
+        # The last test has two images at once: some processors treat an image differently then.
         probed = [self._probed(*sizes) for sizes in (*((size,) for size in PROBES), PROBES[:2])]
         images = [(texts, [(name, a.shape, a.dtype) for name, a in arrays.items()]) for arrays, texts in probed]
         text = self._uncut(PROBE).input_ids.tolist()
@@ -231,6 +232,7 @@ class Renderer:
             shown = self._applied([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": word}]}])
         except (TemplateError, TypeError):
             return False
+        # A template that takes only a string may print the list of parts as Python text, with 'type' in it.
         return shown.count(self.image_token) == shown.count(word) == 1 and "'type'" not in shown
 
     def _apply(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
@@ -264,6 +266,7 @@ class Renderer:
     def _tokenize(self, spans: Sequence[Span]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Tokenize the whole text at once, as in inference. A token that overlaps an answer counts as answer."""
         text = "".join(piece for piece, _ in spans)
+        # A chat template may write the bos token itself. The tokenizer would add a second one.
         has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
         encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
         is_answer = np.zeros(len(text) + 1, dtype=bool)
@@ -302,6 +305,7 @@ class Renderer:
     def _decode(self, data: bytes) -> Image.Image:
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                # Before rgb(): opening an image reads only its header, and rgb() allocates all its pixels.
                 self._require_small(image.width, image.height)
                 decoded = rgb(image)
         except (Unrenderable, MemoryError):
@@ -331,6 +335,7 @@ class Renderer:
         side = max(image.size)
         if image.size == (side, side):
             return image
+        # Cut to whole numbers and not rounded, as in LLaVA's preprocessing.
         mean = tuple(int(255 * channel) for channel in self.image_processor.image_mean)
         square = Image.new("RGB", (side, side), mean)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

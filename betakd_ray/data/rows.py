@@ -19,6 +19,7 @@ STUDENT, TEACHER = "student", "teacher"
 FILE_BYTES = 192
 """Limit in bytes of the name of a cache file. All names are padded to this length."""
 NOT_STORED = -1
+# Large binaries and lists: with offsets of 32 bits, the pixels of a block could have at most 2 GiB.
 ARRAY = pa.struct(
     [("name", pa.string()), ("dtype", pa.string()), ("shape", pa.list_(pa.int32())), ("bytes", pa.large_binary())]
 )
@@ -85,6 +86,7 @@ def _stored(block: pa.Table) -> list[Stored | None]:
 def _rendered(view: str, samples: Sequence[Rendering]) -> dict[str, pa.Array]:
     return {
         f"{view}_input_ids": _lists([sample.input_ids for sample in samples], np.int32),
+        # As uint8: Arrow would pack booleans into bits, which numpy cannot use as an array.
         f"{view}_answer_mask": _lists([sample.answer_mask.view(np.uint8) for sample in samples], np.uint8),
         f"{view}_images": pa.array([_arrays(sample.images) for sample in samples], pa.large_list(ARRAY)),
     }

@@ -73,6 +73,8 @@ def parse_sample(group: TarMembers) -> RawSample | BadSample:
         images = _images(group.members)
         conversation = check_conversation(record.pop("conversations", None), len(images))
         sample_id = str(record.pop("id", group.key))
+        # JSON may hold half of a surrogate pair, which cannot be encoded. It is found here, where the sample can be
+        # refused.
         sample_id.encode()
     except ValueError as error:
         return BadSample(group.key, group.index, str(error))

@@ -73,6 +73,8 @@ def read_shard(shard: Shard, storage: StorageSpec, skip: Skip | None = None) -> 
     skipped = _predicate(skip)
     samples, places = 0, dict[str, int]()
     with opened(shard.url, "rb", storage) as stream, _tar_errors(shard.url):
+        # Samples beyond the manifest's number are counted, but not yielded: neither the ledger nor `skip` has a place
+        # for them. Their keys are not kept, because a wrong shard may have any number of them.
         for group in _groups(stream, lambda index: index < shard.samples and not skipped(index)):
             samples += 1
             first = places.setdefault(group.key, group.index) if group.index < shard.samples else group.index
@@ -190,6 +192,7 @@ def _groups(stream: ChecksumStream, wanted: Callable[[int], bool]) -> Iterator[T
                 group = TarMembers(key, index, wanted(index))
             group.size += member.size
             group.fault = group.fault or _fault(member, extension, group)
+            # The name is kept even if the content is not read, because `_fault` looks for names that occur twice.
             if not group.fault:
                 reads = group.wanted and _is_read(extension)
                 group.members[extension] = tar.extractfile(member).read() if reads else b""
@@ -252,6 +255,7 @@ def _split(name: str) -> tuple[str | None, str]:
     """Return key and lower-case extension by webdataset's rule; (None, "") for what it ignores, e.g. README."""
     name = name.encode("utf-8", "backslashreplace").decode()  # tarfile uses surrogates for bytes that are not UTF-8
     match = _MEMBER.fullmatch(name)
+    # It gets a key, so that it is reported as a bad sample. Without one it would be ignored.
     if _is_unsafe(name):
         return name, ""
     return (None, "") if match is None or _META.match(name) else (match[1], match[2].lower())
@@ -290,6 +294,3 @@ def _tar_errors(url: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ShardDamaged(f"{url}: is not a whole tar: {error}. Copy or pack it again.") from error
-
-
-# ------------------------------------------------------------------------------------------------------------- a sample

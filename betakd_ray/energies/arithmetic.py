@@ -110,6 +110,7 @@ def head_and_tail_gaps(
     sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
     gap = (p - q).abs_().gather(-1, order)
     in_head = torch.ones_like(sorted_p, dtype=torch.bool)
+    # An id is in the head if the ids before it hold less than head_mass. So the first id always is.
     in_head[:, 1:] = sorted_p.cumsum(-1)[:, :-1] < head_mass
     return (gap * in_head).sum(-1), (gap * ~in_head).sum(-1)
 

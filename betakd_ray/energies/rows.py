@@ -24,6 +24,7 @@ def entropy(logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
     H_n = −Σ_v p_n(v) log p_n(v)                                     (Shannon 1948)
     """
     log_p = log_probabilities(logits, 1.0)
+    # Detached, because the derivative through log p is zero, as in `kl`.
     return soft_cross_entropy(log_p, log_p.detach())
 
 

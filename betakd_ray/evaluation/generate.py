@@ -85,6 +85,7 @@ def _generate(
 
 def _greedy(model: Any, renderer: Renderer, max_new_tokens: int) -> GenerationConfig:
     own = model.generation_config.eos_token_id
+    # Both: a student learns to end with the tokenizer's token, but a chat model may end its turns with another one.
     ends = {renderer.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     return GenerationConfig(
         do_sample=False,

@@ -32,6 +32,7 @@ class AllocationCounter(TorchDispatchMode):
         with unset_fake_temporarily() if _has_data(func, args, kwargs) else nullcontext():
             result = func(*args, **kwargs)
         for tensor in _tensors_in(result):
+            # By storage: a view has that of its base, and takes no memory.
             self._add(tensor.untyped_storage())
         return result
 
@@ -71,6 +72,7 @@ def _has_data(func: Any, args: Any, kwargs: Any) -> bool:
     """
     if inputs := _tensors_in((args, kwargs)):
         return not any(isinstance(each, FakeTensor) or _is_number(each) for each in inputs)
+    # No tensor goes in, as for arange: only the result says of which kind it is.
     return not any(map(_is_number, _tensors_in(func(*args, **kwargs))))
 
 
@@ -87,6 +89,7 @@ def counted_allocations() -> Iterator[AllocationCounter]:
     """Make floating-point tensors of the block fake, so that they have no data. The tally counts their full size."""
     # Not transformers' no_init_weights(): it would not tie weights either, so tied weights would be counted twice.
     unset = patch.object(PreTrainedModel, "initialize_weights", lambda _: None)
+    # allow_non_fake_inputs: ids, masks and grids are real (`_has_data`), and meet fake tensors in one operation.
     with _unchecked(), unset, FakeTensorMode(allow_non_fake_inputs=True), AllocationCounter() as tally:
         yield tally
 

@@ -253,6 +253,7 @@ def forecast(job: BetaKDJob, assumed: AssumedData | None = None, tflops: float |
     spec = job.spec
     renderers = job.renderers()
     plan = job.plan(assumed.passes() if assumed else find_passes(spec.data))
+    # It makes the same check as `claim`, and writes nothing.
     was_here(job.run, job.spec)
     check_plugins(spec.objective)
     views = {

@@ -112,6 +112,7 @@ def teacher_model(spec: TeacherSpec, needs: Needs, inputs: ModelInputs, processo
         if needs.reads_attention:
             with_attention_weights(model)
         weights = allocations.live
+        # The construction may have had a higher peak. Only the forward pass counts from here.
         allocations.peak = weights
         with torch.inference_mode():
             pairs = Pairs.of(inputs, CPU) if needs.reads_attention else None
@@ -288,6 +289,7 @@ class _Working:
             nonlocal activations
             activations = max(activations, allocations.live - held - allocations.gradients)
 
+        # When the objective begins, nothing of the forward is alive but what it keeps for the backward.
         distiller.rows.register_forward_pre_hook(at_objective)
         forward = backward = gradients = 0
         ranks = spec.training.workers.min
@@ -330,6 +332,3 @@ def _view(spec: JobSpec, teacher: TeacherModel | None, needs: Needs, inputs: Mod
         sample = inputs.visual_sample[token]
         salient = Selection(*map(torch.from_numpy, (token, sample, np.bincount(sample, minlength=inputs.size))))
     return TeacherView(parts, salient)
-
-
-# ---------------------------------------------------------------------------------------------- counting

@@ -21,6 +21,7 @@ def check_vocabularies(teacher_processor: Any, student_processor: Any) -> None:
     for token in teacher_vocab.keys() & student_vocab.keys():
         if teacher_vocab[token] != student_vocab[token]:
             raise VocabularyMismatch(_explain(token, teacher_vocab[token], student_vocab[token]))
+    # The loop above compares tokens that both sides have. Two different tokens may still have the same id.
     teacher_tokens = {index: token for token, index in teacher_vocab.items()}
     student_tokens = {index: token for token, index in student_vocab.items()}
     for index in teacher_tokens.keys() & student_tokens.keys():

@@ -48,6 +48,7 @@ Names = Mapping[str, str]
 
 VISION, PROJECTOR, LANGUAGE = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
 EMBEDDING, HEAD = f"{LANGUAGE}embed_tokens.weight", "lm_head.weight"
+# The order matters: "model." is also the beginning of the two prefixes before it.
 FLAT: Names = {
     "model.vision_tower.vision_tower.vision_model.": VISION,
     "model.mm_projector.": PROJECTOR,
@@ -236,6 +237,7 @@ def _flat_text(file: Path, config: Mapping[str, Any]) -> PretrainedConfig:
     if kind is None:
         raise ModelError(f"{file}: architecture {architecture!r}; the known ones are {', '.join(LANGUAGE_MODELS)}")
     config_class = CONFIG_MAPPING[kind]
+    # transformers has neither of these two as a field, but reads both from a dict into rope_parameters.
     own = own_fields(config_class) | {"rope_theta", "rope_scaling"}
     return config_class.from_dict({name: value for name, value in config.items() if name in own})
 
@@ -348,7 +350,9 @@ def _filled(config: LlavaConfig, weights: dict[str, Tensor]) -> PreTrainedModel:
     model_class: Any = MobileVLMForConditionalGeneration if is_mobilevlm else LlavaForConditionalGeneration
     dtype = weights[EMBEDDING].dtype
     if config.tie_word_embeddings:
+        # A checkpoint with tied weights may hold only the embedding. The head would then count as missing.
         weights = {HEAD: weights[EMBEDDING], **weights}
+    # On "meta", random weights take no memory. assign=True, because nothing can be copied into such parameters.
     with torch.device("meta"):
         model = model_class(config)
     try:

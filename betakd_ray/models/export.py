@@ -33,6 +33,7 @@ def export_mobilevlm(source: str, target: str | Path, tokenizer: str) -> None:
     names |= {new: old for old, new in FLAT.items()}
     weights = {renaming(name, names): weight for name, weight in model.state_dict().items()}
     rows = _original_rows(config, load_processor(spec).tokenizer)
+    # Cloned: if the two are tied they share memory, and save_torch_state_dict would leave one of the names out.
     for name in (EMBEDDING, HEAD):
         weights[name] = weights[name][:rows].clone()
     _copy_tokenizer(fetch(tokenizer), target)

@@ -85,6 +85,7 @@ class Matrices:
 
         `has_gradient` is true if a gradient flows back through these matrices, for them or for a part before them.
         """
+        # One product for the output, one for the gradient of the input, one for the gradient of the trained weights.
         return 2.0 * tokens * (self.size + (self.size if has_gradient else 0) + self.trained)
 
 
@@ -143,6 +144,7 @@ class StudentFlops:
         the samples' lengths L. `rows` is the number of answer rows. `pixels` is the number of values in
         `pixel_values`.
         """
+        # The backward pass of attention costs twice its forward: each product has a gradient for both of its factors.
         attention = 4.0 * squares * self.attention * (3 if self.reaches_language else 1)
         return (
             self.language.flops(tokens, self.reaches_language)

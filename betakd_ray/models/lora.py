@@ -38,6 +38,7 @@ def add_adapters(model: PreTrainedModel, lora: LoraSpec, *, is_skeleton: bool = 
             f"linear layers are {', '.join(sorted(there))}"
         )
     layers = "|".join(sorted(lora.target_modules or there))
+    # peft compares this expression with the whole name of each layer. The head is outside of `place`: no match.
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (a scale need not be whole)
@@ -74,6 +75,7 @@ def without_adapters(state: Mapping[str, Tensor], scale: float) -> dict[str, Ten
     for name, weight in state.items():
         layer, is_adapted, of_layer = name.partition(".base_layer.")
         if is_adapted and of_layer == "weight":
+            # In float32, so that the sum is rounded to the weight's dtype only once.
             down, up = (state[f"{layer}.lora_{each}.{NAME}.weight"].float() for each in "AB")
             weight = (weight.float() + scale * up @ down).to(weight.dtype)
         if ".lora_" not in name:

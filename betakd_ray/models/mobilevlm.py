@@ -87,6 +87,7 @@ class MobileVLMModel(LlavaModel):
     config: MobileVLMConfig
 
     def __init__(self, config: MobileVLMConfig) -> None:
+        # Not LlavaModel's own __init__: it would build the towers and LLaVA's projector, only to be replaced.
         super(LlavaModel, self).__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = MobileVLMProjector(config)
@@ -100,6 +101,7 @@ class MobileVLMForConditionalGeneration(LlavaForConditionalGeneration):
     config: MobileVLMConfig
 
     def __init__(self, config: MobileVLMConfig) -> None:
+        # Not its own __init__, which would build a whole LLaVA first.
         super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = MobileVLMModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)

@@ -60,6 +60,7 @@ def _weight_files(folder: str, revision: str, config: PretrainedConfig) -> set[s
     The set is empty if there are no weights, or none yet.
     """
     named = getattr(config, "transformers_weights", None)
+    # In the order in which transformers looks for them: a pickle beside safetensors is never read.
     names = [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
     first = next((name for name in names if has_file(folder, name, revision=revision)), None)
     if first is None or not first.endswith(".index.json"):

@@ -44,6 +44,7 @@ def local_folder(location: str, storage: StorageSpec, only: str | None = None) -
         try:
             partial.rename(target)
         except OSError:
+            # If it exists now, another process was faster. Its copy is the same: the name is a hash of the listing.
             if not target.exists():
                 raise
     return str(target)

@@ -183,6 +183,7 @@ def _vision_tower(source: ModelSpec) -> nn.Module:
     own = getattr(config, "vision_config", config)
     options = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
     tower, info = from_pretrained(AutoModel, source, config=own, **options)
+    # transformers only warns about missing weights, and leaves them random.
     if missing := info["missing_keys"]:
         raise ModelError(f"{source.path}: has not all weights of a vision tower, e.g. no {min(missing)}")
     return tower

@@ -149,6 +149,7 @@ def hidden_rows(
     features = None
     if images:
         features = base_model(model).get_image_features(**normalize.of_images(images, model.dtype), return_dict=True)
+    # The features are given to the forward pass, which would otherwise run the vision tower a second time.
     beside = _beside_features(model, inputs) | {"mm_encoder_outputs": {"image": features}} if inputs.images else {}
     layers = language_model(model).layers if pairs or layer else []
     with (
@@ -234,6 +235,7 @@ def _outputs_of(module: nn.Module | None) -> Iterator[list[Any]]:
 def _of_pairs(
     weights: Float[Tensor, "batch heads length length"], pairs: Pairs, inputs: TensorInputs
 ) -> Float[Tensor, "pairs heads"]:
+    # An answer row is a flat position b·L + n; the remainder is n.
     query = (inputs.answer_rows % weights.shape[-1])[pairs.row]
     key = inputs.visual_position[pairs.token]
     return weights[pairs.sample, :, query, key]

@@ -286,6 +286,7 @@ def _outcome(run: str, storage: StorageSpec) -> _Outcome | None:
 def _logged(run: str, storage: StorageSpec) -> list[int]:
     """Return the steps that were logged."""
     url = join(run, METRICS)
+    # In two steps, so that a store that fails and a file that is damaged give different errors.
     with store_errors(url, storage):
         stored = fetch_metrics(run, storage)
     with as_written(url):

@@ -53,6 +53,7 @@ class Manifest:
     """Relative path → size in bytes."""
 
     def __post_init__(self) -> None:
+        # A download writes each file to folder/file. A manifest from the store must not lead it out of that folder.
         for file in map(PurePosixPath, self.files):
             if file.is_absolute() or ".." in file.parts:
                 raise ValueError(f"{file} is outside of the checkpoint")
@@ -84,6 +85,7 @@ class CheckpointStore:
         with self._errors():
             manifests = _listed(self._manifests)
         found = [self._manifest(name, content) for name, content in manifests.items()]
+        # By name too: two attempts may commit the same step, and every reader must choose the same one.
         return sorted(found, key=lambda manifest: (manifest.step, manifest.name))
 
     def latest(self) -> Manifest | None:

@@ -70,6 +70,7 @@ def settled_samples(plan: Plan, ledger: Ledger, quarantined: Sequence[Quarantine
 
 
 def _first_difference(before: Plan, now: Plan) -> str:
+    # strict=False: a different number of shards is reported after the first shard that differs.
     for number, (was, is_now) in enumerate(zip(before.shards, now.shards, strict=False)):
         if was != is_now:
             return f"shard {number} was {_described(was)} and is {_described(is_now)}"

@@ -12,6 +12,8 @@ from betakd_ray.errors import shortened, without_url_secrets
 class Spec(BaseModel):
     """Base class of every section, which is immutable and accepts only declared keys."""
 
+    # hide_input_in_errors: an input may be a URL with a password. allow_inf_nan: JSON has neither, and a run stores its
+    # spec as JSON.
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, hide_input_in_errors=True, allow_inf_nan=False
     )

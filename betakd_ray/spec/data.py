@@ -12,6 +12,7 @@ TEMPLATES = {
     "chat": None,
 }
 """Chat template → its function as module:name; None for the processor's own template."""
+# A type checker does not accept a Literal that is made at run time.
 if TYPE_CHECKING:
     TemplateName = str
 else:
@@ -22,6 +23,7 @@ class TrainingData(Spec):
     """Shards, and how often an epoch reads them. A path or URL alone is read once per epoch."""
 
     path: Location = Field(description="a path or URL, with {00..07} braces and * globs")
+    # Limited, because each whole pass over a shard is an entry of the plan.
     weight: float = Field(default=1.0, gt=0, le=1000, description="passes per epoch, e.g. 2.5, or 0.1 for a tenth")
 
     @model_validator(mode="before")

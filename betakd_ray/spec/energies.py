@@ -285,10 +285,12 @@ class PluginEnergy(LogitsEnergy):
 
 
 def _tag(energy: Any) -> str | None:
+    # A spec from a file has dicts here; a spec that is made in Python may have sections.
     kind = energy.get("kind") if isinstance(energy, dict) else getattr(energy, "kind", None)
     return PLUGIN if isinstance(kind, str) and ":" in kind else kind
 
 
+# A type checker does not accept a union that is made at run time.
 if TYPE_CHECKING:
     AnyEnergy = Energy
 else:

@@ -40,6 +40,7 @@ class JobSpec(Spec):
     optimizer: OptimizerSpec = OptimizerSpec()
     training: TrainingSpec = TrainingSpec()
     cluster: ClusterSpec = ClusterSpec()
+    # A factory: the default path is made absolute when a spec is made, and not at the import of this module.
     output: OutputSpec = Field(default_factory=OutputSpec)
     tracking: TrackingSpec = TrackingSpec()
 

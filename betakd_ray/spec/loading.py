@@ -37,6 +37,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         said = getattr(error, "strerror", None) or error
         raise SpecError(f"{path}: cannot be read ({said}). Give the path or URL of a YAML file, or -.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
+        # from None: the original message quotes the text, which may have a password in it.
         raise SpecError(f"{path}: is not YAML: {fault(error)}") from None
     if not isinstance(tree, dict):
         raise SpecError(f"{path}: holds a {type(tree).__name__}; a spec must be a mapping.")
@@ -115,6 +116,7 @@ def _explain(kind: type[Spec], issue: Any) -> str:
 
 
 def _unknown_kind(context: dict[str, str]) -> str:
+    # pydantic gives all known tags as one text: 'fkl', 'rkl', …
     tag, known = context["tag"], re.findall(r"'([^']+)'", context["expected_tags"])
     own = ", or module:name for your own" if PLUGIN in known else ""
     known = [name for name in known if name != PLUGIN]

@@ -18,6 +18,7 @@ from betakd_ray.spec.models import ModelSpec
 
 BENCHMARKS = {"exact_match": "betakd_ray.evaluation.exact_match:score"}
 """Benchmark → its function as module:name."""
+# A type checker does not accept a Literal that is made at run time.
 if TYPE_CHECKING:
     BenchmarkName = str
 else:

@@ -22,9 +22,11 @@ class SpecLoader(yaml.SafeLoader):
     the last value would silently replace the first. Aliases may expand to fewer than `MAX_VALUES` values.
     """
 
+    # The constructor under None raises for an unknown tag, so it must stay.
     yaml_constructors = {  # noqa: RUF012
         tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag in (None, _TEXT, *_VALUES)
     }
+    # Without the resolver of timestamps, an unquoted date is a text.
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, pattern) for tag, pattern in known if tag in (_MERGE, *_VALUES)]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -37,12 +39,14 @@ class SpecLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
+        # PyYAML goes down by recursion, so a file that is nested too deeply would end in a RecursionError.
         if self._depth == MAX_DEPTH:
             raise ComposerError(None, None, f"more than {MAX_DEPTH} nested levels", event.start_mark)
         self._depth += 1
         node = cast(yaml.Node, super().compose_node(parent, index))
         self._depth -= 1
         if not isinstance(event, yaml.AliasEvent):
+            # Sizes are added up and not walked through: a few lines of aliases can stand for billions of values.
             self._sizes[node] = 1 + sum(self._sizes[inner] for inner in _inner(node))
         if self._sizes.get(node, MAX_VALUES) >= MAX_VALUES:  # an alias inside its own anchor has no size yet
             raise ComposerError(None, None, f"aliases that expand to more than {MAX_VALUES} values", event.start_mark)
