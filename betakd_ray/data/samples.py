@@ -35,7 +35,7 @@ class BadSample:
 
 @dataclass(slots=True)
 class TarMembers:
-    """TarMembers that share a key: extension → content, and the first fault found in them."""
+    """Members of a tar that share a key: extension → content, and the first fault found in them."""
 
     key: str
     index: int
@@ -108,8 +108,8 @@ def _images(members: dict[str, bytes]) -> list[bytes]:
     matches = [(match, content) for name, content in members.items() if (match := IMAGE_NAME.fullmatch(name))]
     numbered = sorted(((int(match[1] or -1), content) for match, content in matches), key=lambda pair: pair[0])
     numbers = [number for number, _ in numbered]
-    if numbers and numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-        raise ValueError(f"images {sorted(match[0] for match, _ in matches)} are not numbered 0, 1, 2 …")
+    if numbers and (numbers[0] > 1 or numbers != list(range(numbers[0], numbers[0] + len(numbers)))):
+        raise ValueError(f"images {sorted(match[0] for match, _ in matches)} are not numbered 0, 1, 2 … or 1, 2, 3 …")
     return [content for _, content in numbered]
 
 

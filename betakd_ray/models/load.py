@@ -100,7 +100,7 @@ def model_skeleton(spec: ModelSpec, dtype: torch.dtype | str = "auto") -> PreTra
     With "auto", the dtype is the one in the configuration.
     """
     config = load_config(spec)
-    return auto_class(config).from_config(
+    return auto_class(config, is_trusted=spec.trust_remote_code).from_config(
         config,
         dtype=(config.dtype or torch.float32) if dtype == "auto" else dtype,
         attn_implementation=spec.attn_implementation,

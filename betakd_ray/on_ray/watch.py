@@ -125,7 +125,9 @@ class Watch:
         self._orders = Orders()
         self._error: BaseException | None = None
         self._leaving: list[str] = []
-        self._wants_checkpoint = False
+        # Counted, not flagged: only this class's thread changes the first, only the caller the second, so that none is
+        # lost between a read and a reset.
+        self._notices = self._noticed = 0
         self._ended = threading.Event()
         monitor.begins.remote(attempt, rank, ranks, ray.get_runtime_context().current_actor)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -145,8 +147,8 @@ class Watch:
 
     def wants_checkpoint(self) -> bool:
         """Return whether a node of the workers got a new preemption notice since the last call."""
-        wants, self._wants_checkpoint = self._wants_checkpoint, False
-        return wants
+        before, self._noticed = self._noticed, self._notices
+        return self._noticed > before
 
     def close(self) -> None:
         """Send no more heartbeats."""
@@ -181,5 +183,5 @@ class Watch:
         preemption = ray.train.get_preemption_info()
         leaving = list(preemption.preempted_node_ids) if preemption else []
         if leaving and leaving != self._leaving:
-            self._wants_checkpoint = True
+            self._notices += 1
         self._leaving = leaving

@@ -1,4 +1,4 @@
-"""Optimizers, learning-rate schedule and DeepSpeed configuration of a spec."""
+"""Optimizers and learning-rate schedules of a spec."""
 
 import math
 from collections.abc import Callable

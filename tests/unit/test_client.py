@@ -201,7 +201,7 @@ def test_a_pool_that_has_given_up_is_that_error_for_everyone(opened) -> None:
         pool.pool._deaths = 1  # none was answered since; the heartbeats say otherwise
     pool.teachers[0].kill()
     for client in (first, second):
-        with pytest.raises(TeacherError, match="max_restarts is used up"):
+        with pytest.raises(TeacherError, match=r"more often in a row than cluster\.teacher\.max_restarts"):
             client.score(group(3))
 
 

@@ -23,7 +23,7 @@ from betakd_ray.engine.checkpoint import make_universal
 from betakd_ray.engine.unpickling import FORCE, tensors_only
 from betakd_ray.errors import SECRET_VARIABLES, BetaKDError, DataError, ModelError, OutputError, SpecError
 from betakd_ray.job import BetaKDJob
-from betakd_ray.models.load import load_config, load_model, load_processor
+from betakd_ray.models.load import load_config, load_model, load_processor, model_skeleton
 from betakd_ray.models.student import build_student
 from betakd_ray.spec import EvaluationSpec, JobSpec, ModelSpec, OutputSpec, PackSpec, load_spec, parse_spec
 from betakd_ray.tracking import MetricsWriter
@@ -189,6 +189,7 @@ def test_code_beside_a_model_runs_where_the_spec_says_so(tmp_path, sprung):
     spec = with_code(tmp_path / "own", sprung, "config.json").model_copy(update={"trust_remote_code": True})
     assert type(load_model(spec)).__name__ == "OwnModel"
     assert sprung.exists()
+    assert type(model_skeleton(spec)).__name__ == "OwnModel"  # of which a forecast and a split read the sizes
 
 
 def test_an_attention_kernel_from_a_hub_is_code_too(home, tmp_path):

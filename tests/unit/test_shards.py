@@ -121,6 +121,7 @@ BAD = {
     "image missing": ([("b.json", record())], "1 <image> placeholders, but 0 images"),
     "image too many": ([("b.json", record()), ("b.0.jpg", JPG), ("b.1.jpg", JPG)], "1 <image> placeholders, but 2"),
     "number missing": ([("b.json", record()), ("b.0.jpg", JPG), ("b.2.jpg", JPG)], "not numbered"),
+    "numbers that begin late": ([("b.json", record()), ("b.3.jpg", JPG)], "not numbered"),
     "two unnumbered images": ([*good("b"), ("b.png", JPG)], "not numbered"),
     "images and nobody to show them to": ([("b.json", turns_json(("gpt", "yes"))), ("b.jpg", JPG)], "no human turn"),
 }
