@@ -159,7 +159,7 @@ def test_a_quantisation_whose_package_is_missing_is_found_without_weights(empty,
 
 
 def test_a_quantisation_is_a_mapping():
-    with pytest.raises(ValidationError, match=r"options\.quantization_config: 'int8' is no mapping"):
+    with pytest.raises(ValidationError, match=r"options\.quantization_config: 'int8' is not a mapping"):
         teacher("org/model", quantization_config="int8")
 
 
