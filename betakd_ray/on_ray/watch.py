@@ -65,7 +65,7 @@ class Roll:
         """
         if attempt == self.attempt:
             # Every rank calls this. What was heard of the others stays, so that no call gives a silent rank more time.
-            self._heard = {rank: (now, "its start") for rank in range(ranks)} | self._heard
+            self._heard = {rank: (now, "starting") for rank in range(ranks)} | self._heard
 
     def heard(self, attempt: str, rank: int, activity: str, limit_s: float, now: float) -> None:
         """Note a heartbeat of a rank, and its activity. `now` is in seconds of a monotonic clock.

@@ -215,7 +215,7 @@ class CheckpointStore:
         except ValidationError as error:
             raise self._unusable(name, f"{MANIFEST} is damaged: {error.errors()[0]['msg']}") from error
         if manifest.name != name:
-            raise self._unusable(name, f"{MANIFEST} belongs to {manifest.name}")
+            raise self._unusable(name, f"{MANIFEST} is the manifest of {manifest.name}")
         return manifest
 
     def _prune(self, keep: int) -> None:

@@ -405,7 +405,7 @@ MANIFESTS = {
     "no step": (json.dumps({key: value for key, value in WHOLE.items() if key != "step"}).encode(), "damaged"),
     "a path upwards": (json.dumps({**WHOLE, "files": {"../../x": 1}}).encode(), r"\.\./\.\./x is outside"),
     "an absolute path": (json.dumps({**WHOLE, "files": {"/etc/x": 1}}).encode(), "/etc/x is outside"),
-    "that of another": (json.dumps({**WHOLE, "name": "step-1-a"}).encode(), "belongs to step-1-a"),
+    "that of another": (json.dumps({**WHOLE, "name": "step-1-a"}).encode(), "the manifest of step-1-a"),
 }
 
 

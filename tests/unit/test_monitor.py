@@ -59,7 +59,7 @@ def test_a_rank_that_hangs_before_its_first_heartbeat_is_noticed() -> None:
         roll.heard("a", 0, "step 7", limit_s=10.0, now=float(second))
         assert roll.silent(10.0, float(second)) == ""
     roll.heard("a", 0, "step 7", limit_s=10.0, now=12.0)
-    assert roll.silent(10.0, 12.0) == "rank 1 has sent nothing for 11 s. It last was at: its start."
+    assert roll.silent(10.0, 12.0) == "rank 1 has sent nothing for 11 s. Its last activity: starting."
 
 
 def test_the_driver_notices_a_rank_that_is_alone() -> None:
