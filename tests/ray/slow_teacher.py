@@ -45,7 +45,8 @@ class SlowPool(pool.TeacherPool):
         return SlowScorer
 
     def __init__(self, *arguments: Any) -> None:
-        pool.SHRINK_AFTER_S, pool.SHRINK_BELOW = 5.0, pool.GROW_ABOVE  # in this actor's process
+        # In this actor's process. Between the waits for slow teachers and those for quick ones, also on a busy machine.
+        pool.SHRINK_AFTER_S, pool.SHRINK_BELOW, pool.GROW_ABOVE = 5.0, 0.3, 0.3
         super().__init__(*arguments)
 
 
