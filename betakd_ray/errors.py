@@ -20,8 +20,10 @@
 Every message names the field or file, says what was seen and what to do. No message contains a credential.
 """
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 
 SECRET_VARIABLES = (
     "AWS_ACCESS_KEY_ID",
@@ -60,6 +62,12 @@ def shortened(value: object) -> str:
     """Return a value as an error message shows it: without credentials, and at most 80 characters."""
     text = without_secrets(repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a question that names the known word most like `word`; empty if none is like it."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 def kind(error: BaseException) -> str:

@@ -128,7 +128,6 @@ class BetaKDJob:
 
         Raises UserError.
         """
-        check_plugins(self.spec.objective)
         renderers = self.renderers()
         plan = self.plan(find_passes(self.spec.data))
         # Claimed after the checks, so that a spec which fails one of them leaves no folder.
@@ -140,8 +139,12 @@ class BetaKDJob:
     # --------------------------------------------------------------------------------------------- checks
 
     def renderers(self) -> dict[str, Renderer]:
-        """Return the "student" renderer, and the "teacher" one if its output differs. Raises ModelError."""
+        """Return the "student" renderer, and the "teacher" one if its output differs.
+
+        Checks all that needs the models' configurations, or objects of the user's own. Raises ModelError or SpecError.
+        """
         spec = self.spec
+        check_plugins(spec.objective)
         processor = student_processor(spec.student)
         check_adapters(spec.student)
         student = Renderer(processor, spec.data)

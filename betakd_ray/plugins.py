@@ -1,11 +1,10 @@
 """Objects that a spec names as module:name: nobody has to change this package to extend it (docs/extending.md)."""
 
-import difflib
 import inspect
 from importlib import import_module
 from typing import Any
 
-from betakd_ray.errors import SpecError
+from betakd_ray.errors import SpecError, did_you_mean
 
 
 def load(reference: str, field: str) -> Any:
@@ -19,9 +18,8 @@ def load(reference: str, field: str) -> Any:
             "importable on every node: install it there, or put it into the folder that the job is started from"
         ) from error
     if not hasattr(found, name):
-        close = difflib.get_close_matches(name, dir(found), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise SpecError(f"{field}: {reference}: {module} has no {name}{hint}")
+        hint = did_you_mean(name, dir(found))
+        raise SpecError(f"{field}: {reference}: {module} has no {name}" + (hint and f"; {hint}"))
     return getattr(found, name)
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Protocol, runtime_checkable
 
 from betakd_ray.on_ray.gauges import NAMES, Gauges
-from betakd_ray.run.folder import METRICS, METRICS_PARTS
+from betakd_ray.run.folder import METRICS, METRICS_PARTS, TENSORBOARD
 from betakd_ray.run.metrics import RESUMED, MetricsRecord, fetch, fetch_parts, parse_metrics, parts_of, to_jsonl
 from betakd_ray.spec import JobSpec
 from betakd_ray.storage import join, open_store, replace_file
@@ -42,7 +42,7 @@ class TensorBoard:
     def __init__(self, spec: JobSpec, run: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(join(run, "tensorboard") if "://" not in run else f"tensorboard/{spec.name}")
+        self._writer = SummaryWriter(join(run, TENSORBOARD) if "://" not in run else f"{TENSORBOARD}/{spec.name}")
 
     def log(self, record: MetricsRecord) -> None:
         for name, value in _numbers(record).items():

@@ -25,6 +25,7 @@ from betakd_ray.data.templates import Span, Template, image_first
 from betakd_ray.errors import ModelError, SpecError
 from betakd_ray.plugins import load, source_of
 from betakd_ray.spec import DataSpec
+from betakd_ray.spec.base import is_plugin
 from betakd_ray.spec.data import TEMPLATES
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -40,7 +41,7 @@ class Unrenderable(Exception):
     """Error of a sample that cannot become a training example. Its message is the reason kept in quarantine."""
 
 
-def _template(data: DataSpec, eos: str) -> Template | None:
+def _template_function(data: DataSpec, eos: str) -> Template | None:
     """Return the function of a template; None for the processor's own, which is no function.
 
     A user's function is tried on a conversation of two turns. Raises SpecError if it does not give prompt and answer.
@@ -49,7 +50,7 @@ def _template(data: DataSpec, eos: str) -> Template | None:
     if reference is None:
         return None
     function = load(reference, "data.template")
-    if data.template in TEMPLATES:
+    if not is_plugin(data.template):
         return function
     try:
         spans = [(str(text), bool(is_answer)) for text, is_answer in function(PROBE.conversation, None, eos)]
@@ -90,7 +91,7 @@ class Renderer:
             raise ModelError("the tokenizer has no eos token, which must end each answer. Set eos_token.")
         if data.template == "chat" and not self._chat_template:
             raise ModelError("data.template is `chat`, but the processor has no chat template. Use vicuna_v1 or plain.")
-        self._written = _template(data, self.tokenizer.eos_token)
+        self._template_function = _template_function(data, self.tokenizer.eos_token)
         self._process_images = ImageProcessing(processor) if self.image_processor else None
 
     @property
@@ -111,7 +112,7 @@ class Renderer:
     @property
     def fingerprint(self) -> str:
         """Return a hash of all that a rendering depends on; equal only for renderers that render all samples alike."""
-        template = (self.template, source_of(self.template)) if ":" in self.template else self.template
+        template = (self.template, source_of(self.template)) if is_plugin(self.template) else self.template
         data = (template, self.system_prompt, self.max_length, self.pad_to_square, self.max_image_pixels)
         # A processor does not say how it changes an image or how many tokens it makes: test images show it.
         # The last test has two images at once: some processors treat an image differently then.
@@ -188,9 +189,9 @@ class Renderer:
         return spans
 
     def _spans(self, conversation: Sequence[dict[str, str]]) -> Iterator[Span]:
-        if self._written is None:
+        if self._template_function is None:
             return self._chat(conversation)
-        return iter(self._written(conversation, self.system_prompt, self.tokenizer.eos_token))
+        return iter(self._template_function(conversation, self.system_prompt, self.tokenizer.eos_token))
 
     def _chat(self, conversation: Sequence[dict[str, str]]) -> Iterator[Span]:
         """Yield spans by the processor's chat template. The answer is the text that a reply adds to its prompt."""

@@ -22,7 +22,6 @@ from betakd_ray.forecast.samples import (
     teacher_group,
 )
 from betakd_ray.job import BetaKDJob
-from betakd_ray.objective import check_plugins
 from betakd_ray.on_ray.cluster import check_feasible, connected
 from betakd_ray.run.claim import was_here
 from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec
@@ -255,7 +254,6 @@ def forecast(job: BetaKDJob, assumed: AssumedData | None = None, tflops: float |
     plan = job.plan(assumed.passes() if assumed else find_passes(spec.data))
     # It makes the same check as `claim`, and writes nothing.
     was_here(job.run, job.spec)
-    check_plugins(spec.objective)
     views = {
         name: [assumed.rendering(renderer)] if assumed else first_samples(plan.shards[0], spec, renderer)
         for name, renderer in renderers.items()

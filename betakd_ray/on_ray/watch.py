@@ -74,7 +74,7 @@ class Roll:
         all ranks start a new interval, so that no rank is taken for dead because of the monitor.
         """
         if now - self._listened > limit_s / 2:
-            self._heard = {each: (now, doing) for each, (_, doing) in self._heard.items()}
+            self._begin_new_interval(now)
         self._listened = now
         if attempt == self.attempt:
             self._heard[rank] = (now, activity)
@@ -101,10 +101,13 @@ class Roll:
         ranks start a new interval.
         """
         if now - self._polled > limit_s / 2:
-            self._heard = {each: (now, doing) for each, (_, doing) in self._heard.items()}
+            self._begin_new_interval(now)
         self._polled = now
         # Later than the other ranks, which learn it from their next heartbeats and name the silent rank in their logs.
         return self._first_silent(limit_s + 3 * BEAT_S, now)
+
+    def _begin_new_interval(self, now: float) -> None:
+        self._heard = {rank: (now, doing) for rank, (_, doing) in self._heard.items()}
 
     def _first_silent(self, limit_s: float, now: float) -> int | None:
         return next((rank for rank, (when, _) in sorted(self._heard.items()) if now - when > limit_s), None)

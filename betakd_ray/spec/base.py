@@ -82,6 +82,11 @@ Plugin = Annotated[
 """Name of an object outside of this package; `betakd_ray.plugins` imports it when a job is checked."""
 
 
+def is_plugin(name: str) -> bool:
+    """Return whether a name in a spec is module:name, and not one of this package's own names."""
+    return ":" in name
+
+
 class StorageSpec(Spec):
     """Access to an object store. Credentials come from the environment, never from a spec."""
 

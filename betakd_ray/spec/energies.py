@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from betakd_ray.spec.base import PLUGIN, Fraction, Plugin, Positive, Spec, as_tuple, named
+from betakd_ray.spec.base import PLUGIN, Fraction, Plugin, Positive, Spec, as_tuple, is_plugin, named
 
 
 class Energy(Spec):
@@ -287,7 +287,7 @@ class PluginEnergy(LogitsEnergy):
 def _tag(energy: Any) -> str | None:
     # A spec from a file has dicts here; a spec that is made in Python may have sections.
     kind = energy.get("kind") if isinstance(energy, dict) else getattr(energy, "kind", None)
-    return PLUGIN if isinstance(kind, str) and ":" in kind else kind
+    return PLUGIN if isinstance(kind, str) and is_plugin(kind) else kind
 
 
 # A type checker does not accept a union that is made at run time.

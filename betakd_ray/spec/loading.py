@@ -1,6 +1,5 @@
 """Specs from YAML: read a file, apply overrides, check the result, and say what is wrong with it."""
 
-import difflib
 import re
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import fsspec
 import yaml
 from pydantic import ValidationError
 
-from betakd_ray.errors import SpecError, shortened
+from betakd_ray.errors import SpecError, did_you_mean, shortened
 from betakd_ray.spec.base import PLUGIN, Spec
 from betakd_ray.spec.job import JobSpec
 from betakd_ray.spec.yaml_loader import SpecLoader, fault
@@ -120,15 +119,13 @@ def _unknown_kind(context: dict[str, str]) -> str:
     tag, known = context["tag"], re.findall(r"'([^']+)'", context["expected_tags"])
     own = ", or module:name for your own" if PLUGIN in known else ""
     known = [name for name in known if name != PLUGIN]
-    close = difflib.get_close_matches(tag, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"there is no kind {tag!r}; {hint}the kinds are {', '.join(known)}{own}"
+    hint = did_you_mean(tag, known)
+    return f"there is no kind {tag!r}; {hint and hint + ' '}the kinds are {', '.join(known)}{own}"
 
 
 def _closest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
+    if hint := did_you_mean(word, known):
+        return f"; {hint}"
     return f"; the fields here are {', '.join(known)}" if known else ""
 
 

@@ -56,8 +56,6 @@ class TopKSignal(Spec):
     k: int = Field(default=64, ge=1)
 
 
-TRANSFORMERS = "transformers"
-"""Engine of a teacher that transformers loads."""
 SignalChoice = Annotated[HiddenSignal | TopKSignal, Field(discriminator="kind"), BeforeValidator(named)]
 
 
@@ -79,7 +77,7 @@ class TeacherSpec(ModelSpec):
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     engine: Literal["transformers"] | Plugin = Field(
-        default=TRANSFORMERS, description="what runs the teacher; module:name is a subclass of TeacherScorer"
+        default="transformers", description="what runs the teacher; module:name is a subclass of TeacherScorer"
     )
     signal: SignalChoice = Field(default=HiddenSignal(), description="what the teacher sends for energies on logits")
     batch_tokens: int = Field(

@@ -114,6 +114,11 @@ class ObjectiveSpec(Spec):
         return tuple(energy.name for energy in self.energies)
 
     @property
+    def teacher_parts(self) -> frozenset[str]:
+        """Return the parts of the teacher's signal that the energies compare, besides its logits."""
+        return frozenset().union(*(energy.teacher_parts for energy in self.energies))
+
+    @property
     def feature_layer(self) -> FeatureLayer | None:
         """Return the layer whose output `fd` compares; None without `fd`, or if it compares the projectors' output."""
         layers = [energy.layer for energy in self.energies if isinstance(energy, FeatureDistance)]
@@ -127,7 +132,7 @@ class ObjectiveSpec(Spec):
     @property
     def compares_attention(self) -> bool:
         """Return whether the student's attention weights are compared too."""
-        return any("attention" in energy.teacher_parts for energy in self.energies)
+        return "attention" in self.teacher_parts
 
     @property
     def salient_tokens(self) -> int:

@@ -38,7 +38,7 @@ from betakd_ray.data.shards import Shard
 from betakd_ray.errors import TeacherError
 from betakd_ray.plugins import source_of
 from betakd_ray.spec import CacheSpec, TeacherSpec
-from betakd_ray.spec.models import TRANSFORMERS
+from betakd_ray.spec.base import is_plugin
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.parts import PARTS, Needs, Signal, TeacherFacts
 
@@ -91,7 +91,7 @@ class SignalCache:
         if spec.cache is None:
             return None
         content = [FORMAT, facts.fingerprint, view, spec.attn_implementation]
-        if spec.engine != TRANSFORMERS:
+        if is_plugin(spec.engine):
             content += [spec.engine, source_of(spec.engine)]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
         return cls(spec.cache, key, needs)

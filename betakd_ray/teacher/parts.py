@@ -194,7 +194,7 @@ def _is_top_k_needed(teacher: TeacherSpec, objective: ObjectiveSpec) -> bool:
 
 
 def _by_energy(name: str) -> IsNeeded:
-    return lambda _, objective: any(name in energy.teacher_parts for energy in objective.energies)
+    return lambda _, objective: name in objective.teacher_parts
 
 
 def _by_feature(name: str) -> IsNeeded:

@@ -28,7 +28,7 @@ from betakd_ray.models.vlm import attention_heads, freeze, hidden_rows, lm_head,
 from betakd_ray.objective import segment_mean
 from betakd_ray.plugins import load_class
 from betakd_ray.spec import TeacherSpec
-from betakd_ray.spec.models import TRANSFORMERS
+from betakd_ray.spec.base import is_plugin
 from betakd_ray.teacher.answers import GroupAnswer, to_wire
 from betakd_ray.teacher.parts import PARTS, Forward, Needs, TeacherFacts
 
@@ -210,7 +210,7 @@ def _to_pinned(tensor: Tensor, stream: "torch.cuda.Stream") -> Tensor:
 
 def engine_of(spec: TeacherSpec) -> type[TeacherScorer]:
     """Return the class that runs the teacher. Raises SpecError if the spec names none that can."""
-    return TeacherScorer if spec.engine == TRANSFORMERS else load_class(spec.engine, TeacherScorer, "teacher.engine")
+    return load_class(spec.engine, TeacherScorer, "teacher.engine") if is_plugin(spec.engine) else TeacherScorer
 
 
 class Work:

@@ -16,7 +16,7 @@ from betakd_ray.models.vlm import attention_heads, hidden_rows, lm_head, part_pa
 from betakd_ray.objective import RowObjective, TeacherRows, segment_mean
 from betakd_ray.plugins import load
 from betakd_ray.spec import AlignTopK, FeatureDistance, ObjectiveSpec, VisualEnergy
-from betakd_ray.spec.energies import SECTIONS, Relation
+from betakd_ray.spec.energies import BY_NAME, Relation
 from betakd_ray.teacher.parts import TeacherFacts
 from betakd_ray.weighting import CE
 
@@ -84,12 +84,8 @@ class Distiller(nn.Module):
         self.register_buffer("on_rows", torch.tensor(on_rows, dtype=torch.long, device=device), persistent=False)
         self.feature_layer = objective.feature_layer
         # In the order of the table: the order in a spec must not change which weights a seed gives to which map.
-        self.visual = {
-            energy.name: energy
-            for section in SECTIONS
-            for energy in objective.energies
-            if type(energy) is section and isinstance(energy, VisualEnergy)
-        }
+        visual = {energy.name: energy for energy in objective.energies if isinstance(energy, VisualEnergy)}
+        self.visual = {name: visual[name] for name in BY_NAME if name in visual}
         self.visual_functions = {name: load(energy.function, name) for name, energy in self.visual.items()}
         self.maps = nn.ModuleDict()
         """Channel → trained affine map from the teacher's width (or number of heads) to the student's, where needed."""

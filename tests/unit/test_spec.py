@@ -146,6 +146,7 @@ def test_an_energy_names_its_function_and_the_parts_that_there_are(section):
     energy = section()
     function = load(energy.function, energy.name)
     assert energy.teacher_parts <= PARTS.keys()
+    assert energy.reads_attention == any(PARTS[part].reads_attention for part in energy.teacher_parts)
     moving = {energy.moving} if getattr(energy, "moving", None) else set()
     if isinstance(energy, VisualEnergy):
         assert energy.teacher_parts
