@@ -347,6 +347,9 @@ def main() -> None:
 
 
 def _make_working_folder_importable() -> None:
-    """Let a spec name modules in the folder where the command is typed, as `python -m` does."""
+    """Let a spec name modules in the folder where the command is typed.
+
+    Last on the path: a file there that has the name of an installed package, such as torch.py, must not be run for it.
+    """
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
