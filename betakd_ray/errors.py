@@ -11,6 +11,8 @@
     │   │   └── VocabularyMismatch   teacher and student do not share a tokenizer
     │   ├── ClusterError             the cluster can never provide what the job asks for
     │   └── OutputError              the output holds another job, or cannot be written
+    │       ├── RunTaken             another driver has taken the run over
+    │       ├── CheckpointDamaged    a file of a checkpoint is not as it was written
     │       └── OutputUnreachable    the store of the output does not answer, even after all retries
     └── TrainingError                the run itself failed; the last committed checkpoint is still good
         ├── NonFiniteLoss            too many skipped steps in a row
@@ -120,6 +122,14 @@ class ClusterError(UserError):
 
 class OutputError(UserError):
     """The output location is unusable or belongs to another job."""
+
+
+class RunTaken(OutputError):
+    """Another driver works on the run, which has taken it over from this one."""
+
+
+class CheckpointDamaged(OutputError):
+    """A checkpoint is not as it was written. The job goes on from the one before it."""
 
 
 class OutputUnreachable(OutputError):

@@ -9,7 +9,7 @@ JobSpec ──► BetaKDJob.fit()
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from betakd_ray.data.reader import Reader
 from betakd_ray.data.render import Renderer
 from betakd_ray.errors import DataError, Interrupted, TrainingError
 from betakd_ray.models.compatibility import check_feature_layer, check_features, check_vocabularies
+from betakd_ray.models.identity import model_digest, student_digest
 from betakd_ray.models.load import load_config, load_processor, require_images
 from betakd_ray.models.options import check_options
 from betakd_ray.models.student import check_adapters, student_config, student_processor
@@ -33,11 +34,12 @@ from betakd_ray.objective import check_plugins
 from betakd_ray.on_ray.cluster import check_feasible, connected, gpus_each
 from betakd_ray.on_ray.monitor import Monitor, give_up, report
 from betakd_ray.run.checkpoint import CheckpointStore, output_errors
-from betakd_ray.run.claim import claim
+from betakd_ray.run.claim import claim, origins_of, require_same_origins
 from betakd_ray.run.folder import MODEL, QUARANTINE, RESULT
+from betakd_ray.run.lease import Permit, held_lease
 from betakd_ray.run.metrics import to_jsonl
 from betakd_ray.run.plan import tail_of, write_plan, write_tail
-from betakd_ray.sigterm import on_sigterm
+from betakd_ray.sigterm import StopRequest, on_sigterm
 from betakd_ray.spec import JobSpec, ManualWeighting, TeacherSpec, VisualEnergy, load_spec
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.cache import SignalCache
@@ -46,7 +48,7 @@ from betakd_ray.teacher.pool import Teachers, on_driver_node
 from betakd_ray.teacher.remote import unwrapped
 from betakd_ray.teacher.scorer import engine_of
 from betakd_ray.train.config import STOPPED, WorkerConfig
-from betakd_ray.train.students import show_progress, train_students
+from betakd_ray.train.students import train_students
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ class JobResult:
     """Number of samples left over: fewer than one global batch, or beyond `training.max_steps`."""
     skipped_steps: int
     """Number of steps that were skipped because a gradient was not finite."""
+    token: int = 0
+    """Token of the driver that finished the job (`run.lease`): it is also in the last checkpoint and in the model."""
 
 
 class BetaKDJob:
@@ -84,8 +88,10 @@ class BetaKDJob:
     def __init__(self, spec: JobSpec) -> None:
         self.spec = spec
         self.run = join(spec.output.path, spec.name)
-        self._monitor: ActorHandle | None = None
-        self._is_stopping = False
+        self.origins: dict[str, str] = {}
+        """What the job is made from (`run.claim`); known after `check()`."""
+        self._permit = Permit(self.run, spec.output.storage)
+        self._stop = StopRequest(f"{spec.name}: was asked to stop, and lost nothing. Run it again to go on.")
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "BetaKDJob":
@@ -103,25 +109,25 @@ class BetaKDJob:
         if (finished := self._finished()) is not None:
             return finished
         try:
-            with on_sigterm(self._interrupt), connected(self.spec):
-                return self._outliving_processes(views, teachers)
+            with on_sigterm(self.stop), self._lease() as self._permit:
+                # Once more: the driver that this one has waited for may have finished the job.
+                if (finished := self._finished()) is not None:
+                    return finished
+                with connected(self.spec):
+                    return self._outliving_processes(views, teachers)
         finally:
-            self._monitor, self._is_stopping = None, False
+            self._stop.withdraw()
+
+    def _lease(self) -> AbstractContextManager[Permit]:
+        output = self.spec.output
+        return held_lease(self.run, output.storage, self._stop, waits=output.if_running == "wait")
 
     def stop(self) -> None:
         """Ask a running `fit()` to save and end; it then raises Interrupted.
 
         Call it from another thread, or from a signal handler.
         """
-        # Set before the monitor is read. `_start_monitor` sets the monitor, and then reads this. So no request is lost
-        # if the two run at the same time.
-        self._is_stopping = True
-        if self._monitor is not None:
-            self._monitor.stop.remote()
-
-    def _interrupt(self) -> None:
-        """Raise Interrupted: the `stop()` of a job that does not train yet, or no longer, and has nothing to save."""
-        raise Interrupted(f"{self.spec.name}: was asked to stop, and lost nothing. Run it again to go on.")
+        self._stop.make()
 
     def check(self) -> tuple[Plan, dict[str, Renderer]]:
         """Check all that can be checked without a cluster (data, models, output); return plan and renderers.
@@ -130,6 +136,9 @@ class BetaKDJob:
         """
         renderers = self.renderers()
         plan = self.plan(find_passes(self.spec.data))
+        self.origins = origins_of(plan, self._digests(renderers))
+        # Before spec.json is written: if the user has removed it, a checkpoint still says which job this is.
+        require_same_origins(CheckpointStore(self.run, self.spec.output.storage), self.run, self.spec, self.origins)
         # Claimed after the checks, so that a spec which fails one of them leaves no folder.
         claim(self.run, self.spec)
         self._warn(plan)
@@ -164,6 +173,14 @@ class BetaKDJob:
             if teacher.fingerprint == student.fingerprint
             else {"student": student, "teacher": teacher}
         )
+
+    def _digests(self, renderers: dict[str, Renderer]) -> dict[str, str]:
+        """Return the digests of the models, and of what each of them sees of a sample."""
+        digests = {f"rendering of the {view}": renderer.fingerprint for view, renderer in renderers.items()}
+        digests["student.init"] = student_digest(self.spec.student)
+        if self.spec.teacher:
+            digests["teacher"] = model_digest(self.spec.teacher)
+        return digests
 
     def plan(self, passes: Sequence[Pass]) -> Plan:
         """Return the order in which the data are read. Raises DataError if they are less than one step."""
@@ -202,6 +219,7 @@ class BetaKDJob:
         store = CheckpointStore(self.run, self.spec.output.storage)
         deaths = 0
         while True:
+            self._stop.check()
             begun_at = store.latest()
             try:
                 with ExitStack() as actors:
@@ -235,7 +253,7 @@ class BetaKDJob:
             cache = SignalCache.of(spec.teacher, facts, views["teacher"].fingerprint, needs)
         config = WorkerConfig(
             spec=spec,
-            run=self.run,
+            permit=self._permit,
             plan=plan,
             monitor=monitor,
             image_token_id=views["student"].image_token_id,
@@ -246,6 +264,7 @@ class BetaKDJob:
             facts=facts,
             needs=needs,
             cache=cache,
+            origins=self.origins,
         )
         reader = Reader(
             plan,
@@ -256,8 +275,7 @@ class BetaKDJob:
             locate=cache.locate if cache else None,
             pairs_images=any(isinstance(energy, VisualEnergy) for energy in spec.objective.energies),
         )
-        with show_progress(monitor, config.total_steps, spec), on_sigterm(self.stop):
-            outcome = train_students(config, ray.put(reader))
+        outcome = train_students(config, ray.put(reader), self._stop)
         if STOPPED in outcome:
             raise Interrupted(
                 f"{spec.name}: was asked to stop, and has saved its state at step {outcome[STOPPED]} of "
@@ -266,7 +284,7 @@ class BetaKDJob:
         return self._conclude(outcome, plan)
 
     def _say_who_waits(self) -> None:
-        for demand, room in check_feasible(self.spec):
+        for demand, room in check_feasible(self.spec, self._stop.pause):
             if room < demand.count:
                 _LOG.warning(
                     "%s: cluster.%s waits for nodes, up to cluster.start_timeout_s = %g: it asks for %s",
@@ -280,9 +298,6 @@ class BetaKDJob:
         monitors = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=on_driver_node())
         monitor = cast(ActorHandle, monitors.remote(plan.samples, quarantined, self.spec.training.max_failures))
         actors.callback(ray.kill, monitor)
-        self._monitor = monitor
-        if self._is_stopping:
-            self.stop()  # the request came before there was a monitor to send it to
         return monitor
 
     def _start_teachers(
@@ -295,7 +310,9 @@ class BetaKDJob:
         gpus = gpus_each(spec.cluster.teacher.gpus)
         share = teachers.share(spec.teacher, self.needs(spec.teacher), spec.cluster.teacher, gpus, spec.name)
         pool, needs = actors.enter_context(share)
-        facts = cast(TeacherFacts, unwrapped(pool.wait_until_ready.remote(spec.cluster.start_timeout_s)))
+        loaded = pool.wait_until_ready.remote(spec.cluster.start_timeout_s)
+        self._stop.wait_until(lambda timeout_s: bool(ray.wait([loaded], timeout=timeout_s)[0]))
+        facts = cast(TeacherFacts, unwrapped(loaded))
         return pool, facts, needs
 
     def needs(self, teacher: TeacherSpec) -> Needs:
@@ -311,6 +328,7 @@ class BetaKDJob:
         assert last is not None  # the workers saved it before they returned
         quarantined = store.quarantined(last)
         tail = tail_of(plan, store.ledger(last), quarantined, self.spec.training.global_batch_size)
+        self._permit.check()
         write_tail(self.run, self.spec.output.storage, tail)
         result = JobResult(
             name=self.spec.name,
@@ -323,6 +341,7 @@ class BetaKDJob:
             quarantined=len(quarantined),
             tail=plan.samples - outcome["consumed"] - len(quarantined),
             skipped_steps=outcome["skipped_steps"],
+            token=self._permit.token,
         )
         filesystem, root = open_store(self.run, self.spec.output.storage)
         with output_errors(self.run):

@@ -41,6 +41,8 @@ TIMEOUT_S = 8.0
 ANSWERS = 4
 """Number of times that a request is made whose answer begins and then breaks off."""
 
+_EXISTS = (409, 412)
+"""HTTP status of a store that refuses to make an object, because there is one, or another is being made."""
 _BROKEN_OFF = (
     aiohttp.ClientError,
     AioReadTimeoutError,
@@ -84,6 +86,28 @@ def replace_file(filesystem: AbstractFileSystem, path: str, content: bytes) -> N
     os.replace(aside, path)
 
 
+def create_file(filesystem: AbstractFileSystem, path: str, content: bytes) -> bool:
+    """Make a file if there is none of that name; return whether this call made it.
+
+    Of two processes that call this at the same time, one makes it. A store that does not know conditional writes
+    (If-None-Match) overwrites: read the file again.
+    """
+    try:
+        if not isinstance(filesystem, LocalFileSystem):
+            filesystem.pipe_file(path, content, mode="create")
+            return True
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        aside = f"{path}.{os.getpid()}.tmp"
+        filesystem.pipe_file(aside, content)
+        try:
+            os.link(aside, path)  # unlike a rename, it fails if there is such a file
+        finally:
+            os.unlink(aside)
+    except FileExistsError:
+        return False
+    return True
+
+
 class S3(S3FileSystem):
     """s3fs, changed so that one layer retries each kind of failure, and that a failed request raises an OSError.
 
@@ -113,6 +137,8 @@ class S3(S3FileSystem):
         try:
             return await self._whole_answer(operation, self._get_s3_method_kwargs(operation, *arguments, **options))
         except ClientError as error:
+            if "IfNoneMatch" in options and error.response["ResponseMetadata"]["HTTPStatusCode"] in _EXISTS:
+                raise FileExistsError(str(error)) from error
             raise translate_boto_error(error) from error
         except NoCredentialsError as error:
             raise PermissionError(str(error)) from error

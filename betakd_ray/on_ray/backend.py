@@ -13,6 +13,7 @@ import torch
 from ray.actor import ActorHandle
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
 
 # With workers of {min, max}, a controller reserves resources for so long, and renews that every 20 s. The reservation
@@ -62,6 +63,17 @@ class ReportFailures(ray.train.UserCallback):
         """Report the workers' errors. Ray Train calls this before it restarts the workers."""
         # Waited for: the next workers ask the monitor first whether the job has failed too often.
         ray.get(self._monitor.workers_died.remote(causes(worker_exceptions)))
+
+
+class ReportController(ControllerCallback):
+    """Callback that tells the monitor which actor Ray Train's controller is. Ray Train does not tell the driver."""
+
+    def __init__(self, monitor: ActorHandle) -> None:
+        self._monitor = monitor
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Report this process. Ray Train calls this once, before it looks for places for the workers."""
+        ray.get(self._monitor.controlled_by.remote(ray.get_runtime_context().current_actor))
 
 
 def causes(failures: dict[int, Exception]) -> str:

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -121,8 +121,10 @@ ASK_TIMEOUT_S = 30.0
 """Timeout in seconds for the autoscaler's answer. After it the job starts; the pools wait for their nodes."""
 
 
-def check_feasible(spec: JobSpec) -> list[tuple[Demand, int]]:
+def check_feasible(spec: JobSpec, pause: Callable[[float], None] = time.sleep) -> list[tuple[Demand, int]]:
     """Return the demand of each pool, and how many of its processes the present nodes have room for.
+
+    `pause(seconds)` is called between two looks at the autoscaler's answer. What it raises ends the check.
 
     A pool with room for fewer than it asks for has to wait until the autoscaler adds nodes. Raises ClusterError if the
     pools ask for more than the cluster has and can ever have.
@@ -131,7 +133,7 @@ def check_feasible(spec: JobSpec) -> list[tuple[Demand, int]]:
     lacking = without_room(wanted, alive_nodes())
     if lacking and not has_autoscaler():
         raise _no_room(*lacking[0], len(alive_nodes()))
-    if lacking and _is_out_of_reach(wanted):
+    if lacking and _is_out_of_reach(wanted, pause):
         asked = "; ".join(f"cluster.{demand.pool}: {demand}" for demand in wanted)
         raise ClusterError(
             f"the job asks for more than the cluster can grow to. It asks for {asked}. There is room now for "
@@ -220,7 +222,7 @@ def has_autoscaler() -> bool:
     return _status().autoscaling_state.autoscaler_state_version > 0
 
 
-def _is_out_of_reach(demands: Sequence[Demand]) -> bool:
+def _is_out_of_reach(demands: Sequence[Demand], pause: Callable[[float], None]) -> bool:
     """Return whether the autoscaler says that even the fully scaled, otherwise idle cluster cannot hold all demands.
 
     Ray does not publish the limits of its node types. But the autoscaler checks a request for resources against these
@@ -238,7 +240,7 @@ def _is_out_of_reach(demands: Sequence[Demand]) -> bool:
             state = _status().autoscaling_state
             if state.last_seen_cluster_resource_state_version > asked:
                 return any(_is_same(bundles, refused) for refused in state.infeasible_cluster_resource_constraints)
-            time.sleep(0.5)
+            pause(0.5)
         return False
     finally:
         # A request holds until the next one. Without this, the autoscaler would keep the nodes after the job.

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from dataclasses import dataclass
 from typing import Any, cast
 
 import ray
@@ -13,6 +14,20 @@ from betakd_ray.errors import BetaKDError, TrainingError, kind
 from betakd_ray.on_ray.watch import Orders, Roll, Start
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The monitor's answer to the driver."""
+
+    latest: dict[str, Any]
+    """Newest metrics, or {}."""
+    warnings: tuple[str, ...] = ()
+    """What the user is to know, and the driver has not been told yet."""
+    controller: ActorHandle | None = None
+    """Ray Train's controller, once it has started."""
+    has_begun: bool = False
+    """True if workers have begun, so that they hear a request to stop and save."""
 
 
 class Monitor:
@@ -30,6 +45,8 @@ class Monitor:
         self._latest: dict[str, Any] = {}
         self._failure: tuple[str, str] | None = None
         self._is_stopping = False
+        self._warnings: list[str] = []
+        self._controller: ActorHandle | None = None
         self._roll = Roll()
         self._actors: dict[int, ActorHandle] = {}
         self._start = Start()
@@ -73,6 +90,14 @@ class Monitor:
         """Return every bad sample so far, sorted by (epoch, shard, index)."""
         return [self._quarantined[place] for place in sorted(self._quarantined)]
 
+    def controlled_by(self, controller: ActorHandle) -> None:
+        """Note Ray Train's controller, which the driver ends if the job is to stop before workers have begun."""
+        self._controller = controller
+
+    def warn(self, text: str) -> None:
+        """Keep a text for the user until the driver asks; the logs of other processes reach no terminal."""
+        self._warnings.append(text)
+
     def log(self, record: dict[str, Any]) -> None:
         """Keep the newest metrics."""
         self._latest = record
@@ -107,8 +132,8 @@ class Monitor:
         """Ask the workers to save and return."""
         self._is_stopping = True
 
-    def poll(self, limit_s: float) -> dict[str, Any]:
-        """Return the newest metrics, or {}; kill a rank that the others should have noticed to be silent for `limit_s`.
+    def poll(self, limit_s: float) -> Report:
+        """Return what the driver shows; kill a rank that the others should have noticed to be silent for `limit_s`.
 
         The driver calls this all the time. After the kill Ray Train starts all ranks again.
         """
@@ -121,7 +146,8 @@ class Monitor:
             )
             # Removed, so that it is killed once: the roll names it until the next start.
             ray.kill(self._actors.pop(rank))
-        return self._latest
+        warnings, self._warnings = tuple(self._warnings), []
+        return Report(self._latest, warnings, self._controller, bool(self._actors))
 
 
 def report(monitor: ActorHandle, records: list[Quarantined]) -> float:

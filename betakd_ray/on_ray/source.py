@@ -13,7 +13,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan, ids_of
-from betakd_ray.errors import OutputUnreachable, UserError
+from betakd_ray.errors import CheckpointDamaged, OutputUnreachable, UserError
 from betakd_ray.on_ray.monitor import give_up
 from betakd_ray.on_ray.stream import stream
 from betakd_ray.run.checkpoint import CheckpointStore
@@ -34,6 +34,8 @@ def rows(reader: "ray.ObjectRef", spec: JobSpec, run: str, plan: Plan, monitor: 
     try:
         store = CheckpointStore(run, spec.output.storage)
         name, done = _patience(spec)(_done, store, plan)
+        if loss := store.loss():
+            ray.get(monitor.warn.remote(loss))
     except UserError as error:
         give_up(monitor, error)
         raise
@@ -81,10 +83,17 @@ def _patience(spec: JobSpec, **options: Any) -> Retrying:
 
 
 def _done(store: CheckpointStore, plan: Plan) -> tuple[str | None, Ledger]:
-    """Return the newest checkpoint's name, and the samples of the plan that it has consumed or put into quarantine."""
-    manifest, done = store.latest(), plan.empty_ledger()
-    if manifest is None:
-        return None, done
-    done.merge(store.ledger(manifest))
-    done.include(ids_of(store.quarantined(manifest)))
-    return manifest.name, done
+    """Return the newest checkpoint's name, and the samples of the plan that it has consumed or put into quarantine.
+
+    A checkpoint whose record of these is damaged is rejected, and the one before it is taken.
+    """
+    while (manifest := store.latest()) is not None:
+        done = plan.empty_ledger()
+        try:
+            done.merge(store.ledger(manifest))
+            done.include(ids_of(store.quarantined(manifest)))
+        except CheckpointDamaged as error:
+            store.reject(manifest.name, str(error))
+        else:
+            return manifest.name, done
+    return None, plan.empty_ledger()

@@ -1,9 +1,10 @@
-"""Checkpoints of a run in its store: each is either complete or ignored.
+"""Checkpoints of a run in its store: each is either complete and unchanged, or ignored.
 
-Every rank writes its files under a new name. The manifest lists them with their sizes, and is written last. A resume
-ignores a directory without a manifest. So after a crash at any point the previous checkpoint is still the current one.
-The manifest is the only source of truth: the stream and the workers both resume from the checkpoint that it names.
-`train.checkpoint` has what all ranks do together.
+Every rank writes its files under a new name. The manifest lists them with sizes and digests, and is written last. A
+resume ignores a directory without a manifest. So after a crash at any point the previous checkpoint is still the
+current one. Every file is compared with its digest when it is read. A checkpoint with a damaged file is rejected for
+good, and the one before it is the current one again. The manifest is the only source of truth: the stream and the
+workers both resume from the checkpoint that it names. `train.checkpoint` has what all ranks do together.
 """
 
 import errno
@@ -12,26 +13,34 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from pydantic import TypeAdapter, ValidationError
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from betakd_ray.data.files import url_like
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Quarantined
-from betakd_ray.errors import OutputError, OutputUnreachable
-from betakd_ray.run.folder import CHECKPOINTS, ENGINE, LEDGER, MANIFEST, QUARANTINE, UNIVERSAL
+from betakd_ray.errors import CheckpointDamaged, OutputError, OutputUnreachable
+from betakd_ray.run.folder import CHECKPOINTS, DAMAGED, ENGINE, LEDGER, MANIFEST, QUARANTINE, UNIVERSAL
+from betakd_ray.run.manifest import Files, Manifest, StoredFile
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import join, open_store, replace_file
 
+if TYPE_CHECKING:
+    from betakd_ray.run.lease import Permit
+
 THREADS = 8
 """Number of files that a rank copies at the same time. One stream from an object store gives only 100–200 MB/s."""
+
+COPIES = 2
+"""Number of times that a file is copied before it counts as damaged: the damage may be the copy's."""
 
 _NAME = re.compile(r"step-(\d+)-.+")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -41,68 +50,89 @@ _listed = Retrying(retry=retry_if_exception_type(FileNotFoundError), stop=stop_a
 """Retry of a listing. A manifest that was listed and is gone was pruned meanwhile; the next listing has a newer one."""
 _LOG = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Manifest:
-    """A committed checkpoint."""
-
-    name: str
-    step: int
-    world_size: int
-    files: dict[str, int]
-    """Relative path → size in bytes."""
-
-    def __post_init__(self) -> None:
-        # A download writes each file to folder/file. A manifest from the store must not lead it out of that folder.
-        for file in map(PurePosixPath, self.files):
-            if file.is_absolute() or ".." in file.parts:
-                raise ValueError(f"{file} is outside of the checkpoint")
-
-    def missing(self, sizes: Mapping[str, int]) -> str | None:
-        """Return the first file that is not in `sizes`, or has another size there; None if there is none.
-
-        `sizes` is relative path → bytes. The returned text also says how many bytes of the file are there.
-        """
-        for file, size in self.files.items():
-            if sizes.get(file) != size:
-                return f"{file}: {sizes.get(file, 0)} of {size} bytes"
-        return None
-
-
-_MANIFEST = TypeAdapter(Manifest)
+T = TypeVar("T")
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Errors of the store are raised as OutputError."""
+    """The checkpoints of one run. Errors of the store are raised as OutputError.
 
-    def __init__(self, run: str, storage: StorageSpec) -> None:
+    With a permit, a commit fails once another driver has taken the run over. `origins` says what the run was made from,
+    and is stored with every checkpoint.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        storage: StorageSpec,
+        permit: "Permit | None" = None,
+        origins: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._permit, self._origins = permit, dict(origins)
         self.filesystem, root = open_store(run, storage)
         self.root = join(root, CHECKPOINTS)
         self.url = join(url_like(run, self.filesystem, root), CHECKPOINTS)
 
     def committed(self) -> list[Manifest]:
-        """Return every committed checkpoint, the newest step last. Raises OutputError if one is damaged."""
-        with self._errors():
-            manifests = _listed(self._manifests)
-        found = [self._manifest(name, content) for name, content in manifests.items()]
-        # By name too: two attempts may commit the same step, and every reader must choose the same one.
-        return sorted(found, key=lambda manifest: (manifest.step, manifest.name))
+        """Return every committed checkpoint that is not known to be damaged, the newest last."""
+        return self._survey()[0]
+
+    def damaged(self) -> dict[str, str]:
+        """Return the checkpoints that are known to be damaged, and so do not count: name → what is wrong."""
+        return self._survey()[1]
 
     def latest(self) -> Manifest | None:
-        """Return the checkpoint to resume from; None if none is committed."""
-        return next(reversed(self.committed()), None)
+        """Return the checkpoint to resume from; None if none was committed. Raises OutputError if all are damaged."""
+        committed, damaged = self._survey()
+        if damaged and not committed:  # to begin again at step 0, and overwrite what is left, is the user's decision
+            raise OutputError(
+                f"{self.url}: every checkpoint is damaged: {_listed_texts(damaged)}. Restore one of these folders "
+                f"(without its {DAMAGED}), or start a new run under another `name`."
+            )
+        return committed[-1] if committed else None
+
+    def loss(self) -> str:
+        """Return a text about damaged checkpoints newer than the one to resume from; empty if there are none."""
+        committed, damaged = self._survey()
+        newest = committed[-1] if committed else None
+        newer = {name: why for name, why in damaged.items() if newest is None or _step(name) > newest.step}
+        if not newer or newest is None:
+            return ""
+        return (
+            f"{self.url}: {_listed_texts(newer)}. The job goes on from {newest.name}, the newest checkpoint that is "
+            f"whole. The {max(map(_step, newer)) - newest.step} steps after it are done again."
+        )
+
+    def reject(self, name: str, why: str) -> None:
+        """Note that a checkpoint is damaged: it does not count any more. `why` says how.
+
+        If its universal form is stored, that is dropped first: the damage may be there, and the form can be made again.
+        """
+        universal = join(self.root, name, UNIVERSAL, MANIFEST)
+        with self._errors(name, DAMAGED):
+            if self.filesystem.exists(universal):
+                self.filesystem.rm_file(universal)
+                return
+            replace_file(self.filesystem, join(self.root, name, DAMAGED), why.encode())
 
     def named(self, name: str) -> Manifest:
-        """Return the committed checkpoint of that name. Raises OutputError if it is gone or damaged."""
+        """Return the committed checkpoint of that name. Raises OutputError if it is gone, or CheckpointDamaged."""
         with self._errors(name, MANIFEST):
             content = cast(bytes, self.filesystem.cat_file(join(self.root, name, MANIFEST)))
         return self._manifest(name, content)
 
-    def upload(self, local: Path, name: str) -> dict[str, int]:
-        """Copy one rank's files to the store, several at a time. Return relative path → bytes."""
-        files = _sizes(local)
-        _at_once(lambda file: self._put(local / file, name, file), files)
-        return files
+    def upload(self, local: Path, name: str) -> Files:
+        """Copy one rank's files to the store, several at a time. Return their sizes and digests."""
+        return self._upload(local, name, _files(local))
+
+    def _upload(self, local: Path, name: str, files: Iterable[str]) -> Files:
+        def upload(file: str) -> StoredFile:
+            # Before the copy: a digest of what the store got would call damage on the way the original.
+            stored = StoredFile.of(local / file)
+            self._put(local / file, name, file)
+            return stored
+
+        names = list(files)
+        return dict(zip(names, _at_once(upload, names), strict=True))
 
     def _put(self, source: Path, name: str, file: str) -> None:
         target = join(self.root, name, file)
@@ -110,13 +140,23 @@ class CheckpointStore:
             self.filesystem.makedirs(os.path.dirname(target), exist_ok=True)
             self.filesystem.put_file(str(source), target)
 
+    def manifest(self, name: str, step: int, world_size: int, files: Files) -> Manifest:
+        """Return the manifest of a checkpoint that is to be committed."""
+        token = self._permit.token if self._permit else 0
+        return Manifest(name, step, world_size, files, token, self._origins)
+
     def commit(self, manifest: Manifest) -> None:
-        """Make a checkpoint the current one. Raises OutputError if a file is missing or has another size."""
+        """Make a checkpoint the current one.
+
+        Raises OutputError if a file is missing or has another size, and RunTaken if the run has another driver now.
+        """
         if missing := manifest.missing(self._stored(manifest.name)):
             raise OutputError(
                 f"{self.url}/{manifest.name}/{missing} were stored. The previous checkpoint stays the current one. "
                 "Find out what else writes or removes files there, and run the job again to go on from that checkpoint."
             )
+        if self._permit:
+            self._permit.check()
         path = join(self.root, manifest.name, MANIFEST)
         # Written last and atomically: a reader sees a complete checkpoint, or none.
         with self._errors(manifest.name, MANIFEST):
@@ -133,9 +173,13 @@ class CheckpointStore:
             _LOG.warning("old checkpoints could not be removed: %s", error)
 
     def read_text(self, manifest: Manifest, file: str) -> str:
-        """Return the text of a small file of a checkpoint."""
+        """Return the text of a small file of a checkpoint. Raises CheckpointDamaged if it is not as it was written."""
         with self._errors(manifest.name, file):
-            return cast(bytes, self.filesystem.cat_file(join(self.root, manifest.name, file))).decode()
+            content = cast(bytes, self.filesystem.cat_file(join(self.root, manifest.name, file)))
+        # A file that the manifest lacks was read by versions that asked for it in vain.
+        if file in manifest.files and (why := manifest.files[file].difference(StoredFile.holding(content))):
+            raise self._unusable(manifest.name, f"{file}: {why}")
+        return content.decode()
 
     def ledger(self, manifest: Manifest) -> Ledger:
         """Return the samples that the training had consumed at that checkpoint."""
@@ -145,26 +189,40 @@ class CheckpointStore:
         """Return the samples that were in quarantine at that checkpoint."""
         return [Quarantined(**json.loads(line)) for line in self.read_text(manifest, QUARANTINE).splitlines()]
 
-    def fetch(self, name: str, files: Mapping[str, int], folder: Path, part: str) -> None:
-        """Copy files of a checkpoint that the folder lacks, several at a time, and check their sizes.
+    def fetch(self, manifest: Manifest, files: Iterable[str], folder: Path, part: str) -> None:
+        """Copy files of a checkpoint that the folder lacks, several at a time, and compare them with the manifest.
 
-        `files` is relative path → bytes. `part` tells this caller's unfinished copies from those of others.
+        `part` tells this caller's unfinished copies from those of others. Raises CheckpointDamaged.
         """
 
         def fetch(file: str) -> None:
-            target = folder / file
-            if target.exists() and target.stat().st_size == files[file]:
+            target, stored = folder / file, manifest.files[file]
+            if target.exists() and target.stat().st_size == stored.size:
                 return  # rank 0 has it from the conversion
             # Renamed when complete: Ray nodes on one machine share the folder, and may copy the same file.
             copying = target.with_name(f"{target.name}.{part}.part")
-            with self._errors(name, file), disk_errors(folder):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self.filesystem.get_file(join(self.root, name, file), str(copying))
-            if (size := copying.stat().st_size) != files[file]:
-                raise self._unusable(name, f"{file}: {size} of {files[file]} bytes are there")
-            copying.replace(target)
+            for _ in range(COPIES):
+                with self._errors(manifest.name, file), disk_errors(folder):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    self.filesystem.get_file(join(self.root, manifest.name, file), str(copying))
+                why = stored.difference(StoredFile.of(copying))
+                if why is None:
+                    copying.replace(target)
+                    return
+            raise self._unusable(manifest.name, f"{file}: {why}")
 
         _at_once(fetch, files)
+
+    def verify(self, manifest: Manifest) -> str | None:
+        """Read every file of a checkpoint; return a text about the first that is damaged, or None."""
+        with tempfile.TemporaryDirectory(prefix="betakd-verify-") as folder:
+            for file in manifest.files:
+                try:
+                    self.fetch(manifest, [file], Path(folder), "verify")
+                except CheckpointDamaged as error:
+                    return str(error)
+                (Path(folder) / file).unlink()
+        return None
 
     def universal(self, manifest: Manifest) -> Manifest | None:
         """Return a checkpoint's manifest with DeepSpeed's files in the universal form; None if that is not stored."""
@@ -173,21 +231,24 @@ class CheckpointStore:
             if not self.filesystem.exists(join(self.root, path)):
                 return None
             content = cast(bytes, self.filesystem.cat_file(join(self.root, path)))
-        return self._manifest(manifest.name, content)
+        try:
+            return self._manifest(manifest.name, content)
+        except CheckpointDamaged as error:
+            _LOG.warning("the universal form is made again: %s", error)
+            return None
 
     def add_universal(self, manifest: Manifest, folder: Path) -> Manifest:
         """Store the universal form of DeepSpeed's files from `folder` beside a checkpoint; return its manifest."""
-        made = {file: size for file, size in _sizes(folder).items() if file.startswith(f"{UNIVERSAL}/")}
-        _at_once(lambda file: self._put(folder / file, manifest.name, file), made)
-        rest = {file: size for file, size in manifest.files.items() if not file.startswith(f"{ENGINE}/")}
-        universal = Manifest(manifest.name, manifest.step, manifest.world_size, made | rest)
+        made = self._upload(folder, manifest.name, _files(folder / UNIVERSAL, folder))
+        rest = {file: stored for file, stored in manifest.files.items() if not file.startswith(f"{ENGINE}/")}
+        universal = replace(manifest, files=made | rest)
         path = join(manifest.name, UNIVERSAL, MANIFEST)
         with self._errors(path):  # written last: without this manifest, the next resume converts again
             replace_file(self.filesystem, join(self.root, path), json.dumps(asdict(universal)).encode())
         return universal
 
     def require_stored(self, manifest: Manifest) -> None:
-        """Raise OutputError if a file of a checkpoint is missing, or has another size."""
+        """Raise CheckpointDamaged if a file of a checkpoint is missing, or has another size."""
         if missing := manifest.missing(self._stored(manifest.name)):
             raise self._unusable(manifest.name, f"{missing} are there")
 
@@ -200,20 +261,37 @@ class CheckpointStore:
             found = cast(dict[str, Any], self.filesystem.find(folder, detail=True))
         return {path.removeprefix(f"{folder}/"): info["size"] for path, info in found.items()}
 
-    def _manifests(self) -> dict[str, bytes]:
-        """Return the unparsed manifests: name of a checkpoint → content."""
-        found = {}
+    def _survey(self) -> tuple[list[Manifest], dict[str, str]]:
+        """Return the committed checkpoints, the newest last, and the damaged ones (name → what is wrong)."""
+        with self._errors():
+            found = _listed(self._markers)
+        manifests, damaged = [], {}
+        for name, markers in found.items():
+            if DAMAGED in markers:
+                damaged[name] = markers[DAMAGED].decode(errors="replace")
+                continue
+            try:
+                manifests.append(self._manifest(name, markers[MANIFEST]))
+            except CheckpointDamaged as error:
+                damaged[name] = str(error)
+        # By token first: a driver that was replaced may be ahead, and commit once more. By name too: two attempts may
+        # commit the same step, and every reader must choose the same one.
+        return sorted(manifests, key=lambda each: (each.token, each.step, each.name)), damaged
+
+    def _markers(self) -> dict[str, dict[str, bytes]]:
+        """Return what decides about the committed checkpoints: name → {manifest.json or damaged.txt: content}."""
+        found: dict[str, dict[str, bytes]] = {}
         for path in self._stored():
             name, _, file = path.partition("/")
-            if file == MANIFEST:
-                found[name] = self.filesystem.cat_file(join(self.root, path))
+            if file in (MANIFEST, DAMAGED):
+                found.setdefault(name, {})[file] = cast(bytes, self.filesystem.cat_file(join(self.root, path)))
         return found
 
     def _manifest(self, name: str, content: bytes) -> Manifest:
         try:
-            manifest = _MANIFEST.validate_json(content)
-        except ValidationError as error:
-            raise self._unusable(name, f"{MANIFEST} is damaged: {error.errors()[0]['msg']}") from error
+            manifest = Manifest.parse(content)
+        except ValueError as error:
+            raise self._unusable(name, f"{MANIFEST}: {error}") from error
         if manifest.name != name:
             raise self._unusable(name, f"{MANIFEST} is the manifest of {manifest.name}")
         return manifest
@@ -235,10 +313,8 @@ class CheckpointStore:
                 self.filesystem.rm_file(join(folder, MANIFEST))
             self.filesystem.rm(folder, recursive=True)
 
-    def _unusable(self, name: str, why: str) -> OutputError:
-        return OutputError(
-            f"{self.url}/{name}: {why}. Remove this folder, and run the job again to go on from the previous one."
-        )
+    def _unusable(self, name: str, why: str) -> CheckpointDamaged:
+        return CheckpointDamaged(f"{self.url}/{name} is damaged: {why}")
 
     def _errors(self, *parts: str) -> AbstractContextManager[None]:
         return output_errors(join(self.url, *parts))
@@ -279,13 +355,22 @@ def disk_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Return the size of every file in a folder: relative path → bytes."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+def _files(folder: Path, root: Path | None = None) -> list[str]:
+    """Return every file in a folder, relative to `root`; by default, that is the folder itself."""
+    return [str(path.relative_to(root or folder)) for path in folder.rglob("*") if path.is_file()]
 
 
-def _at_once(work: Callable[[str], None], files: Iterable[str]) -> None:
-    """Run `work` for several files at a time. Raises the first error that it raised."""
+def _step(name: str) -> int:
+    """Return the step in the name of a checkpoint's folder; -1 for another folder."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else -1
+
+
+def _listed_texts(damaged: Mapping[str, str]) -> str:
+    return "; ".join(damaged.values())
+
+
+def _at_once(work: Callable[[str], T], files: Iterable[str]) -> list[T]:
+    """Run `work` for several files at a time; return its results. Raises the first error that it raised."""
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(work, files):
-            pass
+        return list(pool.map(work, files))

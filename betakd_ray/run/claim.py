@@ -1,10 +1,20 @@
-"""A run's folder belongs to one job: the job claims it at its first start, and recognises it later."""
+"""A run's folder belongs to one job: the job claims it at its first start, and recognises it later.
 
+The run's spec.json and plan.json may be lost or replaced. So each checkpoint has the spec as well, and digests of the
+plan, the models and the renderings. A resume compares them with what it would go on with.
+"""
+
+import logging
+from collections.abc import Mapping
+from importlib.metadata import version
+
+from betakd_ray.data.plan import Plan
 from betakd_ray.errors import OutputError
-from betakd_ray.run.checkpoint import output_errors
+from betakd_ray.run.checkpoint import CheckpointStore, output_errors
 from betakd_ray.run.folder import SPEC
+from betakd_ray.run.plan import plan_digest
 from betakd_ray.spec import JobSpec
-from betakd_ray.storage import join, open_store, replace_file
+from betakd_ray.storage import create_file, join, open_store
 
 FREE_TO_CHANGE = {
     "training": (
@@ -21,8 +31,16 @@ FREE_TO_CHANGE = {
     "teacher": ("cache", "window", "timeout_s", "batch_tokens"),
 }
 """Fields that may differ between two runs of one job."""
+PLAN_ORIGIN, VERSION = "plan", "version of "
+"""Names of origins: that of the plan, and the start of those of packages."""
+VERSIONS = ("betakd_ray", "torch", "transformers", "tokenizers", "deepspeed")
+"""Packages whose versions are noted. They may differ: most updates change results by rounding at most, and a change of
+what the models see shows in the digest of the rendering. A resume warns of them.
+"""
 UPLOADED = "/working_dir_files/"
 """Part of the path of the folder in which a submitted job runs."""
+
+_LOG = logging.getLogger(__name__)
 
 
 def was_here(run: str, spec: JobSpec) -> bool:
@@ -41,12 +59,16 @@ def was_here(run: str, spec: JobSpec) -> bool:
         if not filesystem.exists(path):
             return False
         content = filesystem.cat_file(path)
+    _require_same_job(run, parsed_spec(path, content), spec)
+    return True
+
+
+def parsed_spec(path: str, content: str | bytes) -> JobSpec:
+    """Return a stored spec. Raises OutputError."""
     try:
-        there = JobSpec.model_validate_json(content)
+        return JobSpec.model_validate_json(content)
     except ValueError as error:
         raise OutputError(f"output.path: {path} is not a spec of this version; choose another name") from error
-    _require_same_job(run, there, spec)
-    return True
 
 
 def claim(run: str, spec: JobSpec) -> None:
@@ -55,8 +77,39 @@ def claim(run: str, spec: JobSpec) -> None:
         return
     filesystem, root = open_store(run, spec.output.storage)
     with output_errors(run):
-        filesystem.makedirs(root, exist_ok=True)
-        replace_file(filesystem, join(root, SPEC), spec.model_dump_json(indent=2).encode())
+        is_ours = create_file(filesystem, join(root, SPEC), spec.model_dump_json(indent=2).encode())
+    if not is_ours:  # another driver was as fast, maybe with another job
+        was_here(run, spec)
+
+
+def origins_of(plan: Plan, digests: Mapping[str, str]) -> dict[str, str]:
+    """Return what a run is made from, as name → digest or version, for the manifests of its checkpoints.
+
+    `digests` are those of the models and renderings, which need transformers; an empty one is not known.
+    """
+    known = {name: digest for name, digest in digests.items() if digest}
+    return {PLAN_ORIGIN: plan_digest(plan)} | known | {VERSION + name: version(name) for name in VERSIONS}
+
+
+def require_same_origins(store: CheckpointStore, run: str, spec: JobSpec, origins: Mapping[str, str]) -> None:
+    """Raise OutputError if the newest checkpoint belongs to another job, or was made from other data or models.
+
+    What this version notes and the checkpoint's did not, is not compared.
+    """
+    last = store.latest()
+    if last is None:
+        return
+    if SPEC in last.files:
+        _require_same_job(run, parsed_spec(join(store.url, last.name, SPEC), store.read_text(last, SPEC)), spec)
+    differing = [name for name in last.origins.keys() & origins.keys() if last.origins[name] != origins[name]]
+    updated = sorted(name for name in differing if name.startswith(VERSION))
+    if changed := sorted(set(differing) - set(updated)):
+        raise OutputError(
+            f"output.path: {run} was begun with another {' and another '.join(changed)}. What is behind the same path "
+            f"was replaced since {last.name}. Restore it as it was, or start a new run under another `name`."
+        )
+    for name in updated:
+        _LOG.warning("%s: goes on with another %s: %s, and %s before", run, name, origins[name], last.origins[name])
 
 
 def _require_same_job(run: str, there: JobSpec, asked: JobSpec) -> None:

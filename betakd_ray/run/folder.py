@@ -23,10 +23,15 @@ MODEL = "model"
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints: one folder each."""
 
+LEASES = "leases"
+"""Folder of the leases: which driver works on the run (`run.lease`)."""
+
 # ---------------------------------------------------------------------------------------- within a checkpoint
 
 MANIFEST = "manifest.json"
 """List of a checkpoint's files. It is written last: a checkpoint without it does not count."""
+DAMAGED = "damaged.txt"
+"""What is wrong with a checkpoint; a checkpoint with this file does not count."""
 ENGINE, UNIVERSAL = "deepspeed", "deepspeed_universal"
 """Folders of DeepSpeed's state: by rank, and in the form that any number of ranks can load."""
 BETA = "beta.pt"

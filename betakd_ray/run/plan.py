@@ -1,5 +1,6 @@
 """The plan that a run keeps, and the samples that were left over at its end."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -29,6 +30,14 @@ def write_plan(run: str, storage: StorageSpec, plan: Plan) -> None:
             f"{url}: the data changed during the run: {_first_difference(before, plan)}. So it is not known which "
             "samples are done. Restore the shards as they were, or start a new run under another `name`."
         )
+
+
+def plan_digest(plan: Plan) -> str:
+    """Return a digest of the order of reading and of every shard's samples, bytes and checksum."""
+    # The fields are named one by one: a field that a later version adds must not change the digest of a plan.
+    shards = [(shard.url, shard.samples, shard.bytes, shard.checksum) for shard in plan.shards]
+    content = [shards, plan.epochs, plan.seed, plan.shuffle, plan.parts]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def tail_of(

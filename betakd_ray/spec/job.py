@@ -17,6 +17,9 @@ class OutputSpec(Place):
     """Folder for everything that a run writes, which goes to `path`/`name`."""
 
     path: Location = "runs"
+    if_running: Literal["end", "wait"] = Field(
+        default="end", description="what to do if another driver works on this run: end with an error, or wait for it"
+    )
 
 
 class TrackingSpec(Spec):

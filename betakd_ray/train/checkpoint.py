@@ -18,8 +18,9 @@ import torch.distributed as dist
 
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.engine.checkpoint import make_universal
-from betakd_ray.run.checkpoint import CheckpointStore, Manifest, disk_errors
+from betakd_ray.run.checkpoint import CheckpointStore, disk_errors
 from betakd_ray.run.folder import ENGINE, READ_WHERE_NEEDED
+from betakd_ray.run.manifest import Manifest
 
 _OF_RANK = re.compile(r"zero_pp_rank_(\d+)_")
 """Pattern in the name of a file that DeepSpeed reads on one rank only."""
@@ -45,8 +46,8 @@ def save(
         shutil.rmtree(local)
     # All ranks have uploaded their files: `gather` waits for each of them. Only now may the manifest be written.
     if dist.get_rank() == 0:
-        merged = {file: size for each in files for file, size in each.items()}
-        store.commit(Manifest(name, step, dist.get_world_size(), merged))
+        merged = {file: stored for each in files for file, stored in each.items()}
+        store.commit(store.manifest(name, step, dist.get_world_size(), merged))
         store.prune(keep)
     dist.barrier(group)
 
@@ -83,7 +84,7 @@ def on_disk(store: CheckpointStore, manifest: Manifest, attempt: str, group: Gro
         wanted = manifest
         if manifest.world_size != dist.get_world_size() and _has_optimizer_parts(manifest):
             wanted = _from_rank_0(lambda: _universal(store, manifest, folder), group)
-        store.fetch(manifest.name, _of_this_rank(wanted), folder, str(dist.get_rank()))
+        store.fetch(wanted, _of_this_rank(wanted), folder, str(dist.get_rank()))
         # Each rank has copied only a part of what all ranks of the node read.
         dist.barrier(group)
         yield folder
@@ -99,8 +100,8 @@ def _universal(store: CheckpointStore, manifest: Manifest, folder: Path) -> Mani
     """Return a manifest with DeepSpeed's files in the universal form. Make and store that form if it is missing."""
     if stored := store.universal(manifest):
         return stored
-    parts = {file: size for file, size in manifest.files.items() if file.startswith(f"{ENGINE}/")}
-    store.fetch(manifest.name, parts, folder, str(dist.get_rank()))
+    parts = [file for file in manifest.files if file.startswith(f"{ENGINE}/")]
+    store.fetch(manifest, parts, folder, str(dist.get_rank()))
     with disk_errors(folder):
         make_universal(folder)
         shutil.rmtree(folder / ENGINE)
@@ -111,24 +112,20 @@ def _local_rank() -> int:
     return int(os.environ["LOCAL_RANK"])
 
 
-def _of_this_rank(manifest: Manifest) -> dict[str, int]:
-    """Return the files that this rank copies to its node (relative path → bytes).
-
-    They are its own files, and its part of the files that every rank reads.
-    """
+def _of_this_rank(manifest: Manifest) -> list[str]:
+    """Return the files that this rank copies to its node: its own, and its part of those that every rank reads."""
     rank, node_ranks = dist.get_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    own, shared = {}, []
-    for file, size in manifest.files.items():
+    own, shared = [], []
+    for file in manifest.files:
         if match := _OF_RANK.search(file) if file.startswith(f"{ENGINE}/") else None:
             if int(match[1]) == rank:
-                own[file] = size
+                own.append(file)
         elif file not in READ_WHERE_NEEDED:
             shared.append(file)
-    shared.sort(key=lambda file: (-manifest.files[file], file))
+    shared.sort(key=lambda file: (-manifest.files[file].size, file))
     # Largest first, so that each rank of a node copies about as many bytes. Without LOCAL_WORLD_SIZE the node's first
     # rank copies all of them.
-    mine = shared[_local_rank() :: node_ranks] if _local_rank() < node_ranks else []
-    return own | {file: manifest.files[file] for file in mine}
+    return own + (shared[_local_rank() :: node_ranks] if _local_rank() < node_ranks else [])
 
 
 def _has_optimizer_parts(manifest: Manifest) -> bool:

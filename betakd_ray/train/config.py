@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from ray.actor import ActorHandle
 
 from betakd_ray.data.plan import Plan
+from betakd_ray.run.lease import Permit
 from betakd_ray.spec import JobSpec
 from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.parts import Needs, TeacherFacts
@@ -18,7 +19,8 @@ class WorkerConfig:
     """Configuration that the job sends to every worker."""
 
     spec: JobSpec
-    run: str
+    permit: Permit
+    """Permission to write to the run, which ends when another driver takes it over."""
     plan: Plan
     monitor: ActorHandle
     image_token_id: int
@@ -31,3 +33,10 @@ class WorkerConfig:
     """Facts about the teacher; None without a teacher."""
     needs: Needs = field(default_factory=Needs)
     cache: SignalCache | None = None
+    origins: dict[str, str] = field(default_factory=dict)
+    """What the run is made from, for the manifests of its checkpoints."""
+
+    @property
+    def run(self) -> str:
+        """Return the folder of the run."""
+        return self.permit.run

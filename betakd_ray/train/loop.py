@@ -24,8 +24,9 @@ from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.plan import Quarantined, ids_of, require_few
 from betakd_ray.data.rows import samples_of
 from betakd_ray.on_ray.watch import Start, Watch
-from betakd_ray.run.checkpoint import CheckpointStore, Manifest
+from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.folder import LEDGER, LOGGED, METRICS, PROGRESS, QUARANTINE, SKIPPED, SPEC
+from betakd_ray.run.manifest import Manifest
 from betakd_ray.run.metrics import from_jsonl, to_jsonl
 from betakd_ray.teacher.cache import CacheWriter
 from betakd_ray.teacher.client import TeacherClient
@@ -86,7 +87,7 @@ class Worker:
         head = self.client.head() if self.client else None
         self.learner = Learner(self.spec, config.facts, self.total_steps, head)
         self.cache = CacheWriter(config.cache, keep=config.plan.epochs > 1) if config.cache else None
-        self.store = CheckpointStore(config.run, self.spec.output.storage)
+        self.store = CheckpointStore(config.run, self.spec.output.storage, config.permit, config.origins)
         self.metrics = MetricsWriter(self.spec, config.run) if self.rank == 0 else None
         self.ledger = config.plan.empty_ledger() if self.rank == 0 else None
         """Samples of all ranks that took part in a step, up to the last checkpoint; only rank 0 has it."""
@@ -350,7 +351,16 @@ class Worker:
             if self.metrics:
                 self.metrics.restore(None)
             return
-        manifest = self.store.named(self.start.checkpoint)
+        try:
+            self.load(self.start.checkpoint)
+        except errors.CheckpointDamaged as error:
+            # Before the restart, whose rows are made for the newest checkpoint that is not rejected.
+            self.store.reject(self.start.checkpoint, str(error))
+            raise
+
+    def load(self, name: str) -> None:
+        """Load the state of this rank from the checkpoint of that name. Collective."""
+        manifest = self.store.named(name)
         with checkpoint.on_disk(self.store, manifest, self.start.attempt, self.learner.host_group) as folder:
             self.learner.load(folder)
         progress = json.loads(self.store.read_text(manifest, PROGRESS))
@@ -375,6 +385,7 @@ class Worker:
     def finish(self) -> dict[str, Any]:
         """Export the student; rank 0 returns the outcome, the others {}. Collective."""
         last = self.metrics.last if self.metrics else {}
+        self.config.permit.check()
         export_student(self.learner.engine, self.spec, self.config.run, last, self.learner.host_group)
         if self.metrics is None or self.ledger is None:
             return {}

@@ -1,32 +1,37 @@
 """The student workers as Ray Train runs them, seen from the driver."""
 
+import logging
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import ray
 import ray.train
-from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from betakd_ray import errors
 from betakd_ray.errors import ClusterError, TrainingError
-from betakd_ray.on_ray.backend import FoundTorchConfig, ReportFailures, causes
+from betakd_ray.on_ray.backend import FoundTorchConfig, ReportController, ReportFailures, causes
 from betakd_ray.on_ray.cluster import gpus_each
+from betakd_ray.on_ray.monitor import Report
 from betakd_ray.on_ray.source import SplitOnce, rows
-from betakd_ray.progress import progress_line
+from betakd_ray.progress import Update, progress_line
+from betakd_ray.sigterm import POLL_S, StopRequest
 from betakd_ray.spec import JobSpec
 from betakd_ray.train.config import WorkerConfig
 from betakd_ray.train.worker import train_worker
 
 STARTS = 4
 """Number of times that Ray Train tries to place the students. Together they take `cluster.start_timeout_s`."""
+_LOG = logging.getLogger(__name__)
+
 WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -42,20 +47,37 @@ ON_CPU = {
 }
 
 
-def train_students(config: WorkerConfig, reader: "ray.ObjectRef") -> dict[str, Any]:
+def train_students(config: WorkerConfig, reader: "ray.ObjectRef", stop: StopRequest) -> dict[str, Any]:
     """Train on the cluster's students until the job ends or is to stop; return rank 0's outcome.
 
     `reader` is the data's `Reader`. Raises ClusterError if the students find no place in time, RayActorError if the
-    teachers' pool died, and the error that ended the training as a TrainingError or UserError.
+    teachers' pool died, Interrupted if the job was asked to stop before they trained, and the error that ended the
+    training as a TrainingError or UserError.
     """
-    spec = config.spec
+    trainer = _trainer(config, reader)
+    # In a thread of its own: this one looks for requests to stop, also while Ray Train waits for places.
+    training = in_background(trainer.fit)
+    try:
+        _follow(training, config, stop)
+        outcome = training.result().return_value or {}
+    except TrainingFailedError as error:
+        _raise_cause(config, is_failed=True)
+        raise _failure(error, config.spec) from error
+    # Also without an error of Ray Train's: workers that find a failure noted in the monitor end as if all were well.
+    _raise_cause(config)
+    return outcome
+
+
+def _trainer(config: WorkerConfig, reader: "ray.ObjectRef") -> TorchTrainer:
+    spec, monitor = config.spec, config.monitor
     gpus = gpus_each(spec.cluster.student.gpus)
     student, workers = spec.cluster.student, spec.training.workers
     resources = {"CPU": student.cpus, **student.resources} | ({"GPU": gpus} if gpus else {})
-    trainer = TorchTrainer(
+    callbacks = [ReportFailures(monitor, spec.cluster.start_timeout_s / STARTS), ReportController(monitor)]
+    return TorchTrainer(
         train_worker,
         train_loop_config={"worker": config},
-        datasets={"train": partial(rows, reader, spec, config.run, config.plan, config.monitor)},
+        datasets={"train": partial(rows, reader, spec, config.run, config.plan, monitor)},
         dataset_config=SplitOnce(),
         torch_config=FoundTorchConfig(timeout_s=int(spec.training.collective_timeout_s)),
         scaling_config=ScalingConfig(
@@ -71,44 +93,62 @@ def train_students(config: WorkerConfig, reader: "ray.ObjectRef") -> dict[str, A
             storage_path=_scratch(),
             # Unlimited, because Ray does not reset its count on progress. The monitor counts failures instead.
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=STARTS - 1),
-            callbacks=[ReportFailures(config.monitor, spec.cluster.start_timeout_s / STARTS)],
+            callbacks=cast(Any, callbacks),  # its type names only callbacks of the public kind
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | _accelerator(gpus)},
         ),
     )
-    try:
-        outcome = trainer.fit().return_value or {}
-    except TrainingFailedError as error:
-        _raise_cause(config, is_failed=True)
-        raise _failure(error, spec) from error
-    # Also without an error of Ray Train's: workers that find a failure noted in the monitor end as if all were well.
-    _raise_cause(config)
-    return outcome
 
 
-@contextmanager
-def show_progress(monitor: ActorHandle, total_steps: int, spec: JobSpec) -> Iterator[None]:
-    """Show a progress line on the driver's terminal, with the monitor's newest metrics; look for ranks that hang."""
-    stop = threading.Event()
-    with progress_line(spec.name, total_steps, "starting", is_shown=spec.tracking.progress) as update:
+def _follow(training: Future[Any], config: WorkerConfig, stop: StopRequest) -> None:
+    """Until the training ends: show progress and warnings, look for ranks that hang, and pass on a request to stop.
 
-        def show() -> None:
-            latest = cast(dict[str, Any], ray.get(monitor.poll.remote(spec.training.collective_timeout_s)))
-            if latest:
-                numbers = f"loss {latest['loss']:.4f} · {latest['samples_per_second']:.0f} samples/s"
-                update(completed=latest["step"], numbers=numbers)
-
-        def follow() -> None:
-            while not stop.wait(1.0):
-                show()
-
-        follower = threading.Thread(target=follow, daemon=True)
-        follower.start()
+    Raises Interrupted if the job is to stop and has no workers yet, which could save, and the failure of `stop`, such
+    as RunTaken. Ray Train is then ended.
+    """
+    spec, controller = config.spec, None
+    with progress_line(spec.name, config.total_steps, "starting", is_shown=spec.tracking.progress) as update:
         try:
-            yield
-            show()  # the last step may have ended since the last update
-        finally:
-            stop.set()
-            follower.join(timeout=5)
+            while not wait([training], timeout=POLL_S).done:
+                report = _report(config)
+                controller = report.controller or controller
+                _show(report, update)
+                if stop.is_made:
+                    config.monitor.stop.remote()
+                if stop.failure or (stop.is_made and controller and not report.has_begun):
+                    stop.check()
+            _show(_report(config), update)  # the last step may have ended since the last update
+        except RayActorError:
+            return  # the monitor died. The workers fail on it, and Ray Train's own error says so
+        except BaseException:
+            if controller:
+                ray.kill(controller)
+            raise
+
+
+def _report(config: WorkerConfig) -> Report:
+    return cast(Report, ray.get(config.monitor.poll.remote(config.spec.training.collective_timeout_s)))
+
+
+def _show(report: Report, update: Update) -> None:
+    for warning in report.warnings:
+        _LOG.warning(warning)
+    if report.latest:
+        numbers = f"loss {report.latest['loss']:.4f} · {report.latest['samples_per_second']:.0f} samples/s"
+        update(completed=report.latest["step"], numbers=numbers)
+
+
+def in_background(call: Callable[[], Any]) -> Future[Any]:
+    """Call a function in a thread that does not keep the process alive; return its future result."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # it is raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _accelerator(gpus: float) -> dict[str, str]:

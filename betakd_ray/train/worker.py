@@ -21,8 +21,8 @@ def train_worker(config: dict[str, WorkerConfig]) -> dict[str, Any]:
         return {}
     try:
         return Worker(worker).run()
-    except (errors.OutputUnreachable, errors.DataUnreachable):
-        raise  # not given up: the store may answer again after Ray Train's restart
+    except (errors.OutputUnreachable, errors.DataUnreachable, errors.CheckpointDamaged):
+        raise  # not given up: after Ray Train's restart the store may answer again, and an earlier checkpoint is used
     except (errors.UserError, errors.TrainingError) as error:
         give_up(worker.monitor, error)
         raise

@@ -1,0 +1,89 @@
+"""Manifest of a checkpoint: its files with their sizes and digests."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """Size and digest of a file in a checkpoint."""
+
+    size: int
+    """Size in bytes."""
+    sha256: str = ""
+    """Hexadecimal digest; empty in checkpoints of versions that stored none. Such a file is compared by its size."""
+
+    @classmethod
+    def of(cls, path: Path) -> "StoredFile":
+        """Read a local file."""
+        with path.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        return cls(path.stat().st_size, digest)
+
+    @classmethod
+    def holding(cls, content: bytes) -> "StoredFile":
+        """Return the size and digest of a file with this content."""
+        return cls(len(content), hashlib.sha256(content).hexdigest())
+
+    def difference(self, found: "StoredFile") -> str | None:
+        """Return a text about how a found file differs from this one; None if it does not."""
+        if found.size != self.size:
+            return f"{found.size} of {self.size} bytes are there"
+        if self.sha256 and found.sha256 != self.sha256:
+            return f"its SHA-256 is {found.sha256}, and was {self.sha256} when it was written"
+        return None
+
+
+def _with_digest(value: Any) -> Any:
+    """Return an entry of a manifest; in manifests of versions before digests, it is a size alone."""
+    return {"size": value} if isinstance(value, int) else value
+
+
+Files = dict[str, Annotated[StoredFile, BeforeValidator(_with_digest)]]
+"""Relative path of each file of a checkpoint → its size and digest."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A committed checkpoint."""
+
+    name: str
+    step: int
+    world_size: int
+    files: Files
+    token: int = 0
+    """Token of the lease under which it was written (`run.lease`)."""
+    origins: dict[str, str] = field(default_factory=dict)
+    """What the run was made from: name → digest or version (`run.claim`). Older versions stored none."""
+
+    def __post_init__(self) -> None:
+        # A download writes each file to folder/file. A manifest from the store must not lead it out of that folder.
+        for file in map(PurePosixPath, self.files):
+            if file.is_absolute() or ".." in file.parts:
+                raise ValueError(f"{file} is outside of the checkpoint")
+
+    @classmethod
+    def parse(cls, content: bytes) -> "Manifest":
+        """Return a stored manifest. Raises ValueError if it is none."""
+        try:
+            return _MANIFEST.validate_json(content)
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"]) from error
+
+    def missing(self, sizes: Mapping[str, int]) -> str | None:
+        """Return the first file that is not in `sizes`, or has another size there; None if there is none.
+
+        `sizes` is relative path → bytes. The returned text also says how many bytes of the file are there.
+        """
+        for name, file in self.files.items():
+            if sizes.get(name) != file.size:
+                return f"{name}: {sizes.get(name, 0)} of {file.size} bytes"
+        return None
+
+
+_MANIFEST = TypeAdapter(Manifest)
