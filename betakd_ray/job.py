@@ -33,7 +33,8 @@ from betakd_ray.models.student import check_adapters, student_config, student_pr
 from betakd_ray.objective import check_plugins
 from betakd_ray.on_ray.cluster import check_feasible, connected, gpus_each
 from betakd_ray.on_ray.monitor import Monitor, give_up, report
-from betakd_ray.run.checkpoint import CheckpointStore, output_errors
+from betakd_ray.output import output_errors
+from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.claim import claim, origins_of, require_same_origins
 from betakd_ray.run.folder import MODEL, QUARANTINE, RESULT
 from betakd_ray.run.lease import Permit, held_lease

@@ -4,9 +4,16 @@
 environment (for S3: AWS_ACCESS_KEY_ID …, a profile, or the instance's role). A spec never holds credentials.
 """
 
+import errno
 import io
 import os
+import secrets
+import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -32,6 +39,7 @@ from s3fs import S3FileSystem
 from s3fs.errors import translate_boto_error
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from betakd_ray.output import full_disk
 from betakd_ray.spec import StorageSpec
 
 # Between attempts botocore waits for a random part of 1, 2, 4, 8, 16, 20, 20 … seconds: 45 s on average with nine
@@ -40,6 +48,8 @@ ATTEMPTS = 9
 TIMEOUT_S = 8.0
 ANSWERS = 4
 """Number of times that a request is made whose answer begins and then breaks off."""
+ASIDE = ".tmp"
+"""Ending of the name of a file or folder that is not whole yet."""
 
 _EXISTS = (409, 412)
 """HTTP status of a store that refuses to make an object, because there is one, or another is being made."""
@@ -76,14 +86,9 @@ def join(url: str, *parts: str) -> str:
 
 
 def replace_file(filesystem: AbstractFileSystem, path: str, content: bytes) -> None:
-    """Write a file atomically: a PUT replaces an object at once; a local file is written aside and renamed."""
-    if not isinstance(filesystem, LocalFileSystem):
-        filesystem.pipe_file(path, content)
-        return
-    # In the same folder, because a rename works only within one file system.
-    aside = f"{path}.{os.getpid()}.tmp"
-    filesystem.pipe_file(aside, content)
-    os.replace(aside, path)
+    """Write a whole file, as `whole_file` does."""
+    with whole_file(filesystem, path) as writing:
+        filesystem.pipe_file(writing, content)
 
 
 def create_file(filesystem: AbstractFileSystem, path: str, content: bytes) -> bool:
@@ -96,16 +101,100 @@ def create_file(filesystem: AbstractFileSystem, path: str, content: bytes) -> bo
         if not isinstance(filesystem, LocalFileSystem):
             filesystem.pipe_file(path, content, mode="create")
             return True
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        aside = f"{path}.{os.getpid()}.tmp"
-        filesystem.pipe_file(aside, content)
+        aside = f"{path}.{secrets.token_hex(8)}{ASIDE}"
+        replace_file(filesystem, aside, content)
         try:
             os.link(aside, path)  # unlike a rename, it fails if there is such a file
+            _sync_folder(os.path.dirname(path))
         finally:
             os.unlink(aside)
     except FileExistsError:
         return False
     return True
+
+
+def put_file(filesystem: AbstractFileSystem, source: str | Path, path: str) -> None:
+    """Copy a local file to a store, as `whole_file` does; create the folder of `path` if it is missing."""
+    make_folder(filesystem, os.path.dirname(path))
+    with whole_file(filesystem, path) as writing:
+        filesystem.put_file(str(source), writing)
+
+
+@contextmanager
+def whole_file(filesystem: AbstractFileSystem, path: str) -> Iterator[str]:
+    """Yield the path to write a file to. After the block the whole file is at `path`; after an error, the former one.
+
+    A PUT replaces an object at once. A local file is written under a name that nobody else uses, and renamed. It is on
+    the disk before it is renamed: after a loss of power, a renamed file could otherwise be empty or cut. Its folder is
+    created if it is missing. Raises OutputError if the disk is full.
+    """
+    with full_disk(path):
+        if not isinstance(filesystem, LocalFileSystem):
+            yield path
+            return
+        make_folder(filesystem, os.path.dirname(path))
+        # In the same folder, because a rename works only within one file system.
+        aside = f"{path}.{secrets.token_hex(8)}{ASIDE}"
+        try:
+            yield aside
+            _sync(aside)
+            os.replace(aside, path)
+            _sync_folder(os.path.dirname(path))
+        except BaseException:
+            with suppress(OSError):  # the error that led here is the one to report
+                os.unlink(aside)
+            raise
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new local folder to write to. After the block it has the name `folder`; after an error it is gone.
+
+    All that is in it is on the disk before it gets its name. `folder` must not exist, or be empty. Raises OutputError
+    if the disk is full.
+    """
+    with full_disk(folder):
+        make_folder(LocalFileSystem(), str(folder.parent))
+        aside = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}{ASIDE}")
+        aside.mkdir()
+        try:
+            yield aside
+            for path in (aside, *aside.rglob("*")):
+                _sync_folder(path) if path.is_dir() else _sync(path)
+            aside.rename(folder)
+            _sync_folder(folder.parent)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+
+def make_folder(filesystem: AbstractFileSystem, path: str) -> None:
+    """Create a folder, and its parents, if it is missing. On a local disk it remains after a loss of power."""
+    if not isinstance(filesystem, LocalFileSystem):
+        filesystem.makedirs(path, exist_ok=True)
+        return
+    missing = list(takewhile(lambda folder: not folder.exists(), (Path(path), *Path(path).parents)))
+    os.makedirs(path, exist_ok=True)
+    for folder in missing:
+        _sync_folder(folder.parent)
+
+
+def _sync(path: str | Path) -> None:
+    """Block until the content of a local file, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _sync_folder(path: str | Path) -> None:
+    try:
+        _sync(path)
+    except OSError as error:
+        # Some network file systems have no such call for a folder. They store its names by themselves.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 class S3(S3FileSystem):

@@ -7,34 +7,30 @@ good, and the one before it is the current one again. The manifest is the only s
 workers both resume from the checkpoint that it names. `train.checkpoint` has what all ranks do together.
 """
 
-import errno
 import json
 import logging
-import os
 import re
-import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from betakd_ray.data.files import url_like
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Quarantined
-from betakd_ray.errors import CheckpointDamaged, OutputError, OutputUnreachable
+from betakd_ray.errors import CheckpointDamaged, OutputError
+from betakd_ray.output import disk_errors, output_errors
 from betakd_ray.run.folder import CHECKPOINTS, DAMAGED, ENGINE, LEDGER, MANIFEST, QUARANTINE, UNIVERSAL
+from betakd_ray.run.lease import Permit
 from betakd_ray.run.manifest import Files, Manifest, StoredFile
 from betakd_ray.spec import StorageSpec
-from betakd_ray.storage import join, open_store, replace_file
-
-if TYPE_CHECKING:
-    from betakd_ray.run.lease import Permit
+from betakd_ray.storage import join, open_store, put_file, replace_file
 
 THREADS = 8
 """Number of files that a rank copies at the same time. One stream from an object store gives only 100–200 MB/s."""
@@ -43,9 +39,6 @@ COPIES = 2
 """Number of times that a file is copied before it counts as damaged: the damage may be the copy's."""
 
 _NAME = re.compile(r"step-(\d+)-.+")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_LEFT_BYTES = 1 << 20
-"""Free bytes below which a disk counts as full."""
 _listed = Retrying(retry=retry_if_exception_type(FileNotFoundError), stop=stop_after_attempt(9), reraise=True)
 """Retry of a listing. A manifest that was listed and is gone was pruned meanwhile; the next listing has a newer one."""
 _LOG = logging.getLogger(__name__)
@@ -64,7 +57,7 @@ class CheckpointStore:
         self,
         run: str,
         storage: StorageSpec,
-        permit: "Permit | None" = None,
+        permit: Permit | None = None,
         origins: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._permit, self._origins = permit, dict(origins)
@@ -137,8 +130,7 @@ class CheckpointStore:
     def _put(self, source: Path, name: str, file: str) -> None:
         target = join(self.root, name, file)
         with self._errors(name, file):
-            self.filesystem.makedirs(os.path.dirname(target), exist_ok=True)
-            self.filesystem.put_file(str(source), target)
+            put_file(self.filesystem, source, target)
 
     def manifest(self, name: str, step: int, world_size: int, files: Files) -> Manifest:
         """Return the manifest of a checkpoint that is to be committed."""
@@ -318,41 +310,6 @@ class CheckpointStore:
 
     def _errors(self, *parts: str) -> AbstractContextManager[None]:
         return output_errors(join(self.url, *parts))
-
-
-@contextmanager
-def output_errors(url: str) -> Iterator[None]:
-    """Raise the output store's errors as OutputError.
-
-    A full disk is a plain OutputError. Other errors may disappear without help, and are raised as OutputUnreachable.
-    """
-    try:
-        yield
-    except OSError as error:
-        kind = OutputUnreachable
-        remedy = "Check output.path and output.storage, the network and the credentials in the environment"
-        if error.errno in _FULL:
-            kind = OutputError
-            remedy = "The disk is full: free some space, or keep fewer checkpoints (training.keep)"
-        raise kind(
-            f"{url}: {type(error).__name__}: {error}. {remedy}, and run the job again to go on from the last committed "
-            "checkpoint, which is untouched."
-        ) from error
-
-
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Raise a full disk of this node as OutputError. torch reports one as a RuntimeError about file positions."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        is_full = getattr(error, "errno", None) in _FULL or shutil.disk_usage(folder.parent).free < _LEFT_BYTES
-        if not is_full:
-            raise
-        raise OutputError(
-            f"{folder}: the disk is full ({error}). Checkpoints are written to this folder first: free some space, or "
-            "set TMPDIR to a larger disk, and run the job again to go on from the last committed checkpoint."
-        ) from error
 
 
 def _files(folder: Path, root: Path | None = None) -> list[str]:

@@ -10,7 +10,8 @@ from importlib.metadata import version
 
 from betakd_ray.data.plan import Plan
 from betakd_ray.errors import OutputError
-from betakd_ray.run.checkpoint import CheckpointStore, output_errors
+from betakd_ray.output import output_errors
+from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.folder import SPEC
 from betakd_ray.run.plan import plan_digest
 from betakd_ray.spec import JobSpec

@@ -29,7 +29,7 @@ from typing import cast
 from pydantic import TypeAdapter, ValidationError
 
 from betakd_ray.errors import OutputError, RunTaken
-from betakd_ray.run.checkpoint import output_errors
+from betakd_ray.output import output_errors
 from betakd_ray.run.folder import LEASES
 from betakd_ray.sigterm import StopRequest
 from betakd_ray.spec import StorageSpec

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.engine.checkpoint import make_universal
-from betakd_ray.run.checkpoint import CheckpointStore, disk_errors
+from betakd_ray.output import disk_errors
+from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.folder import ENGINE, READ_WHERE_NEEDED
 from betakd_ray.run.manifest import Manifest
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from betakd_ray.engine.weights import whole_state
 from betakd_ray.models.student import student_processor
 from betakd_ray.models.vlm import takes_images
-from betakd_ray.run.checkpoint import output_errors
+from betakd_ray.output import disk_errors, output_errors
 from betakd_ray.run.folder import MODEL
 from betakd_ray.spec import JobSpec, StorageSpec, StudentSpec
-from betakd_ray.storage import join, open_store
+from betakd_ray.storage import join, open_store, put_file
 from betakd_ray.train.distiller import Distiller
 
 PREFIX = "student."
@@ -33,11 +33,12 @@ def export_student(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any]
     if dist.get_rank() == 0 and state is not None:
         distiller = cast(Distiller, engine.module)
         with tempfile.TemporaryDirectory(prefix="betakd-export-") as folder:
-            _save(distiller.student, state, spec.student, folder)
-            student_processor(spec.student).save_pretrained(folder)
-            (Path(folder) / "README.md").write_text(
-                model_card(spec, metrics, sees_images=takes_images(distiller.student)), encoding="utf-8"
-            )
+            with disk_errors(Path(folder)):
+                _save(distiller.student, state, spec.student, folder)
+                student_processor(spec.student).save_pretrained(folder)
+                (Path(folder) / "README.md").write_text(
+                    model_card(spec, metrics, sees_images=takes_images(distiller.student)), encoding="utf-8"
+                )
             _upload(Path(folder), join(run, MODEL), spec.output.storage)
     dist.barrier(group=group)
 
@@ -57,9 +58,7 @@ def _upload(folder: Path, url: str, storage: StorageSpec) -> None:
     filesystem, root = open_store(url, storage)
     with output_errors(url):
         for file in (file for file in folder.rglob("*") if file.is_file()):
-            target = join(root, *file.relative_to(folder).parts)
-            filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
-            filesystem.put_file(str(file), target)
+            put_file(filesystem, file, join(root, *file.relative_to(folder).parts))
 
 
 def _student_state(engine: Any, spec: JobSpec) -> dict[str, Tensor] | None:

@@ -250,7 +250,9 @@ def test_a_full_store_leaves_the_checkpoint_before(local, monkeypatch, file):
     with monkeypatch.context() as patch:
         patch.setattr(LocalFileSystem, "put_file", full(LocalFileSystem.put_file))
         patch.setattr(LocalFileSystem, "pipe_file", full(LocalFileSystem.pipe_file))
-        with pytest.raises(OutputError, match=rf"{file}: OSError.*disk is full: free some space, or keep fewer"):
+        with pytest.raises(
+            OutputError, match=rf"{file}: OSError.*disk is full: free some space in {re.escape(local.root)}"
+        ):
             saved(local, 2, "b")
     assert names(local) == [before]
     assert is_whole(local, local.latest())
