@@ -19,9 +19,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from betakd_ray import storage
 from betakd_ray.data.ledger import Ledger, SampleIds
-from betakd_ray.errors import OutputError
-from betakd_ray.run.checkpoint import CheckpointStore, Manifest
-from betakd_ray.run.folder import CHECKPOINTS, MANIFEST, UNIVERSAL
+from betakd_ray.errors import CheckpointDamaged, OutputError
+from betakd_ray.run.checkpoint import CheckpointStore
+from betakd_ray.run.folder import CHECKPOINTS, DAMAGED, LEDGER, MANIFEST, UNIVERSAL
+from betakd_ray.run.manifest import Manifest, StoredFile
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import ANSWERS
 from betakd_ray.train import checkpoint
@@ -111,7 +112,11 @@ def put(store, name, content=CONTENT):
 def uncommitted(store, name):
     """Write the files of a checkpoint without its commit."""
     put(store, name)
-    return Manifest(name, int(name.split("-")[1]), 1, {file: len(content) for file, content in CONTENT.items()})
+    return Manifest(name, int(name.split("-")[1]), 1, described(CONTENT))
+
+
+def described(files):
+    return {file: StoredFile.holding(content) for file, content in files.items()}
 
 
 def names(store):
@@ -136,7 +141,7 @@ def test_a_checkpoint_is_current_once_saved_and_comes_back_as_it_was(store):
     assert store.latest() is None
     name = saved(store, 7)
     manifest = store.latest()
-    assert manifest == Manifest(name, 7, 1, {file: len(content) for file, content in CONTENT.items()})
+    assert manifest == Manifest(name, 7, 1, described(CONTENT))
     assert is_whole(store, manifest)
 
 
@@ -397,14 +402,14 @@ def test_an_attempt_that_is_ahead_is_not_pruned(store):
 
 # ------------------------------------------------------------------------------------------------------ damage
 
-WHOLE = asdict(Manifest("step-2-b", 2, 1, {"ledger.json": 2}))
+WHOLE = asdict(Manifest("step-2-b", 2, 1, {"ledger.json": StoredFile(2)}))
 MANIFESTS = {
-    "nothing": (b"", "damaged: Invalid JSON"),
-    "cut": (json.dumps(WHOLE).encode()[:-5], "damaged: Invalid JSON"),
-    "a web page": (b"<html>503</html>", "damaged: Invalid JSON"),
-    "a list": (b"[]", "damaged"),
-    "no files": (json.dumps({**WHOLE, "files": None}).encode(), "damaged"),
-    "no step": (json.dumps({key: value for key, value in WHOLE.items() if key != "step"}).encode(), "damaged"),
+    "nothing": (b"", "Invalid JSON"),
+    "cut": (json.dumps(WHOLE).encode()[:-5], "Invalid JSON"),
+    "a web page": (b"<html>503</html>", "Invalid JSON"),
+    "a list": (b"[]", "dictionary"),
+    "no files": (json.dumps({**WHOLE, "files": None}).encode(), "dictionary"),
+    "no step": (json.dumps({key: value for key, value in WHOLE.items() if key != "step"}).encode(), "required"),
     "a path upwards": (json.dumps({**WHOLE, "files": {"../../x": 1}}).encode(), r"\.\./\.\./x is outside"),
     "an absolute path": (json.dumps({**WHOLE, "files": {"/etc/x": 1}}).encode(), "/etc/x is outside"),
     "that of another": (json.dumps({**WHOLE, "name": "step-1-a"}).encode(), "the manifest of step-1-a"),
@@ -412,14 +417,15 @@ MANIFESTS = {
 
 
 @pytest.mark.parametrize("case", MANIFESTS)
-def test_a_damaged_manifest_is_an_error_and_not_an_older_checkpoint(local, case):
+def test_a_checkpoint_whose_manifest_is_damaged_does_not_count_and_is_told_of(local, case):
     content, reason = MANIFESTS[case]
     before = saved(local, 1)
     put(local, "step-2-b", {**CONTENT, MANIFEST: content})
-    with pytest.raises(OutputError, match=rf"step-2-b: {MANIFEST} is .*{reason}.*Remove this folder"):
-        local.latest()
-    local.filesystem.rm(f"{local.root}/step-2-b", recursive=True)
     assert names(local) == [before]
+    assert re.search(rf"step-2-b is damaged: {MANIFEST}.*{reason}", local.damaged()["step-2-b"])
+    assert re.search(rf"step-2-b is damaged.* goes on from {before}.*The 1 steps after it", local.loss())
+    local.filesystem.rm(f"{local.root}/step-2-b", recursive=True)
+    assert local.loss() == ""
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -427,8 +433,92 @@ def test_a_checkpoint_that_lost_a_part_is_not_loaded(store, case):
     damage, found = DAMAGE[case]
     name = saved(store, 1)
     damage(store, f"{store.root}/{name}/deepspeed/optimizer.pt")
-    with pytest.raises(OutputError, match=rf"{name}: deepspeed/optimizer\.pt: {found} are there\. Remove this folder"):
+    with pytest.raises(CheckpointDamaged, match=rf"{name} is damaged: deepspeed/optimizer\.pt: {found} are there"):
         is_whole(store, store.latest())
+
+
+def flip(store, name, file, at=17):
+    """Change one bit of a stored file, as a disk or a memory may."""
+    path = f"{store.root}/{name}/{file}"
+    content = bytearray(store.filesystem.cat_file(path))
+    content[at] ^= 1
+    store.filesystem.pipe_file(path, bytes(content))
+
+
+@pytest.mark.parametrize("file", [file for file in CONTENT if file != LEDGER])
+def test_one_flipped_bit_is_found_before_anything_is_loaded(store, file):
+    name = saved(store, 1)
+    flip(store, name, file)
+    with pytest.raises(CheckpointDamaged, match=rf"{re.escape(file)}: its SHA-256 is"):
+        is_whole(store, store.latest())
+    assert re.search(r"SHA-256", store.verify(store.latest()))
+
+
+def test_a_flipped_bit_in_a_small_file_is_found_where_it_is_read(store):
+    name = saved(store, 1)
+    flip(store, name, LEDGER, at=0)
+    with pytest.raises(CheckpointDamaged, match=rf"{LEDGER}: its SHA-256 is"):
+        store.read_text(store.latest(), LEDGER)
+
+
+def test_a_rejected_checkpoint_does_not_count_and_the_one_before_it_does(store):
+    first, second = saved(store, 3), saved(store, 5)
+    assert store.verify(store.latest()) is None
+    store.reject(second, "weights: its SHA-256 is another")
+    assert names(store) == [first]
+    assert is_whole(store, store.latest())
+    assert re.search(rf"SHA-256 is another\. The job goes on from {first}.*The 2 steps after it", store.loss())
+    third = saved(store, 6)
+    assert store.loss() == ""
+    assert folders(store) == [first, third]  # and it goes with the next
+
+
+def test_where_every_checkpoint_is_damaged_the_job_does_not_begin_again_by_itself(store):
+    store.reject(saved(store, 3), "the reason")
+    with pytest.raises(OutputError, match=rf"every checkpoint is damaged: the reason.*without its {DAMAGED}"):
+        store.latest()
+
+
+def test_a_copy_that_is_damaged_once_is_made_again(local, monkeypatch):
+    saved(local, 1)
+    copy, damaged = LocalFileSystem.get_file, []
+
+    def once(self, source, target, **options):
+        copy(self, source, target, **options)
+        if source not in damaged:
+            damaged.append(source)
+            os.truncate(target, 2)
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", once)
+    assert is_whole(local, local.latest())
+    assert damaged
+
+
+def test_a_manifest_of_a_version_without_digests_is_read(local):
+    name = saved(local, 1)
+    path = f"{local.root}/{name}/{MANIFEST}"
+    tree = json.loads(local.filesystem.cat_file(path))
+    old = {key: tree[key] for key in ("name", "step", "world_size")}
+    local.filesystem.pipe_file(path, json.dumps(old | {"files": {f: len(c) for f, c in CONTENT.items()}}).encode())
+    assert is_whole(local, local.latest())
+    flip(local, name, "deepspeed/model.pt")
+    assert local.verify(local.latest()) is None  # it has nothing to be compared with
+
+
+def test_a_universal_form_that_is_damaged_is_made_again_and_the_checkpoint_stays(store, tmp_path):
+    name = saved(store, 1)
+    (tmp_path / UNIVERSAL).mkdir()
+    (tmp_path / UNIVERSAL / "weight.pt").write_bytes(b"weight")
+    universal = store.add_universal(store.latest(), tmp_path)
+    assert store.universal(store.latest()) == universal
+    flip(store, name, f"{UNIVERSAL}/weight.pt", at=0)
+    with pytest.raises(CheckpointDamaged) as damage:
+        store.fetch(universal, [f"{UNIVERSAL}/weight.pt"], tmp_path / "node", "0")
+    store.reject(name, str(damage.value))
+    assert store.universal(store.latest()) is None
+    assert names(store) == [name]
+    put(store, name, {f"{UNIVERSAL}/{MANIFEST}": b"{"})
+    assert store.universal(store.latest()) is None
 
 
 def test_a_download_that_is_short_is_begun_again_and_at_last_given_up(remote, proxy):
@@ -574,7 +664,7 @@ def test_another_number_of_ranks_is_converted_to_once_and_the_others_copy_that(t
     files = {OPTIMIZER.format(rank): b"part" for rank in range(3)}
     files |= {SHARED: b"all", "beta.pt": b"beta", "ledger.json": b"{}"}
     put(store, "step-1-a", files)
-    store.commit(Manifest("step-1-a", 1, 3, {file: len(content) for file, content in files.items()}))
+    store.commit(Manifest("step-1-a", 1, 3, described(files)))
     ranks = on_ranks(resume_resized, tmp_path, str(tmp_path / "resized"), ranks=4)
     assert [path.name for path in tmp_path.glob("resized-node-*/converted-*")] == ["converted-0"]
     wanted = sorted(["beta.pt", PARAMETER, f"{UNIVERSAL}/mp_rank_00_model_states.pt"])

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -12,8 +14,9 @@ from typing import Any
 import pytest
 import ray
 
+from betakd_ray.errors import Interrupted, RunTaken
 from betakd_ray.on_ray.cluster import connected
-from betakd_ray.sigterm import kept_sigterm, on_sigterm
+from betakd_ray.sigterm import StopRequest, kept_sigterm, on_sigterm
 
 ENTRY_POINT = """
 import atexit, sys, time
@@ -93,6 +96,76 @@ def test_a_connection_to_ray_leaves_sigterm_to_us(heard: list[str], rays_handler
 
 def test_one_that_comes_while_we_connect_is_ours_too(heard: list[str], rays_handler: SimpleNamespace) -> None:
     rays_handler.meanwhile = True
-    with pytest.raises(SystemExit), kept_sigterm():
+    with pytest.raises(Interrupted), kept_sigterm():
         ray.init()
     assert heard == ["before"]
+
+
+def test_one_that_compiled_code_turned_into_another_error_is_still_one(heard: list[str]) -> None:
+    def connect() -> None:
+        try:
+            sys.exit(signal.SIGTERM)
+        except SystemExit as ended:
+            raise SystemError("returned a result with an exception set") from ended
+
+    with pytest.raises(Interrupted), kept_sigterm():
+        connect()
+    with pytest.raises(SystemError), kept_sigterm():
+        raise SystemError("of its own")
+    assert heard == ["before"]
+
+
+IN_COMPILED_CODE = """
+import os, signal
+from betakd_ray.sigterm import answering_sigterm
+
+with answering_sigterm():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit as ended:
+        {then}
+"""
+
+
+@pytest.mark.parametrize(
+    ("then", "code"),
+    [
+        ("raise SystemError('returned a result with an exception set') from ended", os.EX_TEMPFAIL),
+        ("os.kill(os.getpid(), signal.SIGTERM); raise AssertionError('the second one did not end it')", os.EX_TEMPFAIL),
+        ("pass", 0),  # the work was done all the same
+    ],
+)
+def test_a_driver_whose_first_signal_got_lost_still_answers(then: str, code: int) -> None:
+    driver = subprocess.run([sys.executable, "-c", IN_COMPILED_CODE.format(then=then)], check=False, timeout=60)
+    assert driver.returncode == code
+
+
+# ------------------------------------------------------------------------------------------- a request to stop
+
+
+def test_a_handler_only_sets_a_flag_and_every_wait_finds_it() -> None:
+    request = StopRequest("stopped")
+    waits: dict[str, Any] = {
+        "check": request.check,
+        "pause": lambda: request.pause(3600.0),
+        "wait_until": lambda: request.wait_until(lambda timeout_s: time.sleep(timeout_s) or False),
+    }
+    request.pause(0.0)
+    request.wait_until(lambda timeout_s: True)
+    for wait in waits.values():
+        request.withdraw()
+        request.check()
+        with on_sigterm(request.make):
+            timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            timer.start()
+            timer.join()
+            with pytest.raises(Interrupted, match="stopped"):
+                wait()
+
+
+def test_a_failure_is_raised_before_a_request_to_stop() -> None:
+    request = StopRequest("stopped")
+    request.make()
+    request.fail(RunTaken("another driver"))
+    with pytest.raises(RunTaken):
+        request.pause(3600.0)
