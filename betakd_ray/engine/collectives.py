@@ -1,11 +1,40 @@
 """Process groups and shared memory: what torch.distributed and DeepSpeed offer no option for."""
 
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+from betakd_ray.leftovers import owned, remove_abandoned
+
+MEMORY = Path("/dev/shm")
+"""Folder in which Linux names shared memory."""
+BUFFER = "deepspeed_allreduce_buffer"
+"""Start of the name of DeepSpeed's: then come user, MASTER_ADDR, MASTER_PORT and rank."""
+
+
+_STORES: list[Any] = []
+
+
+def store_on_loopback() -> tuple[str, int]:
+    """Start the store at which the ranks of a process group meet, and which only this machine reaches; return where.
+
+    torch's own listens on all interfaces, and does whatever it is told there. A later `init_process_group` of this
+    process finds this one at its port, and starts none.
+    """
+    listener = socket.create_server(("127.0.0.1", 0))
+    host, port = listener.getsockname()
+    descriptor = listener.detach()  # the store closes it
+    options = {"is_master": True, "wait_for_workers": False, "multi_tenant": True, "master_listen_fd": descriptor}
+    store = dist.TCPStore(host, port, **options)  # pyright: ignore[reportPrivateImportUsage]
+    _STORES.append(store)  # it must live as long as this process
+    return host, port
 
 
 def bound_collectives(timeout: timedelta) -> None:
@@ -17,13 +46,18 @@ def bound_collectives(timeout: timedelta) -> None:
         distributed_c10d._set_pg_timeout(timeout, group)
 
 
-def unname_shared_memory(rank: int, group: dist.ProcessGroup) -> None:
-    """Unlink the shared memory of DeepSpeed's CPU collectives, 66 MB per rank. Collective over `group`, on the host.
+@contextmanager
+def named_shared_memory(rank: int) -> Iterator[None]:
+    """Own the shared memory that DeepSpeed's CPU collectives make in the block, 66 MB per rank; remove its name after.
 
-    DeepSpeed does not remove it. After the barrier every rank has it open, so its name is no longer needed, and the
-    system frees the memory when the processes end.
+    DeepSpeed does not remove it. End the block with a barrier: then every rank has the memory open, its name is no
+    longer needed, and the system frees it when the processes end. What ranks left that were killed within their block
+    is removed first.
     """
-    dist.barrier(group=group)  # pyright: ignore[reportArgumentType]
+    if not MEMORY.is_dir():
+        yield
+        return
+    remove_abandoned(MEMORY, f"{BUFFER}_*")
     place = [os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")]
-    name = "_".join(["deepspeed_allreduce_buffer", str(os.getuid()), *place, str(rank)])
-    Path("/dev/shm", name).unlink(missing_ok=True)
+    with owned(MEMORY / "_".join([BUFFER, str(os.getuid()), *place, str(rank)])):
+        yield

@@ -4,6 +4,8 @@ It is not in `job`, because every job waits until the controller has started: it
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +13,13 @@ import ray
 import ray.train
 import torch
 from ray.actor import ActorHandle
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchConfig, config
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
+
+from betakd_ray.engine.collectives import store_on_loopback
+from betakd_ray.on_ray.local import is_on_loopback
 
 # With workers of {min, max}, a controller reserves resources for so long, and renews that every 20 s. The reservation
 # of a killed driver stands in the way of its successor; Ray's own 180 s would be three minutes without a student.
@@ -41,7 +46,24 @@ class FoundTorchBackend(_TorchBackend):
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         has_gpu = worker_group.execute_single(0, torch.cuda.is_available)
-        super().on_start(worker_group, replace(backend_config, backend="nccl" if has_gpu else "gloo"))
+        chosen = replace(backend_config, backend="nccl" if has_gpu else "gloo")
+        with _store_on_loopback() if is_on_loopback() else nullcontext():
+            super().on_start(worker_group, chosen)
+
+
+@contextmanager
+def _store_on_loopback() -> Iterator[None]:
+    """Let `on_start` in the block ask the first worker for a store that listens on loopback alone.
+
+    Otherwise it asks for a free port, where torch then starts a store that listens on all interfaces.
+    """
+    names = config.__dict__
+    before = names["get_address_and_port"]
+    names["get_address_and_port"] = store_on_loopback
+    try:
+        yield
+    finally:
+        names["get_address_and_port"] = before
 
 
 class ReportFailures(ray.train.UserCallback):

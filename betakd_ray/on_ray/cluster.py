@@ -6,14 +6,16 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
 
 from betakd_ray.errors import ClusterError
+from betakd_ray.on_ray.local import closed, driven
 from betakd_ray.sigterm import kept_sigterm
 from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec
 
@@ -34,17 +36,18 @@ def connected(spec: Any, jobs: int = 1) -> Iterator[None]:
         return
     address = spec.cluster.address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"address": address}
-    if address in (None, "", "local"):
+    if is_local := address in (None, "", "local"):
         options = {"address": "local", "include_dashboard": False, "num_cpus": _logical_cpus(spec, jobs)}
     try:
-        with kept_sigterm():
-            ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
+        with kept_sigterm(), closed() if is_local else nullcontext():
+            context: Any = ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:
         raise ClusterError(f"cluster.address: no Ray cluster answers at {address}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with driven(Path(context.address_info["session_dir"])) if is_local else nullcontext():
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _logical_cpus(spec: Any, jobs: int) -> int:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.engine.checkpoint import make_universal
+from betakd_ray.leftovers import TEMPORARY, owned, temporary_folder
 from betakd_ray.output import disk_errors
 from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.folder import ENGINE, READ_WHERE_NEEDED
@@ -38,13 +39,10 @@ def save(
     committed the checkpoint.
     """
     name = f"step-{step:08d}-{attempt}"
-    local = Path(tempfile.mkdtemp(prefix="betakd-save-"))
-    try:
+    with temporary_folder("save") as local:
         with disk_errors(local):
             write(local)
         files = gather(store.upload(local, name), group)
-    finally:
-        shutil.rmtree(local)
     # All ranks have uploaded their files: `gather` waits for each of them. Only now may the manifest be written.
     if dist.get_rank() == 0:
         merged = {file: stored for each in files for file, stored in each.items()}
@@ -79,8 +77,7 @@ def on_disk(store: CheckpointStore, manifest: Manifest, attempt: str, group: Gro
     """
     run = hashlib.sha256(store.root.encode()).hexdigest()[:12]
     # The attempt is in the name, because a rank of an earlier start may still remove its own folder of this checkpoint.
-    folder = Path(tempfile.gettempdir()) / f"betakd-{run}-{manifest.name}-{attempt}"
-    try:
+    with owned(Path(tempfile.gettempdir(), f"{TEMPORARY}{run}-{manifest.name}-{attempt}")) as folder:
         store.require_stored(manifest)
         wanted = manifest
         if manifest.world_size != dist.get_world_size() and _has_optimizer_parts(manifest):
@@ -91,10 +88,6 @@ def on_disk(store: CheckpointStore, manifest: Manifest, attempt: str, group: Gro
         yield folder
         # No rank may remove the folder while another one reads it.
         dist.barrier(group)
-    finally:
-        # The node's first rank removes the folder: all ranks have passed the barrier, or the job is failing.
-        if _local_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _universal(store: CheckpointStore, manifest: Manifest, folder: Path) -> Manifest:

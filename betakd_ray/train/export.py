@@ -3,7 +3,6 @@
 Only a MobileVLM needs this package in order to be loaded.
 """
 
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from betakd_ray.engine.weights import whole_state
+from betakd_ray.leftovers import temporary_folder
 from betakd_ray.models.student import student_processor
 from betakd_ray.models.vlm import takes_images
 from betakd_ray.output import disk_errors, output_errors
@@ -32,14 +32,14 @@ def export_student(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any]
     state = _student_state(engine, spec)
     if dist.get_rank() == 0 and state is not None:
         distiller = cast(Distiller, engine.module)
-        with tempfile.TemporaryDirectory(prefix="betakd-export-") as folder:
-            with disk_errors(Path(folder)):
-                _save(distiller.student, state, spec.student, folder)
+        with temporary_folder("export") as folder:
+            with disk_errors(folder):
+                _save(distiller.student, state, spec.student, str(folder))
                 student_processor(spec.student).save_pretrained(folder)
-                (Path(folder) / "README.md").write_text(
+                (folder / "README.md").write_text(
                     model_card(spec, metrics, sees_images=takes_images(distiller.student)), encoding="utf-8"
                 )
-            _upload(Path(folder), join(run, MODEL), spec.output.storage)
+            _upload(folder, join(run, MODEL), spec.output.storage)
     dist.barrier(group=group)
 
 

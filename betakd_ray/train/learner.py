@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from betakd_ray.batch.inputs import TensorInputs
 from betakd_ray.curriculum import Curriculum, reversal
 from betakd_ray.engine.checkpoint import load_engine
-from betakd_ray.engine.collectives import bound_collectives, unname_shared_memory
+from betakd_ray.engine.collectives import bound_collectives, named_shared_memory
+from betakd_ray.engine.compiled import load_collective
 from betakd_ray.engine.config import deepspeed_config
 from betakd_ray.engine.unpickling import pickle_stages_by_value, tensors_only
 from betakd_ray.models.device import find_device
@@ -64,16 +65,18 @@ class Learner:
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         _seed(spec.training.seed)
         self.distiller = self._distiller(facts, teacher_head)
-        self.engine = self._engine(total_steps)
-        # After DeepSpeed has made its groups, and before the two groups below, which keep their long timeout.
-        bound_collectives(timedelta(seconds=spec.training.collective_timeout_s))
-        # Collectives on host data use gloo, so that they do not wait for the device. Their timeout is long, because a
-        # checkpoint takes as long as its slowest rank. The feed has a group of its own: in a group of two threads, the
-        # ranks could match collectives in different orders.
-        self.host_group, self.feed_group = (
-            cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=FOREVER)) for _ in range(2)
-        )
-        unname_shared_memory(self.rank, self.host_group)
+        load_collective()
+        with named_shared_memory(self.rank):
+            self.engine = self._engine(total_steps)
+            # After DeepSpeed has made its groups, and before the two groups below, which keep their long timeout.
+            bound_collectives(timedelta(seconds=spec.training.collective_timeout_s))
+            # Collectives on host data use gloo, so that they do not wait for the device. Their timeout is long, because
+            # a checkpoint takes as long as its slowest rank. The feed has a group of its own: in a group of two
+            # threads, the ranks could match collectives in different orders.
+            self.host_group, self.feed_group = (
+                cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=FOREVER)) for _ in range(2)
+            )
+            dist.barrier(group=self.host_group)
         self.weighting = BetaWeighting(
             spec.objective.weighting,
             spec.objective.channels,

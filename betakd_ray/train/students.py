@@ -18,8 +18,10 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from betakd_ray import errors
 from betakd_ray.errors import ClusterError, TrainingError
+from betakd_ray.leftovers import owned, remove_abandoned
 from betakd_ray.on_ray.backend import FoundTorchConfig, ReportController, ReportFailures, causes
 from betakd_ray.on_ray.cluster import gpus_each
+from betakd_ray.on_ray.local import loopback_environment
 from betakd_ray.on_ray.monitor import Report
 from betakd_ray.on_ray.source import SplitOnce, rows
 from betakd_ray.progress import Update, progress_line
@@ -54,12 +56,12 @@ def train_students(config: WorkerConfig, reader: "ray.ObjectRef", stop: StopRequ
     teachers' pool died, Interrupted if the job was asked to stop before they trained, and the error that ended the
     training as a TrainingError or UserError.
     """
-    trainer = _trainer(config, reader)
-    # In a thread of its own: this one looks for requests to stop, also while Ray Train waits for places.
-    training = in_background(trainer.fit)
     try:
-        _follow(training, config, stop)
-        outcome = training.result().return_value or {}
+        with owned(_scratch(config.spec.name)) as folder:
+            # In a thread of its own: this one looks for requests to stop, also while Ray Train waits for places.
+            training = in_background(_trainer(config, reader, folder).fit)
+            _follow(training, config, stop)
+            outcome = training.result().return_value or {}
     except TrainingFailedError as error:
         _raise_cause(config, is_failed=True)
         raise _failure(error, config.spec) from error
@@ -68,7 +70,7 @@ def train_students(config: WorkerConfig, reader: "ray.ObjectRef", stop: StopRequ
     return outcome
 
 
-def _trainer(config: WorkerConfig, reader: "ray.ObjectRef") -> TorchTrainer:
+def _trainer(config: WorkerConfig, reader: "ray.ObjectRef", folder: Path) -> TorchTrainer:
     spec, monitor = config.spec, config.monitor
     gpus = gpus_each(spec.cluster.student.gpus)
     student, workers = spec.cluster.student, spec.training.workers
@@ -89,12 +91,12 @@ def _trainer(config: WorkerConfig, reader: "ray.ObjectRef") -> TorchTrainer:
         ),
         run_config=RunConfig(
             # Ray Train's own folder holds only its state. Checkpoints and metrics are in the run's folder.
-            name=f"{spec.name}-{os.urandom(4).hex()}",
-            storage_path=_scratch(),
+            name=folder.name,
+            storage_path=str(folder.parent),
             # Unlimited, because Ray does not reset its count on progress. The monitor counts failures instead.
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=STARTS - 1),
             callbacks=cast(Any, callbacks),  # its type names only callbacks of the public kind
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | _accelerator(gpus)},
+            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | _accelerator(gpus) | loopback_environment()},
         ),
     )
 
@@ -155,10 +157,11 @@ def _accelerator(gpus: float) -> dict[str, str]:
     return {} if gpus else ON_CPU
 
 
-def _scratch() -> str:
+def _scratch(name: str) -> Path:
+    """Return a new folder for Ray Train's own files; remove those of drivers that were killed."""
     folder = Path(os.environ.get("BETAKD_CACHE", Path.home() / ".cache" / "betakd")) / "ray-train"
-    folder.mkdir(parents=True, exist_ok=True)
-    return str(folder)
+    remove_abandoned(folder, "*")
+    return folder / f"{name}-{os.urandom(4).hex()}"
 
 
 def _raise_cause(config: WorkerConfig, *, is_failed: bool = False) -> None:

@@ -7,6 +7,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from betakd_ray import errors
+from betakd_ray.leftovers import remove_temporary
 from betakd_ray.on_ray.monitor import give_up
 from betakd_ray.train.config import WorkerConfig
 
@@ -16,6 +17,7 @@ def train_worker(config: dict[str, WorkerConfig]) -> dict[str, Any]:
     from betakd_ray.train.loop import Worker  # imported here, because Ray Train's controller does not need it
 
     worker = config["worker"]
+    remove_temporary()  # here too, because only this process is on this node
     # Ray Train restarts the workers after every error, without a limit. An end without an error stops that.
     if ray.get(worker.monitor.failure.remote()):
         return {}

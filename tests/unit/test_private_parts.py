@@ -8,6 +8,7 @@ import ast
 import hashlib
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -15,16 +16,24 @@ from typing import Any
 
 import pytest
 
+from betakd_ray.engine.collectives import BUFFER
+
 PACKAGE = Path(__file__).parents[2] / "betakd_ray"
 
 COORDINATOR = "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client"
+AUTHENTICATION = "ray._private.authentication.authentication_token_setup"
 ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
 DISPATCH = "torch.utils._python_dispatch"
 PARTS = {
     # path of the part: (distribution, version it was seen in, fingerprint)
     f"{ENGINE}.load_checkpoint": ("deepspeed", "0.19.8", "5728d3dfa42a"),
     f"{ENGINE}._zero3_consolidated_16bit_state_dict": ("deepspeed", "0.19.8", "4d7c0d9c1571"),
+    "deepspeed.comm.torch.build_shm_op": ("deepspeed", "0.19.8", "2bf3cff9e3d1"),
+    "deepspeed.ops.op_builder.builder.OpBuilder.load": ("deepspeed", "0.19.8", "47d513ddccc5"),
     "fsspec.spec.AbstractFileSystem._strip_protocol": ("fsspec", "2026.9.0", "d7bfe5591d2c"),
+    f"{AUTHENTICATION}._get_default_token_path": ("ray", "2.60.0", "7f47c0fdb937"),
+    f"{AUTHENTICATION}.ensure_token_if_auth_enabled": ("ray", "2.60.0", "25d72ad09c4b"),
+    "ray._private.services.get_node_ip_address": ("ray", "2.60.0", "68e6d6e67ed4"),
     "ray._raylet.InnerGcsClient.get_cluster_status": ("ray", "2.60.0", "58180ac5d3b3"),
     "ray.data._internal.execution.execution_callback.ExecutionCallback": ("ray", "2.60.0", "f73e921a09d3"),
     f"{COORDINATOR}.TrainAutoscalingCoordinatorClient.send_resource_request": ("ray", "2.60.0", "59e083c3cda1"),
@@ -37,6 +46,8 @@ PARTS = {
     f"{DISPATCH}.TorchDispatchMode.__torch_dispatch__": ("torch", "2.13.0+cpu", "70b067f6c816"),
     f"{DISPATCH}.is_traceable_wrapper_subclass": ("torch", "2.13.0+cpu", "1d97b30149f2"),
     "torch.utils._pytree.tree_leaves": ("torch", "2.13.0+cpu", "5fdc4a1e690f"),
+    "torch.utils.cpp_extension._jit_compile": ("torch", "2.13.0+cpu", "10fbddf4ff83"),
+    "torch.utils.file_baton.FileBaton.wait": ("torch", "2.13.0+cpu", "81681b63359f"),
 }
 COVERED = {
     # how our code spells it: the part it is, or belongs to
@@ -45,6 +56,8 @@ COVERED = {
     "distributed_c10d._world": "torch.distributed.distributed_c10d._World.pg_map",
     "engine._config": f"{ENGINE}.load_checkpoint",
     "engine._zero3_consolidated_16bit_state_dict": f"{ENGINE}._zero3_consolidated_16bit_state_dict",
+    "OpBuilder._loaded_ops": "deepspeed.ops.op_builder.builder.OpBuilder.load",
+    "ray._private.ray_constants": "ray._private.services.get_node_ip_address",
     "ray._raylet.GcsClient": "ray._raylet.InnerGcsClient.get_cluster_status",
     "ray.train.torch.config._TorchBackend": "ray.train.torch.config._TorchBackend.on_start",
     "S3._strip_protocol": "fsspec.spec.AbstractFileSystem._strip_protocol",
@@ -111,3 +124,13 @@ def test_a_private_part_is_as_it_was_seen(path: str) -> None:
     distribution, seen_in, seen = PARTS[path]
     now = fingerprint(path)
     assert now == seen, f"{path}: seen in {distribution} {seen_in}, now {version(distribution)}: {now}"
+
+
+def test_deepspeeds_shared_memory_has_the_name_under_which_it_is_removed() -> None:
+    import deepspeed
+
+    source = Path(deepspeed.__file__).parent.joinpath("ops", "csrc", "cpu", "comm", "shm.cpp").read_text()
+    assert f'#define SHM_BUFFER_NAME "{BUFFER}"' in source
+    prefix = r'"%s_%d_%s_%s",\s*SHM_BUFFER_NAME,\s*getuid\(\),\s*addr_string,\s*port_string'
+    assert re.search(prefix, source)
+    assert '"%s_%d", shm_name_prefix, rank)' in source
