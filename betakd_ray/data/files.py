@@ -1,22 +1,23 @@
 """Files of a store: their bytes are counted and checksummed, and their errors get a clear message.
 
-An error of a store or its client library becomes DataUnreachable if another attempt may help, and DataError otherwise.
+An error of a store or its client library becomes DataUnreachable if another attempt may help, OutputError if the disk
+is full, and DataError otherwise.
 """
 
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.spec import AbstractFileSystem
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-from betakd_ray.errors import DataError, DataUnreachable
+from betakd_ray.errors import BetaKDError, DataError, DataUnreachable
+from betakd_ray.output import disk_full, is_full
 from betakd_ray.spec import StorageSpec
-from betakd_ray.storage import open_store
+from betakd_ray.storage import open_store, whole_file
 
 BLOCK_BYTES = 8 << 20  # one request to the store, and what a reader holds besides the sample at hand
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -55,19 +56,49 @@ class ChecksumStream:
 
 
 @contextmanager
-def opened(url: str, mode: str, storage: StorageSpec) -> Iterator[ChecksumStream]:
-    """Open a file of the store. Its errors become DataUnreachable or DataError."""
+def opened(url: str, storage: StorageSpec) -> Iterator[ChecksumStream]:
+    """Open a file of the store to read it. Its errors become DataUnreachable or DataError."""
     errors = partial(store_errors, url, storage)
     with errors():
         filesystem, path = open_store(url, storage)
-        if "w" in mode and isinstance(filesystem, LocalFileSystem):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-        raw = filesystem.open(path, mode, block_size=BLOCK_BYTES)
+        raw = filesystem.open(path, "rb", block_size=BLOCK_BYTES)
     try:
         yield ChecksumStream(raw, url_like(url, filesystem, path), errors)
     finally:
-        # Closing a written file sends its last part to the store, so it can fail as a write can.
         with errors():
+            raw.close()
+
+
+@contextmanager
+def new_file(url: str, storage: StorageSpec) -> Iterator[ChecksumStream]:
+    """Yield a stream to a new file of the store. After an error in the block the store has no such file.
+
+    The store's errors become DataUnreachable or DataError, and those of a full disk OutputError.
+    """
+    errors = partial(store_errors, url, storage)
+    with errors(), ExitStack() as opening:
+        filesystem, path = open_store(url, storage)
+        writing = opening.enter_context(whole_file(filesystem, path))
+        raw = filesystem.open(writing, "wb", block_size=BLOCK_BYTES)
+        whole = opening.pop_all()
+    try:
+        yield ChecksumStream(raw, url_like(url, filesystem, path), errors)
+    except BaseException:
+        with whole:
+            _discard(raw)
+            raise
+    # Closing sends the last part to the store, so it can fail as a write can.
+    with errors(), whole:
+        raw.close()
+
+
+def _discard(raw: Any) -> None:
+    """Close a file whose writing failed. An object store must not make an object of what was sent so far."""
+    with suppress(OSError):  # the error that led here is the one to report
+        if isinstance(raw, AbstractBufferedFile):
+            raw.closed = True  # first: closing it would send the rest
+            raw.discard()
+        else:
             raw.close()
 
 
@@ -75,12 +106,16 @@ def opened(url: str, mode: str, storage: StorageSpec) -> Iterator[ChecksumStream
 def store_errors(url: str, storage: StorageSpec) -> Iterator[None]:
     """Turn errors of a store into DataUnreachable, or into DataError if waiting would not help.
 
-    Catches Exception, because fsspec passes on OSError and classes of botocore and aiohttp, which have no other
-    common base class.
+    A full disk becomes an OutputError. Catches Exception, because fsspec passes on OSError and classes of botocore and
+    aiohttp, which have no other common base class.
     """
     try:
         yield
+    except BetaKDError:
+        raise
     except Exception as error:
+        if is_full(error):
+            raise disk_full(url, error) from error
         # ValueError: e.g. a protocol that fsspec does not know. ImportError: a protocol whose package is not installed.
         permanent = (FileNotFoundError, ValueError, ImportError)
         kind = DataError if isinstance(error, permanent) or _is_refusal(error) else DataUnreachable

@@ -1,37 +1,91 @@
 """Manifest of a folder of shards: finds shards by name, and detects shards that are cut, missing or unknown.
 
 A folder of shards has a `manifest.jsonl`, one line per shard: {"shard": name, "samples": n, "bytes": b, "crc32": hex}.
+While `pack` replaces shards, it also says which files are no data:
+
+    {"unfinished": prefix, "number": n}    shards that are being written
+    {"replaced": name}                     a former shard that is about to be removed
 """
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from glob import has_magic
+from itertools import chain
 from typing import Any
 
 from braceexpand import braceexpand
+from fsspec.utils import glob_translate
 
 from betakd_ray.data.files import store_errors, url_like
 from betakd_ray.data.shards import Shard, ShardDamaged, scan_shard
 from betakd_ray.errors import DataError
 from betakd_ray.spec import StorageSpec
-from betakd_ray.storage import join, open_store, replace_file
+from betakd_ray.storage import ASIDE, join, open_store, replace_file
 
 MANIFEST = "manifest.jsonl"
+LOOKS = 3  # of `find_shards`, if a packing ends meanwhile
 PLANNING_ATTEMPTS = 3  # fewer than while reading: a user waits at the terminal until the job starts
 
 _REMEDY = "Delete the manifest and run `betakd index` on the folder's shards."
 
 
+@dataclass(frozen=True)
+class Packing:
+    """One call of `pack`: the shards of a prefix that have one number. No name is used for two calls."""
+
+    prefix: str
+    number: int
+
+    def shard(self, at: int) -> str:
+        """Return the base name of the shard at that place."""
+        return f"{self.prefix}-{at:06d}{f'.{self.number}' if self.number else ''}.tar"
+
+    @classmethod
+    def of(cls, name: str, prefix: str) -> "Packing | None":
+        """Return the call for `prefix` that wrote the shard with this base name, also if it is not whole yet."""
+        match = re.fullmatch(rf"{re.escape(prefix)}-\d{{6,}}(?:\.(\d+))?\.tar(?:\.\w+{re.escape(ASIDE)})?", name)
+        return None if match is None else cls(prefix, int(match[1] or 0))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder's manifest says."""
+
+    shards: dict[str, Shard] = field(default_factory=dict)
+    """Base name → shard."""
+    replaced: frozenset[str] = frozenset()
+    """Base names of shards that a packing has replaced and has still to remove."""
+    unfinished: frozenset[Packing] = frozenset()
+    """Packings that have not ended, or were interrupted: their shards are no data."""
+
+    def leaves_out(self, name: str) -> bool:
+        """Return whether the file with this base name is known to be no data, and why it is there."""
+        if name in self.shards:
+            return False
+        return name in self.replaced or any(Packing.of(name, each.prefix) == each for each in self.unfinished)
+
+
 def find_shards(patterns: Sequence[str], storage: StorageSpec) -> list[Shard]:
     """Return the shards that the patterns match (paths or URLs with {00..07} braces and * globs), sorted, each once.
 
-    They are sorted by URL. Raises DataError if nothing matches, a named shard is missing, the store refuses access or
-    is silent for half a minute, or a shard differs from its manifest.
+    They are sorted by URL. While `pack` replaces shards, these are the former shards or the new ones, all of them.
+    Raises DataError if nothing matches, a named shard or one that a manifest lists is missing, the store refuses access
+    or is silent for half a minute, or a shard differs from its manifest.
     """
-    sizes = _locate(patterns, storage)
-    manifests = {folder: read_manifest(folder, storage) for folder in sorted({_folder(url) for url in sizes})}
-    return [_checked(url, size, manifests[_folder(url)]) for url, size in sizes.items()]
+    for _ in range(LOOKS):
+        found = _find(patterns, storage)
+        # Otherwise a packing may have ended between the listing and the reading of the manifest.
+        if not found.absent and not found.unlisted:
+            break
+    if found.absent:
+        raise DataError(
+            f"{found.absent[0]}: {MANIFEST} lists it, but it is not there ({len(found.absent)} such shards). Copy or "
+            f"pack it again, or name the shards that you have. If it was removed on purpose: {_REMEDY}"
+        )
+    return [_checked(url, size, found.manifests[_folder(url)].shards) for url, size in found.sizes.items()]
 
 
 def index_shards(patterns: Sequence[str], storage: StorageSpec) -> list[Shard]:
@@ -40,73 +94,178 @@ def index_shards(patterns: Sequence[str], storage: StorageSpec) -> list[Shard]:
     Raises ShardDamaged for a shard that is not a complete tar, and DataError as `find_shards` does.
     """
     by_folder: dict[str, list[Shard]] = defaultdict(list)
-    for url, size in _locate(patterns, storage).items():
+    for url, size in _find(patterns, storage).sizes.items():
         by_folder[_folder(url)].append(_indexed(url, size, storage))
     for folder, shards in by_folder.items():
-        merge_manifest(folder, shards, storage)
+        manifest = _read(folder, storage)
+        _store(folder, replace(manifest, shards=manifest.shards | _by_name(shards)), storage)
     return sorted((shard for shards in by_folder.values() for shard in shards), key=lambda shard: shard.url)
 
 
 def read_manifest(folder: str, storage: StorageSpec) -> dict[str, Shard]:
     """Return base name → shard; empty if there is no manifest. Raises DataError for an invalid line."""
+    return _read(folder, storage).shards
+
+
+# ------------------------------------------------------------------------------------------------- packing
+
+
+def begin_packing(folder: str, prefix: str, storage: StorageSpec) -> Packing:
+    """Note in the manifest that shards of a prefix are being written, and return their names.
+
+    Until `commit_packing` they are no data. What an interrupted packing of the prefix left is removed before.
+    """
+    clear_packings(folder, prefix, storage)
+    manifest = _read(folder, storage)
+    known = [Packing.of(name, prefix) for name in (*manifest.shards, *_names(folder, storage))]
+    packing = Packing(prefix, 1 + max((each.number for each in known if each), default=-1))
+    _store(folder, replace(manifest, unfinished=manifest.unfinished | {packing}), storage)
+    return packing
+
+
+def commit_packing(folder: str, packing: Packing, shards: Iterable[Shard], storage: StorageSpec) -> None:
+    """Replace the former shards of the packing's prefix by `shards` in the manifest, at once.
+
+    If two processes write a manifest at the same time, one of them loses its entries.
+    """
+    manifest = _read(folder, storage)
+    former = {name for name in manifest.shards if Packing.of(name, packing.prefix)}
+    kept = {name: shard for name, shard in manifest.shards.items() if name not in former}
+    unfinished = manifest.unfinished - {packing}
+    _store(folder, Manifest(kept | _by_name(shards), manifest.replaced | former, unfinished), storage)
+
+
+def clear_packings(folder: str, prefix: str, storage: StorageSpec) -> None:
+    """Remove the shards of a prefix that were replaced or are unfinished, and what the manifest says of them.
+
+    No other file is removed: neither a shard that the manifest lists, nor one that it does not know.
+    """
+    manifest = _read(folder, storage)
+    replaced = {name for name in manifest.replaced if Packing.of(name, prefix)}
+    unfinished = {packing for packing in manifest.unfinished if packing.prefix == prefix}
+    if not replaced and not unfinished:
+        return
+    for name in _names(folder, storage):
+        if Packing.of(name, prefix) and manifest.leaves_out(name):
+            with store_errors(join(folder, name), storage):
+                filesystem, path = open_store(join(folder, name), storage)
+                filesystem.rm_file(path)
+    # Last: otherwise nobody would know, after an interruption, what is still to be removed.
+    rest = Manifest(manifest.shards, manifest.replaced - replaced, manifest.unfinished - unfinished)
+    _store(folder, rest, storage)
+
+
+def _names(folder: str, storage: StorageSpec) -> list[str]:
+    """Return the base names in a folder, sorted; [] if there is no such folder."""
+    with store_errors(folder, storage):
+        filesystem, path = open_store(folder, storage)
+        try:
+            return sorted(_name(name) for name in filesystem.ls(path, detail=False))
+        except FileNotFoundError:
+            return []
+
+
+def _by_name(shards: Iterable[Shard]) -> dict[str, Shard]:
+    return {_name(shard.url): shard for shard in shards}
+
+
+# ------------------------------------------------------------------------------------------------- the file
+
+
+def _read(folder: str, storage: StorageSpec) -> Manifest:
+    """Return the manifest of a folder. Raises DataError for an invalid line."""
     url = join(folder, MANIFEST)
     with store_errors(url, storage):
         filesystem, path = open_store(url, storage, attempts=PLANNING_ATTEMPTS)
         try:
             lines = filesystem.cat_file(path).splitlines()
         except FileNotFoundError:
-            return {}
-    entries: dict[str, Shard] = {}
+            return Manifest()
+    entries, replaced, unfinished = dict[str, Shard](), set[str](), set[Packing]()
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            shard = _manifest_entry(folder, f"{url}, line {number}", line)
-            if entries.setdefault(_name(shard.url), shard) != shard:
-                raise DataError(
-                    f"{url}, line {number}: {_name(shard.url)} has other numbers in a line above. {_REMEDY}"
-                )
-    return entries
+        if not line.strip():
+            continue
+        match _manifest_entry(folder, f"{url}, line {number}", line):
+            case Packing() as packing:
+                unfinished.add(packing)
+            case str() as name:
+                replaced.add(name)
+            case Shard() as shard:
+                if entries.setdefault(_name(shard.url), shard) != shard:
+                    raise DataError(
+                        f"{url}, line {number}: {_name(shard.url)} has other numbers in a line above. {_REMEDY}"
+                    )
+    return Manifest(entries, frozenset(replaced), frozenset(unfinished))
 
 
-def merge_manifest(folder: str, shards: Iterable[Shard], storage: StorageSpec, dropped: Container[str] = ()) -> None:
-    """Add shards to a folder's manifest, by base name, after removing the names in `dropped`.
-
-    The manifest is replaced atomically. If two processes write at the same time, one of them loses its entries.
-    """
-    entries = {name: shard for name, shard in read_manifest(folder, storage).items() if name not in dropped}
-    entries |= {_name(shard.url): shard for shard in shards}
-    rows = [
+def _store(folder: str, manifest: Manifest, storage: StorageSpec) -> None:
+    """Replace the manifest of a folder, at once; remove it if there is nothing to say."""
+    rows: list[dict[str, Any]] = [
         {"shard": name, "samples": shard.samples, "bytes": shard.bytes, "crc32": shard.checksum}
-        for name, shard in sorted(entries.items())
+        for name, shard in sorted(manifest.shards.items())
     ]
+    rows += [{"replaced": name} for name in sorted(manifest.replaced)]
+    rows += [{"unfinished": each.prefix, "number": each.number} for each in manifest.unfinished]
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     url = join(folder, MANIFEST)
     with store_errors(url, storage):
         filesystem, path = open_store(url, storage)
-        replace_file(filesystem, path, content)
+        if content:
+            replace_file(filesystem, path, content)
+        elif filesystem.exists(path):
+            filesystem.rm_file(path)
 
 
-def remove_shards(folder: str, names: Iterable[str], storage: StorageSpec) -> None:
-    """Delete shards; a shard that does not exist is no error."""
-    for url in (join(folder, name) for name in names):
-        with store_errors(url, storage):
-            filesystem, path = open_store(url, storage)
-            if filesystem.exists(path):
-                filesystem.rm_file(path)
+# ------------------------------------------------------------------------------------------------- finding
 
 
-def _locate(patterns: Sequence[str], storage: StorageSpec) -> dict[str, int]:
-    """Return URL → size in bytes, sorted by URL."""
+@dataclass(frozen=True)
+class _Found:
+    """Shards that patterns match, and the manifests of their folders."""
+
+    sizes: dict[str, int]
+    """URL → size in bytes, sorted by URL."""
+    manifests: dict[str, Manifest]
+    """URL of a folder → manifest."""
+    absent: list[str]
+    """URLs that a glob would match, and that a manifest lists, but that are not there."""
+
+    @property
+    def unlisted(self) -> list[str]:
+        """Return the URLs without an entry in the manifest of their folder."""
+        return [url for url in self.sizes if _name(url) not in self.manifests[_folder(url)].shards]
+
+
+def _find(patterns: Sequence[str], storage: StorageSpec) -> _Found:
+    """Look for shards; leave out what a glob matches, but a manifest knows to be no data."""
     urls = [url for pattern in patterns for url in _expand_braces(pattern)]
     by_folder: dict[str, list[str]] = defaultdict(list)
-    sizes: dict[str, int] = {}
     for url in urls:
-        if has_magic(url):
-            sizes |= _glob(url, storage)
-        else:
+        if not has_magic(url):
             by_folder[_folder(url)].append(url)
+    sizes: dict[str, int] = {}
     for folder, named in by_folder.items():
         sizes |= _sizes_in(folder, named, storage)
-    return dict(sorted(sizes.items()))
+    globs = {url: _glob(url, storage) for url in urls if has_magic(url)}
+    folders = {_folder(url) for url in (*sizes, *chain.from_iterable(globs.values()))}
+    manifests = {folder: _read(folder, storage) for folder in sorted(folders)}
+    absent: list[str] = []
+    for pattern, listed in globs.items():
+        data = {url: size for url, size in listed.items() if not manifests[_folder(url)].leaves_out(_name(url))}
+        if not data:
+            raise DataError(f"{pattern}: a `betakd pack` that has not ended wrote these shards. Wait, or run it again.")
+        sizes |= data
+        matches = _matcher(pattern, storage)
+        shards = (shard.url for manifest in manifests.values() for shard in manifest.shards.values())
+        absent += [url for url in shards if url not in listed and matches(url)]
+    return _Found(dict(sorted(sizes.items())), manifests, sorted(absent))
+
+
+def _matcher(pattern: str, storage: StorageSpec) -> Callable[[str], bool]:
+    """Return a function that says whether `_glob` would list a URL."""
+    filesystem, path = open_store(pattern, storage)
+    compiled = re.compile(glob_translate(path))
+    return lambda url: compiled.match(str(filesystem._strip_protocol(url))) is not None
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -172,9 +331,14 @@ def _checked(url: str, size: int, manifest: dict[str, Shard]) -> Shard:
     return Shard(url, shard.samples, shard.bytes, shard.checksum)
 
 
-def _manifest_entry(folder: str, where: str, line: bytes | str) -> Shard:
+def _manifest_entry(folder: str, where: str, line: bytes | str) -> Shard | Packing | str:
+    """Return what a line is about: a shard, a packing that has not ended, or the name of a replaced shard."""
     try:
         row = json.loads(line)
+        if "unfinished" in row:
+            return Packing(str(row["unfinished"]), int(row["number"]))
+        if "replaced" in row:
+            return str(row["replaced"])
         shard = Shard(join(folder, str(row["shard"])), int(row["samples"]), int(row["bytes"]), str(row["crc32"]))
         if not 1 <= shard.samples <= shard.bytes:  # otherwise a wrong count would decide the size of the ledger
             raise ValueError(f"{shard.samples} samples in {shard.bytes} bytes")

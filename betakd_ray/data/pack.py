@@ -14,8 +14,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from betakd_ray.data.files import opened
-from betakd_ray.data.manifest import merge_manifest, read_manifest, remove_shards
+from betakd_ray.data.files import new_file, opened
+from betakd_ray.data.manifest import begin_packing, clear_packings, commit_packing
 from betakd_ray.data.render import FORMATS, rgb
 from betakd_ray.data.samples import check_conversation
 from betakd_ray.data.shards import Shard
@@ -39,28 +39,28 @@ def pack(
     """Write {"id", "conversations", "images": [bytes or path], …} to `output`/`prefix`-000000.tar and so on.
 
     The same samples give the same bytes. Other fields are kept in the sample's json. Packing again with the same prefix
-    replaces its former shards, and removes those that are not needed now. The manifest is written last, so that shards
-    of an interrupted call do not count as complete. `total` is the number of samples for the progress bar.
+    replaces its former shards by shards with new names (`prefix`-000000.1.tar, …): the former data are whole until all
+    samples are packed, and remain if that fails. `total` is the number of samples for the progress bar.
 
-    Raises DataError for a sample that nobody can train on, if there are no samples, or if the store refuses.
+    Raises DataError for a sample that nobody can train on, if there are no samples, or if the store refuses. Raises
+    OutputError if the disk is full.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", prefix):
         raise DataError(f"prefix {prefix!r}: the name of a shard has only letters, digits, _ and -, e.g. train.")
-    own = re.compile(rf"{prefix}-\d{{6,}}\.tar").fullmatch
-    former = {name for name in read_manifest(output, storage) if own(name)}
-    # groupby is lazy: samples are read while their shard is written, and are never all in memory.
-    shards = [
-        _write_shard(join(output, f"{prefix}-{number:06d}.tar"), numbered, storage)
-        for number, numbered in groupby(
-            enumerate(_with_progress(samples, prefix, total)), key=lambda pair: pair[0] // samples_per_shard
-        )
-    ]
-    if not shards:
-        raise DataError(f"{output}: there are no samples to pack. Check the source, and `limit` if it is set.")
-    merge_manifest(output, shards, storage, dropped=former)
-    # Removed only after the manifest no longer names them: no entry is ever without its shard.
-    kept = {shard.url.rpartition("/")[2] for shard in shards}
-    remove_shards(output, sorted(former - kept), storage)
+    packing = begin_packing(output, prefix, storage)
+    try:
+        # groupby is lazy: samples are read while their shard is written, and are never all in memory.
+        shards = [
+            _write_shard(join(output, packing.shard(number)), numbered, storage)
+            for number, numbered in groupby(
+                enumerate(_with_progress(samples, prefix, total)), key=lambda pair: pair[0] // samples_per_shard
+            )
+        ]
+        if not shards:
+            raise DataError(f"{output}: there are no samples to pack. Check the source, and `limit` if it is set.")
+        commit_packing(output, packing, shards, storage)
+    finally:
+        clear_packings(output, prefix, storage)
     return shards
 
 
@@ -98,7 +98,7 @@ def _write_shard(url: str, numbered: Iterable[tuple[int, dict[str, Any]]], stora
     samples = 0
     # Times and owners are fixed: the same samples then give the same bytes, and the same checksum.
     fixed = {"mtime": 0, "user": "betakd", "group": "betakd", "mode": 0o444}
-    with opened(url, "wb", storage) as stream, TarWriter(cast(Any, stream), encoder=False, **fixed) as tar:
+    with new_file(url, storage) as stream, TarWriter(cast(Any, stream), encoder=False, **fixed) as tar:
         for number, sample in numbered:
             tar.write({"__key__": f"{number:09d}", **_members(sample, number, storage)})
             samples += 1
@@ -143,7 +143,7 @@ def _with_progress(samples: Iterable[Any], prefix: str, total: int | None) -> It
 
 
 def _read(url: str, storage: StorageSpec) -> bytes:
-    with opened(url, "rb", storage) as stream:
+    with opened(url, storage) as stream:
         return stream.read()
 
 

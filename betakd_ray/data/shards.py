@@ -72,7 +72,7 @@ def read_shard(shard: Shard, storage: StorageSpec, skip: Skip | None = None) -> 
     """
     skipped = _predicate(skip)
     samples, places = 0, dict[str, int]()
-    with opened(shard.url, "rb", storage) as stream, _tar_errors(shard.url):
+    with opened(shard.url, storage) as stream, _tar_errors(shard.url):
         # Samples beyond the manifest's number are counted, but not yielded: neither the ledger nor `skip` has a place
         # for them. Their keys are not kept, because a wrong shard may have any number of them.
         for group in _groups(stream, lambda index: index < shard.samples and not skipped(index)):
@@ -111,7 +111,7 @@ def scan_shard(url: str, storage: StorageSpec) -> Shard:
 
     Raises ShardDamaged or DataUnreachable.
     """
-    with opened(url, "rb", storage) as stream, _tar_errors(url):
+    with opened(url, storage) as stream, _tar_errors(url):
         samples = sum(1 for _ in _groups(stream, lambda index: False))
     return Shard(url, samples, stream.size, stream.checksum)
 

@@ -1,17 +1,23 @@
+import errno
 import io
+import itertools
 import json
 import os
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 from PIL import Image
 
+from betakd_ray.data import manifest
 from betakd_ray.data import pack as module
-from betakd_ray.data.manifest import find_shards
+from betakd_ray.data.files import ChecksumStream, new_file
+from betakd_ray.data.manifest import find_shards, index_shards
 from betakd_ray.data.pack import llava_samples, pack, pack_from_spec
 from betakd_ray.data.shards import read_shard
-from betakd_ray.errors import DataError
+from betakd_ray.errors import DataError, OutputError
 from betakd_ray.spec import PackSpec, StorageSpec
+from tests.s3 import served
 
 STORAGE = StorageSpec()
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Ein Würfel."}]
@@ -81,15 +87,184 @@ def test_packing_a_prefix_again_leaves_nothing_of_what_it_held(tmp_path):
     assert find_shards([f"{tmp_path}/*.tar"], STORAGE) == again + other
 
 
-def test_an_interrupted_packing_leaves_no_shard_that_passes_for_whole(tmp_path):
-    def interrupted():
-        yield from samples(3)
-        raise KeyboardInterrupt
+# ----------------------------------------------------------------------------------- what a packing replaces
 
-    with pytest.raises(KeyboardInterrupt):
-        pack(interrupted(), str(tmp_path), samples_per_shard=2)
-    with pytest.raises(DataError, match=r"there is no manifest\.jsonl"):
-        find_shards([f"{tmp_path}/*.tar"], STORAGE)
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def ids(pattern, storage=STORAGE):
+    return [sample.id for sample in contents(find_shards([str(pattern)], storage), storage)]
+
+
+OLD, NEW = [f"q{number}" for number in range(5)], [f"q{number}" for number in range(4)]
+
+
+def broken(error, count=3):
+    yield from samples(count)
+    raise error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), DataError("entry 4"), OSError(errno.EIO, "of the source")])
+def test_a_packing_that_fails_leaves_the_folder_as_it_was(tmp_path, error):
+    new, packed = tmp_path / "new", tmp_path / "packed"
+    new.mkdir()
+    pack(samples(5), str(packed), samples_per_shard=2)
+    before = {path.name: path.read_bytes() for path in packed.iterdir()}
+    for folder in (new, packed):
+        with pytest.raises(type(error)):
+            pack(broken(error), str(folder), samples_per_shard=2)
+    assert names(new) == []
+    assert {path.name: path.read_bytes() for path in packed.iterdir()} == before
+
+
+def die_at(change):
+    """Let this process end at its change of the disk with that number, in the middle of it if it is a write."""
+    left = itertools.count(change, -1)
+
+    def dying(real, half):
+        def call(*arguments, **options):
+            if next(left) == 0:
+                half(real, *arguments)
+                os._exit(9)
+            return real(*arguments, **options)
+
+        return call
+
+    for name in ("replace", "remove", "unlink", "fsync"):
+        setattr(os, name, dying(getattr(os, name), lambda *_: None))
+    ChecksumStream.write = dying(ChecksumStream.write, lambda real, stream, data: real(stream, data[: len(data) // 2]))
+    LocalFileSystem.pipe_file = dying(
+        LocalFileSystem.pipe_file, lambda real, *arguments: real(*arguments[:2], arguments[2][: len(arguments[2]) // 2])
+    )
+
+
+def killed(at, *arguments, **options):
+    """Return whether a call of `pack` in another process was killed at that change."""
+    child = os.fork()
+    if child == 0:
+        try:
+            die_at(at)
+            pack(*arguments, **options)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def test_a_packing_that_is_killed_at_any_point_leaves_the_old_data_or_the_new(tmp_path):
+    seen = []
+    for at in itertools.count():
+        folder = tmp_path / str(at)
+        pack(samples(1), str(folder), prefix="test")
+        pack(samples(5), str(folder), samples_per_shard=2)
+        (folder / "train-000099.tar").write_bytes(b"somebody's own, not indexed")
+        died = killed(at, samples(4), str(folder), samples_per_shard=1)
+        seen.append(ids(folder / "train-00000[0-9]*.tar"))
+        assert seen[-1] in (OLD, NEW)
+        assert ids(folder / "te*") == ["q0"]
+        pack(samples(3), str(folder), samples_per_shard=2)
+        left = find_shards([f"{folder}/train-00000[0-9]*.tar"], STORAGE)
+        assert [sample.id for sample in contents(left)] == NEW[:3]
+        known = {os.path.basename(shard.url) for shard in left} | {"train-000099.tar", "test-000000.tar"}
+        assert {name for name in names(folder) if not name.startswith("manifest.jsonl")} == known
+        if not died:
+            break
+    assert seen == sorted(seen, reverse=True)
+    assert seen.count(OLD) > 20
+    assert seen.count(NEW) > 4  # while the old shards are removed
+
+
+def test_a_first_packing_that_is_killed_leaves_nothing_that_passes_for_data_or_that_is_indexed(tmp_path):
+    for at in itertools.count():
+        folder = tmp_path / str(at)
+        died = killed(at, samples(4), str(folder), samples_per_shard=1)
+        if not died:
+            break
+        for find in (find_shards, index_shards):
+            try:
+                found = find([f"{folder}/*.tar"], STORAGE)
+            except DataError:
+                continue
+            assert [sample.id for sample in contents(found)] == NEW
+    assert at > 20
+
+
+def test_a_reader_sees_the_old_data_whole_until_a_packing_ends(tmp_path):
+    pack(samples(5), str(tmp_path), samples_per_shard=2)
+    seen = []
+
+    def watched():
+        for sample in samples(4):
+            seen.append((ids(tmp_path / "*.tar"), ids(tmp_path / "*")))
+            yield sample
+
+    pack(watched(), str(tmp_path), samples_per_shard=1)
+    assert seen == [(OLD, OLD)] * 4
+    assert ids(tmp_path / "*") == NEW
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_a_reader_that_lists_before_a_packing_ends_and_reads_the_manifest_after_it_sees_the_new_data(
+    tmp_path, monkeypatch, count
+):
+    if count:
+        pack(samples(count), str(tmp_path), samples_per_shard=2)
+    listed, real = [], manifest._glob
+
+    def watched():
+        yield from samples(3)
+        listed.append(real(f"{tmp_path}/*.tar", STORAGE))
+        yield samples(4)[3]
+
+    pack(watched(), str(tmp_path), samples_per_shard=1)
+    monkeypatch.setattr(manifest, "_glob", lambda *arguments: listed.pop() if listed else real(*arguments))
+    assert ids(tmp_path / "*.tar") == NEW
+
+
+def test_a_shard_that_the_manifest_lists_but_that_is_gone_is_an_error(tmp_path):
+    shards = pack(samples(5), str(tmp_path), samples_per_shard=2)
+    os.remove(shards[1].url)
+    with pytest.raises(DataError, match=r"train-000001\.tar: manifest\.jsonl lists it, but it is not there \(1 such"):
+        find_shards([f"{tmp_path}/train-*.tar"], STORAGE)
+    assert find_shards([f"{tmp_path}/train-*2.tar", shards[0].url], STORAGE) == [shards[0], shards[2]]
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_full_disk_leaves_the_old_data_and_is_named(tmp_path, monkeypatch, call):
+    pack(samples(5), str(tmp_path), samples_per_shard=2)
+    before = names(tmp_path)
+    calls = itertools.count()
+    holder, name = {"write": (LocalFileOpener, "write"), "fsync": (os, "fsync")}[call]
+    real = getattr(holder, name)
+
+    def fill(*arguments):
+        if next(calls) in range(6, 9):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    monkeypatch.setattr(holder, name, fill)
+    with pytest.raises(OutputError, match=rf"disk is full: free some space in {tmp_path}"):
+        pack(samples(9), str(tmp_path), samples_per_shard=2)
+    assert next(calls) > 6
+    assert names(tmp_path) == before
+    assert ids(tmp_path / "*.tar") == OLD
+
+
+def test_an_object_store_gets_no_cut_shard():
+    with served() as s3:
+        storage = StorageSpec(endpoint_url=s3.endpoint_url, region="us-east-1")
+        folder = f"s3://{s3.bucket}/packed"
+        pack(samples(5), folder, samples_per_shard=2, storage=storage)
+        before = s3.filesystem().find(f"{s3.bucket}/packed")
+        with pytest.raises(DataError, match="entry 4"):
+            pack(broken(DataError("entry 4")), folder, samples_per_shard=2, storage=storage)
+        with pytest.raises(TypeError), new_file(f"{folder}/cut", storage) as stream:
+            list(map(stream.write, [bytes(20 << 20), None]))  # more than one part, and an error
+        assert s3.filesystem().find(f"{s3.bucket}/packed") == before
+        assert ids(f"{folder}/*.tar", storage) == OLD
+        pack(samples(4), folder, samples_per_shard=1, storage=storage)
+        assert ids(f"{folder}/*.tar", storage) == NEW
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
