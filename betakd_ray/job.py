@@ -38,10 +38,12 @@ from betakd_ray.on_ray.monitor import Monitor, give_up, report
 from betakd_ray.output import output_errors
 from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.claim import claim, origins_of, require_same_origins
+from betakd_ray.run.files import stored
 from betakd_ray.run.folder import MODEL, QUARANTINE, RESULT
 from betakd_ray.run.lease import Permit, held_lease
 from betakd_ray.run.metrics import to_jsonl
 from betakd_ray.run.plan import tail_of, write_plan, write_tail
+from betakd_ray.run.records import RESULT_FILE
 from betakd_ray.sigterm import StopRequest, on_sigterm
 from betakd_ray.spec import JobSpec, ManualWeighting, TeacherSpec, VisualEnergy, load_spec
 from betakd_ray.storage import join, open_store, replace_file
@@ -212,10 +214,8 @@ class BetaKDJob:
             )  # fmt: skip
 
     def _finished(self) -> JobResult | None:
-        filesystem, root = open_store(self.run, self.spec.output.storage)
-        path = join(root, RESULT)
-        with output_errors(self.run):
-            return JobResult(**json.loads(filesystem.cat_file(path))) if filesystem.exists(path) else None
+        found = stored(self.run, self.spec.output.storage, RESULT_FILE, partial(output_errors, self.run))
+        return JobResult(**asdict(found)) if found else None
 
     # ------------------------------------------------------------------------------------------------ run
 
@@ -303,7 +303,7 @@ class BetaKDJob:
     def _start_monitor(self, plan: Plan, actors: ExitStack) -> ActorHandle:
         store = CheckpointStore(self.run, self.spec.output.storage)
         resumed = store.latest()
-        quarantined = store.quarantined(resumed) if resumed else []
+        quarantined = store.quarantined(resumed, plan) if resumed else []
         monitors = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=on_driver_node())
         monitor = cast(ActorHandle, monitors.remote(plan.samples, quarantined, self.spec.training.max_failures))
         actors.callback(ray.kill, monitor)
@@ -335,8 +335,8 @@ class BetaKDJob:
         store = CheckpointStore(self.run, self.spec.output.storage)
         last = store.latest()
         assert last is not None  # the workers saved it before they returned
-        quarantined = store.quarantined(last)
-        tail = tail_of(plan, store.ledger(last), quarantined, self.spec.training.global_batch_size)
+        quarantined = store.quarantined(last, plan)
+        tail = tail_of(plan, store.ledger(last, plan), quarantined, self.spec.training.global_batch_size)
         self._permit.check()
         write_tail(self.run, self.spec.output.storage, tail)
         result = JobResult(

@@ -8,15 +8,21 @@ import json
 import logging
 import os
 import queue
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Protocol, runtime_checkable
+
+from fsspec.implementations.local import LocalFileSystem
 
 from betakd_ray.on_ray.gauges import NAMES, Gauges
 from betakd_ray.run.folder import METRICS, METRICS_PARTS, TENSORBOARD
-from betakd_ray.run.metrics import RESUMED, MetricsRecord, fetch, fetch_parts, parse_metrics, parts_of, to_jsonl
+from betakd_ray.run.metrics import RESUMED, MetricsRecord, Part, parts_of, stream_metrics, stream_parts, to_jsonl
+from betakd_ray.run.records import LOGGED_FILE, Logged
 from betakd_ray.spec import JobSpec
 from betakd_ray.storage import join, open_store, replace_file
 
@@ -25,6 +31,10 @@ FLUSH_S, MOST_S = 10.0, 300.0
 
 A run of three days has about a thousand parts.
 """
+MAX_PART_RECORDS = 1000
+"""Largest number of records of a part: a part is written when there are so many, so that no more are in memory."""
+_COPIED = "0"
+"""Attempt name of the parts that are copied from the metrics.jsonl of an older version, which wrote no parts."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -123,12 +133,12 @@ class MetricsWriter:
     tracker, so that no run stops because a dashboard is unreachable.
     """
 
-    def __init__(self, spec: JobSpec, run: str) -> None:
+    def __init__(self, spec: JobSpec, run: str, token: int = 0) -> None:
         self.last: MetricsRecord = {}
         """The newest record."""
         self._count = 0
         self._filesystem, self._root = open_store(run, spec.output.storage)
-        self._attempt = os.urandom(4).hex()
+        self._attempt = f"{token}-{os.urandom(4).hex()}"
         # Used by the thread alone: the lines not written yet, and the number of the next part once it is known.
         # Nothing is written before `_resume`: a part that begins at step 0 would undo what was logged before.
         self._lines: list[MetricsRecord] = []
@@ -170,15 +180,17 @@ class MetricsWriter:
 
         Call it at every start, before the first `log`.
         """
-        kept = json.loads(reference) if reference else {"step": 0, "records": 0}
-        records = [each for each in parse_metrics(fetch(self._filesystem, self._root)) if each["step"] <= kept["step"]]
-        if len(records) != kept["records"]:
+        kept = LOGGED_FILE.parse(reference.encode()) if reference else Logged(0, 0)
+        self.last, self._count = {}, 0
+        for record in stream_metrics(self._filesystem, self._root):
+            if record["step"] <= kept.step:
+                self.last, self._count = record, self._count + 1
+        if self._count != kept.records:
             _LOG.warning(
-                "%s: %d records up to step %d were logged, but %d are there", self._root, kept["records"], kept["step"],
-                len(records),
+                "%s: %d records up to step %d were logged, but %d are there", self._root, kept.records, kept.step,
+                self._count,
             )  # fmt: skip
-        self.last, self._count = (records[-1] if records else {}), len(records)
-        self._do(lambda: self._resume(kept["step"]))
+        self._do(lambda: self._resume(kept.step))
 
     def close(self) -> None:
         """Join the parts into metrics.jsonl and end the trackers."""
@@ -224,6 +236,8 @@ class MetricsWriter:
 
     def _add(self, record: MetricsRecord) -> None:
         self._lines.append(record)
+        if len(self._lines) >= MAX_PART_RECORDS:
+            self._write_part()
         for tracker in list(self._trackers):
             self._tell(tracker, partial(tracker.log, record))
 
@@ -253,22 +267,54 @@ class MetricsWriter:
     def _resume(self, step: int) -> None:
         whole = join(self._root, METRICS)
         has_whole = self._filesystem.exists(whole)
-        if has_whole and not parts_of(self._filesystem, self._root):
-            # An older version of this package wrote no parts: all records are in this one file.
-            [(_, logged)] = fetch(self._filesystem, self._root)
-            self._store_part(0, "0", to_jsonl([{RESUMED: 0}]) + logged)
+        if has_whole and not _are_complete(parts_of(self._filesystem, self._root)):
+            self._copy()
         self._lines.append({RESUMED: step})
         self._write_part()
         if has_whole:
             # Either it was copied to a part above, or an attempt had joined its parts, which are still there.
             self._filesystem.rm_file(whole)
 
+    def _copy(self) -> None:
+        """Copy the metrics.jsonl of an older version of this package, which wrote no parts, to parts."""
+        records = stream_metrics(self._filesystem, self._root)
+        for number, lines in enumerate(_batches(records), 1):
+            self._store_part(number, _COPIED, lines)
+        # Last, because these parts count only with it: this process may die before.
+        self._store_part(0, _COPIED, to_jsonl([{RESUMED: 0}]))
+
     def _join(self) -> None:
         self._write_part()
-        self._replace(METRICS, to_jsonl(parse_metrics(fetch_parts(self._filesystem, self._root))))
+        with tempfile.TemporaryDirectory(prefix="betakd-metrics-") as folder:
+            joined = Path(folder) / METRICS
+            with joined.open("w") as file:
+                file.writelines(_batches(stream_parts(self._filesystem, self._root)))
+            self._upload(joined, METRICS)
+
+    def _upload(self, local: Path, name: str) -> None:
+        """Copy a file to the run's folder. A reader sees it complete, or not at all."""
+        target = join(self._root, name)
+        if isinstance(self._filesystem, LocalFileSystem):
+            aside = f"{target}.{os.getpid()}.tmp"
+            self._filesystem.put_file(str(local), aside)
+            os.replace(aside, target)
+        else:
+            self._filesystem.put_file(str(local), target)
 
     def _replace(self, name: str, content: str) -> None:
         replace_file(self._filesystem, join(self._root, name), content.encode())
+
+
+def _batches(records: Iterable[MetricsRecord]) -> Iterator[str]:
+    """Yield records as JSON lines, several at a time."""
+    rest = iter(records)
+    while batch := list(islice(rest, MAX_PART_RECORDS)):
+        yield to_jsonl(batch)
+
+
+def _are_complete(parts: list[Part]) -> bool:
+    """Return whether the parts hold all the metrics: not if a copy to parts was begun, and its first one is missing."""
+    return any(part.attempt != _COPIED or part.number == 0 for part in parts)
 
 
 def _run_id(run: str) -> str:

@@ -112,7 +112,7 @@ def store_errors(url: str, storage: StorageSpec) -> Iterator[None]:
     try:
         yield
     except BetaKDError:
-        raise
+        raise  # says what to do already
     except Exception as error:
         if is_full(error):
             raise disk_full(url, error) from error

@@ -6,6 +6,7 @@ that are done; the number of workers may differ from start to start.
 
 import base64
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
-from betakd_ray.errors import SampleRepeated
+from betakd_ray.errors import SampleRepeated, shortened
 
 Place = tuple[int, int]
 """(epoch, shard)"""
+MAX_PLACES = 100_000_000
+"""Largest number of (epoch, shard) of a plan and its ledger, which hold and count them in arrays."""
+MAX_SHARDS = 5_000_000
+"""Largest number of passes over shards in an epoch of a plan, and of begun shards in its ledger."""
+MAX_SAMPLES = 2**31 - 1
+"""Largest number of samples of a shard: `SampleIds` has their numbers as int32."""
+_MAX_DONE_BYTES = 1 << 31
+"""Limit in bytes of the bits of all begun shards. Compressed text may stand for a thousand times its own length."""
 
 
 @dataclass(frozen=True)
@@ -165,20 +175,30 @@ class Ledger:
 
     def merge_delta(self, text: str) -> None:
         """Add the samples of a text from `delta_to_json` of a ledger of the same plan. Raises as `merge` does."""
-        tree = json.loads(text)
-        if tree["plan"] != self._plan:
+        stored = _DELTA.validate_json(text, strict=True, extra="forbid")
+        if stored.plan != self._plan:
             raise ValueError("a ledger's delta belongs to another plan: its shards differ")
         delta = Ledger(self.sizes)
-        delta._take(tree)
+        delta._take(stored)
         self.merge(delta)
 
     @classmethod
-    def from_json(cls, text: str) -> "Ledger":
-        """Make a ledger from a text of `to_json`."""
-        tree = json.loads(text)
-        ledger = cls(np.frombuffer(_inflated(tree["sizes"]), "<i8"))
-        ledger._take(tree)
+    def from_json(cls, text: str | bytes) -> "Ledger":
+        """Make a ledger from a text of `to_json`. Raises ValueError, also for a text that contradicts itself."""
+        stored = _WHOLE.validate_json(text, strict=True, extra="forbid")
+        sizes = np.frombuffer(_inflated(stored.sizes, 8 * MAX_SHARDS), "<i8")
+        if ((sizes < 0) | (sizes > MAX_SAMPLES)).any():
+            raise ValueError(f"sizes: a shard has less than none or more than {MAX_SAMPLES} samples")
+        ledger = cls(sizes)
+        ledger._take(stored)
         return ledger
+
+    def require_of(self, sizes: NDArray[np.integer], epochs: int) -> None:
+        """Raise ValueError unless this is a ledger of a plan with these shards and epochs."""
+        if not np.array_equal(self.sizes, sizes):
+            raise ValueError("the samples of its shards are not those of the plan")
+        if any(epoch >= epochs for epoch in (*self._complete, *(epoch for epoch, _ in self._partial))):
+            raise ValueError(f"it has samples in epochs after the last of {epochs}")
 
     @cached_property
     def _plan(self) -> str:
@@ -193,11 +213,51 @@ class Ledger:
             "done": _deflated(done.tobytes()),
         }
 
-    def _take(self, tree: dict[str, Any]) -> None:
-        for epoch, bits in tree["complete"].items():
-            self._complete[int(epoch)] = _unpacked(np.frombuffer(_inflated(bits), np.uint8), len(self.sizes))
-        places = np.frombuffer(_inflated(tree["partial"]), "<i4").reshape(-1, 2)
-        self._unpack(places, np.frombuffer(_inflated(tree["done"]), np.uint8))
+    def _take(self, stored: "_Bits") -> None:
+        """Take the bits of a stored ledger of the same plan. Raises ValueError if they cannot be its bits."""
+        shards = len(self.sizes)
+        if len(stored.complete) * shards > MAX_PLACES:
+            raise ValueError(f"complete: more than {MAX_PLACES} shards in all epochs")
+        for epoch, text in stored.complete.items():
+            bits = np.frombuffer(_inflated(text, (shards + 7) // 8), np.uint8)
+            if len(bits) != (shards + 7) // 8:
+                raise ValueError(f"complete: {len(bits)} bytes for {shards} shards")
+            self._complete[_epoch(epoch)] = _unpacked(bits, shards)
+        begun = np.frombuffer(_inflated(stored.partial, 8 * MAX_SHARDS), "<i4")
+        if len(begun) % 2:
+            raise ValueError("partial: an epoch has no shard")
+        places = begun.reshape(-1, 2)
+        self._require_begun(places)
+        lengths = (self.sizes[places[:, 1]] + 7) // 8
+        done = np.frombuffer(_inflated(stored.done, min(int(lengths.sum()), _MAX_DONE_BYTES)), np.uint8)
+        if len(done) != lengths.sum():
+            raise ValueError(f"done: {len(done)} bytes, not {lengths.sum()} as its shards have samples")
+        self._require_open(places, lengths, done)
+        self._unpack(places, done)
+
+    def _require_begun(self, places: NDArray[np.int32]) -> None:
+        """Raise ValueError unless these are shards of the plan, each once and in order, that are not finished."""
+        epochs, shards = places.T.astype(np.int64)
+        if ((epochs < 0) | (shards < 0) | (shards >= len(self.sizes))).any():
+            raise ValueError(f"partial: a place outside of {len(self.sizes)} shards")
+        if (np.diff((epochs << 32) + shards) <= 0).any():
+            raise ValueError("partial: its shards are not in order, or stand twice")
+        for epoch, complete in self._complete.items():
+            first, end = np.searchsorted(epochs, [epoch, epoch + 1])
+            if complete[shards[first:end]].any():
+                raise ValueError(f"partial: a shard that is finished in epoch {epoch}")
+
+    def _require_open(self, places: NDArray[np.int32], lengths: NDArray[np.int64], done: NDArray[np.uint8]) -> None:
+        """Raise ValueError unless each begun shard has done and open samples, and no bit beyond its last sample."""
+        if not len(places):
+            return
+        sizes, ends = self.sizes[places[:, 1]], np.cumsum(lengths)
+        # A shard without samples, whose length is 0, is never begun.
+        counts = np.add.reduceat(np.bitwise_count(done), ends - lengths, dtype=np.int64) if lengths.all() else sizes
+        if ((counts < 1) | (counts >= sizes)).any():
+            raise ValueError("done: a begun shard with no sample done, or with all")
+        if (done[ends - 1] & ((1 << (-sizes % 8)) - 1)).any():
+            raise ValueError("done: a sample after the last of its shard")
 
     def _packed(self) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """Return the begun shards, [shards, 2] (epoch, shard), and their bits, concatenated."""
@@ -260,5 +320,44 @@ def _deflated(data: bytes) -> str:
     return base64.b64encode(zlib.compress(data, level=1)).decode()
 
 
-def _inflated(text: str) -> bytes:
-    return zlib.decompress(base64.b64decode(text))
+def _inflated(text: str, limit: int) -> bytes:
+    """Return the bytes of a text of `_deflated`. Raises ValueError if it is damaged, or has more than `limit` bytes."""
+    stream = zlib.decompressobj()
+    try:
+        data = stream.decompress(base64.b64decode(text, validate=True), limit + 1)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+    if len(data) > limit or not stream.eof or stream.unused_data:
+        raise ValueError(f"compressed data that are cut, or are more than {limit} bytes")
+    return data
+
+
+def _epoch(text: str) -> int:
+    if not re.fullmatch("0|[1-9][0-9]{0,8}", text):
+        raise ValueError(f"{shortened(text)} is not an epoch")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class _Bits:
+    """Samples that are done, as text: base64 of compressed arrays."""
+
+    complete: dict[str, str]
+    """Epoch → one bit for each shard."""
+    partial: str
+    """Begun shards, [shards, 2] (epoch, shard)."""
+    done: str
+    """Bits of their samples, concatenated."""
+
+
+@dataclass(frozen=True)
+class _Whole(_Bits):
+    sizes: str
+
+
+@dataclass(frozen=True)
+class _Delta(_Bits):
+    plan: str
+
+
+_WHOLE, _DELTA = TypeAdapter(_Whole), TypeAdapter(_Delta)

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from betakd_ray.batch.sample import Sample
-from betakd_ray.data.ledger import Ledger, SampleIds
+from betakd_ray.data.ledger import MAX_PLACES, MAX_SAMPLES, MAX_SHARDS, Ledger, SampleIds
 from betakd_ray.data.shards import Shard
-from betakd_ray.errors import TooManyBadSamples
+from betakd_ray.errors import DataError, TooManyBadSamples
 from betakd_ray.spec import DataSpec
 
 MIXED_SHARDS = 8
@@ -28,6 +28,10 @@ MAX_TASKS = 4000
 
 A read task costs the driver some kilobytes and half a millisecond, before the first row and again at each restart.
 """
+MAX_PLANNED = 1 << 53
+"""Largest number of samples over all epochs: sums of them are int64."""
+MAX_REASON = 1000
+"""Largest number of characters of the reason why a sample is in quarantine."""
 _ORDER, _WINDOW, _MIX = range(3)
 """Tags of the random streams that are drawn from one seed."""
 
@@ -58,10 +62,35 @@ class Plan:
 
     @classmethod
     def of(cls, passes: Iterable[Pass], epochs: int, seed: int, shuffle: bool) -> "Plan":
-        """Make the plan whose epochs consist of these passes."""
+        """Make the plan whose epochs consist of these passes. Raises DataError if they cannot be planned."""
         passes = tuple(passes)
         parts = [(at, one.samples) for at, one in enumerate(passes) if one.samples != one.shard.samples]
-        return cls(tuple(one.shard for one in passes), epochs, seed, shuffle, tuple(parts))
+        plan = cls(tuple(one.shard for one in passes), epochs, seed, shuffle, tuple(parts))
+        try:
+            plan.require_sound()
+        except ValueError as error:
+            raise DataError(f"data.train: {error}. Correct the data, their weights or training.epochs.") from error
+        return plan
+
+    def require_sound(self) -> None:
+        """Raise ValueError for numbers that are impossible, or so large that arrays of them fill the memory."""
+        passes = len(self.shards)
+        if passes > MAX_SHARDS or self.epochs * passes > MAX_PLACES:
+            raise ValueError(
+                f"{passes} passes over shards in each of {self.epochs} epochs, but at most {MAX_SHARDS} in an epoch "
+                f"and {MAX_PLACES} in all can be planned"
+            )
+        for shard in self.shards:
+            if not 1 <= shard.samples <= MAX_SAMPLES:
+                raise ValueError(f"{shard.url}: {shard.samples} samples, not 1 to {MAX_SAMPLES}")
+            shard.url.encode()  # a name that is not UTF-8 could be written to plan.json, but not read
+        before = -1
+        for number, samples in self.parts:
+            if not before < number < passes or not 1 <= samples < self.shards[number].samples:
+                raise ValueError(f"parts: {samples} samples of shard {number} are no part of it, or stand twice")
+            before = number
+        if self.samples > MAX_PLANNED:
+            raise ValueError(f"{self.samples} samples, but at most {MAX_PLANNED} can be planned")
 
     @cached_property
     def sizes(self) -> NDArray[np.int64]:
@@ -89,6 +118,10 @@ class Plan:
         for number, shard in enumerate(self.shards):
             counts[number] = seen[shard] = seen.get(shard, 0) + 1
         return counts
+
+    def has(self, epoch: int, shard: int, index: int) -> bool:
+        """Return whether a sample is planned."""
+        return 0 <= epoch < self.epochs and 0 <= shard < len(self.shards) and 0 <= index < int(self.sizes[shard])
 
     def empty_ledger(self) -> Ledger:
         """Make a ledger in which nothing is done."""
@@ -170,6 +203,11 @@ class Quarantined:
     index: int
     key: str
     reason: str
+
+    def __post_init__(self) -> None:
+        # It may quote a sample's content, of any length; the monitor and every checkpoint hold all reasons.
+        if len(self.reason) > MAX_REASON:
+            object.__setattr__(self, "reason", f"{self.reason[: MAX_REASON - 1]}…")
 
 
 def require_few(fraction: float, data: DataSpec, plan: Plan, last: Quarantined) -> None:

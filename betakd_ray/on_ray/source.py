@@ -90,8 +90,8 @@ def _done(store: CheckpointStore, plan: Plan) -> tuple[str | None, Ledger]:
     while (manifest := store.latest()) is not None:
         done = plan.empty_ledger()
         try:
-            done.merge(store.ledger(manifest))
-            done.include(ids_of(store.quarantined(manifest)))
+            done.merge(store.ledger(manifest, plan))
+            done.include(ids_of(store.quarantined(manifest, plan)))
         except CheckpointDamaged as error:
             store.reject(manifest.name, str(error))
         else:

@@ -5,13 +5,12 @@ Quarantined: it will never take part, and quarantine.jsonl says why. Open: it is
 open samples are the tail.
 """
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from os.path import commonprefix
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,20 +19,19 @@ from betakd_ray.data.files import store_errors
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan, Quarantined, ids_of
 from betakd_ray.run.checkpoint import CheckpointStore
-from betakd_ray.run.files import as_written, read_text, stored_spec
-from betakd_ray.run.folder import CHECKPOINTS, METRICS, PLAN, PROGRESS, QUARANTINE, RESULT, TAIL
-from betakd_ray.run.metrics import fetch_metrics, parse_metrics
+from betakd_ray.run.files import ANOTHER_NAME, as_written, stored, stored_spec
+from betakd_ray.run.folder import CHECKPOINTS, METRICS, PLAN, QUARANTINE, RESULT, TAIL
+from betakd_ray.run.metrics import stream_metrics
 from betakd_ray.run.plan import place_of, settled_samples, stored_plan, tail_of
+from betakd_ray.run.records import PROGRESS_FILE, QUARANTINE_FILE, RESULT_FILE, TAIL_FILE, Result
 from betakd_ray.spec import JobSpec, StorageSpec
-from betakd_ray.storage import join
+from betakd_ray.storage import join, open_store
 
 COLUMNS: tuple[str, ...] = ("planned", "consumed", "quarantined", "open")
 REPORTED = ("steps", "planned", "consumed", "quarantined", "tail")
 """Fields of result.json that the audit checks."""
 NAMED = 3
 """Largest number of samples that the text of a problem names."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +90,7 @@ def audit(run: str, storage: StorageSpec) -> Audit:
 
     Raises OutputError if the folder is not a run's, or if a file in it is damaged. Raises DataError if the store fails.
     """
-    spec, plan = stored_spec(run, storage), stored_plan(run, storage)
+    spec, plan = _planned(run, storage)
     outcome = _outcome(run, storage)  # read before the checkpoint: a job that has an outcome commits no newer one
     last = _committed(run, storage, plan)
     problems = list(_disordered(_logged(run, storage)))
@@ -101,7 +99,7 @@ def audit(run: str, storage: StorageSpec) -> Audit:
     if wrong := list(_of_another_plan(last, plan)):
         problems += wrong
     else:
-        inside = [bad for bad in last.quarantined if _is_planned(bad, plan)]
+        inside = [bad for bad in last.quarantined if plan.has(bad.epoch, bad.shard, bad.index)]
         counts = _counts(plan, last.ledger, inside)
         problems += [*_miscounted(last, plan, spec), *_misplaced(last, plan, inside)]
         if outcome:
@@ -177,7 +175,7 @@ def _misplaced(last: "_Committed", plan: Plan, inside: list[Quarantined]) -> Ite
     named = Counter(_named(bad, plan) for bad in last.quarantined)
     if twice := [name for name, times in named.items() if times > 1]:
         yield f"{where}: {len(twice)} samples are listed twice: {_few(twice)}"
-    if outside := [_named(bad, plan) for bad in last.quarantined if not _is_planned(bad, plan)]:
+    if outside := [_named(bad, plan) for bad in last.quarantined if not plan.has(bad.epoch, bad.shard, bad.index)]:
         yield f"{where}: {len(outside)} samples are not in the plan: {_few(outside)}"
     if both := [_named(inside[at], plan) for at in np.flatnonzero(last.ledger.holds(ids_of(inside)))]:
         yield f"{where}: {len(both)} samples are also consumed: {_few(both)}"
@@ -189,8 +187,8 @@ def _misreported(
     """Yield a problem if a finished job's files contradict its last checkpoint, or if a global batch is left over."""
     numbers = (last.step, plan.samples, last.ledger.count, len(last.quarantined), left)
     for name, number in zip(REPORTED, numbers, strict=True):
-        if outcome.result[name] != number:
-            yield f"{RESULT}: {name} is {outcome.result[name]}, but according to {last.name} it is {number}"
+        if (said := getattr(outcome.result, name)) != number:
+            yield f"{RESULT}: {name} is {said}, but according to {last.name} it is {number}"
     noted, known = (
         Counter(f"{_named(bad, plan)} ({bad.reason})" for bad in listed)
         for listed in (outcome.quarantined, last.quarantined)
@@ -212,16 +210,8 @@ def _unequal(file: str, listed: Counter[str], expected: Counter[str]) -> Iterato
         yield f"{file}: {surplus.total()} samples should not be there: {_few(list(surplus))}"
 
 
-def _is_planned(bad: Quarantined, plan: Plan) -> bool:
-    return (
-        0 <= bad.epoch < plan.epochs
-        and 0 <= bad.shard < len(plan.shards)
-        and 0 <= bad.index < int(plan.sizes[bad.shard])
-    )
-
-
 def _named(bad: Quarantined, plan: Plan) -> str:
-    if not _is_planned(bad, plan):
+    if not plan.has(bad.epoch, bad.shard, bad.index):
         is_known = 0 <= bad.shard < len(plan.shards)
         return _name(bad.epoch, plan.shards[bad.shard].url if is_known else f"shard {bad.shard}", bad.index)
     return _name(**place_of(plan, bad.epoch, bad.shard, plan.member(bad.epoch, bad.shard, bad.index)))
@@ -255,45 +245,42 @@ class _Committed:
 class _Outcome:
     """Contents of a finished job's result files."""
 
-    result: dict[str, int]
+    result: Result
     quarantined: list[Quarantined]
     tail: list[str]
 
 
+def _planned(run: str, storage: StorageSpec) -> tuple[JobSpec, Plan]:
+    spec, plan = stored_spec(run, storage), stored_plan(run, storage)
+    if plan.epochs != spec.training.epochs:  # before there are arrays of so many epochs
+        with as_written(join(run, PLAN), ANOTHER_NAME):
+            raise ValueError(f"epochs: {plan.epochs}, but training.epochs is {spec.training.epochs} in the spec")
+    return spec, plan
+
+
 def _committed(run: str, storage: StorageSpec, plan: Plan) -> _Committed:
-    with as_written(join(run, CHECKPOINTS)):
-        store = CheckpointStore(run, storage)
-        last = store.latest()
-        if last is None:
-            return _Committed(f"{CHECKPOINTS} (none is committed)", 0, plan.empty_ledger(), [], 0)
-        dropped = json.loads(store.read_text(last, PROGRESS))["dropped"]
-        return _Committed(last.name, last.step, store.ledger(last), store.quarantined(last), dropped)
+    store = CheckpointStore(run, storage)
+    last = store.latest()
+    if last is None:
+        return _Committed(f"{CHECKPOINTS} (none is committed)", 0, plan.empty_ledger(), [], 0)
+    dropped = store.parsed(last, PROGRESS_FILE).dropped
+    # Without the plan: what is not in it is a problem that the audit lists.
+    return _Committed(last.name, last.step, store.ledger(last), store.quarantined(last), dropped)
 
 
 def _outcome(run: str, storage: StorageSpec) -> _Outcome | None:
     """Return the result files of a job; None until it is finished."""
-    url = join(run, RESULT)
-    text = read_text(url, storage)
-    if text is None:
+    result = stored(run, storage, RESULT_FILE)
+    if result is None:
         return None
-    with as_written(url):
-        tree = json.loads(text)
-        result = {name: int(tree[name]) for name in REPORTED}
-    quarantined = _records(join(run, QUARANTINE), storage, Quarantined)
-    return _Outcome(result, quarantined, _records(join(run, TAIL), storage, _name))
+    tail = [
+        _name(each.epoch, each.shard, each.index, **({"pass": each.repeat} if each.repeat else {}))
+        for each in stored(run, storage, TAIL_FILE) or []
+    ]
+    return _Outcome(result, stored(run, storage, QUARANTINE_FILE) or [], tail)
 
 
 def _logged(run: str, storage: StorageSpec) -> list[int]:
     """Return the steps that were logged."""
-    url = join(run, METRICS)
-    # In two steps, so that a store that fails and a file that is damaged give different errors.
-    with store_errors(url, storage):
-        stored = fetch_metrics(run, storage)
-    with as_written(url):
-        return [record["step"] for record in parse_metrics(stored)]
-
-
-def _records(url: str, storage: StorageSpec, of: Callable[..., T]) -> list[T]:
-    """Return `of(**fields)` for each line of a JSON Lines file; [] if there is no such file."""
-    with as_written(url):
-        return [of(**json.loads(line)) for line in (read_text(url, storage) or "").splitlines()]
+    with store_errors(join(run, METRICS), storage):
+        return [record["step"] for record in stream_metrics(*open_store(run, storage))]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
@@ -23,12 +24,14 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from betakd_ray.data.files import url_like
 from betakd_ray.data.ledger import Ledger
-from betakd_ray.data.plan import Quarantined
-from betakd_ray.errors import CheckpointDamaged, OutputError
+from betakd_ray.data.plan import Plan, Quarantined
+from betakd_ray.errors import CheckpointDamaged, OutputError, OutputUnreachable
 from betakd_ray.output import disk_errors, output_errors
-from betakd_ray.run.folder import CHECKPOINTS, DAMAGED, ENGINE, LEDGER, MANIFEST, QUARANTINE, UNIVERSAL
+from betakd_ray.run.files import MAX_BYTES, MAX_LARGE_BYTES, File, read, reason
+from betakd_ray.run.folder import CHECKPOINTS, DAMAGED, ENGINE, MANIFEST, UNIVERSAL
 from betakd_ray.run.lease import Permit
 from betakd_ray.run.manifest import Files, Manifest, StoredFile
+from betakd_ray.run.records import ledger_file, quarantine_file
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import join, open_store, put_file, replace_file
 
@@ -110,7 +113,7 @@ class CheckpointStore:
     def named(self, name: str) -> Manifest:
         """Return the committed checkpoint of that name. Raises OutputError if it is gone, or CheckpointDamaged."""
         with self._errors(name, MANIFEST):
-            content = cast(bytes, self.filesystem.cat_file(join(self.root, name, MANIFEST)))
+            content = self._content(name, MANIFEST)
         return self._manifest(name, content)
 
     def upload(self, local: Path, name: str) -> Files:
@@ -164,22 +167,50 @@ class CheckpointStore:
         except OutputError as error:
             _LOG.warning("old checkpoints could not be removed: %s", error)
 
+    def parsed(self, manifest: Manifest, file: File[T]) -> T:
+        """Return what a small file of a checkpoint holds. Raises CheckpointDamaged if it is not as it was written.
+
+        Raises OutputUnreachable if it is missing: another process may have pruned the checkpoint meanwhile.
+        """
+
+        def parse(content: bytes) -> T:
+            # A file that the manifest lacks was read by versions that asked for it in vain.
+            stored = manifest.files.get(file.name)
+            if stored and (why := stored.difference(StoredFile.holding(content))):
+                raise ValueError(why)
+            return file.parse(content)
+
+        where = (manifest.name, file.name)
+        url, compared = join(self.url, *where), replace(file, parse=parse)
+        try:
+            found = read(self.filesystem, join(self.root, *where), url, compared, partial(self._errors, *where))
+        except OutputUnreachable:
+            raise
+        except OutputError as error:
+            cause = error.__cause__
+            why = reason(cause) if isinstance(cause, ValueError) else str(error)
+            raise self._unusable(manifest.name, f"{file.name}: {why}") from error
+        if found is None:
+            raise OutputUnreachable(f"{url}: no such file. Run the job again: a newer checkpoint may be there now.")
+        return found
+
     def read_text(self, manifest: Manifest, file: str) -> str:
         """Return the text of a small file of a checkpoint. Raises CheckpointDamaged if it is not as it was written."""
-        with self._errors(manifest.name, file):
-            content = cast(bytes, self.filesystem.cat_file(join(self.root, manifest.name, file)))
-        # A file that the manifest lacks was read by versions that asked for it in vain.
-        if file in manifest.files and (why := manifest.files[file].difference(StoredFile.holding(content))):
-            raise self._unusable(manifest.name, f"{file}: {why}")
-        return content.decode()
+        return self.parsed(manifest, File(file, bytes.decode, limit=MAX_LARGE_BYTES))
 
-    def ledger(self, manifest: Manifest) -> Ledger:
-        """Return the samples that the training had consumed at that checkpoint."""
-        return Ledger.from_json(self.read_text(manifest, LEDGER))
+    def ledger(self, manifest: Manifest, plan: Plan | None = None) -> Ledger:
+        """Return the samples that the training had consumed at that checkpoint.
 
-    def quarantined(self, manifest: Manifest) -> list[Quarantined]:
-        """Return the samples that were in quarantine at that checkpoint."""
-        return [Quarantined(**json.loads(line)) for line in self.read_text(manifest, QUARANTINE).splitlines()]
+        With a plan, a ledger of another one counts as damaged.
+        """
+        return self.parsed(manifest, ledger_file(plan))
+
+    def quarantined(self, manifest: Manifest, plan: Plan | None = None) -> list[Quarantined]:
+        """Return the samples that were in quarantine at that checkpoint.
+
+        With a plan, a sample outside of it counts as damage.
+        """
+        return self.parsed(manifest, quarantine_file(plan))
 
     def fetch(self, manifest: Manifest, files: Iterable[str], folder: Path, part: str) -> None:
         """Copy files of a checkpoint that the folder lacks, several at a time, and compare them with the manifest.
@@ -222,10 +253,10 @@ class CheckpointStore:
         with self._errors(path):
             if not self.filesystem.exists(join(self.root, path)):
                 return None
-            content = cast(bytes, self.filesystem.cat_file(join(self.root, path)))
+            content = self._content(path)
         try:
             return self._manifest(manifest.name, content)
-        except CheckpointDamaged as error:
+        except CheckpointDamaged as error:  # only a conversion is lost then, not the checkpoint
             _LOG.warning("the universal form is made again: %s", error)
             return None
 
@@ -260,7 +291,7 @@ class CheckpointStore:
         manifests, damaged = [], {}
         for name, markers in found.items():
             if DAMAGED in markers:
-                damaged[name] = markers[DAMAGED].decode(errors="replace")
+                damaged[name] = (markers[DAMAGED] or b"").decode(errors="replace")
                 continue
             try:
                 manifests.append(self._manifest(name, markers[MANIFEST]))
@@ -270,23 +301,26 @@ class CheckpointStore:
         # commit the same step, and every reader must choose the same one.
         return sorted(manifests, key=lambda each: (each.token, each.step, each.name)), damaged
 
-    def _markers(self) -> dict[str, dict[str, bytes]]:
+    def _markers(self) -> dict[str, dict[str, bytes | None]]:
         """Return what decides about the committed checkpoints: name → {manifest.json or damaged.txt: content}."""
-        found: dict[str, dict[str, bytes]] = {}
+        found: dict[str, dict[str, bytes | None]] = {}
         for path in self._stored():
             name, _, file = path.partition("/")
             if file in (MANIFEST, DAMAGED):
-                found.setdefault(name, {})[file] = cast(bytes, self.filesystem.cat_file(join(self.root, path)))
+                found.setdefault(name, {})[file] = self._content(path)
         return found
 
-    def _manifest(self, name: str, content: bytes) -> Manifest:
+    def _content(self, *path: str) -> bytes | None:
+        """Return the bytes of a small file; None if they are too many for one."""
+        where = join(self.root, *path)
+        is_small = cast(int, self.filesystem.size(where)) <= MAX_BYTES
+        return cast(bytes, self.filesystem.cat_file(where)) if is_small else None
+
+    def _manifest(self, name: str, content: bytes | None) -> Manifest:
         try:
-            manifest = Manifest.parse(content)
+            return Manifest.parse(name, content)
         except ValueError as error:
-            raise self._unusable(name, f"{MANIFEST}: {error}") from error
-        if manifest.name != name:
-            raise self._unusable(name, f"{MANIFEST} is the manifest of {manifest.name}")
-        return manifest
+            raise self._unusable(name, f"{MANIFEST}: {reason(error)}") from error
 
     def _prune(self, keep: int) -> None:
         committed = self.committed()

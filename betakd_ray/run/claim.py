@@ -6,12 +6,14 @@ plan, the models and the renderings. A resume compares them with what it would g
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 
 from betakd_ray.data.plan import Plan
 from betakd_ray.errors import OutputError
 from betakd_ray.output import output_errors
 from betakd_ray.run.checkpoint import CheckpointStore
+from betakd_ray.run.files import SPEC_FILE, stored
 from betakd_ray.run.folder import SPEC
 from betakd_ray.run.plan import plan_digest
 from betakd_ray.spec import JobSpec
@@ -54,22 +56,11 @@ def was_here(run: str, spec: JobSpec) -> bool:
             f"output.path: {run} is in the folder that `ray job submit --working-dir` uploaded, which Ray "
             "removes after the job. Give a URL, or an absolute path that remains after the cluster is gone."
         )
-    filesystem, root = open_store(run, spec.output.storage)
-    path = join(root, SPEC)
-    with output_errors(run):
-        if not filesystem.exists(path):
-            return False
-        content = filesystem.cat_file(path)
-    _require_same_job(run, parsed_spec(path, content), spec)
+    there = stored(run, spec.output.storage, SPEC_FILE, partial(output_errors, run))
+    if there is None:
+        return False
+    _require_same_job(run, there, spec)
     return True
-
-
-def parsed_spec(path: str, content: str | bytes) -> JobSpec:
-    """Return a stored spec. Raises OutputError."""
-    try:
-        return JobSpec.model_validate_json(content)
-    except ValueError as error:
-        raise OutputError(f"output.path: {path} is not a spec of this version; choose another name") from error
 
 
 def claim(run: str, spec: JobSpec) -> None:
@@ -101,7 +92,7 @@ def require_same_origins(store: CheckpointStore, run: str, spec: JobSpec, origin
     if last is None:
         return
     if SPEC in last.files:
-        _require_same_job(run, parsed_spec(join(store.url, last.name, SPEC), store.read_text(last, SPEC)), spec)
+        _require_same_job(run, store.parsed(last, SPEC_FILE), spec)
     differing = [name for name in last.origins.keys() & origins.keys() if last.origins[name] != origins[name]]
     updated = sorted(name for name in differing if name.startswith(VERSION))
     if changed := sorted(set(differing) - set(updated)):

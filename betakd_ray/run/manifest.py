@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError
+from pydantic import BeforeValidator
+
+from betakd_ray.run.files import MAX_BYTES, beginning, whole
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,25 @@ class Manifest:
     """What the run was made from: name → digest or version (`run.claim`). Older versions stored none."""
 
     def __post_init__(self) -> None:
+        if self.step < 0 or self.world_size < 1 or any(file.size < 0 for file in self.files.values()):
+            raise ValueError("a step, a number of ranks or a size is negative")
         # A download writes each file to folder/file. A manifest from the store must not lead it out of that folder.
         for file in map(PurePosixPath, self.files):
             if file.is_absolute() or ".." in file.parts:
                 raise ValueError(f"{file} is outside of the checkpoint")
 
     @classmethod
-    def parse(cls, content: bytes) -> "Manifest":
-        """Return a stored manifest. Raises ValueError if it is none."""
-        try:
-            return _MANIFEST.validate_json(content)
-        except ValidationError as error:
-            raise ValueError(error.errors()[0]["msg"]) from error
+    def parse(cls, name: str, content: bytes | None) -> "Manifest":
+        """Return the stored manifest of the checkpoint `name`. Raises ValueError if it is none, or another's.
+
+        `content` is None if the file is too large for one.
+        """
+        if content is None:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        manifest: Manifest = _PARSE(content)
+        if manifest.name != name:
+            raise ValueError(f"the manifest of {beginning(manifest.name)}")
+        return manifest
 
     def missing(self, sizes: Mapping[str, int]) -> str | None:
         """Return the first file that is not in `sizes`, or has another size there; None if there is none.
@@ -86,4 +95,4 @@ class Manifest:
         return None
 
 
-_MANIFEST = TypeAdapter(Manifest)
+_PARSE = whole(Manifest)

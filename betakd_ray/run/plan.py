@@ -3,16 +3,17 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import FailFast
 
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan, Quarantined, ids_of
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import OutputError
-from betakd_ray.run.files import as_written, read_required, read_text, write_text
+from betakd_ray.run.files import ANOTHER_NAME, MAX_LARGE_BYTES, File, required, stored, whole, write_text
 from betakd_ray.run.folder import PLAN, TAIL
 from betakd_ray.run.metrics import to_jsonl
 from betakd_ray.spec import StorageSpec
@@ -22,10 +23,10 @@ from betakd_ray.storage import join
 def write_plan(run: str, storage: StorageSpec, plan: Plan) -> None:
     """Write plan.json at the first start of a run. Raises OutputError if a later start has another plan."""
     url = join(run, PLAN)
-    content = read_text(url, storage)
-    if content is None:
+    before = stored(run, storage, PLAN_FILE)
+    if before is None:
         write_text(url, storage, _plan_to_json(plan))
-    elif (before := _parsed_plan(url, content)) != plan:
+    elif before != plan:
         raise OutputError(
             f"{url}: the data changed during the run: {_first_difference(before, plan)}. So it is not known which "
             "samples are done. Restore the shards as they were, or start a new run under another `name`."
@@ -112,15 +113,34 @@ def _described(shard: Shard) -> str:
     return f"{shard.url} ({shard.samples} samples, {shard.bytes} bytes, crc32 {shard.checksum})"
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Content of plan.json."""
+
+    # FailFast: a damaged list of a million shards would otherwise give a million errors.
+    shards: Annotated[tuple[Shard, ...], FailFast()]
+    epochs: int
+    seed: int
+    shuffle: bool
+    parts: Annotated[tuple[tuple[int, int], ...], FailFast()] = ()
+    """Empty in a run that began before data.train had weights."""
+
+
+_STORED = whole(_Stored)
+
+
+def _plan_from_json(content: bytes) -> Plan:
+    found = _STORED(content)
+    if not found.shards or found.epochs < 1:
+        raise ValueError("there is no shard, or no epoch")
+    plan = Plan(found.shards, found.epochs, found.seed, found.shuffle, found.parts)
+    plan.require_sound()
+    return plan
+
+
+PLAN_FILE = File(PLAN, _plan_from_json, ANOTHER_NAME, MAX_LARGE_BYTES)
+
+
 def stored_plan(run: str, storage: StorageSpec) -> Plan:
     """Return the plan of a run. Raises OutputError if there is none, or if it is damaged."""
-    url = join(run, PLAN)
-    return _parsed_plan(url, read_required(url, storage))
-
-
-def _parsed_plan(url: str, text: str) -> Plan:
-    with as_written(url):
-        tree = json.loads(text)
-        tree = {"parts": (), **tree}  # a run that began before data.train had weights has no parts
-        parts = tuple((int(number), int(samples)) for number, samples in tree["parts"])
-        return Plan(**{**tree, "shards": tuple(Shard(**shard) for shard in tree["shards"]), "parts": parts})
+    return required(run, storage, PLAN_FILE)

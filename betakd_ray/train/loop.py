@@ -27,7 +27,8 @@ from betakd_ray.on_ray.watch import Start, Watch
 from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.folder import LEDGER, LOGGED, METRICS, PROGRESS, QUARANTINE, SKIPPED, SPEC
 from betakd_ray.run.manifest import Manifest
-from betakd_ray.run.metrics import from_jsonl, to_jsonl
+from betakd_ray.run.metrics import to_jsonl
+from betakd_ray.run.records import LOGGED_FILE, PROGRESS_FILE, SKIPPED_FILE
 from betakd_ray.teacher.cache import CacheWriter
 from betakd_ray.teacher.client import TeacherClient
 from betakd_ray.teacher.remote import RemotePool
@@ -48,6 +49,8 @@ from betakd_ray.train.usage import Usage
 
 COUNTS = ("samples", "dropped", "skipped", "skipped_in_a_row")
 """Counters of a worker that a checkpoint keeps in progress.json."""
+LISTED_SAMPLES = 100_000
+"""Largest number of samples of skipped steps that are listed, because the list is written whole each time."""
 QUANTILES = (0.1, 0.5, 0.9)
 """Quantiles of β over a global batch that are logged."""
 
@@ -88,7 +91,7 @@ class Worker:
         self.learner = Learner(self.spec, config.facts, self.total_steps, head)
         self.cache = CacheWriter(config.cache, keep=config.plan.epochs > 1) if config.cache else None
         self.store = CheckpointStore(config.run, self.spec.output.storage, config.permit, config.origins)
-        self.metrics = MetricsWriter(self.spec, config.run) if self.rank == 0 else None
+        self.metrics = MetricsWriter(self.spec, config.run, config.permit.token) if self.rank == 0 else None
         self.ledger = config.plan.empty_ledger() if self.rank == 0 else None
         """Samples of all ranks that took part in a step, up to the last checkpoint; only rank 0 has it."""
         self.trained: list[SampleIds] = []
@@ -228,7 +231,7 @@ class Worker:
             )
 
     def note_skip(self, step: Step) -> None:
-        """Write the samples of the skipped step to skipped.jsonl. Collective."""
+        """Write the samples of the newest skipped steps to skipped.jsonl. Collective."""
         plan = self.config.plan
         mine = [
             {"epoch": each.epoch, "shard": plan.shards[each.shard].url, "index": each.index, "key": each.key}
@@ -237,6 +240,7 @@ class Worker:
         everyone = checkpoint.gather(mine, self.learner.host_group)
         if self.metrics:
             self.skips.append({"step": self.step, "samples": [sample for part in everyone for sample in part]})
+            del self.skips[: -max(1, LISTED_SAMPLES // self.training.global_batch_size)]
             self.metrics.write(SKIPPED, to_jsonl(self.skips))
 
     def log(self, totals: Totals, step: Step) -> None:
@@ -363,14 +367,14 @@ class Worker:
         manifest = self.store.named(name)
         with checkpoint.on_disk(self.store, manifest, self.start.attempt, self.learner.host_group) as folder:
             self.learner.load(folder)
-        progress = json.loads(self.store.read_text(manifest, PROGRESS))
+        progress = self.store.parsed(manifest, PROGRESS_FILE)
         if self.metrics:
-            self.ledger = self.store.ledger(manifest)
+            self.ledger = self.store.ledger(manifest, self.config.plan)
             self.metrics.restore(self.metrics_reference(manifest))
-            self.skips = from_jsonl(self.store.read_text(manifest, SKIPPED))
+            self.skips = [asdict(skip) for skip in self.store.parsed(manifest, SKIPPED_FILE)]
         self.step = self.saved_step = manifest.step
         for name in COUNTS:
-            setattr(self, name, progress[name])
+            setattr(self, name, getattr(progress, name))
 
     def metrics_reference(self, manifest: Manifest) -> str:
         """Return how many metrics had been logged at a checkpoint, as text of `tracking.MetricsWriter.reference`.
@@ -378,7 +382,7 @@ class Worker:
         Checkpoints of older versions hold all the metrics themselves.
         """
         if LOGGED in manifest.files:
-            return self.store.read_text(manifest, LOGGED)
+            return json.dumps(asdict(self.store.parsed(manifest, LOGGED_FILE)))
         records = self.store.read_text(manifest, METRICS).count("\n")
         return json.dumps({"step": manifest.step, "records": records})
 

@@ -64,7 +64,7 @@ class Run:
         """Write the files into `folder`/run, as a job would; return this folder."""
         run = folder / "run"
         run.mkdir()
-        (run / "spec.json").write_text(spec(folder, self.training))
+        (run / "spec.json").write_text(spec(folder, {"epochs": self.plan.epochs, **self.training}))
         write_plan(str(run), LOCAL, self.plan)
         (run / "metrics.jsonl").write_text(to_jsonl({"step": step, "loss": 1.0} for step in self.logged))
         if self.step is not None:
@@ -73,14 +73,16 @@ class Run:
             places = [{"epoch": e, "shard": self.plan.shards[s].url, "index": i} for e, s, i in self.tail]
             write_tail(str(run), LOCAL, places)
             (run / "quarantine.jsonl").write_text(to_jsonl(map(asdict, self.noted)))
-            (run / "result.json").write_text(json.dumps({"name": "run", "metrics": {"loss": 1.0}, **self.result}))
+            rest = {"name": "run", "path": str(run), "model": f"{run}/model", "metrics": {"loss": 1.0}}
+            (run / "result.json").write_text(json.dumps({**rest, "skipped_steps": 0, **self.result}))
         return str(run)
 
     def _commit(self, run: Path, local: Path) -> None:
         local.mkdir()
         (local / LEDGER).write_text(self.ledger.to_json())
         (local / QUARANTINE).write_text(to_jsonl(map(asdict, self.quarantined)))
-        (local / "progress.json").write_text(json.dumps({"samples": 12, "dropped": self.dropped, "skipped": 0}))
+        counts = {"samples": 12, "dropped": self.dropped, "skipped": 0, "skipped_in_a_row": 0}
+        (local / "progress.json").write_text(json.dumps(counts))
         store = CheckpointStore(str(run), LOCAL)
         assert self.step is not None
         store.commit(Manifest(NAME, self.step, 1, store.upload(local, NAME)))

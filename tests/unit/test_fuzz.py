@@ -22,6 +22,7 @@ from betakd_ray.data.samples import BadSample
 from betakd_ray.data.shards import Shard, ShardDamaged, read_shard, scan_shard
 from betakd_ray.errors import DataError, SpecError
 from betakd_ray.spec import DataSpec, EvaluationSpec, JobSpec, PackSpec, SweepSpec, load_spec
+from tests.mutations import BYTES
 from tests.tars import STORAGE, TURNS, record, tar_bytes
 from tests.tiny import IDS, IMAGE, tiny_processor
 
@@ -42,44 +43,6 @@ def _bounded_memory():
 # ---- bytes -------------------------------------------------------------------------------------------------------
 
 
-def place(content, rng):
-    """Return (start, end) of a random range in the content."""
-    start = rng.randrange(len(content) + 1)
-    return start, min(len(content), start + rng.choice([1, 2, 8, 64, 600]))
-
-
-def flip(content, rng):
-    changed = bytearray(content)
-    for _ in range(rng.choice([1, 1, 2, 8, 64]) if content else 0):
-        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
-    return bytes(changed)
-
-
-def overwrite(content, rng):
-    start, end = place(content, rng)
-    return content[:start] + rng.randbytes(end - start) + content[end:]
-
-
-def zero(content, rng):
-    start, end = place(content, rng)
-    return content[:start] + bytes(end - start) + content[end:]
-
-
-def delete(content, rng):
-    start, end = place(content, rng)
-    return content[:start] + content[end:]
-
-
-def insert(content, rng):
-    start, end = place(content, rng)
-    run = rng.choice([rng.randbytes(end - start), bytes(end - start), content[start:end]])
-    return content[:start] + run + content[start:]
-
-
-def truncate(content, rng):
-    return content[: rng.randrange(len(content) + 1)]
-
-
 def blocks_moved(content, rng):
     blocks = [content[at : at + 512] for at in range(0, len(content), 512)]
     at = rng.randrange(len(blocks))
@@ -94,8 +57,6 @@ def blocks_moved(content, rng):
         blocks[at:at] = [bytes(512)] * len(run)
     return b"".join(blocks)
 
-
-BYTES = [flip, overwrite, zero, delete, insert, truncate]
 
 # ---- shards ------------------------------------------------------------------------------------------------------
 

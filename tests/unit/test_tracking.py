@@ -10,6 +10,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from betakd_ray import tracking
+from betakd_ray.run import metrics as stored
 from betakd_ray.run.folder import METRICS
 from betakd_ray.run.folder import METRICS_PARTS as PARTS
 from betakd_ray.run.metrics import MetricsRecord, from_jsonl, read_metrics
@@ -83,6 +84,91 @@ def test_parts_are_written_without_being_asked_for(tmp_path: Path, monkeypatch: 
     while steps(tmp_path) != [1]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+class Counted(dict[str, Any]):
+    """A record that counts how many of its kind are alive."""
+
+    alive = most = 0
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        Counted.alive += 1
+        Counted.most = max(Counted.most, Counted.alive)
+
+    def __del__(self) -> None:
+        Counted.alive -= 1
+
+
+MANY = 100_000
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counted]:
+    """Let every record that is read count as alive, too."""
+    Counted.alive = Counted.most = 0
+    for name in ("stream_metrics", "stream_parts"):
+        real = getattr(tracking, name)
+        monkeypatch.setattr(tracking, name, lambda *where, real=real: map(Counted, real(*where)))
+    return Counted
+
+
+def test_a_writer_holds_few_records_however_many_it_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: type[Counted]
+) -> None:
+    monkeypatch.setattr(tracking, "FLUSH_S", 3600.0)
+    monkeypatch.setattr(tracking, "MOST_S", 3600.0)
+    metrics = begin(tmp_path)
+    for first in range(0, MANY, 100):
+        for step in range(first, first + 100):
+            metrics.log(Counted({"step": step, "loss": 0.5}))
+        metrics._do(lambda: None)  # the thread has taken them
+    assert counted.most <= tracking.MAX_PART_RECORDS + 110
+    reference = metrics.reference()
+    assert json.loads(reference)["records"] == MANY
+    metrics.flush()
+
+    counted.most = counted.alive
+    metrics = begin(tmp_path, reference)
+    assert metrics.last["step"] == MANY - 1
+    metrics.close()
+    assert counted.most <= 2 * tracking.MAX_PART_RECORDS + 10
+    assert (tmp_path / "run" / METRICS).read_bytes().count(b"\n") == MANY
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_reading_holds_few_parts_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = begin(tmp_path)
+    for step in range(100):
+        log(metrics, step)
+        metrics.flush()
+    seen, real = [], stored._read_part
+    monkeypatch.setattr(stored, "_read_part", lambda *part: seen.append(part) or real(*part))
+    stream = stored.stream_metrics(LocalFileSystem(), str(tmp_path / "run"))
+    assert next(stream)["step"] == 0
+    assert len(seen) <= stored._READERS + 1  # and the first part of the one attempt
+    assert len(list(stream)) == 99
+
+
+def test_a_copy_of_old_metrics_that_was_cut_off_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "MAX_PART_RECORDS", 2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / METRICS).write_text("".join(f'{{"step": {step}, "loss": 0.5}}\n' for step in range(1, 6)))
+    reference = json.dumps({"step": 5, "records": 5})
+    with monkeypatch.context() as patch:
+        real = MetricsWriter._store_part
+
+        def dies(self: Any, number: int, attempt: str, lines: str) -> None:
+            if number == 3:
+                raise OSError("no space left")
+            real(self, number, attempt, lines)
+
+        patch.setattr(MetricsWriter, "_store_part", dies)
+        with pytest.raises(OSError, match="no space"):
+            begin(tmp_path, reference)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+    begin(tmp_path, reference).close()
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
