@@ -6,7 +6,7 @@ the same time. A cell that is done is not run again, so a sweep that was stopped
 """
 
 import hashlib
-import json
+import logging
 import math
 import re
 import statistics
@@ -18,16 +18,19 @@ from functools import cached_property
 from itertools import product
 from typing import Any, NamedTuple, cast
 
+from pydantic import TypeAdapter, ValidationError
+
 from betakd_ray.data.manifest import find_shards
 from betakd_ray.errors import Interrupted, SpecError, TrainingError
-from betakd_ray.evaluation.run import SCORES, Evaluation, benchmark_of
+from betakd_ray.evaluation.run import Evaluation, benchmark_of
 from betakd_ray.job import BetaKDJob, JobResult
 from betakd_ray.on_ray.cluster import connected
+from betakd_ray.output import output_errors
 from betakd_ray.progress import Update, progress_line
-from betakd_ray.run.metrics import from_jsonl, to_jsonl
+from betakd_ray.run.metrics import to_jsonl
 from betakd_ray.sigterm import on_sigterm
 from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, TeacherSpec, parse_spec, read_tree, set_field
-from betakd_ray.storage import join, open_store, replace_file
+from betakd_ray.storage import join, make_folder, open_store, replace_file
 from betakd_ray.teacher.parts import Needs
 from betakd_ray.teacher.pool import Teachers
 
@@ -35,6 +38,8 @@ ROWS, TABLE = "rows.jsonl", "table.md"
 LONGEST_NAME = 200
 """Largest number of characters in a job's name. The name of a folder may have at most 255 bytes."""
 CellResult = dict[str, Any]
+_ROW = TypeAdapter(dict[str, str | int | float])
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -180,18 +185,15 @@ class Sweep:
         questions = self.spec.evaluation
         if questions is None:
             return scores
-        filesystem, root = open_store(result.path, cell.job.output.storage)
-        path = join(root, self._evaluation, SCORES)
-        if not filesystem.exists(path):
-            tree = {
-                **questions.model_dump(),
-                "name": self._evaluation,
-                "models": {"student": {"path": result.model, "storage": cell.job.output.storage}},
-                "cluster": cell.job.cluster,
-                "output": {"path": result.path, "storage": cell.job.output.storage},
-            }
-            Evaluation(parse_spec(tree, EvaluationSpec)).run()
-        return json.loads(filesystem.cat_file(path))["student"] | scores
+        tree = {
+            **questions.model_dump(),
+            "name": self._evaluation,
+            "models": {"student": {"path": result.model, "storage": cell.job.output.storage}},
+            "cluster": cell.job.cluster,
+            "output": {"path": result.path, "storage": cell.job.output.storage},
+        }
+        evaluation = Evaluation(parse_spec(tree, EvaluationSpec))
+        return (evaluation.stored() or evaluation.run())["student"] | scores
 
     @cached_property
     def _evaluation(self) -> str:
@@ -202,15 +204,30 @@ class Sweep:
         return f"evaluation-{hashlib.sha256(f'{questions.model_dump_json()}{checksums}'.encode()).hexdigest()[:8]}"
 
     def _stored(self) -> dict[int, CellResult]:
-        """Return the rows of an earlier run, by the index of their cell. Each is valid until its cell has run again."""
-        filesystem, root = open_store(self.folder, self.spec.output.storage)
-        path = join(root, ROWS)
-        if not filesystem.exists(path):
-            return {}
+        """Return the rows of an earlier run, by the index of their cell. Each is valid until its cell has run again.
+
+        A line that is cut or damaged is named in a warning, and has no row.
+        """
+        url = join(self.folder, ROWS)
+        with output_errors(url):
+            filesystem, path = open_store(url, self.spec.output.storage)
+            if not filesystem.exists(path):
+                return {}
+            lines = cast(bytes, filesystem.cat_file(path)).splitlines()
         places = {cell.key: place for place, cell in enumerate(self.cells)}
-        rows = from_jsonl(cast(bytes, filesystem.cat_file(path)).decode())
-        keyed = {tuple(row.get(name) for name in (*self.spec.axes, "seed")): row for row in rows}
-        return {places[key]: row for key, row in keyed.items() if key in places}
+        rows: dict[int, CellResult] = {}
+        for number, line in enumerate(lines, 1):
+            try:
+                row = _ROW.validate_json(line)
+            except ValidationError as error:
+                _LOG.warning(
+                    "%s, line %d: is no row (%s). Its cell is looked at again.", url, number, error.errors()[0]["msg"]
+                )
+                continue
+            place = places.get(tuple(row.get(name) for name in (*self.spec.axes, "seed")))
+            if place is not None:
+                rows[place] = row
+        return rows
 
     def _save(self, earlier: dict[int, CellResult], rows: dict[int, CellResult]) -> None:
         """Save rows and table. Rows of an earlier run stay, unless they have other columns."""
@@ -221,9 +238,10 @@ class Sweep:
         self._store(TABLE, _markdown(self.table(ordered)))
 
     def _store(self, name: str, content: str) -> None:
-        filesystem, root = open_store(self.folder, self.spec.output.storage)
-        filesystem.makedirs(root, exist_ok=True)
-        replace_file(filesystem, join(root, name), content.encode())
+        with output_errors(join(self.folder, name)):
+            filesystem, root = open_store(self.folder, self.spec.output.storage)
+            make_folder(filesystem, root)
+            replace_file(filesystem, join(root, name), content.encode())
 
 
 def _cause(pending: Iterable["Future[CellResult]"]) -> BaseException | None:

@@ -24,7 +24,7 @@ from betakd_ray.run.folder import METRICS, METRICS_PARTS, TENSORBOARD
 from betakd_ray.run.metrics import RESUMED, MetricsRecord, Part, parts_of, stream_metrics, stream_parts, to_jsonl
 from betakd_ray.run.records import LOGGED_FILE, Logged
 from betakd_ray.spec import JobSpec
-from betakd_ray.storage import join, open_store, replace_file
+from betakd_ray.storage import join, make_folder, open_store, replace_file
 
 FLUSH_S, MOST_S = 10.0, 300.0
 """Limits in seconds of the time between two parts. Within them it is 1/50 of the time since the start.
@@ -261,7 +261,7 @@ class MetricsWriter:
         self._number += 1
 
     def _store_part(self, number: int, attempt: str, lines: str) -> None:
-        self._filesystem.makedirs(join(self._root, METRICS_PARTS), exist_ok=True)
+        make_folder(self._filesystem, join(self._root, METRICS_PARTS))
         self._replace(join(METRICS_PARTS, f"{number:08d}-{attempt}.jsonl"), lines)
 
     def _resume(self, step: int) -> None:

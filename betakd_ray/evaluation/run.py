@@ -17,6 +17,7 @@ from betakd_ray.data.shards import Shard, read_shard_with_retry
 from betakd_ray.errors import ClusterError, DataError, OutputError, TrainingError
 from betakd_ray.evaluation.exact_match import ModelAnswer, agreement
 from betakd_ray.evaluation.generate import answers
+from betakd_ray.evaluation.result import RESULT, Result, Scores, Subject, read_result
 from betakd_ray.models.device import find_device
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import freeze
@@ -25,13 +26,10 @@ from betakd_ray.plugins import load
 from betakd_ray.progress import progress_line
 from betakd_ray.spec import EvaluationSpec, QuestionsSpec
 from betakd_ray.spec.tasks import BENCHMARKS
-from betakd_ray.storage import join, open_store
+from betakd_ray.storage import join, make_folder, open_store, replace_file
 
-SCORES = "evaluation.json"
 Benchmark = Callable[[Sequence[ModelAnswer]], Mapping[str, float]]
 """Function of a model's answers, in the order of the questions, that returns metric → number."""
-
-Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,8 @@ class Evaluation:
         if not sum(shard.samples for shard in shards):
             raise DataError(f"data.train: {list(self.spec.data.paths)} has no samples. Name shards with questions.")
         self._store({})  # fails here, before the models run, if the output cannot be written
+        # Also before: if a model is replaced meanwhile, the result is not taken for that of the new one.
+        subject = Subject.of(self.spec, shards)
         answered = self._answer(shards)
         results = {label: self._score(label, answered) for label in self.spec.models}
         lines = {
@@ -87,8 +87,16 @@ class Evaluation:
             )
             for label in self.spec.models
         }
-        self._store(lines | {SCORES: json.dumps(results, indent=2)})
+        self._store(lines | {RESULT: Result(results, subject).to_json()})  # last: with this file it counts as done
         return results
+
+    def stored(self) -> dict[str, Scores] | None:
+        """Return the result of an earlier run; None if there is no whole one of the same models and questions.
+
+        Raises DataError if there are no such questions, or if a store fails.
+        """
+        shards = find_shards(self.spec.data.paths, self.spec.data.storage)
+        return read_result(self.folder, self.spec.output.storage, Subject.of(self.spec, shards))
 
     def _answer(self, shards: list[Shard]) -> dict[str, list[Answered]]:
         """Run one task per model, as many at the same time as the cluster has room for."""
@@ -120,9 +128,9 @@ class Evaluation:
     def _store(self, files: dict[str, str]) -> None:
         try:
             filesystem, root = open_store(self.folder, self.spec.output.storage)
-            filesystem.makedirs(root, exist_ok=True)
+            make_folder(filesystem, root)
             for name, content in files.items():
-                filesystem.pipe_file(join(root, name), content.encode())
+                replace_file(filesystem, join(root, name), content.encode())
         except (OSError, ValueError) as error:
             raise OutputError(f"output.path: {self.folder} cannot be written ({error})") from error
 

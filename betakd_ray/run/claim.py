@@ -17,7 +17,7 @@ from betakd_ray.run.files import SPEC_FILE, stored
 from betakd_ray.run.folder import SPEC
 from betakd_ray.run.plan import plan_digest
 from betakd_ray.spec import JobSpec
-from betakd_ray.storage import create_file, join, open_store
+from betakd_ray.storage import create_file, join, make_folder, open_store
 
 FREE_TO_CHANGE = {
     "training": (
@@ -69,6 +69,7 @@ def claim(run: str, spec: JobSpec) -> None:
         return
     filesystem, root = open_store(run, spec.output.storage)
     with output_errors(run):
+        make_folder(filesystem, root)
         is_ours = create_file(filesystem, join(root, SPEC), spec.model_dump_json(indent=2).encode())
     if not is_ours:  # another driver was as fast, maybe with another job
         was_here(run, spec)

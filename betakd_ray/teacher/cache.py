@@ -9,40 +9,44 @@ the stored parts, e.g. hidden+visual: a job can use any folder that has at least
 
 Readers look up the places of a shard's signals in the small indexes, and pass the places on with the rows. Students
 fetch the signals of the samples that they use next, and write the signals that they had to ask a teacher for. An index
-is written after its file, so a file that an index names is complete. If two attempts at one step write a sample twice,
-it is read once.
+is written after its file, so a file that an index names is complete. Names begin with the time: of several signals of
+one sample, the newest is read.
+
+Each signal and each index ends with a crc32 of its bytes. What is damaged, cut or gone counts as not cached: the
+teacher answers again, and the new signal takes the place of the damaged one.
 """
 
+import errno
 import hashlib
 import json
+import logging
 import threading
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import safetensors.numpy
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from betakd_ray.batch.sample import Stored
 from betakd_ray.data.shards import Shard
-from betakd_ray.errors import TeacherError
 from betakd_ray.plugins import source_of
 from betakd_ray.spec import CacheSpec, TeacherSpec
 from betakd_ray.spec.base import is_plugin
-from betakd_ray.storage import join, open_store, replace_file
-from betakd_ray.teacher.parts import PARTS, Needs, Signal, TeacherFacts
+from betakd_ray.storage import join, make_folder, open_store, replace_file
+from betakd_ray.teacher.parts import Needs, Signal, TeacherFacts
 
-FORMAT = 2
+FORMAT = 3
 FILE_BYTES = 64 << 20
 """Size in bytes at which a file of signals is written; only the last file of a run is smaller."""
 KEPT_BYTES = 128 << 20
@@ -56,6 +60,7 @@ GAP_BYTES = 256 << 10
 """Largest gap in bytes between two ranges of a file that are read as one: a request costs more than these bytes."""
 RANGE_BYTES = 32 << 20
 """Largest size in bytes of a joined range, so that long ranges are read in parallel."""
+CRC_BYTES = 4
 INDEX = pa.schema(
     [
         ("shard", pa.dictionary(pa.int32(), pa.string())),
@@ -65,9 +70,11 @@ INDEX = pa.schema(
     ]
 )
 
+_LOG = logging.getLogger(__name__)
+
 
 class Entry(NamedTuple):
-    """A serialised signal, and the sample that it belongs to."""
+    """A serialised signal with its checksum, and the sample that it belongs to."""
 
     shard: str
     member: int
@@ -102,42 +109,44 @@ class SignalCache:
         The process keeps the indexes in memory, about 20 bytes per sample, and looks for new ones every `REFRESH_S`.
         """
         found: dict[int, Stored] = {}
-        for part in _index(self).of(_name(shard)):
+        # The newest last. Clocks of nodes may differ by less than the time between two answers to one sample.
+        for part in sorted(_index(self).of(_name(shard)), key=lambda part: part.file.rpartition("/")[2]):
             places = zip(part.offsets.tolist(), part.lengths.tolist(), strict=True)
             stored = (Stored(part.file, offset, length) for offset, length in places)
             found.update(zip(part.members.tolist(), stored, strict=True))
         return found
 
-    def fetch(self, places: Sequence[Stored]) -> list[Signal]:
+    def fetch(self, places: Sequence[Stored]) -> list[Signal | None]:
         """Read the signals at these places: neighbours as one range, and ranges in parallel.
 
-        Raises OSError if the store fails, and TeacherError for bytes that are not a signal.
+        A signal is None if it is damaged, cut or gone; a warning names its file. Raises OSError if the store fails.
         """
         filesystem, root = open_store(self.location.path, self.location.storage)
         folder = join(root, self.key)
         ranges = _ranges(places)
         paths = [join(folder, each.file) for each in ranges]
         contents = filesystem.cat_ranges(
-            paths, [each.start for each in ranges], [each.stop for each in ranges], on_error="raise"
+            paths, [each.start for each in ranges], [each.stop for each in ranges], on_error="return"
         )
-        signals: dict[int, Signal] = {}
+        signals: list[Signal | None] = [None] * len(places)
         for each, path, content in zip(ranges, paths, contents, strict=True):
+            if isinstance(content, Exception) and not _is_absent(content):
+                raise content
             for at in each.at:
                 start = places[at].offset - each.start
                 try:
-                    signals[at] = safetensors.numpy.load(bytes(content[start : start + places[at].length]))
-                except SafetensorError as error:
-                    raise TeacherError(
-                        f"teacher.cache: {path} is damaged at byte {places[at].offset} ({error}). Remove it and the "
-                        ".index file beside it; the teacher will then answer these samples again."
-                    ) from error
-        return [signals[at] for at in range(len(places))]
+                    if isinstance(content, Exception):
+                        raise ValueError(f"{type(content).__name__}: {content}")
+                    signals[at] = _loaded(content[start : start + places[at].length])
+                except ValueError as error:
+                    _warn_of(path, f"at byte {places[at].offset}: {error}")
+        return signals
 
     def write(self, entries: Sequence[Entry]) -> None:
-        """Write signals as a new file, and then its index. Raises OSError."""
+        """Write signals as a new file, and then its index. Raises OSError; OutputError if the disk is full."""
         filesystem, root = open_store(self.location.path, self.location.storage)
-        folder, name = join(root, self.key, self.needs.tag), uuid4().hex
-        filesystem.makedirs(folder, exist_ok=True)
+        folder, name = join(root, self.key, self.needs.tag), f"{time.time_ns():016x}-{uuid4().hex[:15]}"
+        make_folder(filesystem, folder)
         replace_file(filesystem, join(folder, f"{name}.signals"), b"".join(entry.content for entry in entries))
         lengths = np.array([len(entry.content) for entry in entries], np.int64)
         table = pa.table(
@@ -152,7 +161,7 @@ class SignalCache:
         sink = pa.BufferOutputStream()
         with pyarrow.ipc.new_file(sink, INDEX) as writer:
             writer.write_table(table)
-        replace_file(filesystem, join(folder, f"{name}.index"), sink.getvalue().to_pybytes())
+        replace_file(filesystem, join(folder, f"{name}.index"), _with_checksum(sink.getvalue().to_pybytes()))
 
     def has(self, parts: str) -> bool:
         """Return whether a folder with the name `parts` has at least the parts that are needed."""
@@ -176,9 +185,10 @@ class CacheWriter:
         self._writing: Future[None] | None = None
 
     def add(self, shard: Shard, member: int, signal: Signal) -> None:
-        """Add the signal of a sample. Raises OSError if earlier signals could not be written."""
+        """Add the signal of a sample. Raises what `SignalCache.write` does if earlier signals could not be written."""
         # Serialised: the arrays are views of a whole group's answer and would keep all of it in the object store.
-        content = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in signal.items()})
+        saved = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in signal.items()})
+        content = _with_checksum(saved)
         entry = Entry(_name(shard), member, content)
         with self._lock:
             self._held.append(entry)
@@ -193,7 +203,7 @@ class CacheWriter:
         """Return the signal that a sample got in an earlier epoch, if it is in memory; otherwise None."""
         # Without the lock: `add` only adds entries, and never changes or removes one.
         content = self._kept.get((_name(shard), member))
-        return None if content is None else safetensors.numpy.load(content)
+        return None if content is None else _loaded(content)
 
     def flush(self) -> None:
         """Block until everything is stored. Raises OSError if it cannot be stored.
@@ -222,6 +232,46 @@ class CacheWriter:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+
+# ------------------------------------------------------------------------------------------------ checksums
+
+
+def _with_checksum(content: bytes) -> bytes:
+    return content + zlib.crc32(content).to_bytes(CRC_BYTES, "little")
+
+
+def _checked(content: bytes) -> bytes:
+    """Return the bytes before the checksum. Raises ValueError if they are not those that were written."""
+    whole, checksum = content[:-CRC_BYTES], content[-CRC_BYTES:]
+    if not whole or zlib.crc32(whole).to_bytes(CRC_BYTES, "little") != checksum:
+        raise ValueError(f"{len(content)} bytes do not have the checksum that was written with them")
+    return whole
+
+
+def _loaded(content: bytes) -> Signal:
+    """Return a serialised signal. Raises ValueError if it is not the one that was written."""
+    try:
+        return safetensors.numpy.load(_checked(bytes(content)))
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _is_absent(error: Exception) -> bool:
+    """Return whether a file is gone or ends before a range. S3 refuses such a range with EINVAL."""
+    return isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno == errno.EINVAL)
+
+
+_warned: set[str] = set()
+
+
+def _warn_of(path: str, why: str) -> None:
+    """Log a warning about a damaged file, one for each file and process."""
+    if path not in _warned:
+        _warned.add(path)
+        _LOG.warning(
+            "teacher.cache: %s is damaged or incomplete (%s). The teacher answers these samples again.", path, why
+        )
 
 
 # -------------------------------------------------------------------------------------------------- reading
@@ -290,7 +340,10 @@ class _Index:
         if not new:
             return
         for path, content in cast(dict[str, bytes], filesystem.cat(new)).items():
-            self._add("/".join(path.removesuffix(".index").split("/")[-2:]) + ".signals", content)
+            try:
+                self._add("/".join(path.removesuffix(".index").split("/")[-2:]) + ".signals", _checked(content))
+            except ValueError as error:
+                _warn_of(path, str(error))
         self._read.update(new)
 
     def _add(self, file: str, content: bytes) -> None:
@@ -315,59 +368,3 @@ def _index(cache: SignalCache) -> _Index:
 def _name(shard: Shard) -> str:
     """Return a name of a shard's content. It has no folder, because the shard may be moved between jobs."""
     return f"{shard.url.rsplit('/', 1)[-1]}-{shard.samples}-{shard.bytes}-{shard.checksum}"
-
-
-# ------------------------------------------------------------------------------------------------ comparing
-
-ROUNDING = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
-"""Largest relative difference between two signals of one teacher for one sample, by dtype.
-
-Groups of other sizes use other kernels, and the rounding differences add up from layer to layer. Another template or
-other weights give differences near 1.
-"""
-
-
-def differs(live: Signal, stored: Signal, dtype: str) -> str | None:
-    """Return which part of a stored signal differs from the teacher's live signal, and by how much; None if none does.
-
-    `dtype` is the dtype that the teacher computes in (`TeacherFacts.dtype`).
-    """
-    # All shapes are checked before any value, because `_missing_mass` reads two parts of a signal.
-    for name, now in live.items():
-        then = stored.get(name)
-        if then is None or then.shape != now.shape:
-            return f"{name}: has shape {None if then is None else then.shape} in the cache, but {now.shape} now"
-    for name, now in live.items():
-        difference = _missing_mass(live, stored) if name == "top_ids" else _difference(name, now, stored[name])
-        # Not `>`, because NaN is a difference too.
-        if not difference <= ROUNDING[dtype]:
-            return f"{name}: a relative difference of {difference:.2g}, above {ROUNDING[dtype]:g} for {dtype}"
-    return None
-
-
-def _difference(name: str, now: NDArray[Any], then: NDArray[Any]) -> float:
-    """Return ‖now − then‖ / ‖then‖. Log-probabilities are compared as probabilities, because most are almost zero."""
-    first, second = _numbers(now), _numbers(then)
-    if name == "top_log_probs":
-        first, second = np.exp(first), np.exp(second)
-    # The second term is the norm of an array of noise. Without it, rounding in a signal near zero would be a large
-    # relative difference.
-    size = np.linalg.norm(second) + PARTS[name].noise * second.size**0.5
-    return float(np.linalg.norm(first - second) / max(size, 1e-12))
-
-
-def _missing_mass(live: Signal, stored: Signal) -> float:
-    """Return the total probability of the stored ids that are not among the live ids, as the mean over rows.
-
-    Probability and not a count, because rounding alone swaps the last of the k ids with the next one.
-    """
-    # The last column belongs to no id: it is the probability of all the other ids together.
-    mass = np.exp(_numbers(stored["top_log_probs"])[:, :-1])
-    is_missing = ~(stored["top_ids"][:, :, None] == live["top_ids"][:, None, :]).any(axis=2)
-    return float((mass * is_missing).sum(axis=1).mean())
-
-
-def _numbers(array: NDArray[Any]) -> NDArray[np.float64]:
-    if array.dtype == np.uint16:
-        array = torch.from_numpy(array.copy()).view(torch.bfloat16).float().numpy()
-    return array.astype(np.float64)

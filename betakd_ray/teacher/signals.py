@@ -20,7 +20,8 @@ from betakd_ray.batch.sample import Rendering, Sample
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import TeacherError
 from betakd_ray.teacher.answers import Answer
-from betakd_ray.teacher.cache import CacheWriter, SignalCache, differs
+from betakd_ray.teacher.cache import CacheWriter, SignalCache
+from betakd_ray.teacher.compare import differs
 from betakd_ray.teacher.parts import Signal
 
 CHUNK_GROUPS = 2
@@ -146,6 +147,9 @@ class SignalSource:
 
     def _send_unknown(self) -> None:
         waiting, self._unknown, self._unknown_tokens = self._unknown, [], 0
+        self._send(waiting)
+
+    def _send(self, waiting: list[Pending]) -> None:
         lengths = [len(pending.sample.teacher.input_ids) for pending in waiting]
         for group in cut(lengths, max_tokens=self._batch_tokens):
             self._scorers.submit(self._score, [waiting[at] for at in group])
@@ -177,27 +181,30 @@ class SignalSource:
         try:
             places = [pending.sample.stored for pending in waiting]
             signals = self._cache.fetch([place for place in places if place is not None])
-            self._compare(waiting, signals)
-            for pending, signal in zip(waiting, signals, strict=True):
+            read = [(pending, signal) for pending, signal in zip(waiting, signals, strict=True) if signal is not None]
+            self._compare(read)
+            for pending, signal in read:
                 pending.said.set_result(Said(signal))
+            # Damaged in the cache: as if it were not there. The writer stores the new answers.
+            self._send([pending for pending, signal in zip(waiting, signals, strict=True) if signal is None])
         except BaseException as error:  # as above
             _fail(waiting, error)
 
-    def _compare(self, waiting: list[Pending], signals: Sequence[Signal]) -> None:
+    def _compare(self, read: Sequence[tuple[Pending, Signal]]) -> None:
         """Ask the teachers for a few samples with stored signals. Raises TeacherError if the two differ.
 
         The fingerprint does not show some changes of a teacher: other kernels, another quantisation library, a damaged
         device. Without this check such a change would go unnoticed as long as old signals are read.
         """
         with self._lock:
-            count = min(self._to_compare, len(waiting))
+            count = min(self._to_compare, len(read))
             self._to_compare -= count
         if not count:
             return
         assert self._client is not None
         assert self._cache is not None
-        answer = self._client.score([pending.sample.teacher for pending in waiting[:count]])
-        for pending, stored, live in zip(waiting, signals, answer.signals, strict=False):
+        answer = self._client.score([pending.sample.teacher for pending, _ in read[:count]])
+        for (pending, stored), live in zip(read, answer.signals, strict=False):
             difference = None if live is None else differs(live, stored, self._dtype)
             if difference:
                 raise TeacherError(

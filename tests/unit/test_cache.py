@@ -1,22 +1,31 @@
 """The teacher's cache: what is read is what the teacher said, and never what another one said."""
 
 import dataclasses
+import errno
+import os
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
-from betakd_ray.batch.sample import Stored
+from betakd_ray.batch.sample import Rendering, Sample
 from betakd_ray.data.shards import Shard
-from betakd_ray.errors import TeacherError
-from betakd_ray.spec import CacheSpec, TeacherSpec
+from betakd_ray.errors import OutputError
+from betakd_ray.spec import CacheSpec, StorageSpec, TeacherSpec
 from betakd_ray.storage import open_store
 from betakd_ray.teacher import cache as module
-from betakd_ray.teacher.answers import empty_signal, to_wire
-from betakd_ray.teacher.cache import CacheWriter, SignalCache, differs
+from betakd_ray.teacher.answers import Answer, empty_signal, to_wire
+from betakd_ray.teacher.cache import CacheWriter, SignalCache
+from betakd_ray.teacher.compare import differs
 from betakd_ray.teacher.parts import Needs, Signal, TeacherFacts
+from betakd_ray.teacher.signals import SignalSource
+from tests.s3 import served
 
 SHARDS = [Shard("/data/a-0.tar", 10, 999, "aa"), Shard("/data/a-1.tar", 10, 999, "bb")]
 ALL = Needs(frozenset({"hidden", "visual", "visual_layer", "teacher_vision", "teacher_entropy"}), layer=3)
@@ -45,7 +54,7 @@ def signal(seed: int = 0, rows: int = 3, tokens: int = 4, needs: Needs = ALL) ->
     return found
 
 
-def cache(folder, *, needs=ALL, view="view", fingerprint="weights", **teacher) -> SignalCache:
+def cache(folder: object, *, needs=ALL, view="view", fingerprint="weights", **teacher) -> SignalCache:
     spec = TeacherSpec(path="org/teacher", cache=str(folder), **teacher)  # type: ignore[arg-type]
     found = SignalCache.of(spec, dataclasses.replace(FACTS, fingerprint=fingerprint), view, needs)
     assert found is not None
@@ -59,7 +68,9 @@ def write(store: SignalCache, *members: int, shard: Shard = SHARDS[0], signals=s
     writer.close()
 
 
-def assert_same(actual: Signal, expected: Signal) -> None:
+def assert_same(actual: Signal | None, expected: Signal | None) -> None:
+    assert actual is not None
+    assert expected is not None
     assert actual.keys() == expected.keys()
     for name, array in actual.items():
         assert array.dtype == expected[name].dtype
@@ -82,7 +93,7 @@ def test_what_is_written_is_read_by_shard_and_member_whatever_it_was_written_wit
     found = store.fetch([first[7], second[4], first[4], first[7]])
     for one, expected in zip(found, (text_only, signal(14, rows=1, needs=needs), signal(4, needs=needs)), strict=False):
         assert_same(one, expected)
-    assert "visual" not in found[0]
+    assert "visual" not in (found[0] or ())
     assert_same(found[3], found[0])
 
 
@@ -153,6 +164,7 @@ def test_a_job_is_served_by_any_that_kept_at_least_what_it_needs(tmp_path):
     assert sorted(cache(tmp_path, needs=more).locate(SHARDS[0])) == [1]
     store = cache(tmp_path, needs=less)
     (whole,) = store.fetch([store.locate(SHARDS[0])[1]])
+    assert whole is not None
     assert set(whole) == more.parts
 
 
@@ -180,18 +192,156 @@ def test_an_index_is_read_once_in_a_process_and_new_ones_are_found(tmp_path, mon
     assert sorted(cache(tmp_path).locate(SHARDS[0])) == [1, 2]  # as this process will know it for a while
 
 
-def test_a_damaged_file_is_named(tmp_path):
+def flip(path: Path, byte: int, bit: int = 1) -> None:
+    content = bytearray(path.read_bytes())
+    content[byte] ^= bit
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a flipped bit of the header": lambda path: flip(path, 20),
+    "a flipped bit of the numbers": lambda path: flip(path, path.stat().st_size // 2, 64),
+    "a flipped bit of the last number": lambda path: flip(path, -module.CRC_BYTES - 1),
+    "a flipped bit of the checksum": lambda path: flip(path, -1, 128),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "garbage": lambda path: path.write_bytes(b"\xff" * path.stat().st_size),
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "cut by a byte": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "empty": lambda path: os.truncate(path, 0),
+}
+
+
+@pytest.mark.parametrize("case", [*DAMAGE, "gone"])
+def test_a_damaged_signal_is_not_read_and_the_others_are(tmp_path, caplog, case):
     store = cache(tmp_path)
     write(store, 1)
     (path,) = tmp_path.rglob("*.signals")
-    path.write_bytes(b"\xff" * path.stat().st_size)
-    with pytest.raises(TeacherError, match=rf"{path.name} is damaged at byte 0"):
-        store.fetch([store.locate(SHARDS[0])[1]])
+    write(store, 2)
+    places = store.locate(SHARDS[0])
+    DAMAGE.get(case, Path.unlink)(path)
+    for _ in range(3):
+        damaged, whole = store.fetch([places[1], places[2]])
+        assert damaged is None
+        assert_same(whole, signal(2))
+    (record,) = caplog.records  # one for the file, and not one for each sample
+    assert path.name in record.getMessage()
+    assert "answers these samples again" in record.getMessage()
 
 
-def test_a_file_that_is_gone_is_an_error_of_the_store(tmp_path):
-    with pytest.raises(OSError, match="nothing"):
-        cache(tmp_path).fetch([Stored("hidden/nothing.signals", 0, 10)])
+def test_a_flipped_bit_costs_one_signal_of_its_file(tmp_path):
+    store = cache(tmp_path)
+    write(store, *range(5))
+    places = store.locate(SHARDS[0])
+    (path,) = tmp_path.rglob("*.signals")
+    flip(path, places[3].offset + places[3].length // 2)
+    found = store.fetch([places[at] for at in range(5)])
+    assert [one is None for one in found] == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_index_is_left_out_with_a_warning(tmp_path, caplog, case):
+    store = cache(tmp_path)
+    write(store, 1)
+    (path,) = tmp_path.rglob("*.index")
+    write(store, 2)
+    DAMAGE[case](path)
+    for _ in range(3):
+        assert list(store.locate(SHARDS[0])) == [2]
+    (record,) = caplog.records
+    assert path.name in record.getMessage()
+
+
+def test_a_store_that_fails_is_an_error_and_no_damage(tmp_path, monkeypatch):
+    store = cache(tmp_path)
+    write(store, 1)
+    places = store.locate(SHARDS[0])
+
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(LocalFileSystem, "cat_file", refused)
+    with pytest.raises(PermissionError):
+        store.fetch([places[1]])
+
+
+def test_a_cut_object_is_not_read(caplog):
+    with served() as s3:
+        storage = StorageSpec(endpoint_url=s3.endpoint_url, region="us-east-1")
+        store = dataclasses.replace(cache("unused"), location=CacheSpec(path=f"s3://{s3.bucket}/c", storage=storage))
+        write(store, 1, 2, 3)
+        places = store.locate(SHARDS[0])
+        filesystem = s3.filesystem()
+        (path,) = filesystem.glob(f"{s3.bucket}/c/**/*.signals")
+        filesystem.pipe_file(path, filesystem.cat_file(path)[: places[2].offset + 10])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "GAP_BYTES", -1)  # a request for each, the last one beyond the end
+            found = store.fetch([places[at] for at in (1, 2, 3)])
+    assert [one is None for one in found] == [False, True, True]
+    assert len(caplog.records) == 1
+
+
+def test_a_cache_of_an_older_format_is_another_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FORMAT", 2)
+    write(cache(tmp_path), 1)
+    monkeypatch.undo()
+    assert cache(tmp_path).locate(SHARDS[0]) == {}
+
+
+class Teacher:
+    """Fake client whose answer to a sample is the signal of its first token."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def score(self, group: Sequence[Rendering]) -> Answer:
+        asked = [int(one.input_ids[0]) for one in group]
+        self.asked += asked
+        return Answer([signal(at) for at in asked], {}, 0.0)
+
+
+def answers_through(folder, members: range) -> tuple[list[int], list[Signal]]:
+    """Return the samples that the teacher is asked for in a new process with this cache, and the signals of all."""
+    module._index.cache_clear()
+    store, teacher = cache(folder), Teacher()
+    writer, places = CacheWriter(store, keep=False), store.locate(SHARDS[0])
+    source = SignalSource(teacher, 8, store, writer, [SHARDS[0]], FACTS.dtype)
+    source._to_compare = 0  # otherwise some of them are asked for in any case
+    pendings = []
+    for member in members:
+        seen = Rendering(np.full(4, member, np.int32), np.ones(4, np.bool_))
+        pendings.append(source.add(Sample(0, 0, member, member, str(member), seen, seen, places.get(member))))
+    source.flush()
+    signals = [cast(Signal, pending.said.result(30).signal) for pending in pendings]
+    writer.close()
+    source.close()
+    return sorted(teacher.asked), signals
+
+
+@pytest.mark.parametrize("case", ["a flipped bit of the numbers", "cut", "empty"])
+def test_a_damaged_signal_is_asked_for_again_once_and_the_new_one_is_read_from_then_on(tmp_path, case):
+    for member in range(8):
+        answers_through(tmp_path, range(member, member + 1))  # a file for each
+    assert answers_through(tmp_path, range(8))[0] == []
+    for path in tmp_path.rglob("*.signals"):
+        DAMAGE[case](path)
+    flip(next(tmp_path.rglob("*.index")), 30)
+    for asked in (list(range(8)), [], []):
+        found = answers_through(tmp_path, range(8))
+        assert found[0] == asked
+        for member, one in enumerate(found[1]):
+            assert_same(one, signal(member))
+
+
+def test_a_full_disk_is_named_by_the_next_call(tmp_path, monkeypatch):
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = CacheWriter(cache(tmp_path), keep=False)
+    monkeypatch.setattr(LocalFileSystem, "pipe_file", full)
+    writer.add(SHARDS[0], 1, signal())
+    with pytest.raises(OutputError, match=rf"disk is full: free some space in {tmp_path}"):
+        writer.flush()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_write_that_fails_is_not_silent(tmp_path):

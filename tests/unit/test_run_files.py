@@ -140,8 +140,27 @@ def test_a_whole_run_is_read(run: Path) -> None:
 # ---- mutations ---------------------------------------------------------------------------------------------------
 
 RAW = [
-    "[" * 50_000, '{"a":' * 50_000, "9" * 5000, "-" + "9" * 400, "NaN", "-Infinity", "1e999", '"\\ud800"', '"\\u0000"',
-    "[[[[]]]]", "{}", "[]", "null", "true", "-1", "3.0", '"1"', '""', str(2**31), str(2**63), str(10**9),
+    "[" * 50_000,
+    '{"a":' * 50_000,
+    "9" * 5000,
+    "-" + "9" * 400,
+    "NaN",
+    "-Infinity",
+    "1e999",
+    '"\\ud800"',
+    '"\\u0000"',
+    "[[[[]]]]",
+    "{}",
+    "[]",
+    "null",
+    "true",
+    "-1",
+    "3.0",
+    '"1"',
+    '""',
+    str(2**31),
+    str(2**63),
+    str(10**9),
 ]
 
 
@@ -303,8 +322,18 @@ def test_a_damaged_part_of_the_metrics_is_named_with_its_line(run: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "line", ['{"loss": 1.0}', '{"step": -1}', '{"step": 2.5}', '{"step": true}', '{"step": 4, "loss": "x"}',
-             '{"step": 4, "loss": [1]}', '{"resumed_after": 1, "step": 2}', '{"resumed_after": 1}', "[4]"]
+    "line",
+    [
+        '{"loss": 1.0}',
+        '{"step": -1}',
+        '{"step": 2.5}',
+        '{"step": true}',
+        '{"step": 4, "loss": "x"}',
+        '{"step": 4, "loss": [1]}',
+        '{"resumed_after": 1, "step": 2}',
+        '{"resumed_after": 1}',
+        "[4]",
+    ],
 )
 def test_a_record_without_a_step_or_with_another_value_than_numbers_is_refused(run: Path, line: str) -> None:
     (run / METRICS).write_text(f'{{"step": 1, "loss": 1.0}}\n{line}\n')

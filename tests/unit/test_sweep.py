@@ -1,6 +1,6 @@
 """Grids: their cells, and the table over seeds. tests/ray runs a whole sweep."""
 
-import json
+import errno
 import math
 import os
 import signal
@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 
+import betakd_ray.evaluation.run as evaluation
 import betakd_ray.sweep as module
 from betakd_ray.cli import print_table
 from betakd_ray.data.shards import Shard
-from betakd_ray.errors import DataError, Interrupted, SpecError, TrainingError
+from betakd_ray.errors import DataError, Interrupted, OutputError, SpecError, TrainingError
+from betakd_ray.evaluation.result import RESULT, Result, Subject
 from betakd_ray.job import JobResult
 from betakd_ray.run.metrics import from_jsonl
 from betakd_ray.spec import SweepSpec, load_spec
@@ -233,25 +236,103 @@ def test_a_cell_that_fails_has_no_row_of_an_earlier_run(sweep, tmp_path):
 
 def test_a_cell_is_asked_again_where_the_questions_are_others(sweep, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked = []
-
-    class Asked:
-        def __init__(self, spec):
-            self.folder = Path(spec.output.path, spec.name)
-
-        def run(self):
-            asked.append(self.folder)
-            self.folder.mkdir(parents=True)
-            (self.folder / "evaluation.json").write_text(json.dumps({"student": {"accuracy": 0.5}}))
-
-    monkeypatch.setattr(module, "Evaluation", Asked)
+    asked = asking(monkeypatch)
     for checksum, count in (("a", 1), ("a", 1), ("b", 2)):
         shards = [Shard("test.tar", 1, 1, checksum)]
         monkeypatch.setattr(module, "find_shards", lambda *_, shards=shards: shards)
+        monkeypatch.setattr(evaluation, "find_shards", lambda *_, shards=shards: shards)
         made, _ = sweep(evaluation={"data": {"train": "test.tar"}})
         made.cells = made.cells[:1]
         assert made.run()[0]["accuracy"] == 0.5
         assert len(asked) == count
+
+
+def asking(monkeypatch):
+    """Let every model score 0.5. Return the list of the evaluations that were run."""
+    asked = []
+
+    class Asked(evaluation.Evaluation):
+        def run(self):
+            asked.append(self.folder)
+            subject = Subject.of(self.spec, evaluation.find_shards())
+            result = Result({"student": {"accuracy": 0.5}}, subject)
+            self._store({RESULT: result.to_json()})
+            return result.scores
+
+    monkeypatch.setattr(module, "Evaluation", Asked)
+    return asked
+
+
+def other_weights(path):
+    (path.parents[2] / "model" / "model.safetensors").write_bytes(b"other")
+
+
+SPOILT = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "garbage": lambda path: path.write_bytes(b"\xff\xfe{"),
+    "of an older version": lambda path: path.write_text('{"student": {"accuracy": 0.9}}'),
+    "without the label": lambda path: path.write_text(path.read_text().replace('"student": {', '"other": {')),
+    "of other weights": other_weights,
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_result_that_is_not_whole_or_of_another_model_is_made_again_with_a_warning(
+    sweep, tmp_path, monkeypatch, caplog, case
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"first")
+    asked = asking(monkeypatch)
+    for where in (module, evaluation):
+        monkeypatch.setattr(where, "find_shards", lambda *_: [Shard("test.tar", 1, 1, "a")])
+    for _ in range(2):
+        made, _ = sweep(evaluation={"data": {"train": "test.tar"}})
+        made.cells = made.cells[:1]
+        made.run()
+    assert len(asked) == 1
+    (path,) = tmp_path.rglob(RESULT)
+    SPOILT[case](path)
+    for _ in range(2):
+        assert made.run()[0]["accuracy"] == 0.5
+    assert len(asked) == 2
+    (record,) = caplog.records
+    assert RESULT in record.getMessage()
+
+
+@pytest.mark.parametrize("case", ["cut", "empty", "garbage", "a line of no row", "a list as value"])
+def test_rows_that_are_not_whole_are_made_again_with_a_warning(sweep, tmp_path, caplog, case):
+    file = tmp_path / "grid" / ROWS
+    first = sweep()[0].run()
+    lines = {"a line of no row": "[1]\n", "a list as value": '{"objective.energies": ["fkl"], "seed": 0}\n'}
+    if case in lines:
+        file.write_text(lines[case] + file.read_text())
+    else:
+        SPOILT[case](file)
+    assert sweep()[0].run() == first
+    assert from_jsonl(file.read_text()) == first
+    assert len(caplog.records) == (case != "empty")
+    assert all(str(file) in record.getMessage() for record in caplog.records)
+
+
+def test_rows_before_a_cut_stand_until_their_cells_have_run(sweep, tmp_path):
+    file = tmp_path / "grid" / ROWS
+    first = sweep()[0].run()
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]) + '{"objective.ener')
+    made, _ = sweep(**{f"{name}_seed0": failing(DataError("no shard")) for name in ("fkl", "rkl")})
+    assert [made._stored()[at] for at in range(3)] == first[:3]
+
+
+def test_a_full_disk_ends_the_sweep_and_is_named(sweep, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    made, _ = sweep()
+    monkeypatch.setattr(LocalFileSystem, "pipe_file", full)
+    with pytest.raises(OutputError, match=rf"disk is full: free some space in {tmp_path}/grid"):
+        made.run()
 
 
 def test_what_the_user_must_mend_ends_the_sweep_and_the_cell_beside_it_saves(sweep):

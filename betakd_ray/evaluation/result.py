@@ -1,0 +1,109 @@
+"""evaluation.json: the scores of models, and of which models and questions they are."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import TypeAdapter, ValidationError
+
+from betakd_ray.data.files import store_errors
+from betakd_ray.data.shards import Shard
+from betakd_ray.plugins import source_of
+from betakd_ray.spec import EvaluationSpec, ModelSpec, QuestionsSpec, StorageSpec
+from betakd_ray.spec.base import is_plugin
+from betakd_ray.storage import join, open_store
+
+RESULT = "evaluation.json"
+SMALL_BYTES = 1 << 20
+"""Largest size in bytes of a model's file whose content is in the digest. Of a larger one, size and version are."""
+VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "mtime")
+"""Names in a listing of what differs between two files with one name and size. A store has at least one of them."""
+_LOG = logging.getLogger(__name__)
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What an evaluation is of: a result for other models or questions is not a result of it."""
+
+    models: dict[str, str]
+    """Label → digest of the model's files."""
+    questions: str
+    """Digest of the questions, and of how they are asked and scored."""
+
+    @classmethod
+    def of(cls, spec: EvaluationSpec, shards: Sequence[Shard]) -> "Subject":
+        """Return the subject as it is now. Raises DataError if a store fails."""
+        return cls({label: _of_model(model) for label, model in spec.models.items()}, _of_questions(spec, shards))
+
+
+@dataclass(frozen=True)
+class Result:
+    """Content of evaluation.json."""
+
+    scores: dict[str, Scores]
+    """Label of a model → metric → number."""
+    subject: Subject
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+
+_RESULT = TypeAdapter(Result)
+
+
+def read_result(folder: str, storage: StorageSpec, subject: Subject) -> dict[str, Scores] | None:
+    """Return the scores of an evaluation that was done before, by label; None if it is to be done.
+
+    A file that is unreadable, or of another subject, is named in a warning and counts as none. Raises DataError if the
+    store fails.
+    """
+    url = join(folder, RESULT)
+    with store_errors(url, storage):
+        filesystem, path = open_store(url, storage)
+        try:
+            content = cast(bytes, filesystem.cat_file(path))
+        except FileNotFoundError:
+            return None
+    try:
+        result = _RESULT.validate_json(content)
+    except ValidationError as error:
+        _LOG.warning(
+            "%s: is not a whole result of this version (%s). It is evaluated again.", url, error.errors()[0]["msg"]
+        )
+        return None
+    if result.subject != subject or result.scores.keys() != subject.models.keys():
+        _LOG.warning("%s: is the result of other models or questions than now. It is evaluated again.", url)
+        return None
+    return result.scores
+
+
+def _of_model(spec: ModelSpec) -> str:
+    """Return a digest of a model's files. A hub's model is known by its id and revision."""
+    content: list[Any] = [spec.model_dump_json()]
+    if "://" in spec.path or Path(spec.path).is_dir():
+        with store_errors(spec.path, spec.storage):
+            filesystem, root = open_store(spec.path, spec.storage)
+            found = cast(dict[str, Any], filesystem.find(root, detail=True))
+            for path, info in sorted(found.items()):
+                if info["size"] <= SMALL_BYTES:
+                    version = hashlib.sha256(cast(bytes, filesystem.cat_file(path))).hexdigest()
+                else:
+                    version = next((str(info[name]) for name in VERSIONS if info.get(name)), "")
+                content.append([path.removeprefix(root), info["size"], version])
+    return _digest(content)
+
+
+def _of_questions(spec: EvaluationSpec, shards: Sequence[Shard]) -> str:
+    asked = spec.model_dump(mode="json", include={*QuestionsSpec.model_fields, "agreement_with"})
+    benchmark = source_of(spec.benchmark) if is_plugin(spec.benchmark) else ""
+    return _digest([asked, benchmark, [asdict(shard) for shard in shards]])
+
+
+def _digest(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
