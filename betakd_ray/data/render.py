@@ -8,20 +8,20 @@ models are compared on these tokens.
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import LlavaProcessor
 
 from betakd_ray.batch.images import ImageProcessing, Images
 from betakd_ray.batch.sample import IMAGE, Rendering
-from betakd_ray.data.samples import RawSample
-from betakd_ray.data.templates import Span, Template, image_first
+from betakd_ray.data.control_tokens import control_tokens, counted, neutral, neutral_system
+from betakd_ray.data.samples import RawSample, Unrenderable
+from betakd_ray.data.templates import REMEDY, ChatTemplate, Span, Template
 from betakd_ray.errors import ModelError, SpecError
 from betakd_ray.plugins import load, source_of
 from betakd_ray.spec import DataSpec
@@ -35,21 +35,16 @@ PROBES = ((48, 32), (32, 48), (300, 40), (700, 500))
 """Sizes (width, height) in pixels of test images that show how a processor treats an image's shape."""
 PROBE = RawSample("probe", 0, "probe", [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A probe."}], [])
 NO_TOKEN = -1
+KEPT_COUNTS = 1000
+"""Number of forms of a conversation whose control tokens are remembered."""
 
 
-class Unrenderable(Exception):
-    """Error of a sample that cannot become a training example. Its message is the reason kept in quarantine."""
-
-
-def _template_function(data: DataSpec, eos: str) -> Template | None:
-    """Return the function of a template; None for the processor's own, which is no function.
+def _template_function(data: DataSpec, eos: str) -> Template:
+    """Return the function of a template that is not the processor's own.
 
     A user's function is tried on a conversation of two turns. Raises SpecError if it does not give prompt and answer.
     """
-    reference = TEMPLATES.get(data.template, data.template)
-    if reference is None:
-        return None
-    function = load(reference, "data.template")
+    function = load(TEMPLATES.get(data.template) or data.template, "data.template")
     if not is_plugin(data.template):
         return function
     try:
@@ -65,10 +60,18 @@ def _template_function(data: DataSpec, eos: str) -> Template | None:
     return function
 
 
+def _contains(found: Mapping[str, int]) -> str:
+    return (
+        f"the text contains the control token {', '.join(map(repr, found))}, which only the template may write. Remove "
+        "it from the text, or keep it with data.special_tokens"
+    )
+
+
 class Renderer:
     """Converter of raw samples into one model's inputs. Cheap to create, and safe to share between threads.
 
-    Raises ModelError if the processor lacks what rendering needs (a fast tokenizer, an image token, an eos token).
+    Raises ModelError if the processor lacks what rendering needs (a fast tokenizer, an image token, an eos token), or
+    if its chat template cannot render two turns. Raises SpecError for a function or a system prompt of no use.
     """
 
     def __init__(self, processor: Any, data: DataSpec) -> None:
@@ -89,10 +92,44 @@ class Renderer:
             )
         if self.tokenizer.eos_token is None:
             raise ModelError("the tokenizer has no eos token, which must end each answer. Set eos_token.")
-        if data.template == "chat" and not self._chat_template:
-            raise ModelError("data.template is `chat`, but the processor has no chat template. Use vicuna_v1 or plain.")
-        self._template_function = _template_function(data, self.tokenizer.eos_token)
+        self._template_function = self._template(data)
         self._process_images = ImageProcessing(processor) if self.image_processor else None
+        self.special_tokens = data.special_tokens
+        self._control: dict[int, str] = {}
+        if data.special_tokens != "allow":
+            kept = () if data.special_tokens == "refuse" else data.special_tokens
+            written = self._chat_template if data.template == "chat" else None
+            self._control = control_tokens(self.tokenizer, written, kept)
+        self._of_template: dict[tuple[Any, ...], Counter[str]] = {}
+        self._check()
+
+    def _template(self, data: DataSpec) -> Template:
+        if data.template != "chat":
+            return _template_function(data, self._eos)
+        if not self._chat_template:
+            raise ModelError("data.template is `chat`, but the processor has no chat template. Use vicuna_v1 or plain.")
+        image_token = self.image_token if self.image_processor else None
+        return ChatTemplate(self._chat_template, self.tokenizer.special_tokens_map, image_token)
+
+    def _check(self) -> None:
+        """Try the template on a conversation of two turns. Raises SpecError or ModelError."""
+        in_system = counted(self.tokenizer, self._control, self.system_prompt or "")
+        if in_system:
+            raise SpecError(f"data.system_prompt: {_contains(in_system)}")
+        try:
+            spans = self._checked_spans(PROBE)
+            if not any(PROBE.conversation[-1]["value"] in text for text, is_answer in spans if is_answer):
+                raise Unrenderable(f"the {self.template} template leaves out the answer")
+        except Unrenderable as reason:
+            turns = ", ".join(f"{turn['from']}: {turn['value']!r}" for turn in PROBE.conversation)
+            seen = f"{reason}; seen on the conversation ({turns}) with data.system_prompt {self.system_prompt!r}"
+            if self.template != "chat":
+                raise SpecError(f"data.template: {self.template}: {seen}") from reason
+            raise ModelError(f"{self.tokenizer.name_or_path or 'the model'}: {seen}. {REMEDY}") from reason
+
+    @property
+    def _eos(self) -> str:
+        return self.tokenizer.eos_token
 
     @property
     def pad_token_id(self) -> int:
@@ -114,6 +151,10 @@ class Renderer:
         """Return a hash of all that a rendering depends on; equal only for renderers that render all samples alike."""
         template = (self.template, source_of(self.template)) if is_plugin(self.template) else self.template
         data = (template, self.system_prompt, self.max_length, self.pad_to_square, self.max_image_pixels)
+        # Not with `refuse`, so that caches from before this setting stay valid: what it does not refuse is rendered
+        # as before.
+        data += () if self.special_tokens == "refuse" else (self.special_tokens,)
+        data += tuple(self.tokenizer.chat_control_tokens or ())
         # A processor does not say how it changes an image or how many tokens it makes: test images show it.
         # The last test has two images at once: some processors treat an image differently then.
         probed = [self._probed(*sizes) for sizes in (*((size,) for size in PROBES), PROBES[:2])]
@@ -180,72 +221,41 @@ class Renderer:
         turns = sample.conversation
         if turns[0]["from"] != "human":
             raise Unrenderable("the first turn is from gpt: an answer without a question")
-        spans = [(text.replace(IMAGE, self.image_token), is_answer) for text, is_answer in self._spans(turns)]
+        spans = self._spans(turns, self.system_prompt)
         placeholders = sum(text.count(self.image_token) for text, _ in spans)
         if placeholders != len(sample.images):
             raise Unrenderable(f"{placeholders} {IMAGE} placeholders, but {len(sample.images)} images")
         if any(self.image_token in text for text, is_answer in spans if is_answer):
             raise Unrenderable(f"an {IMAGE} placeholder is in an answer, but a model cannot write an image")
+        if self._control:
+            self._refuse_control_tokens(turns, spans)
         return spans
 
-    def _spans(self, conversation: Sequence[dict[str, str]]) -> Iterator[Span]:
-        if self._template_function is None:
-            return self._chat(conversation)
-        return iter(self._template_function(conversation, self.system_prompt, self.tokenizer.eos_token))
-
-    def _chat(self, conversation: Sequence[dict[str, str]]) -> Iterator[Span]:
-        """Yield spans by the processor's chat template. The answer is the text that a reply adds to its prompt."""
-        messages = [self._message("system", self.system_prompt)] if self.system_prompt else []
-        seen = ""
-        for turn in conversation:
-            if turn["from"] == "human":
-                messages.append(self._message("user", turn["value"]))
-                continue
-            asked = self._apply(messages, generation=True)
-            messages.append(self._message("assistant", turn["value"]))
-            replied = self._apply(messages, generation=False)
-            if not (asked.startswith(seen) and replied.startswith(asked)):
-                raise Unrenderable(
-                    "the chat template changes earlier turns, so it is not known which tokens are answers"
-                )
-            yield asked[len(seen) :], False
-            reply = replied[len(asked) :]
-            yield reply.rstrip(), True
-            # Templates add a newline after the end token of a turn; the model need not learn it.
-            yield reply[len(reply.rstrip()) :], False
-            seen = replied
-
-    def _message(self, role: str, text: str) -> dict[str, Any]:
-        if not self._takes_parts:
-            return {"role": role, "content": image_first(text) if role == "user" else text}
-        images = 0
-        if role == "user":
-            images, text = text.count(IMAGE), text.replace(IMAGE, "").strip()
-        return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
-
-    @cached_property
-    def _takes_parts(self) -> bool:
-        """Return whether the chat template takes a message as parts, e.g. an image; older templates take a string."""
-        if self.image_processor is None:
-            return False
-        word = "Pomegranate"
+    def _spans(self, turns: Sequence[dict[str, str]], system: str | None) -> list[Span]:
+        """Return the pieces of a conversation, with the model's own image token. Raises Unrenderable."""
         try:
-            shown = self._applied([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": word}]}])
-        except (TemplateError, TypeError):
-            return False
-        # A template that takes only a string may print the list of parts as Python text, with 'type' in it.
-        return shown.count(self.image_token) == shown.count(word) == 1 and "'type'" not in shown
+            spans = [
+                (str(text), bool(is_answer)) for text, is_answer in self._template_function(turns, system, self._eos)
+            ]
+        except Exception as error:
+            if not is_plugin(self.template) or isinstance(error, MemoryError):
+                raise
+            raise Unrenderable(f"data.template {self.template} raised {type(error).__name__}: {error}") from error
+        return [(text.replace(IMAGE, self.image_token), is_answer) for text, is_answer in spans]
 
-    def _apply(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
-        try:
-            return self._applied(messages, generation=generation)
-        except TemplateError as error:  # many templates require alternating roles, or take no system prompt
-            raise Unrenderable(f"the chat template refuses the conversation: {error}") from error
+    def _refuse_control_tokens(self, turns: Sequence[dict[str, str]], spans: Sequence[Span]) -> None:
+        """Raise Unrenderable if there are control tokens that the template does not write for ordinary text."""
+        ordinary = neutral(turns)
+        key = tuple((turn["from"], turn["value"]) for turn in ordinary)
+        if key not in self._of_template:
+            if len(self._of_template) >= KEPT_COUNTS:
+                self._of_template.clear()
+            self._of_template[key] = self._counted(self._spans(ordinary, neutral_system(self.system_prompt)))
+        if extra := self._counted(spans) - self._of_template[key]:
+            raise Unrenderable(_contains(extra))
 
-    def _applied(self, messages: list[dict[str, Any]], *, generation: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self._chat_template, tokenize=False, add_generation_prompt=generation
-        )
+    def _counted(self, spans: Sequence[Span]) -> Counter[str]:
+        return counted(self.tokenizer, self._control, "".join(text for text, _ in spans))
 
     @property
     def _chat_template(self) -> str | None:

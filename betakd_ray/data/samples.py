@@ -33,6 +33,10 @@ class BadSample:
     reason: str
 
 
+class Unrenderable(Exception):
+    """Error of a sample that cannot become a training example. Its message is the reason kept in quarantine."""
+
+
 @dataclass(slots=True)
 class TarMembers:
     """Members of a tar that share a key: extension → content, and the first fault found in them."""

@@ -1,8 +1,13 @@
 """Chat templates: a conversation → one text, in pieces of prompt and answer. `spec.data.TEMPLATES` names them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 from betakd_ray.batch.sample import IMAGE
+from betakd_ray.data.samples import Unrenderable
+from betakd_ray.data.template_process import TemplateExceeded, TemplateFailed, render_template
+from betakd_ray.errors import ModelError
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -38,3 +43,85 @@ def image_first(text: str) -> str:
     """Move images to the start of the turn, one per line, as LLaVA's preprocessing does."""
     count = text.count(IMAGE)
     return f"{IMAGE}\n" * count + text.replace(IMAGE, "").strip()
+
+
+REMEDY = (
+    "Correct `chat_template` in the files of the model's tokenizer, or set data.template to vicuna_v1, plain or a "
+    "function of your own (docs/extending.md)."
+)
+EXCEEDED_IN_A_ROW = 10
+"""Number of conversations in a row that exceed a limit, after which the template is at fault and not the data."""
+
+
+class ChatTemplate:
+    """A processor's own chat template, as a function like the others.
+
+    It is a program of the model's, so it is rendered in another process with limits. `variables` are the special tokens
+    that it may name. `image_token` is the text of an image; None for a model without images.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, Any], image_token: str | None) -> None:
+        self.source, self.variables, self.image_token = source, dict(variables), image_token
+        self._exceeded = 0
+
+    def __call__(self, turns: Sequence[dict[str, str]], system: str | None, _eos: str) -> Iterator[Span]:
+        """Yield the conversation. The answer is the text that a reply adds to its prompt. Raises Unrenderable."""
+        messages = [self._message("system", system)] if system else []
+        seen = ""
+        for turn in turns:
+            if turn["from"] == "human":
+                messages.append(self._message("user", turn["value"]))
+                continue
+            asked = self._rendered(messages, generation=True)
+            messages.append(self._message("assistant", turn["value"]))
+            replied = self._rendered(messages, generation=False)
+            if not (asked.startswith(seen) and replied.startswith(asked)):
+                raise Unrenderable(
+                    "the chat template changes earlier turns, so it is not known which tokens are answers"
+                )
+            yield asked[len(seen) :], False
+            reply = replied[len(asked) :]
+            yield reply.rstrip(), True
+            # Templates add a newline after the end token of a turn; the model need not learn it.
+            yield reply[len(reply.rstrip()) :], False
+            seen = replied
+        self._exceeded = 0
+
+    def _message(self, role: str, text: str) -> dict[str, Any]:
+        if not self._takes_parts:
+            return {"role": role, "content": image_first(text) if role == "user" else text}
+        images = 0
+        if role == "user":
+            images, text = text.count(IMAGE), text.replace(IMAGE, "").strip()
+        return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Return whether the template takes a message as parts, e.g. an image; older templates take a string."""
+        if self.image_token is None:
+            return False
+        word = "Pomegranate"
+        content = [{"type": "image"}, {"type": "text", "text": word}]
+        try:
+            shown = render_template(
+                self.source, [{"role": "user", "content": content}], self.variables, generation=False
+            )
+        except TemplateFailed:
+            return False
+        # A template that takes only a string may print the list of parts as Python text, with 'type' in it.
+        return shown.count(self.image_token) == shown.count(word) == 1 and "'type'" not in shown
+
+    def _rendered(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
+        """Return the text of a conversation. Raises Unrenderable, or ModelError for a template that always exceeds."""
+        try:
+            return render_template(self.source, messages, self.variables, generation=generation)
+        except TemplateExceeded as error:
+            self._exceeded += 1
+            # Each of them took seconds, so the limit of `max_bad_fraction` could be days away.
+            if self._exceeded >= EXCEEDED_IN_A_ROW:
+                raise ModelError(
+                    f"the chat template {error}, on {self._exceeded} conversations in a row. {REMEDY}"
+                ) from error
+            raise Unrenderable(f"the chat template {error}") from error
+        except TemplateFailed as error:
+            raise Unrenderable(f"the chat template {error}") from error

@@ -53,6 +53,11 @@ class DataSpec(Spec):
     system_prompt: str | None = Field(
         default=None, description="replaces the template's own system prompt; '': no system prompt"
     )
+    special_tokens: Literal["refuse", "allow"] | tuple[str, ...] = Field(
+        default="refuse",
+        description="text of the data that the tokenizer makes into a control token, e.g. `</s>` or `<|im_end|>`: "
+        "`refuse` quarantines the sample, `allow` keeps it as that token, [<think>, …] keeps only these",
+    )
     max_length: int = Field(default=2048, ge=8, description="tokens, image tokens included")
     pad_to_square: bool | None = Field(
         default=None, description="pad images with the processor's mean colour; default: only for LLaVA and MobileVLM"

@@ -222,18 +222,18 @@ def test_a_placeholder_in_an_answer_is_refused(processor, template, method):
 
 
 def test_a_chat_template_that_rewrites_earlier_turns_is_refused():
-    rewriting = tiny_processor(chat_template="{{ messages|length }}" + CHAT_TEMPLATE)
+    rewriting = tiny_processor(chat_template="{% if messages|length > 2 %}!{% endif %}" + CHAT_TEMPLATE)
     with pytest.raises(Unrenderable, match="changes earlier turns"):
         renderer(rewriting, template="chat").render(sample(MANY))
 
 
-REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
+REFUSING = "{% if 'it' in messages[0].content %}{{ raise_exception('no questions') }}{% endif %}" + CHAT_TEMPLATE
 
 
 @pytest.mark.parametrize("method", ["render", "prompt"])
 def test_a_conversation_that_a_chat_template_refuses_is_refused(method):
-    view = renderer(tiny_processor(chat_template=REFUSING), template="chat", system_prompt="Be short.")
-    with pytest.raises(Unrenderable, match="refuses the conversation: no system role"):
+    view = renderer(tiny_processor(chat_template=REFUSING), template="chat")
+    with pytest.raises(Unrenderable, match="refuses the conversation: no questions"):
         getattr(view, method)(sample(ONE))
 
 
