@@ -235,13 +235,16 @@ def audit(
     quarantined: Annotated[
         bool, typer.Option("--quarantined", help="print each quarantined sample and the reason, and no counts")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read every file of the newest checkpoint, and compare it with its digest")
+    ] = False,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Say where every planned sample went, from a run's files; exit code 1 if they do not add up."""
     from betakd_ray.run import audit as accounts
 
     with exit_codes():
-        found = accounts.audit(run, StorageSpec(endpoint_url=endpoint_url))
+        found = accounts.audit(run, StorageSpec(endpoint_url=endpoint_url), verify=verify)
     print_table(found.reasons() if quarantined else found.table(by_shard))
     print(f"{run}: {found.state}")
     for problem in found.problems:

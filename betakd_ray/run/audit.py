@@ -19,16 +19,26 @@ from betakd_ray.data.files import store_errors
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan, Quarantined, ids_of
 from betakd_ray.run.checkpoint import CheckpointStore
-from betakd_ray.run.files import ANOTHER_NAME, as_written, stored, stored_spec
-from betakd_ray.run.folder import CHECKPOINTS, METRICS, PLAN, QUARANTINE, RESULT, TAIL
+from betakd_ray.run.claim import PLAN_ORIGIN, differing_sections
+from betakd_ray.run.files import ANOTHER_NAME, SPEC_FILE, as_written, stored, stored_spec
+from betakd_ray.run.folder import CHECKPOINTS, METRICS, MODEL, MODEL_RECORD, PLAN, QUARANTINE, RESULT, SPEC, TAIL
+from betakd_ray.run.manifest import Manifest
 from betakd_ray.run.metrics import stream_metrics
-from betakd_ray.run.plan import place_of, settled_samples, stored_plan, tail_of
-from betakd_ray.run.records import PROGRESS_FILE, QUARANTINE_FILE, RESULT_FILE, TAIL_FILE, Result
+from betakd_ray.run.plan import place_of, plan_digest, settled_samples, stored_plan, tail_of
+from betakd_ray.run.records import (
+    MODEL_RECORD_FILE,
+    PROGRESS_FILE,
+    QUARANTINE_FILE,
+    RESULT_FILE,
+    TAIL_FILE,
+    ModelRecord,
+    Result,
+)
 from betakd_ray.spec import JobSpec, StorageSpec
 from betakd_ray.storage import join, open_store
 
 COLUMNS: tuple[str, ...] = ("planned", "consumed", "quarantined", "open")
-REPORTED = ("steps", "planned", "consumed", "quarantined", "tail")
+REPORTED = ("steps", "planned", "consumed", "quarantined", "tail", "token")
 """Fields of result.json that the audit checks."""
 NAMED = 3
 """Largest number of samples that the text of a problem names."""
@@ -85,15 +95,17 @@ class Audit:
         return [["epoch", "shard", "sample", "key", "reason"], *lines]
 
 
-def audit(run: str, storage: StorageSpec) -> Audit:
+def audit(run: str, storage: StorageSpec, *, verify: bool = False) -> Audit:
     """Return the audit of a run. The job may still be running.
+
+    With `verify`, every file of the newest checkpoint is read and compared with its digest.
 
     Raises OutputError if the folder is not a run's, or if a file in it is damaged. Raises DataError if the store fails.
     """
     spec, plan = _planned(run, storage)
     outcome = _outcome(run, storage)  # read before the checkpoint: a job that has an outcome commits no newer one
-    last = _committed(run, storage, plan)
-    problems = list(_disordered(_logged(run, storage)))
+    last = _committed(CheckpointStore(run, storage), spec, plan, verify=verify)
+    problems = [*last.problems, *_disordered(_logged(run, storage))]
     counts: dict[str, NDArray[np.int64]] = dict.fromkeys(COLUMNS, np.zeros((0, len(plan.shards)), np.int64))
     inside: list[Quarantined] = []
     if wrong := list(_of_another_plan(last, plan)):
@@ -185,7 +197,7 @@ def _misreported(
     outcome: "_Outcome", last: "_Committed", plan: Plan, spec: JobSpec, left: int, tail: list[dict[str, Any]]
 ) -> Iterator[str]:
     """Yield a problem if a finished job's files contradict its last checkpoint, or if a global batch is left over."""
-    numbers = (last.step, plan.samples, last.ledger.count, len(last.quarantined), left)
+    numbers = (last.step, plan.samples, last.ledger.count, len(last.quarantined), left, last.token)
     for name, number in zip(REPORTED, numbers, strict=True):
         if (said := getattr(outcome.result, name)) != number:
             yield f"{RESULT}: {name} is {said}, but according to {last.name} it is {number}"
@@ -193,6 +205,9 @@ def _misreported(
         Counter(f"{_named(bad, plan)} ({bad.reason})" for bad in listed)
         for listed in (outcome.quarantined, last.quarantined)
     )
+    for name in ("token", "step") if outcome.model else ():
+        if (said := getattr(outcome.model, name)) != (number := getattr(last, name)):
+            yield f"{MODEL}/{MODEL_RECORD}: {name} is {said}, but according to {last.name} it is {number}"
     yield from _unequal(QUARANTINE, noted, known)
     yield from _unequal(TAIL, Counter(outcome.tail), Counter(_name(**sample) for sample in tail))
     size = spec.training.global_batch_size
@@ -239,6 +254,9 @@ class _Committed:
     quarantined: list[Quarantined]
     dropped: int
     """Number of samples that were taken for a step but took no part in it; they are quarantined."""
+    token: int = 0
+    problems: tuple[str, ...] = ()
+    """What is wrong with the checkpoints themselves."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +264,8 @@ class _Outcome:
     """Contents of a finished job's result files."""
 
     result: Result
+    model: ModelRecord | None
+    """Where the model comes from; runs of older versions did not store it."""
     quarantined: list[Quarantined]
     tail: list[str]
 
@@ -258,14 +278,26 @@ def _planned(run: str, storage: StorageSpec) -> tuple[JobSpec, Plan]:
     return spec, plan
 
 
-def _committed(run: str, storage: StorageSpec, plan: Plan) -> _Committed:
-    store = CheckpointStore(run, storage)
+def _committed(store: CheckpointStore, spec: JobSpec, plan: Plan, *, verify: bool) -> _Committed:
+    problems = list(store.damaged().values())
     last = store.latest()
     if last is None:
         return _Committed(f"{CHECKPOINTS} (none is committed)", 0, plan.empty_ledger(), [], 0)
+    if verify and (damage := store.verify(last)):
+        problems.append(damage)
+    problems += _of_another_job(store, last, spec, plan)
     dropped = store.parsed(last, PROGRESS_FILE).dropped
     # Without the plan: what is not in it is a problem that the audit lists.
-    return _Committed(last.name, last.step, store.ledger(last), store.quarantined(last), dropped)
+    ledger, quarantined = store.ledger(last), store.quarantined(last)
+    return _Committed(last.name, last.step, ledger, quarantined, dropped, last.token, tuple(problems))
+
+
+def _of_another_job(store: CheckpointStore, last: Manifest, spec: JobSpec, plan: Plan) -> Iterator[str]:
+    """Yield a problem if a checkpoint was made for another spec or plan than those in the run's folder."""
+    if SPEC in last.files and (differing := differing_sections(store.parsed(last, SPEC_FILE), spec)):
+        yield f"{SPEC}: is of another job than {last.name}: its {', '.join(differing)} differ"
+    if last.origins.get(PLAN_ORIGIN, plan_digest(plan)) != plan_digest(plan):
+        yield f"{PLAN}: is another than the one that {last.name} was made with"
 
 
 def _outcome(run: str, storage: StorageSpec) -> _Outcome | None:
@@ -277,7 +309,8 @@ def _outcome(run: str, storage: StorageSpec) -> _Outcome | None:
         _name(each.epoch, each.shard, each.index, **({"pass": each.repeat} if each.repeat else {}))
         for each in stored(run, storage, TAIL_FILE) or []
     ]
-    return _Outcome(result, stored(run, storage, QUARANTINE_FILE) or [], tail)
+    model = stored(run, storage, MODEL_RECORD_FILE)
+    return _Outcome(result, model, stored(run, storage, QUARANTINE_FILE) or [], tail)
 
 
 def _logged(run: str, storage: StorageSpec) -> list[int]:

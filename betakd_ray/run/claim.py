@@ -110,15 +110,19 @@ def _require_same_job(run: str, there: JobSpec, asked: JobSpec) -> None:
 
     Fields that change the stream or the model must be equal. The other fields may differ between runs.
     """
+    if differing := differing_sections(there, asked):
+        raise OutputError(
+            f"output.path: {run} holds another job of this name (its {', '.join(differing)} differ). Choose another "
+            "`name`, another output.path, or remove the folder."
+        )
+
+
+def differing_sections(there: JobSpec, asked: JobSpec) -> list[str]:
+    """Return the sections in which two specs differ by more than a run may change."""
     free = {"cluster", "tracking", "output"}
     before, now = (each.model_dump(mode="json", exclude=free) for each in (there, asked))
     for tree in (before, now):
         for section, fields in FREE_TO_CHANGE.items():
             for field in fields if tree[section] else ():
                 tree[section].pop(field)
-    differing = [section for section in now if before[section] != now[section]]
-    if differing:
-        raise OutputError(
-            f"output.path: {run} holds another job of this name (its {', '.join(differing)} differ). Choose another "
-            "`name`, another output.path, or remove the folder."
-        )
+    return [section for section in now if before[section] != now[section]]

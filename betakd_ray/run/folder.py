@@ -20,6 +20,8 @@ TENSORBOARD = "tensorboard"
 """Folder of TensorBoard's event files, if the run is not in an object store."""
 MODEL = "model"
 """Folder of the trained student, which transformers' `from_pretrained` loads."""
+MODEL_RECORD = "betakd.json"
+"""File beside the model: which driver exported it, and after which step."""
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints: one folder each."""
 

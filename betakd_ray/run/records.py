@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan, Quarantined
 from betakd_ray.run.files import MAX_LARGE_BYTES, File, by_line, whole
-from betakd_ray.run.folder import LEDGER, LOGGED, PROGRESS, QUARANTINE, RESULT, SKIPPED, TAIL
+from betakd_ray.run.folder import LEDGER, LOGGED, MODEL, MODEL_RECORD, PROGRESS, QUARANTINE, RESULT, SKIPPED, TAIL
 from betakd_ray.run.metrics import Number
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -30,6 +30,15 @@ class Result:
     tail: Count
     skipped_steps: Count
     token: Count = 0
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """Where the model of a run comes from."""
+
+    token: Count
+    """Token of the driver that exported it (`run.lease`)."""
+    step: Count
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ def _as_int32(bad: Quarantined) -> Quarantined:
 _QUARANTINED = by_line(Annotated[Quarantined, AfterValidator(_as_int32)])
 
 RESULT_FILE: File[Result] = File(RESULT, whole(Result), _AGAIN)
+MODEL_RECORD_FILE: File[ModelRecord] = File(f"{MODEL}/{MODEL_RECORD}", whole(ModelRecord), _AGAIN)
 TAIL_FILE: File[list[TailSample]] = File(TAIL, by_line(TailSample), _AGAIN)
 QUARANTINE_FILE: File[list[Quarantined]] = File(QUARANTINE, _QUARANTINED, _AGAIN, MAX_LARGE_BYTES)
 PROGRESS_FILE: File[Progress] = File(PROGRESS, whole(Progress))

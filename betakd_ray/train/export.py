@@ -3,6 +3,8 @@
 Only a MobileVLM needs this package in order to be loaded.
 """
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +17,9 @@ from betakd_ray.leftovers import temporary_folder
 from betakd_ray.models.student import student_processor
 from betakd_ray.models.vlm import takes_images
 from betakd_ray.output import disk_errors, output_errors
-from betakd_ray.run.folder import MODEL
+from betakd_ray.run.folder import MODEL, MODEL_RECORD
+from betakd_ray.run.lease import Permit
+from betakd_ray.run.records import ModelRecord
 from betakd_ray.spec import JobSpec, StorageSpec, StudentSpec
 from betakd_ray.storage import join, open_store, put_file
 from betakd_ray.train.distiller import Distiller
@@ -23,11 +27,11 @@ from betakd_ray.train.distiller import Distiller
 PREFIX = "student."
 
 
-def export_student(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any], group: Any = None) -> None:
+def export_student(engine: Any, spec: JobSpec, permit: Permit, metrics: dict[str, Any], group: Any = None) -> None:
     """Write a DeepSpeedEngine's student to RUN/model (collective: every rank must call it).
 
     The folder has weights (safetensors), config, processor and model card. The other ranks wait in `group` for rank 0's
-    upload; by default this is the group of all ranks.
+    upload; by default this is the group of all ranks. Raises RunTaken if another driver has taken the run over.
     """
     state = _student_state(engine, spec)
     if dist.get_rank() == 0 and state is not None:
@@ -39,7 +43,10 @@ def export_student(engine: Any, spec: JobSpec, run: str, metrics: dict[str, Any]
                 (folder / "README.md").write_text(
                     model_card(spec, metrics, sees_images=takes_images(distiller.student)), encoding="utf-8"
                 )
-            _upload(folder, join(run, MODEL), spec.output.storage)
+                record = ModelRecord(permit.token, metrics.get("step", 0))
+                (folder / MODEL_RECORD).write_text(json.dumps(asdict(record)))
+            permit.check()
+            _upload(folder, join(permit.run, MODEL), permit.storage)
     dist.barrier(group=group)
 
 

@@ -2,8 +2,6 @@
 
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -45,7 +43,7 @@ from betakd_ray.train.learner import Learner
 from betakd_ray.train.micro_batches import Collator, Refused, Step
 from betakd_ray.train.prefetch import Prefetch
 from betakd_ray.train.sums import Totals
-from betakd_ray.train.usage import Usage
+from betakd_ray.train.usage import Usage, peak_memory
 
 COUNTS = ("samples", "dropped", "skipped", "skipped_in_a_row")
 """Counters of a worker that a checkpoint keeps in progress.json."""
@@ -267,7 +265,7 @@ class Worker:
                 "queue_depth": self.client.in_flight if self.client else 0,
                 "checkpoint_age_s": time.monotonic() - self.saved_at,
                 "checkpoint_s": self.save_s,
-                "peak_memory_gb": _peak_memory(self.learner.device) / 1e9,
+                "peak_memory_gb": peak_memory(self.learner.device) / 1e9,
             }
             record |= usage.rates(mean, slowest, self.ranks) | self.utilisation(usage, mean["elapsed"])
             self.metrics.log(record)
@@ -389,17 +387,9 @@ class Worker:
     def finish(self) -> dict[str, Any]:
         """Export the student; rank 0 returns the outcome, the others {}. Collective."""
         last = self.metrics.last if self.metrics else {}
-        self.config.permit.check()
-        export_student(self.learner.engine, self.spec, self.config.run, last, self.learner.host_group)
+        export_student(self.learner.engine, self.spec, self.config.permit, last, self.learner.host_group)
         if self.metrics is None or self.ledger is None:
             return {}
+        self.config.permit.check()
         self.metrics.close()
         return {"steps": self.step, "metrics": last, "consumed": self.ledger.count, "skipped_steps": self.skipped}
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Return the peak memory in bytes: of the tensors on a GPU, otherwise of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # ru_maxrss is in bytes on macOS and in KiB on Linux.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,9 @@
-"""What the steps between two log records used: samples, tokens, time."""
+"""What the steps between two log records used: samples, tokens, time, memory."""
+
+import resource
+import sys
+
+import torch
 
 from betakd_ray.train.agreement import TokenCounts
 from betakd_ray.train.clock import PHASES, STALLS
@@ -49,3 +54,11 @@ class Usage:
             record[f"time/{phase}"] = mean[phase] / self.steps
             record[f"time_max/{phase}"] = slowest[phase] / self.steps
         return record
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory in bytes: of the tensors on a GPU, otherwise of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # ru_maxrss is in bytes on macOS and in KiB on Linux.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

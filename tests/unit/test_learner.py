@@ -22,6 +22,7 @@ from betakd_ray.data.render import Renderer
 from betakd_ray.energies import energy
 from betakd_ray.models.load import load_processor
 from betakd_ray.run.checkpoint import CheckpointStore
+from betakd_ray.run.lease import Permit
 from betakd_ray.spec import ModelSpec, StorageSpec, TemperatureSchedule, parse_spec
 from betakd_ray.teacher.parts import Needs, Signal
 from betakd_ray.teacher.scorer import TeacherScorer
@@ -204,7 +205,8 @@ def _learn(folder: Path, case: Case, resumed: Path | None = None) -> list[Step]:
         moving = {name: value.item() for name, value in learner.curriculum.values().items()}
         steps.append(Step(totals.loss.item(), totals.energies.clone(), dict(gradients), norm, moving))
     if not resumed:
-        export_student(learner.engine, spec, str(folder / _name(dist.get_world_size(), case)), {}, learner.host_group)
+        permit = Permit(str(folder / _name(dist.get_world_size(), case)), StorageSpec())
+        export_student(learner.engine, spec, permit, {}, learner.host_group)
     _skips_alike(learner, part)
     return steps
 

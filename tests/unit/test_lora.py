@@ -16,7 +16,8 @@ from betakd_ray.forecast.forecast import forecast
 from betakd_ray.job import BetaKDJob
 from betakd_ray.models.load import load_model
 from betakd_ray.models.student import build_student
-from betakd_ray.spec import JobSpec, ModelSpec, parse_spec
+from betakd_ray.run.lease import Permit
+from betakd_ray.spec import JobSpec, ModelSpec, StorageSpec, parse_spec
 from betakd_ray.train.export import export_student
 from tests.learning import Study, spawned
 from tests.tiny import IDS, IMAGE, IMAGE_SIZE, IMAGE_TOKENS, numbered_samples, raw_sample, save_tiny
@@ -102,7 +103,7 @@ def _learn(home: Path, case: Case) -> Found:
     losses += study.steps(2)
     learned = {name for name, each in study.learner.distiller.student.named_parameters() if each.requires_grad}
     run = home / "runs" / job.name
-    export_student(study.learner.engine, job, str(run), {})
+    export_student(study.learner.engine, job, Permit(str(run), StorageSpec()), {})
     logits = None
     if case.zero < 3:
         with torch.no_grad():

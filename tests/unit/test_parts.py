@@ -34,7 +34,8 @@ from betakd_ray.job import BetaKDJob
 from betakd_ray.models.mobilevlm import MobileVLMForConditionalGeneration
 from betakd_ray.models.student import build_student, student_config, student_processor
 from betakd_ray.models.vlm import hidden_rows, lm_head, part_parameters
-from betakd_ray.spec import DataSpec, JobSpec, StudentSpec, parse_spec
+from betakd_ray.run.lease import Permit
+from betakd_ray.spec import DataSpec, JobSpec, StorageSpec, StudentSpec, parse_spec
 from betakd_ray.train.export import export_student
 from tests.families import save_language_model, vision_config
 from tests.learning import Study, spawned
@@ -184,7 +185,7 @@ def learn(home: Path, folder: Path) -> list[float]:
     spec = warm_up(home, folder)
     study = Study.of(spec, [raw_sample(number, f"It is {number}.", has_image=number != 2) for number in range(4)])
     losses = study.steps(8)
-    export_student(study.learner.engine, spec, str(folder), {})
+    export_student(study.learner.engine, spec, Permit(str(folder), StorageSpec()), {})
     return losses
 
 

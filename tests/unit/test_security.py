@@ -25,7 +25,8 @@ from betakd_ray.errors import SECRET_VARIABLES, BetaKDError, DataError, ModelErr
 from betakd_ray.job import BetaKDJob
 from betakd_ray.models.load import load_config, load_model, load_processor, model_skeleton
 from betakd_ray.models.student import build_student
-from betakd_ray.spec import EvaluationSpec, JobSpec, ModelSpec, OutputSpec, PackSpec, load_spec, parse_spec
+from betakd_ray.run.lease import Permit
+from betakd_ray.spec import EvaluationSpec, JobSpec, ModelSpec, OutputSpec, PackSpec, StorageSpec, load_spec, parse_spec
 from betakd_ray.tracking import MetricsWriter
 from betakd_ray.train.distiller import Distiller
 from betakd_ray.train.export import export_student
@@ -456,7 +457,7 @@ def test_a_result_is_in_safetensors_and_no_file_of_a_run_holds_a_credential(home
     student = build_student(job.spec.student, torch.float32)
     processor = load_processor(ModelSpec(path=str(home / "model")))
     engine = SimpleNamespace(module=Distiller(student, processor, job.spec.objective, None))
-    export_student(engine, job.spec, job.run, {"loss": 0.5})
+    export_student(engine, job.spec, Permit(job.run, StorageSpec()), {"loss": 0.5})
     files = {path.name: path for path in Path(job.run).rglob("*") if path.is_file()}
     assert {"spec.json", "metrics.jsonl", "README.md", "config.json", "model.safetensors"} <= set(files)
     assert not [name for name in files if Path(name).suffix in {".bin", ".pt", ".pth", ".pkl", ".pickle"}]

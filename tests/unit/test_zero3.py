@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from betakd_ray.models.student import build_student
-from betakd_ray.spec import JobSpec, parse_spec
+from betakd_ray.run.lease import Permit
+from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
 from betakd_ray.train.export import export_student
 from tests.families import FAMILIES
 from tests.learning import Study, spawned
@@ -45,7 +46,7 @@ def learn(home: Path, stages: tuple[int, ...]) -> dict[int, list[float]]:
         job = spec(home, stage)
         study = Study.of(job, [raw_sample(at, f"It is {at}.", has_image=at < 3) for at in range(4)])
         found[stage] = study.steps(3)
-        export_student(study.learner.engine, job, str(home / job.name), {})
+        export_student(study.learner.engine, job, Permit(str(home / job.name), StorageSpec()), {})
     return found
 
 
