@@ -7,7 +7,8 @@ parameter without a weight are both errors, so no parameter keeps random values.
 
 import json
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from betakd_ray.models.assemble import CLASS_TOKENS, assembled, require_tower, w
 from betakd_ray.models.mobilevlm import MobileVLMConfig, MobileVLMForConditionalGeneration
 from betakd_ray.models.source import local_folder
 from betakd_ray.spec import StorageSpec
+from betakd_ray.storage import whole_folder
 
 Names = Mapping[str, str]
 """Prefix of a weight's name → its prefix in transformers. The first prefix that matches is used."""
@@ -100,7 +102,15 @@ def convert(
     only. All weights get the dtype of the language model. The whole model is held in memory. Raises ModelError and
     OutputError.
     """
-    target = new_folder(target)
+    with new_folder(target) as written:
+        model, processor = _converted(source, vision_tower, allow_pickle)
+        model.save_pretrained(written)
+        processor.save_pretrained(written)
+    return model
+
+
+def _converted(source: str, vision_tower: str | None, allow_pickle: bool) -> tuple[PreTrainedModel, Any]:
+    """Return the model of an original-format checkpoint, and its processor."""
     folder = fetch(source, allow_pickle)
     original = _read(folder / "config.json")
     tower = fetch(vision_tower or original.tower, allow_pickle)
@@ -115,10 +125,7 @@ def convert(
     for name in {EMBEDDING, HEAD} & weights.keys():
         weights[name] = with_row(weights[name], tokenizer.get_vocab()[IMAGE])
     config, processor = _configured(original, tower, tokenizer, len(weights[EMBEDDING]))
-    model = _filled(config, weights)
-    model.save_pretrained(target)
-    processor.save_pretrained(target)
-    return model
+    return _filled(config, weights), processor
 
 
 def renaming(name: str, names: Names) -> str:
@@ -130,13 +137,17 @@ def renaming(name: str, names: Names) -> str:
 # ------------------------------------------------------------------------------------------ folders
 
 
-def new_folder(target: str | Path) -> Path:
-    """Return the folder, and create it if it does not exist. Raises OutputError if it is not empty."""
-    folder = Path(target)
+@contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """Yield a folder to write to, which has the name `target` after the block, and is gone after an error.
+
+    Raises OutputError if `target` exists and is not empty, or if the disk is full.
+    """
+    folder = Path(target).absolute()
     if folder.exists() and any(folder.iterdir()):
-        raise OutputError(f"{folder}: exists and is not empty. Name a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+        raise OutputError(f"{target}: exists and is not empty. Name a new folder.")
+    with whole_folder(folder) as written:
+        yield written
 
 
 def fetch(location: str, allow_pickle: bool = False) -> Path:

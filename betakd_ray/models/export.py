@@ -25,7 +25,11 @@ def export_mobilevlm(source: str, target: str | Path, tokenizer: str) -> None:
     `tokenizer` is the folder, hub id or URL of an original checkpoint. Its tokenizer files are copied, because the
     original code reads `tokenizer.model`, which transformers does not save. Raises ModelError and OutputError.
     """
-    target = new_folder(target)
+    with new_folder(target) as written:
+        _export(source, written, tokenizer)
+
+
+def _export(source: str, target: Path, tokenizer: str) -> None:
     spec = ModelSpec(path=source)
     model = load_model(spec)
     config = _exportable(source, model)

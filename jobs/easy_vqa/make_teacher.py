@@ -16,6 +16,7 @@ from betakd_ray.job import BetaKDJob
 from betakd_ray.models.student import student_config
 from betakd_ray.on_ray.cluster import connected
 from betakd_ray.spec import ConfigInit, JobSpec, load_spec
+from betakd_ray.storage import whole_folder
 from jobs.easy_vqa.data import evaluation, pack_once
 from jobs.easy_vqa.samples import easy_vqa_samples
 from jobs.easy_vqa.vision import labels, make_processor, train_tower
@@ -47,8 +48,9 @@ def make_vision(spec: JobSpec) -> None:
     processor = make_processor(samples)
     model = AutoModelForImageTextToText.from_config(student_config(spec.student))
     train_tower(model.model.vision_tower, processor, labels(samples))
-    processor.save_pretrained(folder)
-    model.save_pretrained(folder)
+    with whole_folder(folder) as written:
+        processor.save_pretrained(written)
+        model.save_pretrained(written)
 
 
 if __name__ == "__main__":

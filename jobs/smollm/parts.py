@@ -19,6 +19,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import language_model
 from betakd_ray.spec import ModelSpec
+from betakd_ray.storage import whole_folder
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ONNX = "models/vit_s_focus.onnx"
@@ -91,10 +92,9 @@ def write_with_fewer_layers(model: Path, layers: int, folder: Path) -> None:
 
 def _save(folder: Path, *parts: Any) -> None:
     """Save all parts in a folder. It gets its name only when it is complete, so that a crash leaves no partial one."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    for part in parts:
-        part.save_pretrained(partial)
-    partial.rename(folder)
+    with whole_folder(folder) as written:
+        for part in parts:
+            part.save_pretrained(written)
 
 
 def _package(name: str) -> Path:

@@ -1,7 +1,9 @@
 """Checkpoints in their authors' layouts, read and written: the logits stay, and nothing is guessed."""
 
+import errno
 import io
 import json
+import os
 import pickle
 import shutil
 
@@ -10,11 +12,13 @@ import sentencepiece
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
     Qwen2Config,
     SiglipImageProcessorPil,
     SiglipVisionConfig,
@@ -25,6 +29,7 @@ from betakd_ray.batch.images import Normalization
 from betakd_ray.cli import app
 from betakd_ray.data.render import Renderer
 from betakd_ray.errors import ModelError, OutputError
+from betakd_ray.models import export
 from betakd_ray.models.assemble import with_row
 from betakd_ray.models.convert import convert
 from betakd_ray.models.export import export_mobilevlm
@@ -406,6 +411,36 @@ def test_a_folder_that_has_something_in_it_is_not_written_to(tmp_path):
     source = write_llava(tmp_path)
     with pytest.raises(OutputError, match="original: exists and is not empty"):
         convert(str(source), source)
+
+
+FULL = SafetensorError(f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error {errno.ENOSPC})")
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "said"),
+    [
+        (FULL, OutputError, r"new: .*disk is full: free some space in"),
+        (KeyboardInterrupt("by hand"), KeyboardInterrupt, "by hand"),
+    ],
+)
+@pytest.mark.parametrize("call", [convert, export_mobilevlm])
+def test_a_folder_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypatch, call, error, raised, said):
+    source = write_mobilevlm(tmp_path)
+    convert(str(source), tmp_path / "whole")
+    before = sorted(tmp_path.iterdir())
+
+    def written_in_part(*arguments, **options):
+        raise error
+
+    if call is convert:
+        monkeypatch.setattr(LlavaProcessor, "save_pretrained", written_in_part)  # after the model
+        arguments = (str(source), tmp_path / "new")
+    else:
+        monkeypatch.setattr(export, "save_torch_state_dict", written_in_part)  # after the tokenizer
+        arguments = (str(tmp_path / "whole"), tmp_path / "new", str(source))
+    with pytest.raises(raised, match=said):
+        call(*arguments)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_vision_tower_that_moved_is_given_by_hand(tmp_path):

@@ -18,7 +18,7 @@ from tenacity import wait_none
 from betakd_ray import storage as module
 from betakd_ray.data import files
 from betakd_ray.data.shards import Shard, read_shard_with_retry
-from betakd_ray.errors import DataError, DataUnreachable
+from betakd_ray.errors import DataError, DataUnreachable, OutputError
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import ANSWERS, ATTEMPTS, S3, TIMEOUT_S, StoreSilent, open_store, replace_file
 from tests.s3 import served
@@ -370,8 +370,9 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(type(filesystem), "pipe_file", half)
-        with pytest.raises(OSError, match="space"):
+        with pytest.raises(OutputError, match=rf"disk is full: free some space in {tmp_path}"):
             replace_file(filesystem, path, b"afterwards")
+    assert os.listdir(tmp_path) == ["file"]
     assert (tmp_path / "file").read_bytes() == b"before"
     replace_file(filesystem, path, b"afterwards")
     assert (tmp_path / "file").read_bytes() == b"afterwards"
