@@ -4,7 +4,9 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
@@ -16,6 +18,9 @@ from betakd_ray.run.folder import METRICS_PARTS as PARTS
 from betakd_ray.run.metrics import MetricsRecord, from_jsonl, read_metrics
 from betakd_ray.spec import JobSpec, parse_spec
 from betakd_ray.tracking import MetricsWriter
+from betakd_ray.train import loop
+from betakd_ray.train.loop import Worker
+from betakd_ray.train.micro_batches import Step
 
 
 def spec(folder: Path, *trackers: str) -> JobSpec:
@@ -310,3 +315,26 @@ def test_a_tracker_that_is_not_installed_is_an_error_at_once(tmp_path: Path, mon
     monkeypatch.setitem(tracking.TRACKERS, "mlflow", missing)
     with pytest.raises(ModuleNotFoundError, match="mlflow"):
         MetricsWriter(spec(tmp_path, "mlflow"), str(tmp_path / "run"))
+
+
+def test_the_list_of_skipped_steps_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written whole at each skip, and into each checkpoint."""
+    monkeypatch.setattr(loop.checkpoint, "gather", lambda mine, group: [mine])
+    sample = SimpleNamespace(epoch=0, shard=0, index=0, key="k")
+    step = mock.create_autospec(Step, instance=True, samples=[sample, sample])
+    written: list[str] = []
+    worker = SimpleNamespace(
+        config=SimpleNamespace(plan=SimpleNamespace(shards=[SimpleNamespace(url="/a.tar")])),
+        learner=SimpleNamespace(host_group=None),
+        metrics=SimpleNamespace(write=lambda name, content: written.append(content)),
+        training=SimpleNamespace(global_batch_size=30_000),
+        skips=[],
+        step=0,
+    )
+    for worker.step in range(1, 10):
+        Worker.note_skip(worker, step)  # type: ignore[arg-type]
+    assert [skip["step"] for skip in worker.skips] == [7, 8, 9]
+    assert [skip["step"] for skip in from_jsonl(written[-1])] == [7, 8, 9]
+    worker.training.global_batch_size = 10**6
+    Worker.note_skip(worker, step)  # type: ignore[arg-type]
+    assert [skip["step"] for skip in worker.skips] == [9]
