@@ -8,23 +8,20 @@ import json
 import logging
 import os
 import queue
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from fsspec.implementations.local import LocalFileSystem
-
+from betakd_ray.leftovers import temporary_folder
 from betakd_ray.on_ray.gauges import NAMES, Gauges
 from betakd_ray.run.folder import METRICS, METRICS_PARTS, TENSORBOARD
 from betakd_ray.run.metrics import RESUMED, MetricsRecord, Part, parts_of, stream_metrics, stream_parts, to_jsonl
 from betakd_ray.run.records import LOGGED_FILE, Logged
 from betakd_ray.spec import JobSpec
-from betakd_ray.storage import join, make_folder, open_store, replace_file
+from betakd_ray.storage import join, make_folder, open_store, put_file, replace_file
 
 FLUSH_S, MOST_S = 10.0, 300.0
 """Limits in seconds of the time between two parts. Within them it is 1/50 of the time since the start.
@@ -255,7 +252,7 @@ class MetricsWriter:
         if not self._lines:
             return
         if self._number is None:  # known at the first write, when the parts of all earlier attempts exist
-            self._number = 1 + max((number for number, *_ in parts_of(self._filesystem, self._root)), default=0)
+            self._number = 1 + max((part.number for part in parts_of(self._filesystem, self._root)), default=0)
         self._store_part(self._number, self._attempt, to_jsonl(self._lines))
         self._lines = []
         self._number += 1
@@ -285,21 +282,11 @@ class MetricsWriter:
 
     def _join(self) -> None:
         self._write_part()
-        with tempfile.TemporaryDirectory(prefix="betakd-metrics-") as folder:
-            joined = Path(folder) / METRICS
+        with temporary_folder("metrics") as folder:
+            joined = folder / METRICS
             with joined.open("w") as file:
                 file.writelines(_batches(stream_parts(self._filesystem, self._root)))
-            self._upload(joined, METRICS)
-
-    def _upload(self, local: Path, name: str) -> None:
-        """Copy a file to the run's folder. A reader sees it complete, or not at all."""
-        target = join(self._root, name)
-        if isinstance(self._filesystem, LocalFileSystem):
-            aside = f"{target}.{os.getpid()}.tmp"
-            self._filesystem.put_file(str(local), aside)
-            os.replace(aside, target)
-        else:
-            self._filesystem.put_file(str(local), target)
+            put_file(self._filesystem, joined, join(self._root, METRICS))
 
     def _replace(self, name: str, content: str) -> None:
         replace_file(self._filesystem, join(self._root, name), content.encode())

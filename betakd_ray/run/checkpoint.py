@@ -10,7 +10,6 @@ workers both resume from the checkpoint that it names. `train.checkpoint` has wh
 import json
 import logging
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -26,6 +25,7 @@ from betakd_ray.data.files import url_like
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan, Quarantined
 from betakd_ray.errors import CheckpointDamaged, OutputError, OutputUnreachable
+from betakd_ray.leftovers import temporary_folder
 from betakd_ray.output import disk_errors, output_errors
 from betakd_ray.run.files import MAX_BYTES, MAX_LARGE_BYTES, File, read, reason
 from betakd_ray.run.folder import CHECKPOINTS, DAMAGED, ENGINE, MANIFEST, UNIVERSAL
@@ -238,13 +238,13 @@ class CheckpointStore:
 
     def verify(self, manifest: Manifest) -> str | None:
         """Read every file of a checkpoint; return a text about the first that is damaged, or None."""
-        with tempfile.TemporaryDirectory(prefix="betakd-verify-") as folder:
+        with temporary_folder("verify") as folder:
             for file in manifest.files:
                 try:
-                    self.fetch(manifest, [file], Path(folder), "verify")
+                    self.fetch(manifest, [file], folder, "verify")
                 except CheckpointDamaged as error:
                     return str(error)
-                (Path(folder) / file).unlink()
+                (folder / file).unlink()
         return None
 
     def universal(self, manifest: Manifest) -> Manifest | None:
