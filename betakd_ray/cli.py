@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from betakd_ray.errors import Interrupted, TrainingError, UserError
-from betakd_ray.sigterm import answering_sigterm
+from betakd_ray.sigterm import answering_sigterm, on_sigterm
 from betakd_ray.spec import DataSpec, EvaluationSpec, JobSpec, ModelSpec, PackSpec, StorageSpec, SweepSpec, load_spec
 
 # Commands import what they need themselves: torch and Ray take seconds, and `betakd validate` needs neither.
@@ -209,7 +209,7 @@ def run_evaluation(spec: str, overrides: list[str]) -> None:
 
     parsed = load_spec(spec, overrides, EvaluationSpec)
     evaluation = Evaluation(parsed)  # names what is wrong before a cluster starts
-    with connected(parsed):
+    with on_sigterm(evaluation.stop), connected(parsed):
         print_scores(evaluation.run())
 
 

@@ -12,11 +12,12 @@ import re
 import statistics
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -42,6 +43,13 @@ _ROW = TypeAdapter(dict[str, str | int | float])
 _LOG = logging.getLogger(__name__)
 
 
+@runtime_checkable
+class Stoppable(Protocol):
+    """Work that can be asked to stop: a job or an evaluation."""
+
+    def stop(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Cell:
     """One job of the grid."""
@@ -64,7 +72,7 @@ class Sweep:
         self.spec = spec
         self.folder = join(spec.output.path, spec.name)
         self.cells = list(_cells(spec, self.folder))
-        self._running: set[BetaKDJob] = set()
+        self._running: set[Stoppable] = set()
         self._is_stopping = False
         if spec.evaluation:
             benchmark_of(spec.evaluation)
@@ -123,8 +131,8 @@ class Sweep:
     def stop(self) -> None:
         """Start no more cells, and ask the running ones to save and end."""
         self._is_stopping = True
-        for job in list(self._running):
-            job.stop()
+        for each in list(self._running):
+            each.stop()
 
     def _submit(self, executor: ThreadPoolExecutor, teachers: Teachers) -> dict["Future[CellResult]", int]:
         """Submit all cells; return the future of each cell's row → the cell's index.
@@ -151,20 +159,27 @@ class Sweep:
         if leader:
             wait([leader])
         job = BetaKDJob(cell.job)
-        # Added before the flag is read, and stop() sets the flag before it reads the set. So no cell is missed.
-        self._running.add(job)
         try:
-            if self._is_stopping:
-                raise Interrupted(f"{self.spec.name}: was asked to stop. Run it again to go on with the other cells.")
-            result = job.fit(teachers)
+            with self._stoppable(job):
+                result = job.fit(teachers)
             return {**cell.values, "seed": cell.seed, **self._scores(cell, result)}
         except TrainingError:
             raise  # the other cells may do better
         except BaseException:
             self.stop()  # here, because this thread would start another cell before the main thread sees the error
             raise
+
+    @contextmanager
+    def _stoppable(self, work: Stoppable) -> Iterator[None]:
+        """Let `stop()` stop `work` in the block. Raises Interrupted if it was called before."""
+        # Added before the flag is read, and stop() sets the flag before it reads the set. So nothing is missed.
+        self._running.add(work)
+        try:
+            if self._is_stopping:
+                raise Interrupted(f"{self.spec.name}: was asked to stop. Run it again to go on with the other cells.")
+            yield
         finally:
-            self._running.discard(job)
+            self._running.discard(work)
 
     def table(self, rows: list[CellResult]) -> list[list[str]]:
         """Return a header, and one line per cell: its axes, then the mean ± standard deviation of each metric.
@@ -193,7 +208,8 @@ class Sweep:
             "output": {"path": result.path, "storage": cell.job.output.storage},
         }
         evaluation = Evaluation(parse_spec(tree, EvaluationSpec))
-        return (evaluation.stored() or evaluation.run())["student"] | scores
+        with self._stoppable(evaluation):
+            return (evaluation.stored() or evaluation.run())["student"] | scores
 
     @cached_property
     def _evaluation(self) -> str:

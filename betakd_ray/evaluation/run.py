@@ -24,6 +24,7 @@ from betakd_ray.models.vlm import freeze
 from betakd_ray.on_ray.cluster import gpus_each, placement
 from betakd_ray.plugins import load
 from betakd_ray.progress import progress_line
+from betakd_ray.sigterm import StopRequest
 from betakd_ray.spec import EvaluationSpec, QuestionsSpec
 from betakd_ray.spec.tasks import BENCHMARKS
 from betakd_ray.storage import join, make_folder, open_store, replace_file
@@ -66,11 +67,17 @@ class Evaluation:
         self.spec = spec
         self.folder = join(spec.output.path, spec.name)
         self.benchmark = benchmark_of(spec)
+        self._stop = StopRequest(f"{spec.name}: was asked to stop. Run it again to ask all its questions.")
+
+    def stop(self) -> None:
+        """Ask a running `run()` to end; it then raises Interrupted. Call it as `BetaKDJob.stop`."""
+        self._stop.make()
 
     def run(self) -> dict[str, Scores]:
         """Run the evaluation; return label of a model → metrics. Answers and metrics are also written to the output.
 
-        Raises ClusterError, DataError, ModelError or OutputError for errors that the user can repair.
+        Raises ClusterError, DataError, ModelError or OutputError for errors that the user can repair, and Interrupted
+        after `stop()`.
         """
         shards = find_shards(self.spec.data.paths, self.spec.data.storage)
         if not sum(shard.samples for shard in shards):
@@ -107,6 +114,7 @@ class Evaluation:
         try:
             with progress_line(self.spec.name, len(pending), "models") as update:
                 while pending:
+                    self._stop.check()
                     for done in ray.wait(list(pending), timeout=1.0)[0]:
                         label = pending.pop(done)
                         answered[label] = _result(done, label)

@@ -4,12 +4,14 @@ import errno
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from betakd_ray.data.shards import Shard
-from betakd_ray.errors import OutputError
+from betakd_ray.errors import Interrupted, OutputError
 from betakd_ray.evaluation import result as module
 from betakd_ray.evaluation.result import RESULT, Result, Subject, read_result
 from betakd_ray.evaluation.run import Evaluation
@@ -87,3 +89,30 @@ def test_a_result_is_written_whole_and_a_full_disk_is_named(model, tmp_path, mon
         evaluation._store({RESULT: "afterwards"})
     assert calls
     assert {path.name: path.read_text() for path in (tmp_path / "e").iterdir()} == {RESULT: "before"}
+
+
+def test_an_evaluation_that_is_to_stop_ends_and_cancels_what_it_asked(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, cancelled = [], []
+
+    class Task:
+        def options(self, **_: Any) -> "Task":
+            return self
+
+        def remote(self, *arguments: Any) -> str:
+            asked.append("task")
+            return "task"
+
+    fake = SimpleNamespace(
+        remote=lambda function: Task(),
+        wait=lambda pending, timeout: (evaluation.stop(), ([], pending))[1],  # a SIGTERM while it waits
+        cancel=lambda task, force: cancelled.append(task),
+        cluster_resources=lambda: {"GPU": 0.0},
+    )
+    monkeypatch.setattr("betakd_ray.evaluation.run.ray", fake)
+    monkeypatch.setattr("betakd_ray.evaluation.run._gpus", lambda asked: 0.0)
+    evaluation = Evaluation(spec(model))
+    with pytest.raises(Interrupted, match="asked to stop"):
+        evaluation._answer([])
+    assert cancelled == asked == ["task"]
