@@ -255,10 +255,13 @@ class CheckpointStore:
                 return None
             content = self._content(path)
         try:
-            return self._manifest(manifest.name, content)
+            found = self._manifest(manifest.name, content)
+            if (found.step, found.world_size) != (manifest.step, manifest.world_size):
+                raise self._unusable(manifest.name, f"{UNIVERSAL}/{MANIFEST}: it belongs to another checkpoint")
         except CheckpointDamaged as error:  # only a conversion is lost then, not the checkpoint
             _LOG.warning("the universal form is made again: %s", error)
             return None
+        return found
 
     def add_universal(self, manifest: Manifest, folder: Path) -> Manifest:
         """Store the universal form of DeepSpeed's files from `folder` beside a checkpoint; return its manifest."""

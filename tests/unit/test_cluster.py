@@ -1,5 +1,6 @@
 """Checks that the nodes' resources are enough for a job."""
 
+import time
 from typing import Any
 
 import pytest
@@ -87,5 +88,5 @@ def test_what_the_autoscaler_refuses_can_never_be_met(refuses: str | None, monke
     asked: list[Any] = []
     monkeypatch.setattr(cluster, "_status", lambda: reply)
     monkeypatch.setattr(cluster, "request_resources", lambda **request: asked.append(request["bundles"]))
-    assert cluster._is_out_of_reach([_demand("teacher", 3, 1)]) == (refuses == "ours")
+    assert cluster._is_out_of_reach([_demand("teacher", 3, 1)], time.sleep) == (refuses == "ours")
     assert asked == [[{"GPU": 1.0, "CPU": 1.0}] * 3, []]  # and taken back

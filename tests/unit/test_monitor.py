@@ -3,7 +3,7 @@
 import pytest
 
 from betakd_ray.data.plan import Quarantined
-from betakd_ray.on_ray.monitor import Monitor
+from betakd_ray.on_ray.monitor import Monitor, Report
 from betakd_ray.on_ray.watch import Roll
 from tests.actors import Local
 
@@ -97,12 +97,24 @@ def test_a_rank_that_hangs_alone_is_killed_once(monkeypatch: pytest.MonkeyPatch)
     monitor.log({"step": 1})
     for second in range(40):
         now = float(second)
-        assert monitor.poll(10.0) == {"step": 1}
+        assert monitor.poll(10.0).latest == {"step": 1}
     assert killed == [actor]
     monitor.resuming_from("step-1")  # Ray Train starts again
     now = 80.0
     monitor.poll(10.0)
     assert killed == [actor]
+
+
+def test_the_driver_is_told_each_warning_once_and_whether_anybody_would_hear_it() -> None:
+    monitor = Monitor(10, [], max_failures=0)
+    assert monitor.poll(10.0) == Report({})
+    monitor.controlled_by(controller := Local(object()))
+    monitor.warn("a checkpoint is damaged")
+    monitor.resuming_from(None)
+    monitor.begins(monitor.starts_from().attempt, 0, 1, Local(object()))
+    assert monitor.poll(10.0) == Report({}, ("a checkpoint is damaged",), controller, has_begun=True)
+    monitor.resuming_from(None)  # Ray Train starts again: nobody can save
+    assert monitor.poll(10.0) == Report({}, (), controller, has_begun=False)
 
 
 def test_a_start_of_the_workers_has_a_name_and_the_checkpoint_that_its_rows_were_made_for() -> None:

@@ -279,7 +279,7 @@ def test_a_missing_file_is_named(tmp_path):
             "hidden_sise: no such field; did you mean 'hidden_size'?",
         ),
         ({"objective__energies": [{"kind": "js", "mixtures": 1}]}, "no such field; did you mean 'mixture'?"),
-        ({"output__zzz": 1}, "output.zzz: no such field; the fields here are path, storage"),
+        ({"output__zzz": 1}, "output.zzz: no such field; the fields here are if_running, path, storage"),
         ({"training__workers": "two"}, "training.workers.min: "),
         ({"training__workers": "two"}, "got 'two'"),
         ({"training__workers": 0}, "greater than or equal to 1, got 0"),
