@@ -26,10 +26,11 @@ def main() -> None:
 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     _limit(resource.RLIMIT_CORE, 0)
-    # Beyond what is mapped now: libraries map much that they never use.
-    with open("/proc/self/statm", "rb") as file:
-        mapped = int(file.read().split()[0]) * resource.getpagesize()
-    _limit(resource.RLIMIT_AS, mapped + MEMORY_BYTES)
+    if sys.platform == "linux":  # elsewhere the system knows no such limit, or does not keep it
+        # Beyond what is mapped now: libraries map much that they never use.
+        with open("/proc/self/statm", "rb") as file:
+            mapped = int(file.read().split()[0]) * resource.getpagesize()
+        _limit(resource.RLIMIT_AS, mapped + MEMORY_BYTES)
     print(READY, flush=True)
     seconds = float(sys.argv[1])
     for line in sys.stdin:

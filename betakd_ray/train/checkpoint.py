@@ -1,6 +1,6 @@
 """Checkpoints, as all ranks save and load them together. `run.checkpoint` is the store; its docstring has the rules.
 
-Collectives here run on the host, over a gloo group. Its timeout should be long, because the upload or download of one
+Collectives here run on the host, over gloo groups. Their timeout should be long, because the upload or download of one
 rank may take many minutes longer than another's. If a rank dies meanwhile, `watch` finds it, not the timeout.
 """
 
@@ -9,13 +9,16 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
 
+from betakd_ray.background import in_background
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.engine.checkpoint import make_universal
 from betakd_ray.leftovers import TEMPORARY, owned, temporary_folder
@@ -30,25 +33,80 @@ Group = dist.ProcessGroup | None
 """Process group over all ranks; None is torch's default group."""
 
 
+class Saver:
+    """Saver of checkpoints: a step waits only until this rank's files are on its own disk; a thread stores them.
+
+    Every rank has one, and calls `save` at the same steps. The threads of all ranks meet in `group`, which nobody else
+    may use: in a group of two threads, ranks could match collectives in different orders.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        attempt: str,
+        keep: int,
+        group: Group = None,
+        on_commit: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        """`on_commit(seconds)` is called on rank 0 after each commit, with the time since the save began."""
+        self._store, self._attempt, self._keep, self._group = store, attempt, keep, group
+        self._on_commit = on_commit
+        self._storing: Future[None] | None = None
+
+    def save(self, step: int, write: Callable[[Path], None], before_commit: Callable[[], None] = lambda: None) -> None:
+        """Take a checkpoint. Collective.
+
+        `write(folder)` writes this rank's files to a local folder, and returns when they are as of this step. The rest
+        happens while the training goes on: the upload, then, when all ranks have uploaded, `before_commit()` and the
+        commit on rank 0. Waits until the checkpoint before is stored, and raises the error that prevented that.
+        """
+        self.wait()
+        begun = time.monotonic()
+        with ExitStack() as folders:
+            folder = folders.enter_context(temporary_folder("save"))
+            with disk_errors(folder):
+                write(folder)
+            owner = folders.pop_all()  # from here on, the thread removes the folder
+
+        def store() -> None:
+            with owner:
+                self._commit(step, folder, before_commit)
+            if dist.get_rank() == 0:
+                self._on_commit(time.monotonic() - begun)
+
+        self._storing = in_background(store, "checkpoint")
+
+    def check(self) -> None:
+        """Raise the error of the checkpoint that is being stored, if it has failed. Never waits."""
+        if self._storing and self._storing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is stored. Raises the error that prevented it."""
+        storing, self._storing = self._storing, None
+        if storing:
+            storing.result()
+
+    def _commit(self, step: int, folder: Path, before_commit: Callable[[], None]) -> None:
+        name = f"step-{step:08d}-{self._attempt}"
+        files = gather(self._store.upload(folder, name), self._group)
+        # All ranks have uploaded their files: `gather` waits for each of them. Only now may the manifest be written.
+        if dist.get_rank() == 0:
+            before_commit()
+            merged = {file: stored for each in files for file, stored in each.items()}
+            self._store.commit(self._store.manifest(name, step, dist.get_world_size(), merged))
+            self._store.prune(self._keep)
+        # Otherwise a rank could end well, although the last checkpoint was not committed.
+        dist.barrier(self._group)
+
+
 def save(
     store: CheckpointStore, step: int, attempt: str, keep: int, write: Callable[[Path], None], group: Group = None
 ) -> None:
-    """Save a checkpoint (collective: every rank must call it).
-
-    `write(folder)` writes this rank's files to a local folder. The function returns on every rank only after rank 0 has
-    committed the checkpoint.
-    """
-    name = f"step-{step:08d}-{attempt}"
-    with temporary_folder("save") as local:
-        with disk_errors(local):
-            write(local)
-        files = gather(store.upload(local, name), group)
-    # All ranks have uploaded their files: `gather` waits for each of them. Only now may the manifest be written.
-    if dist.get_rank() == 0:
-        merged = {file: stored for each in files for file, stored in each.items()}
-        store.commit(store.manifest(name, step, dist.get_world_size(), merged))
-        store.prune(keep)
-    dist.barrier(group)
+    """Save a checkpoint and wait until it is committed. Collective; see `Saver.save`."""
+    saver = Saver(store, attempt, keep, group)
+    saver.save(step, write)
+    saver.wait()
 
 
 def merge_ledgers(whole: Ledger | None, delta: Ledger, group: Group = None) -> None:

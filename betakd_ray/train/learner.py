@@ -68,13 +68,13 @@ class Learner:
         load_collective()
         with named_shared_memory(self.rank):
             self.engine = self._engine(total_steps)
-            # After DeepSpeed has made its groups, and before the two groups below, which keep their long timeout.
+            # After DeepSpeed has made its groups, and before the groups below, which keep their long timeout.
             bound_collectives(timedelta(seconds=spec.training.collective_timeout_s))
             # Collectives on host data use gloo, so that they do not wait for the device. Their timeout is long, because
-            # a checkpoint takes as long as its slowest rank. The feed has a group of its own: in a group of two
-            # threads, the ranks could match collectives in different orders.
-            self.host_group, self.feed_group = (
-                cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=FOREVER)) for _ in range(2)
+            # a checkpoint takes as long as its slowest rank. The threads of the feed and of the saver have groups of
+            # their own: in a group of two threads, the ranks could match collectives in different orders.
+            self.host_group, self.feed_group, self.save_group = (
+                cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=FOREVER)) for _ in range(3)
             )
             dist.barrier(group=self.host_group)
         self.weighting = BetaWeighting(

@@ -99,6 +99,9 @@ class Worker:
         self.clock = StepClock(self.learner.device)
         self.usage = Usage()
         self.saved_at, self.save_s = time.monotonic(), 0.0
+        self.saver = checkpoint.Saver(
+            self.store, self.start.attempt, self.training.keep, self.learner.save_group, self.note_commit
+        )
 
     def run(self) -> dict[str, Any]:
         """Resume, train to the end or until the job is to stop, and return the outcome. Collective."""
@@ -108,6 +111,7 @@ class Worker:
             self.resume()
             feed, prefetch = self.feed(threads)
             for step, batches in prefetch.steps():
+                self.saver.check()
                 self.note_stalls(prefetch)
                 is_logged = self.is_logged(step.number)
                 progress = step.number / self.total_steps
@@ -125,6 +129,7 @@ class Worker:
                     self.save()
             if self.step != self.saved_step:
                 self.save()
+            self.saver.wait()
             # The feeds agreed to stop, so all ranks left the loop after the same step, and have saved that step.
             if feed.was_stopped:
                 return {STOPPED: self.step}
@@ -302,17 +307,18 @@ class Worker:
     # ---------------------------------------------------------------------------- checkpoint and result
 
     def save(self) -> None:
-        """Save a checkpoint with everything that a resume needs. Collective."""
-        start = time.monotonic()
+        """Take a checkpoint with everything that a resume needs. Collective; a thread stores it."""
         with self.clock.phase("save"):
             # Before `write`, in which rank 0 stores the ledger: a resume would repeat the samples that it lacks.
             self.merge_trained()
-            group = self.learner.host_group
-            checkpoint.save(self.store, self.step, self.start.attempt, self.training.keep, self.write, group)
+            # A resume counts on the records that this checkpoint refers to.
+            self.saver.save(self.step, self.write, self.metrics.flush if self.metrics else lambda: None)
         self.saved_step = self.step
-        self.saved_at, self.save_s = time.monotonic(), time.monotonic() - start
-        if self.metrics:
-            self.config.monitor.committed.remote()
+
+    def note_commit(self, seconds: float) -> None:
+        """Note a commit, `seconds` after the save began. Called by the saver's thread on rank 0."""
+        self.saved_at, self.save_s = time.monotonic(), seconds
+        self.config.monitor.committed.remote()
 
     def merge_trained(self) -> None:
         """Add every rank's samples since the last checkpoint to rank 0's ledger. Collective.
@@ -340,8 +346,6 @@ class Worker:
         (folder / SKIPPED).write_text(to_jsonl(self.skips))
         (folder / LOGGED).write_text(self.metrics.reference())
         (folder / SPEC).write_text(self.spec.model_dump_json(indent=2))
-        # Before the commit: a resume counts on the records that this checkpoint refers to.
-        self.metrics.flush()
 
     def resume(self) -> None:
         """Continue from the checkpoint that the stream of rows was made for, if there is one. Collective.

@@ -2,8 +2,6 @@
 
 import logging
 import os
-import threading
-from collections.abc import Callable
 from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
@@ -17,6 +15,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from betakd_ray import errors
+from betakd_ray.background import in_background
 from betakd_ray.errors import ClusterError, TrainingError
 from betakd_ray.leftovers import owned, remove_abandoned
 from betakd_ray.on_ray.backend import FoundTorchConfig, ReportController, ReportFailures, causes
@@ -59,7 +58,7 @@ def train_students(config: WorkerConfig, reader: "ray.ObjectRef", stop: StopRequ
     try:
         with owned(_scratch(config.spec.name)) as folder:
             # In a thread of its own: this one looks for requests to stop, also while Ray Train waits for places.
-            training = in_background(_trainer(config, reader, folder).fit)
+            training = in_background(_trainer(config, reader, folder).fit, "ray-train")
             _follow(training, config, stop)
             outcome = training.result().return_value or {}
     except TrainingFailedError as error:
@@ -137,20 +136,6 @@ def _show(report: Report, update: Update) -> None:
     if report.latest:
         numbers = f"loss {report.latest['loss']:.4f} · {report.latest['samples_per_second']:.0f} samples/s"
         update(completed=report.latest["step"], numbers=numbers)
-
-
-def in_background(call: Callable[[], Any]) -> Future[Any]:
-    """Call a function in a thread that does not keep the process alive; return its future result."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # it is raised where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def _accelerator(gpus: float) -> dict[str, str]:

@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import tempfile
+import threading
+import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -318,6 +320,85 @@ def test_a_manifest_whose_acknowledgement_is_lost_is_committed_once(remote, prox
     name = saved(remote, 1)
     assert names(remote) == [name]
     assert proxy.faults_injected["cut"] == 1
+
+
+# ------------------------------------------------------------------------------------- while the training goes on
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Hold every upload until the gate is open; return the gate."""
+    gate, upload = threading.Event(), CheckpointStore.upload
+
+    def late(self, local, name):
+        assert gate.wait(timeout=60)
+        return upload(self, local, name)
+
+    monkeypatch.setattr(CheckpointStore, "upload", late)
+    yield gate
+    gate.set()
+
+
+def test_a_step_waits_for_the_copy_of_its_files_and_not_for_the_store(store, gate, temporary):
+    commits, done = [], []
+    saver = checkpoint.Saver(store, "a", 2, on_commit=commits.append)
+    saver.save(3, write, before_commit=lambda: done.append(names(store)))
+    saver.check()
+    assert (names(store), commits, done) == ([], [], [])
+    assert len([path for path in temporary.iterdir() if path.is_dir()]) == 1
+    gate.set()
+    saver.wait()
+    assert names(store) == ["step-00000003-a"]
+    assert is_whole(store, store.latest())
+    assert done == [[]]  # what the checkpoint refers to is stored before it counts
+    assert len(commits) == 1
+    assert commits[0] > 0
+
+
+def test_one_checkpoint_is_stored_at_a_time_and_in_order(store, gate):
+    saver, taken = checkpoint.Saver(store, "a", 9), []
+
+    def noted(folder):
+        taken.append(names(store))
+        write(folder)
+
+    saver.save(1, noted)
+    opening = threading.Timer(0.3, gate.set)
+    opening.start()
+    saver.save(2, noted)  # waits: a node needs memory and disk for one
+    saver.wait()
+    opening.join()
+    assert taken == [[], ["step-00000001-a"]]
+    assert names(store) == ["step-00000001-a", "step-00000002-a"]
+
+
+@pytest.mark.parametrize("look", ["check", "wait", "save"])
+def test_an_error_of_the_store_is_raised_by_the_next_call_and_once(local, monkeypatch, look):
+    before = saved(local, 1)
+    saver = checkpoint.Saver(local, "b", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(local.filesystem, "put_file", lambda *_, **__: (_ for _ in ()).throw(OSError("away")))
+        saver.save(2, write)
+        while not saver._storing.done():
+            time.sleep(0.01)
+    calls = {"check": saver.check, "wait": saver.wait, "save": lambda: saver.save(3, write)}
+    with pytest.raises(OutputError, match="away"):
+        calls[look]()
+    saver.check()
+    assert names(local) == [before]
+
+
+def test_an_error_of_writing_leaves_nothing_to_store(local):
+    saver = checkpoint.Saver(local, "b", 2)
+
+    def broken(folder):
+        (folder / "half").write_bytes(b"half")
+        raise RuntimeError("the device is lost")
+
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        saver.save(1, broken)
+    saver.wait()
+    assert names(local) == []
 
 
 # ------------------------------------------------------------------------------------------------------- pruning
