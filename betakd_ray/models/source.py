@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-import shutil
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +14,7 @@ from fsspec.spec import AbstractFileSystem
 from huggingface_hub.errors import StrictDataclassError
 
 from betakd_ray.errors import ModelError
+from betakd_ray.leftovers import owned, remove_abandoned
 from betakd_ray.spec import ModelSpec, StorageSpec
 from betakd_ray.storage import join, open_store
 
@@ -36,20 +37,19 @@ def local_folder(location: str, storage: StorageSpec, only: str | None = None) -
     cache = Path(os.environ.get("BETAKD_CACHE", Path.home() / ".cache" / "betakd")) / "models"
     target = cache / hashlib.sha256((location + state).encode()).hexdigest()[:20]
     if not target.exists():
+        remove_abandoned(cache, "*")
         # Two processes of a node may copy at the same time. Each copies to its own folder and renames it, so no process
         # sees an incomplete copy.
-        partial = target.with_name(f"{target.name}.{os.getpid()}")
-        try:
-            _copy(filesystem, source, partial, only)
-            if _state(filesystem, location, source, only) != state:
-                raise ModelError(f"{location}: its files changed while they were copied. Run the job again.")
-            partial.rename(target)
-        except OSError:
-            # If it exists now, another process was faster. Its copy is the same: the name is a hash of the listing.
-            if not target.exists():
-                raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with owned(target.with_name(f"{target.name}.{secrets.token_hex(8)}")) as partial:
+            try:
+                _copy(filesystem, source, partial, only)
+                if _state(filesystem, location, source, only) != state:
+                    raise ModelError(f"{location}: its files changed while they were copied. Run the job again.")
+                partial.rename(target)
+            except OSError:
+                # If it exists now, another process was faster. Its copy is the same: the name is a hash of the listing.
+                if not target.exists():
+                    raise
     return str(target)
 
 
