@@ -1,4 +1,4 @@
-"""Delay of a job after a process dies: `python -m benchmarks.recovery`, about five minutes on two cores.
+"""Delay of a job by deaths and checkpoints: `python -m benchmarks.recovery`, about five minutes on two cores.
 
 In the easy-VQA job a teacher is killed, and then a student worker, each some seconds after a checkpoint. The time of a
 step is that of its last log record: steps after the last checkpoint are repeated if a worker dies, but not if a teacher
@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import psutil
 from rich.console import Console
@@ -20,7 +21,7 @@ from rich.table import Table
 from betakd_ray.job import BetaKDJob
 from betakd_ray.on_ray.cluster import connected
 from betakd_ray.run.checkpoint import CheckpointStore
-from betakd_ray.run.metrics import read_metrics
+from betakd_ray.run.metrics import MetricsRecord, read_metrics
 from betakd_ray.spec import load_spec
 from jobs.easy_vqa.data import SETS, SHARDS, pack_once
 
@@ -62,7 +63,8 @@ def main(miniature: bool = False) -> None:
     if DATA not in SETS or not all(f"{SHARDS}/{DATA}-" in str(each) for each in spec.data.train):
         raise ValueError(f"{SPEC} trains on {spec.data.train}, and not on what is packed here: {DATA}")
     if miniature:
-        _print(0.0, {step: float(step) for step in range(1, 9)}, [Kill("TeacherScorer", time=2.5, reborn=4.5)])
+        times = ({"step": step, "time": float(step), "time_max/save": 0.1, "checkpoint_s": 1.0} for step in range(1, 9))
+        _print(0.0, list(times), [Kill("TeacherScorer", time=2.5, reborn=4.5)])
         return
     pack_once(DATA)
     shutil.rmtree(RUN / "recovery", ignore_errors=True)
@@ -72,8 +74,7 @@ def main(miniature: bool = False) -> None:
         running = executor.submit(job.fit)
         kills = [_kill("TeacherScorer", job, after=0), _kill("RayTrainWorker", job, after=60)]
         running.result()
-    steps = {record["step"]: record["time"] for record in read_metrics(job.run, spec.output.storage)}
-    _print(begin, steps, kills)
+    _print(begin, read_metrics(job.run, spec.output.storage), kills)
 
 
 def _kill(role: str, job: BetaKDJob, after: int) -> Kill:
@@ -99,11 +100,17 @@ def _processes(role: str) -> set[int]:
     return found
 
 
-def _print(begin: float, steps: dict[int, float], kills: list[Kill]) -> None:
+def _print(begin: float, records: list[MetricsRecord], kills: list[Kill]) -> None:
+    steps = {record["step"]: record["time"] for record in records}
     gaps = sorted(later - earlier for earlier, later in zip(steps.values(), list(steps.values())[1:], strict=False))
     table = Table("what", "seconds")
     table.add_row("from fit() to the first step", f"{steps[1] - begin:.1f}")
     table.add_row("a step, median", f"{gaps[len(gaps) // 2]:.3f}")
+    # Of the slowest rank. A save is in the record of the step after it.
+    waits = [record["time_max/save"] for record in records if record["time_max/save"] > 0]
+    commits = {record["checkpoint_s"] for record in records if record["checkpoint_s"] > 0}
+    table.add_row("a checkpoint: the training waits, median", f"{median(waits):.3f}")
+    table.add_row("  until it is committed, median", f"{median(commits):.3f}")
     for kill in kills:
         step = min(at for at in steps.values() if at > kill.reborn)
         table.add_row(f"{kill.role} killed, to the next step", f"{step - kill.time:.1f}")
