@@ -2,6 +2,7 @@
 
     BetaKDError
     ├── Interrupted                  asked to stop: a checkpoint is committed; run the job again to go on; exit code 75
+    ├── WorkersReplaced              workers that count as dead, and are not, would write to the run
     ├── UserError                    the user can fix it: exit code 2, found before training starts
     │   ├── SpecError                a field of the job spec
     │   ├── DataError                shards, manifests, samples
@@ -86,6 +87,10 @@ class BetaKDError(Exception):
 
 class Interrupted(BetaKDError):
     """The job was asked to stop and has saved a checkpoint; run it again to go on."""
+
+
+class WorkersReplaced(BetaKDError):
+    """These workers were taken for dead, and others have been started. They end, and write nothing more."""
 
 
 class UserError(BetaKDError):

@@ -302,8 +302,8 @@ class BetaKDJob:
 
     def _start_monitor(self, plan: Plan, actors: ExitStack) -> ActorHandle:
         store = CheckpointStore(self.run, self.spec.output.storage)
-        resumed = store.latest()
-        quarantined = store.quarantined(resumed, plan) if resumed else []
+        resumed = store.newest_with(lambda last: store.quarantined(last, plan))
+        quarantined = resumed[1] if resumed else []
         monitors = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=on_driver_node())
         monitor = cast(ActorHandle, monitors.remote(plan.samples, quarantined, self.spec.training.max_failures))
         actors.callback(ray.kill, monitor)
@@ -335,8 +335,8 @@ class BetaKDJob:
         store = CheckpointStore(self.run, self.spec.output.storage)
         last = store.latest()
         assert last is not None  # the workers saved it before they returned
-        quarantined = store.quarantined(last, plan)
-        tail = tail_of(plan, store.ledger(last, plan), quarantined, self.spec.training.global_batch_size)
+        ledger, quarantined = store.ledger(last, plan), store.quarantined(last, plan)
+        tail = tail_of(plan, ledger, quarantined, self.spec.training.global_batch_size)
         self._permit.check()
         write_tail(self.run, self.spec.output.storage, tail)
         result = JobResult(
@@ -344,11 +344,11 @@ class BetaKDJob:
             path=self.run,
             model=join(self.run, MODEL),
             metrics=outcome["metrics"],
-            steps=outcome["steps"],
+            steps=last.step,
             planned=plan.samples,
-            consumed=outcome["consumed"],
+            consumed=ledger.count,
             quarantined=len(quarantined),
-            tail=plan.samples - outcome["consumed"] - len(quarantined),
+            tail=plan.samples - ledger.count - len(quarantined),
             skipped_steps=outcome["skipped_steps"],
             token=self._permit.token,
         )

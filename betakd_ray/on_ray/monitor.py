@@ -10,7 +10,7 @@ import ray
 from ray.actor import ActorHandle
 
 from betakd_ray.data.plan import Quarantined
-from betakd_ray.errors import BetaKDError, TrainingError, kind
+from betakd_ray.errors import BetaKDError, TrainingError, WorkersReplaced, kind
 from betakd_ray.on_ray.watch import Orders, Roll, Start
 
 _LOG = logging.getLogger(__name__)
@@ -153,6 +153,16 @@ class Monitor:
 def report(monitor: ActorHandle, records: list[Quarantined]) -> float:
     """Report bad samples; return the share of the plan that is bad so far."""
     return cast(float, ray.get(monitor.quarantine.remote(records)))
+
+
+def require_current(monitor: ActorHandle, start: Start, run: str) -> None:
+    """Raise WorkersReplaced if other workers than those of `start` have been started."""
+    newest = cast(Start, ray.get(monitor.starts_from.remote()))
+    if newest != start:
+        raise WorkersReplaced(
+            f"{run}: the workers of start {start.attempt} were taken for dead, and those of {newest.attempt} have been "
+            "started. The former end, and write nothing more."
+        )
 
 
 def give_up(monitor: ActorHandle, error: BetaKDError) -> None:

@@ -12,11 +12,12 @@ from ray.actor import ActorHandle
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from betakd_ray.data.ledger import Ledger
-from betakd_ray.data.plan import Plan, ids_of
-from betakd_ray.errors import CheckpointDamaged, OutputUnreachable, UserError
+from betakd_ray.data.plan import Plan, Quarantined
+from betakd_ray.errors import OutputUnreachable, UserError
 from betakd_ray.on_ray.monitor import give_up
 from betakd_ray.on_ray.stream import stream
 from betakd_ray.run.checkpoint import CheckpointStore
+from betakd_ray.run.plan import settled_samples
 from betakd_ray.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -33,12 +34,15 @@ def rows(reader: "ray.ObjectRef", spec: JobSpec, run: str, plan: Plan, monitor: 
     """
     try:
         store = CheckpointStore(run, spec.output.storage)
-        name, done = _patience(spec)(_done, store, plan)
+        name, done, quarantined = _patience(spec)(_done, store, plan)
         if loss := store.loss():
             ray.get(monitor.warn.remote(loss))
     except UserError as error:
         give_up(monitor, error)
         raise
+    # A driver that was replaced may have committed this checkpoint after the monitor began. The stream leaves out what
+    # is in quarantine there, so the next checkpoint must have it too.
+    ray.get(monitor.quarantine.remote(quarantined))
     # Waited for: Ray Train runs `train_worker` only after this function, and it asks the monitor for this name.
     ray.get(monitor.resuming_from.remote(name))
     return stream(reader, plan, done, spec.cluster.readers, spec.training.workers.max)
@@ -82,18 +86,13 @@ def _patience(spec: JobSpec, **options: Any) -> Retrying:
     )
 
 
-def _done(store: CheckpointStore, plan: Plan) -> tuple[str | None, Ledger]:
-    """Return the newest checkpoint's name, and the samples of the plan that it has consumed or put into quarantine.
+def _done(store: CheckpointStore, plan: Plan) -> tuple[str | None, Ledger, list[Quarantined]]:
+    """Return the newest checkpoint's name, the samples that it has consumed or put into quarantine, and the latter.
 
     A checkpoint whose record of these is damaged is rejected, and the one before it is taken.
     """
-    while (manifest := store.latest()) is not None:
-        done = plan.empty_ledger()
-        try:
-            done.merge(store.ledger(manifest, plan))
-            done.include(ids_of(store.quarantined(manifest, plan)))
-        except CheckpointDamaged as error:
-            store.reject(manifest.name, str(error))
-        else:
-            return manifest.name, done
-    return None, plan.empty_ledger()
+    found = store.newest_with(lambda last: (store.ledger(last, plan), store.quarantined(last, plan)))
+    if found is None:
+        return None, plan.empty_ledger(), []
+    manifest, (ledger, quarantined) = found
+    return manifest.name, settled_samples(plan, ledger, quarantined), quarantined

@@ -86,6 +86,18 @@ class CheckpointStore:
             )
         return committed[-1] if committed else None
 
+    def newest_with(self, read: Callable[[Manifest], T]) -> tuple[Manifest, T] | None:
+        """Return the checkpoint to resume from, and what `read` returns for it; None if none was committed.
+
+        One for which `read` raises CheckpointDamaged is rejected, and the one before it is taken.
+        """
+        while (manifest := self.latest()) is not None:
+            try:
+                return manifest, read(manifest)
+            except CheckpointDamaged as error:
+                self.reject(manifest.name, str(error))
+        return None
+
     def loss(self) -> str:
         """Return a text about damaged checkpoints newer than the one to resume from; empty if there are none."""
         committed, damaged = self._survey()
@@ -158,7 +170,7 @@ class CheckpointStore:
             replace_file(self.filesystem, path, json.dumps(asdict(manifest)).encode())
 
     def prune(self, keep: int) -> None:
-        """Remove all but the `keep` newest checkpoints, and uncommitted folders up to the newest committed step.
+        """Remove all but the `keep` newest checkpoints, and uncommitted folders of steps before these.
 
         A folder that cannot be removed stays until the next call. The job continues, with a warning.
         """
@@ -326,12 +338,16 @@ class CheckpointStore:
             raise self._unusable(name, f"{MANIFEST}: {reason(error)}") from error
 
     def _prune(self, keep: int) -> None:
-        committed = self.committed()
-        kept = {manifest.name for manifest in committed[-keep:]}
-        for name in sorted({path.partition("/")[0] for path in self._stored()} - kept):
-            match = _NAME.fullmatch(name)
-            # Folders of later steps stay: another attempt at this run may be writing them.
-            if match and committed and int(match[1]) <= committed[-1].step:
+        committed, damaged = self._survey()
+        kept = committed[-keep:]
+        superseded = {manifest.name for manifest in committed[:-keep]}
+        superseded |= {name for name in damaged if kept and _step(name) <= kept[-1].step}
+        # Other folders of these steps stay, even of the newest: other workers of this run may be writing them, and
+        # would commit them without the files that are removed here.
+        first = min((manifest.step for manifest in kept), default=0)
+        folders = {path.partition("/")[0] for path in self._stored()} - {manifest.name for manifest in kept}
+        for name in sorted(folders):
+            if name in superseded or 0 <= _step(name) < first:
                 self._remove(name)
 
     def _remove(self, name: str) -> None:

@@ -89,11 +89,12 @@ def require_same_origins(store: CheckpointStore, run: str, spec: JobSpec, origin
 
     What this version notes and the checkpoint's did not, is not compared.
     """
-    last = store.latest()
-    if last is None:
+    found = store.newest_with(lambda last: store.parsed(last, SPEC_FILE) if SPEC in last.files else None)
+    if found is None:
         return
-    if SPEC in last.files:
-        _require_same_job(run, store.parsed(last, SPEC_FILE), spec)
+    last, there = found
+    if there:
+        _require_same_job(run, there, spec)
     differing = [name for name in last.origins.keys() & origins.keys() if last.origins[name] != origins[name]]
     updated = sorted(name for name in differing if name.startswith(VERSION))
     if changed := sorted(set(differing) - set(updated)):

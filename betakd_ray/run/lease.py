@@ -20,7 +20,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -144,9 +144,17 @@ class Permit:
     run: str
     storage: StorageSpec
     token: int = 0
+    require: Callable[[], None] | None = None
+    """Function that raises an error if there is another reason to write nothing more."""
+
+    def requiring(self, require: Callable[[], None]) -> "Permit":
+        """Return this permission under one more condition."""
+        return replace(self, require=require)
 
     def check(self) -> None:
-        """Raise RunTaken if another driver has taken the run over."""
+        """Raise RunTaken if another driver has taken the run over, or what `require` raises."""
+        if self.require:
+            self.require()
         Leases(self.run, self.storage).require(self.token)
 
 

@@ -27,11 +27,14 @@ from betakd_ray.train.distiller import Distiller
 PREFIX = "student."
 
 
-def export_student(engine: Any, spec: JobSpec, permit: Permit, metrics: dict[str, Any], group: Any = None) -> None:
+def export_student(
+    engine: Any, spec: JobSpec, permit: Permit, metrics: dict[str, Any], group: Any = None, *, step: int = 0
+) -> None:
     """Write a DeepSpeedEngine's student to RUN/model (collective: every rank must call it).
 
     The folder has weights (safetensors), config, processor and model card. The other ranks wait in `group` for rank 0's
-    upload; by default this is the group of all ranks. Raises RunTaken if another driver has taken the run over.
+    upload; by default this is the group of all ranks. `step` is the model's; `metrics` may be of an earlier one, which
+    was logged. Raises RunTaken if another driver has taken the run over.
     """
     state = _student_state(engine, spec)
     if dist.get_rank() == 0 and state is not None:
@@ -43,7 +46,7 @@ def export_student(engine: Any, spec: JobSpec, permit: Permit, metrics: dict[str
                 (folder / "README.md").write_text(
                     model_card(spec, metrics, sees_images=takes_images(distiller.student)), encoding="utf-8"
                 )
-                record = ModelRecord(permit.token, metrics.get("step", 0))
+                record = ModelRecord(permit.token, step)
                 (folder / MODEL_RECORD).write_text(json.dumps(asdict(record)))
             permit.check()
             _upload(folder, join(permit.run, MODEL), permit.storage)

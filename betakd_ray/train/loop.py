@@ -21,6 +21,7 @@ from betakd_ray.batch.sample import Sample
 from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.plan import Quarantined, ids_of, require_few
 from betakd_ray.data.rows import samples_of
+from betakd_ray.on_ray.monitor import require_current
 from betakd_ray.on_ray.watch import Start, Watch
 from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.folder import LEDGER, LOGGED, METRICS, PROGRESS, QUARANTINE, SKIPPED, SPEC
@@ -88,13 +89,15 @@ class Worker:
         head = self.client.head() if self.client else None
         self.learner = Learner(self.spec, config.facts, self.total_steps, head)
         self.cache = CacheWriter(config.cache, keep=config.plan.epochs > 1) if config.cache else None
-        self.store = CheckpointStore(config.run, self.spec.output.storage, config.permit, config.origins)
+        self.permit = config.permit.requiring(partial(require_current, config.monitor, self.start, config.run))
+        self.store = CheckpointStore(config.run, self.spec.output.storage, self.permit, config.origins)
         self.metrics = MetricsWriter(self.spec, config.run, config.permit.token) if self.rank == 0 else None
         self.ledger = config.plan.empty_ledger() if self.rank == 0 else None
         """Samples of all ranks that took part in a step, up to the last checkpoint; only rank 0 has it."""
         self.trained: list[SampleIds] = []
         """This rank's samples since the last checkpoint."""
         self.saved_step = self.samples = self.dropped = self.skipped = self.skipped_in_a_row = 0
+        self.saved_token = config.permit.token  # of the driver that has committed `saved_step`
         self.skips: list[dict[str, Any]] = []
         self.clock = StepClock(self.learner.device)
         self.usage = Usage()
@@ -127,7 +130,8 @@ class Worker:
                     step.counts.save or self.step % self.training.checkpoint_every == 0
                 ):
                     self.save()
-            if self.step != self.saved_step:
+            # Also after another driver's last step: the last checkpoint, model and result have one token.
+            if self.step != self.saved_step or self.saved_token != self.config.permit.token:
                 self.save()
             self.saver.wait()
             # The feeds agreed to stop, so all ranks left the loop after the same step, and have saved that step.
@@ -313,7 +317,7 @@ class Worker:
             self.merge_trained()
             # A resume counts on the records that this checkpoint refers to.
             self.saver.save(self.step, self.write, self.metrics.flush if self.metrics else lambda: None)
-        self.saved_step = self.step
+        self.saved_step, self.saved_token = self.step, self.config.permit.token
 
     def note_commit(self, seconds: float) -> None:
         """Note a commit, `seconds` after the save began. Called by the saver's thread on rank 0."""
@@ -375,6 +379,7 @@ class Worker:
             self.metrics.restore(self.metrics_reference(manifest))
             self.skips = [asdict(skip) for skip in self.store.parsed(manifest, SKIPPED_FILE)]
         self.step = self.saved_step = manifest.step
+        self.saved_token = manifest.token
         for name in COUNTS:
             setattr(self, name, getattr(progress, name))
 
@@ -391,9 +396,9 @@ class Worker:
     def finish(self) -> dict[str, Any]:
         """Export the student; rank 0 returns the outcome, the others {}. Collective."""
         last = self.metrics.last if self.metrics else {}
-        export_student(self.learner.engine, self.spec, self.config.permit, last, self.learner.host_group)
+        export_student(self.learner.engine, self.spec, self.permit, last, self.learner.host_group, step=self.step)
         if self.metrics is None or self.ledger is None:
             return {}
-        self.config.permit.check()
+        self.permit.check()
         self.metrics.close()
         return {"steps": self.step, "metrics": last, "consumed": self.ledger.count, "skipped_steps": self.skipped}

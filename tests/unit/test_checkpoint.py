@@ -407,12 +407,13 @@ def test_an_error_of_writing_leaves_nothing_to_store(local):
 def test_pruning_removes_what_is_superseded_and_nothing_else(store):
     for step in range(1, 5):
         store.commit(uncommitted(store, f"step-{step}-a"))
-    put(store, "step-3-died")
+    put(store, "step-2-died")
+    put(store, "step-4-writing")  # by workers that count as dead, or of another driver
     put(store, "step-5-writing")
     put(store, "notes", {"mine.txt": b"keep"})
     store.prune(keep=2)
     assert names(store) == ["step-3-a", "step-4-a"]
-    assert folders(store) == ["notes", "step-3-a", "step-4-a", "step-5-writing"]
+    assert folders(store) == ["notes", "step-3-a", "step-4-a", "step-4-writing", "step-5-writing"]
     store.prune(keep=9)
     assert names(store) == ["step-3-a", "step-4-a"]
 

@@ -1,0 +1,153 @@
+"""Bugs that are planted into the real code, to show that the simulation finds them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from betakd_ray.on_ray import source
+from betakd_ray.run import lease
+from betakd_ray.run.checkpoint import CheckpointStore, _files
+from betakd_ray.run.folder import MANIFEST
+from betakd_ray.run.lease import Leases, Permit
+from betakd_ray.run.manifest import StoredFile
+from betakd_ray.storage import join, replace_file
+from betakd_ray.train import checkpoint as saving
+from betakd_ray.train import loop
+from betakd_ray.train.loop import Worker
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def manifest_before_the_files(patch: pytest.MonkeyPatch) -> None:
+    """Write the manifest of a checkpoint before its files are in the store."""
+
+    def save(
+        store: CheckpointStore, step: int, attempt: str, keep: int, write: Callable[[Path], None], group: Any = None
+    ) -> None:
+        name = f"step-{step:08d}-{attempt}"
+        with saving.temporary_folder("save") as local:
+            write(local)
+            parts = saving.gather({file: StoredFile.of(local / file) for file in _files(local)}, group)
+            if saving.dist.get_rank() == 0:
+                manifest = store.manifest(name, step, len(parts), {file: part[file] for part in parts for file in part})
+                path = join(store.root, name, MANIFEST)
+                with store._errors(name):
+                    replace_file(store.filesystem, path, json.dumps(asdict(manifest)).encode())
+            store.upload(local, name)
+        saving.dist.barrier(group)
+
+    patch.setattr(saving, "save", save)
+
+
+def by_step(patch: pytest.MonkeyPatch) -> None:
+    """Let any driver commit, and order checkpoints by step alone."""
+    survey = CheckpointStore._survey
+
+    def ordered(self: CheckpointStore) -> Any:
+        committed, damaged = survey(self)
+        return sorted(committed, key=lambda each: (each.step, each.name)), damaged
+
+    patch.setattr(Permit, "check", lambda self: None)
+    patch.setattr(CheckpointStore, "_survey", ordered)
+
+
+def ledger_not_subtracted(patch: pytest.MonkeyPatch) -> None:
+    """Make the stream of the whole plan at each start."""
+    patch.setattr(source, "settled_samples", lambda plan, ledger, quarantined: plan.empty_ledger())
+
+
+def another_checkpoint_loaded(patch: pytest.MonkeyPatch) -> None:
+    """Resume from the newest checkpoint, and not from the one that the rows were made for."""
+    load = Worker.load
+
+    def newest(self: Worker, name: str) -> None:
+        last = self.store.latest()
+        load(self, last.name if last else name)
+
+    patch.setattr(Worker, "load", newest)
+
+
+def newest_pruned(patch: pytest.MonkeyPatch) -> None:
+    """Keep the oldest checkpoints instead of the newest."""
+
+    def prune(self: CheckpointStore, keep: int) -> None:
+        for manifest in self.committed()[keep:]:
+            self._remove(manifest.name)
+
+    patch.setattr(CheckpointStore, "_prune", prune)
+
+
+def two_hold_the_lease(patch: pytest.MonkeyPatch) -> None:
+    """Take a lease over before its holder can renew it, and ignore tokens."""
+    by_step(patch)
+    patch.setattr(lease, "EXPIRE_S", 1.0)
+    patch.setattr(Leases, "require", lambda self, token, nonce="": None)
+
+
+def lease_overwritten(patch: pytest.MonkeyPatch) -> None:
+    """Use a store without conditional writes, and do not read the lease again."""
+
+    def create(self: Leases, token: int, mine: lease.Lease) -> bool:
+        self.renew(token, mine)
+        return True
+
+    require = Leases.require
+    patch.setattr(Leases, "create", create)
+    patch.setattr(Leases, "require", lambda self, token, nonce="": require(self, token))
+
+
+def quarantine_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """Do not tell the monitor what is in quarantine in the checkpoint that the rows were made for."""
+    done = source._done
+    patch.setattr(source, "_done", lambda store, plan: (*done(store, plan)[:2], []))
+
+
+def begun_folders_pruned(patch: pytest.MonkeyPatch) -> None:
+    """Remove folders that other workers may be about to commit."""
+
+    def prune(self: CheckpointStore, keep: int) -> None:
+        committed = self.committed()
+        kept = {manifest.name for manifest in committed[-keep:]}
+        for name in sorted({path.partition("/")[0] for path in self._stored()} - kept):
+            if committed and int(name.split("-")[1]) <= committed[-1].step:
+                self._remove(name)
+
+    patch.setattr(CheckpointStore, "_prune", prune)
+
+
+def workers_not_replaced(patch: pytest.MonkeyPatch) -> None:
+    """Let workers that were taken for dead commit and finish beside others of the same driver."""
+    patch.setattr(loop, "require_current", lambda monitor, start, run: None)
+
+
+def damaged_spec_refused(patch: pytest.MonkeyPatch) -> None:
+    """End every driver if the spec in the newest checkpoint is damaged, instead of going on from the one before."""
+
+    def newest_with(self: CheckpointStore, read: Callable[[Any], Any]) -> Any:
+        last = self.latest()
+        return (last, read(last)) if last else None
+
+    patch.setattr(CheckpointStore, "newest_with", newest_with)
+
+
+PLANTED: dict[str, Plant] = {
+    plant.__name__: plant
+    for plant in (
+        manifest_before_the_files,
+        by_step,
+        ledger_not_subtracted,
+        another_checkpoint_loaded,
+        newest_pruned,
+        two_hold_the_lease,
+        lease_overwritten,
+        quarantine_forgotten,
+        begun_folders_pruned,
+        workers_not_replaced,
+        damaged_spec_refused,
+    )
+}
+"""Bug → how it is planted."""
