@@ -286,8 +286,13 @@ class CheckpointStore:
         return universal
 
     def require_stored(self, manifest: Manifest) -> None:
-        """Raise CheckpointDamaged if a file of a checkpoint is missing, or has another size."""
-        if missing := manifest.missing(self._stored(manifest.name)):
+        """Raise CheckpointDamaged if a file of a checkpoint is missing, or has another size.
+
+        Raises OutputUnreachable if another process has pruned the checkpoint meanwhile: its manifest goes first.
+        """
+        if missing := manifest.missing(stored := self._stored(manifest.name)):
+            if MANIFEST not in stored:
+                raise OutputUnreachable(f"{self.url}/{manifest.name}: was removed, and there is a newer checkpoint.")
             raise self._unusable(manifest.name, f"{missing} are there")
 
     # ----------------------------------------------------------------------------------------- the store

@@ -13,7 +13,6 @@ from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.folder import (
     CHECKPOINTS,
     DAMAGED,
-    LEASES,
     LEDGER,
     MANIFEST,
     MODEL,
@@ -25,9 +24,9 @@ from betakd_ray.run.folder import (
 )
 from betakd_ray.run.manifest import Manifest
 from betakd_ray.spec import StorageSpec
-from tests.simulation.job import BATCH, RUN, Place, ids, plan
-from tests.simulation.scheduler import Process, Violation
-from tests.simulation.store import Objects
+from tests.simulation.job import BATCH, RUN, ids
+from tests.simulation.scheduler import Thread, Violation
+from tests.simulation.store import Objects, highest_token, is_replaced
 
 ROOT = RUN.removeprefix("simulated://")
 OUTCOME = (RESULT, TAIL, QUARANTINE, f"{MODEL}/{MODEL_RECORD}")
@@ -46,8 +45,6 @@ class Invariants:
     """Checkpoints in which a schedule has changed a byte."""
     late: list[str] = field(default_factory=list)
     """Files of the outcome that a driver has written after it was replaced."""
-    results: list[int] = field(default_factory=list)
-    """Tokens of the results in the order in which they were written."""
 
     def check(self, path: str) -> None:
         """Check what the change of `path` may have broken."""
@@ -55,10 +52,8 @@ class Invariants:
         with self.objects.scheduler.standing_still() as thread:
             if name.startswith(f"{CHECKPOINTS}/"):
                 self._check_checkpoints(name.split("/")[1], name.rpartition("/")[2])
-                if name.endswith(f"/{MANIFEST}") and thread and _is_replaced(thread.process):
-                    self.late.append(name)
-            elif name in OUTCOME and thread:
-                self._note_outcome(name, thread.process)
+            if thread and (name in OUTCOME or name.endswith(f"/{MANIFEST}")):
+                self._note_writer(name, thread)
 
     def _check_checkpoints(self, name: str, file: str) -> None:
         is_of_newest = self.newest is not None and name == self.newest.name
@@ -120,18 +115,13 @@ class Invariants:
         if len(trained) + dropped != manifest.step * BATCH or dropped > len(bad):
             raise Violation(f"{_named(manifest)}: {len(trained)} trained, {dropped} dropped: not {BATCH} a step")
 
-    def _note_outcome(self, name: str, process: Process) -> None:
-        """Note which driver has written a file of the outcome, and whether it was replaced before."""
-        token = process.job._permit.token if process.job else process.token
-        if token < self.highest_token() or _is_replaced(process):
+    def _note_writer(self, name: str, thread: Thread) -> None:
+        """Note a write by a driver or a worker that was replaced. Raise Violation if it had been told before."""
+        process = thread.process
+        if process.token_held < highest_token(self.objects.files) or is_replaced(process):
             self.late.append(name)
-        if name == RESULT:
-            self.results.append(token)
-
-    def highest_token(self) -> int:
-        """Return the token of the driver that has the run."""
-        tokens = [path for path in self.objects.files if path.startswith(f"{ROOT}/{LEASES}/")]
-        return max((int(path.rpartition("/")[2].partition(".")[0]) for path in tokens), default=0)
+            if thread.is_told:
+                raise Violation(f"{thread.name} writes {name}, though it had found that it was replaced")
 
     # ---------------------------------------------------------------------------------------------- the end
 
@@ -146,17 +136,6 @@ class Invariants:
         if unexplained:
             raise Violation(f"the audit finds: {'; '.join(unexplained)}")
         return problems
-
-
-def _is_replaced(process: Process) -> bool:
-    """Return whether other workers have been started in the place of this one."""
-    return process.monitor is not None and process.monitor.starts_from.remote() != process.start
-
-
-def planned() -> set[Place]:
-    """Return every sample of the plan."""
-    sizes = plan().sizes
-    return {(e, s, i) for e in range(plan().epochs) for s in range(len(sizes)) for i in range(int(sizes[s]))}
 
 
 def _named(manifest: Manifest) -> Any:

@@ -47,6 +47,11 @@ class Process:
     has_finished: bool = False
     stalled_until: float = 0.0
 
+    @property
+    def token_held(self) -> int:
+        """Return the token of the driver, or of the driver that started this rank."""
+        return self.job._permit.token if self.job else self.token
+
 
 @dataclass(eq=False)
 class Thread:
@@ -58,6 +63,8 @@ class Thread:
     wake: float = inf
     """Time at which it goes on; infinite while it waits for another thread."""
     is_done: bool = False
+    is_told: bool = False
+    """Whether it found that its driver or its start was replaced when it last looked at the leases."""
 
 
 @dataclass

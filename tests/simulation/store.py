@@ -1,12 +1,13 @@
 """An object store in memory, with the faults of real ones. Its protocol is `simulated://`, so fsspec finds it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
 import fsspec
 from fsspec.spec import AbstractFileSystem
 
-from tests.simulation.scheduler import STALL_S, Scheduler
+from betakd_ray.run.folder import LEASES
+from tests.simulation.scheduler import STALL_S, Process, Scheduler
 
 T = TypeVar("T")
 LATENCIES_S = (0.002, 0.01, 0.05, 0.2, 1.0)
@@ -33,6 +34,8 @@ class Objects:
         if not scheduler.is_in_thread:  # a check looks at the store: no time passes
             return effect()
         fault = self._fault(writes)
+        if is_look := kind == "list" and path.endswith(LEASES):
+            scheduler.thread.is_told = is_replaced(scheduler.thread.process)
         scheduler.pause(scheduler.random.choice(LATE_S if fault == "late" else LATENCIES_S))
         if fault == "failure":
             scheduler.note(f"{kind} {path}: fails")
@@ -46,6 +49,8 @@ class Objects:
         except OSError as error:
             scheduler.note(f"{kind} {path}: {type(error).__name__}")
             raise
+        if is_look:
+            scheduler.thread.is_told |= scheduler.thread.process.token_held < highest_token(self.files)
         if writes or fault:
             scheduler.note(f"{kind} {path}" + (f": {fault}" if fault else ""))
         if writes:
@@ -86,6 +91,17 @@ class Objects:
         elif fault == "damage":
             self.damage()
         return fault
+
+
+def is_replaced(process: Process) -> bool:
+    """Return whether other workers have been started in the place of this one."""
+    return process.monitor is not None and process.monitor.starts_from.remote() != process.start
+
+
+def highest_token(files: Iterable[str]) -> int:
+    """Return the token of the driver that has the run."""
+    leases = [path.rpartition("/")[2].partition(".")[0] for path in files if f"/{LEASES}/" in path]
+    return max(map(int, leases), default=0)
 
 
 class SimulatedStore(AbstractFileSystem):

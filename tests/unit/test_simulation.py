@@ -15,6 +15,8 @@ PARTS, SEEDS = 8, 500
 FOUND_AT = {
     "by_step": 21,
     "another_checkpoint_loaded": 75,
+    "workers_not_replaced": 91,
+    "begun_folders_pruned": 778,
     "lease_overwritten": 730,
     "quarantine_forgotten": 1726,
     "damaged_spec_refused": 191,
