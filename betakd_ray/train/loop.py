@@ -276,7 +276,9 @@ class Worker:
                 "checkpoint_s": self.save_s,
                 "peak_memory_gb": peak_memory(self.learner.device) / 1e9,
             }
-            record |= usage.rates(mean, slowest, self.ranks) | self.utilisation(usage, mean["elapsed"])
+            record |= usage.rates(mean, slowest, self.ranks)
+            if (peak := self.learner.peak_flops) and (flops := self.learner.flops):
+                record["flops_utilisation"] = usage.flops(flops) / mean["elapsed"] / (peak * self.ranks)
             self.metrics.log(record)
             self.config.monitor.log.remote(record)
 
@@ -296,17 +298,6 @@ class Worker:
             for kind, values in by_channel.items()
             for name, value in zip(self.learner.channels, values.tolist(), strict=True)
         }
-
-    def utilisation(self, usage: "Usage", elapsed_s: float) -> dict[str, float]:
-        """Return the share of the devices' peak FLOP/s that the student's FLOPs used; {} if the peak is not known.
-
-        `usage` counts the global batch over `elapsed_s` seconds.
-        """
-        peak, flops, tokens = self.learner.peak_flops, self.learner.flops, usage.tokens
-        if peak is None or flops is None:
-            return {}
-        done = flops.step(tokens.real, usage.squares, tokens.answer, tokens.image, usage.pixels)
-        return {"flops_utilisation": done / elapsed_s / (peak * self.ranks)}
 
     # ---------------------------------------------------------------------------- checkpoint and result
 

@@ -5,6 +5,7 @@ import sys
 
 import torch
 
+from betakd_ray.models.flops import StudentFlops
 from betakd_ray.train.agreement import TokenCounts
 from betakd_ray.train.clock import PHASES, STALLS
 from betakd_ray.train.micro_batches import Step
@@ -54,6 +55,11 @@ class Usage:
             record[f"time/{phase}"] = mean[phase] / self.steps
             record[f"time_max/{phase}"] = slowest[phase] / self.steps
         return record
+
+    def flops(self, count: StudentFlops) -> float:
+        """Return the FLOPs of the student's forward and backward passes."""
+        tokens = self.tokens
+        return count.step(tokens.real, self.squares, tokens.answer, tokens.image, self.pixels)
 
 
 def peak_memory(device: torch.device) -> int:
