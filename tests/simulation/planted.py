@@ -100,12 +100,6 @@ def lease_overwritten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Leases, "require", lambda self, token, nonce="": require(self, token))
 
 
-def quarantine_forgotten(patch: pytest.MonkeyPatch) -> None:
-    """Do not tell the monitor what is in quarantine in the checkpoint that the rows were made for."""
-    done = source._done
-    patch.setattr(source, "_done", lambda store, plan: (*done(store, plan)[:2], []))
-
-
 def begun_folders_pruned(patch: pytest.MonkeyPatch) -> None:
     """Remove folders that other workers may be about to commit."""
 
@@ -144,7 +138,6 @@ PLANTED: dict[str, Plant] = {
         newest_pruned,
         two_hold_the_lease,
         lease_overwritten,
-        quarantine_forgotten,
         begun_folders_pruned,
         workers_not_replaced,
         damaged_spec_refused,

@@ -46,7 +46,12 @@ def commit(run: Path, step: int, *places: tuple[int, int, int]) -> str:
 
 
 @pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def monitor() -> Monitor:
+    return Monitor(PLAN.samples, [], max_failures=0)
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, monitor: Monitor) -> Any:
     """Return a function that starts workers; it returns what is subtracted from the plan, and the monitor's reply."""
     (tmp_path / "run").mkdir()
     tree = {
@@ -55,7 +60,6 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         "student": {"init": {"path": "org/student", "kind": "checkpoint"}},
         "output": str(tmp_path),
     }
-    monitor = Monitor(PLAN.samples, [], max_failures=0)
     monkeypatch.setattr(source.ray, "get", lambda answer: answer)
 
     def begin(meanwhile: Any = None) -> tuple[Ledger, str | None]:
@@ -72,6 +76,15 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return seen[0], monitor.starts_from().checkpoint
 
     return begin
+
+
+def test_the_monitor_is_told_what_is_in_quarantine_in_the_checkpoint_of_the_rows(
+    tmp_path: Path, start: Any, monitor: Monitor
+) -> None:
+    """It may have begun before a driver that was replaced committed this checkpoint, whose quarantine is left out."""
+    commit(tmp_path / "run", 1, (0, 0, 0))
+    start()
+    assert monitor.quarantined() == [BAD]
 
 
 def test_a_commit_between_the_stream_and_the_workers_trains_no_sample_twice(tmp_path: Path, start: Any) -> None:
