@@ -7,13 +7,12 @@ good, and the one before it is the current one again. The manifest is the only s
 workers both resume from the checkpoint that it names. `train.checkpoint` has what all ranks do together.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -167,7 +166,7 @@ class CheckpointStore:
         path = join(self.root, manifest.name, MANIFEST)
         # Written last and atomically: a reader sees a complete checkpoint, or none.
         with self._errors(manifest.name, MANIFEST):
-            replace_file(self.filesystem, path, json.dumps(asdict(manifest)).encode())
+            replace_file(self.filesystem, path, manifest.to_json())
 
     def prune(self, keep: int) -> None:
         """Remove all but the `keep` newest checkpoints, and uncommitted folders of steps before these.
@@ -282,7 +281,7 @@ class CheckpointStore:
         universal = replace(manifest, files=made | rest)
         path = join(manifest.name, UNIVERSAL, MANIFEST)
         with self._errors(path):  # written last: without this manifest, the next resume converts again
-            replace_file(self.filesystem, join(self.root, path), json.dumps(asdict(universal)).encode())
+            replace_file(self.filesystem, join(self.root, path), universal.to_json())
         return universal
 
     def require_stored(self, manifest: Manifest) -> None:

@@ -1,8 +1,9 @@
 """Manifest of a checkpoint: its files with their sizes and digests."""
 
 import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -62,6 +63,11 @@ class Manifest:
     """Token of the lease under which it was written (`run.lease`)."""
     origins: dict[str, str] = field(default_factory=dict)
     """What the run was made from: name → digest or version (`run.claim`). Older versions stored none."""
+    sha256: str = field(default="", compare=False)
+    """Digest of all the above, as `to_json` stores it; empty in a manifest that was not read, or of an older version.
+
+    Without it a changed bit could make another checkpoint the newest one.
+    """
 
     def __post_init__(self) -> None:
         if self.step < 0 or self.world_size < 1 or any(file.size < 0 for file in self.files.values()):
@@ -82,7 +88,17 @@ class Manifest:
         manifest: Manifest = _PARSE(content)
         if manifest.name != name:
             raise ValueError(f"the manifest of {beginning(manifest.name)}")
+        if manifest.sha256 and manifest.sha256 != manifest._digest():
+            raise ValueError("its own SHA-256 is another than when it was written")
         return manifest
+
+    def to_json(self) -> bytes:
+        """Return the content of the manifest's file, with its digest."""
+        return json.dumps(asdict(replace(self, sha256=self._digest()))).encode()
+
+    def _digest(self) -> str:
+        content = json.dumps(asdict(replace(self, sha256="")), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def missing(self, sizes: Mapping[str, int]) -> str | None:
         """Return the first file that is not in `sizes`, or has another size there; None if there is none.

@@ -536,6 +536,17 @@ def test_one_flipped_bit_is_found_before_anything_is_loaded(store, file):
     assert re.search(r"SHA-256", store.verify(store.latest()))
 
 
+def test_a_bit_of_a_manifest_that_flips_is_found(local):
+    """The name of a file, a size, a digest, the step, the token: any of them would be believed otherwise."""
+    before, name = saved(local, 1), saved(local, 2)
+    size = len(local.filesystem.cat_file(f"{local.root}/{name}/{MANIFEST}"))
+    for at in range(size):
+        flip(local, name, MANIFEST, at)
+        assert names(local) == [before], at
+        flip(local, name, MANIFEST, at)
+    assert names(local) == [before, name]
+
+
 def test_a_flipped_bit_in_a_small_file_is_found_where_it_is_read(store):
     name = saved(store, 1)
     flip(store, name, LEDGER, at=0)
