@@ -22,6 +22,7 @@ from betakd_ray.job import BetaKDJob
 from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.records import Logged
 from betakd_ray.spec import JobSpec, parse_spec
+from betakd_ray.train import checkpoint as saving
 from betakd_ray.train.agreement import StepCounts, TokenCounts
 from betakd_ray.train.clock import StepClock
 from betakd_ray.train.loop import Worker
@@ -204,6 +205,7 @@ class SimulatedWorker(Worker):
         self.saved_token = config.permit.token
         self.clock, self.usage = StepClock(torch.device("cpu")), Usage()
         self.saved_at = self.save_s = 0.0
+        self.saver = saving.Saver(self.store, self.start.attempt, self.training.keep, None, self.note_commit)
 
     def feed(self, threads: ExitStack) -> Any:
         self.begun_at = self.step

@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tenacity
@@ -37,8 +39,10 @@ def patched() -> Iterator[Callable[[int], Schedule]]:
                 schedule.run()
             return schedule
 
-        yield run
-    logging.disable(logging.NOTSET)
+        try:
+            yield run
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def _replace_what_stays(patch: pytest.MonkeyPatch) -> None:
@@ -57,6 +61,7 @@ def _replace_what_stays(patch: pytest.MonkeyPatch) -> None:
     for module in (saving, export):
         patch.setattr(module, "temporary_folder", folder)
     patch.setattr(saving, "owned", folder)
+    patch.setattr(saving, "in_background", _at_once)
     patch.setattr(saving, "os", SimpleNamespace(environ={"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}))
     patch.setattr(checkpoint, "ThreadPoolExecutor", OneAtATime)
     # Cached, as both take longer than a whole checkpoint here.
@@ -68,10 +73,17 @@ def _replace_what_stays(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(export, "model_card", lambda *args, **options: "a model")
 
 
+def _at_once(call: Callable[[], Any], name: str) -> Future[Any]:
+    """Call a function, whose errors are the caller's: in the simulation a step waits until a checkpoint is stored."""
+    done: Future[Any] = Future()
+    done.set_result(call())
+    return done
+
+
 def _replace_of_schedule(patch: pytest.MonkeyPatch, schedule: Schedule) -> None:
     scheduler = schedule.scheduler
     clock, ranks = Clock(scheduler), Distributed(scheduler)
-    for module in (lease, sigterm, monitor, loop, tenacity, tenacity.nap):
+    for module in (lease, sigterm, monitor, loop, saving, tenacity, tenacity.nap):
         patch.setattr(module, "time", clock)
     for module in (saving, export, loop):
         patch.setattr(module, "dist", ranks)
