@@ -1,8 +1,6 @@
 """Bugs that are planted into the real code, to show that the simulation finds them."""
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +23,17 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 def manifest_before_the_files(patch: pytest.MonkeyPatch) -> None:
     """Write the manifest of a checkpoint before its files are in the store."""
 
-    def save(
-        store: CheckpointStore, step: int, attempt: str, keep: int, write: Callable[[Path], None], group: Any = None
-    ) -> None:
-        name = f"step-{step:08d}-{attempt}"
-        with saving.temporary_folder("save") as local:
-            write(local)
-            parts = saving.gather({file: StoredFile.of(local / file) for file in _files(local)}, group)
-            if saving.dist.get_rank() == 0:
-                manifest = store.manifest(name, step, len(parts), {file: part[file] for part in parts for file in part})
-                path = join(store.root, name, MANIFEST)
-                with store._errors(name):
-                    replace_file(store.filesystem, path, json.dumps(asdict(manifest)).encode())
-            store.upload(local, name)
-        saving.dist.barrier(group)
+    def commit(self: saving.Saver, step: int, folder: Path, before_commit: Callable[[], None]) -> None:
+        store, name = self._store, f"step-{step:08d}-{self._attempt}"
+        parts = saving.gather({file: StoredFile.of(folder / file) for file in _files(folder)}, self._group)
+        if saving.dist.get_rank() == 0:
+            manifest = store.manifest(name, step, len(parts), {file: part[file] for part in parts for file in part})
+            with store._errors(name):
+                replace_file(store.filesystem, join(store.root, name, MANIFEST), manifest.to_json())
+        store.upload(folder, name)
+        saving.dist.barrier(self._group)
 
-    patch.setattr(saving, "save", save)
+    patch.setattr(saving.Saver, "_commit", commit)
 
 
 def by_step(patch: pytest.MonkeyPatch) -> None:

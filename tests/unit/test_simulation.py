@@ -10,7 +10,7 @@ from tests.simulation.patches import patched
 from tests.simulation.planted import PLANTED
 
 ROOT = Path(__file__).parents[2]
-PARTS, SEEDS = 8, 500
+PARTS, SEEDS = 8, 250
 """Number of tests, and of schedules in each. `make soak` runs as many as wanted."""
 FOUND_AT = {
     "by_step": 62,
