@@ -296,7 +296,7 @@ def _of_another_job(store: CheckpointStore, last: Manifest, spec: JobSpec, plan:
     """Yield a problem if a checkpoint was made for another spec or plan than those in the run's folder."""
     if SPEC in last.files and (differing := differing_sections(store.parsed(last, SPEC_FILE), spec)):
         yield f"{SPEC}: is of another job than {last.name}: its {', '.join(differing)} differ"
-    if last.origins.get(PLAN_ORIGIN, plan_digest(plan)) != plan_digest(plan):
+    if (noted := last.origins.get(PLAN_ORIGIN)) and noted != plan_digest(plan):
         yield f"{PLAN}: is another than the one that {last.name} was made with"
 
 

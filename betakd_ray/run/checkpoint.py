@@ -80,7 +80,7 @@ class CheckpointStore:
         committed, damaged = self._survey()
         if damaged and not committed:  # to begin again at step 0, and overwrite what is left, is the user's decision
             raise OutputError(
-                f"{self.url}: every checkpoint is damaged: {_listed_texts(damaged)}. Restore one of these folders "
+                f"{self.url}: every checkpoint is damaged: {'; '.join(damaged.values())}. Restore one of these folders "
                 f"(without its {DAMAGED}), or start a new run under another `name`."
             )
         return committed[-1] if committed else None
@@ -101,12 +101,12 @@ class CheckpointStore:
         """Return a text about damaged checkpoints newer than the one to resume from; empty if there are none."""
         committed, damaged = self._survey()
         newest = committed[-1] if committed else None
-        newer = {name: why for name, why in damaged.items() if newest is None or _step(name) > newest.step}
-        if not newer or newest is None:
+        newer = {name: why for name, why in damaged.items() if newest and _step(name) > newest.step}
+        if not newest or not newer:
             return ""
         return (
-            f"{self.url}: {_listed_texts(newer)}. The job goes on from {newest.name}, the newest checkpoint that is "
-            f"whole. The {max(map(_step, newer)) - newest.step} steps after it are done again."
+            f"{self.url}: {'; '.join(newer.values())}. The job goes on from {newest.name}, the newest checkpoint that "
+            f"is whole. The {max(map(_step, newer)) - newest.step} steps after it are done again."
         )
 
     def reject(self, name: str, why: str) -> None:
@@ -378,10 +378,6 @@ def _step(name: str) -> int:
     """Return the step in the name of a checkpoint's folder; -1 for another folder."""
     match = _NAME.fullmatch(name)
     return int(match[1]) if match else -1
-
-
-def _listed_texts(damaged: Mapping[str, str]) -> str:
-    return "; ".join(damaged.values())
 
 
 def _at_once(work: Callable[[str], T], files: Iterable[str]) -> list[T]:
