@@ -1,6 +1,7 @@
 """A real S3 server for tests: SeaweedFS on loopback, which starts within a second and ends with its parent."""
 
 import ctypes
+import json
 import os
 import random
 import secrets
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import pytest
 import s3fs
@@ -79,11 +80,12 @@ class SeaweedServer:
         """Start the process on the same objects and port as before, and wait until a put succeeds."""
         if self._directory is None:
             self._directory = Path(tempfile.mkdtemp(prefix="weed-"))
+            (self._directory / "identities.json").write_text(json.dumps(self._identities()))
         with open(self._directory / "log", "ab") as log:
             self._process = subprocess.Popen(
                 self._command(self._directory),
                 # Without GOMEMLIMIT, the process grows to 1.8 GB.
-                env={**os.environ, **self.environment, "GOMEMLIMIT": "400MiB", "TMPDIR": str(self._directory)},
+                env={**os.environ, "GOMEMLIMIT": "400MiB", "TMPDIR": str(self._directory)},
                 cwd=self._directory,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -123,6 +125,11 @@ class SeaweedServer:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
 
+    def _identities(self) -> dict[str, Any]:
+        """Return who may do what. SeaweedFS reloads identities while it runs; those of a file stay valid meanwhile."""
+        credentials = [{"accessKey": self.access_key, "secretKey": self._secret}]
+        return {"identities": [{"name": "tests", "credentials": credentials, "actions": ["Admin"]}]}
+
     def _command(self, directory: Path) -> list[str]:
         ports = {name: self.port + i for i, name in enumerate(["s3", "master", "volume", "filer", "admin"])}
         return [
@@ -130,6 +137,7 @@ class SeaweedServer:
             "mini",
             f"-dir={directory}",
             f"-bucket={self.bucket}",
+            f"-s3.config={directory / 'identities.json'}",
             # Its defaults bind 0.0.0.0 and report home.
             f"-ip={LOOPBACK}",
             f"-ip.bind={LOOPBACK}",
