@@ -289,7 +289,7 @@ class TeacherPool:
     def _place(self, number: int) -> Teacher:
         """Start a teacher on any node with room for it."""
         if self._actors is None:
-            self._actors = placed(self._engine(), placement(self._spec, self._gpus))
+            self._actors = placed(self._engine(), placement(self._spec, self._gpus), spares=self._spec.spares)
         return RemoteTeacher(number, self._actors.remote(self._teacher, self._needs))
 
     def _engine(self) -> type[TeacherScorer]:

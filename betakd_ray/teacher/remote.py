@@ -10,6 +10,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from betakd_ray.batch.inputs import ModelInputs
+from betakd_ray.on_ray.spares import importing, keep_spare
 from betakd_ray.teacher.parts import TeacherFacts
 from betakd_ray.teacher.ports import IN_HAND, Roster, Unanswered
 
@@ -87,9 +88,21 @@ class RemotePool:
         return unwrapped(self.actor.heartbeat.remote(client, waiting, answers, version))
 
 
-def placed(scorer: type, options: dict[str, Any]) -> Any:
+class Spared:
+    """Part of a teacher in its own actor: once at work, it has its node keep a spare process for its successor."""
+
+    def score(self, inputs: ModelInputs) -> Any:
+        answer = super().score(inputs)  # pyright: ignore[reportAttributeAccessIssue]  # of the scorer, in `placed`
+        keep_spare()
+        return answer
+
+
+def placed(scorer: type, options: dict[str, Any], *, spares: bool) -> Any:
     """Return the actor class of a scorer, with its concurrency groups and placement options."""
     remote: Any = ray.remote  # Any, because its type stub lacks concurrency_groups
+    if spares:
+        options = options | {"runtime_env": {"env_vars": importing(scorer.__module__)}}
+        scorer = type(scorer.__name__, (Spared, scorer), {})
     return remote(concurrency_groups=CONCURRENCY)(scorer).options(**options)
 
 

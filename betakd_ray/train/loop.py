@@ -22,6 +22,7 @@ from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.plan import Quarantined, ids_of, require_few
 from betakd_ray.data.rows import samples_of
 from betakd_ray.on_ray.monitor import require_current
+from betakd_ray.on_ray.spares import keep_spare
 from betakd_ray.on_ray.watch import Start, Watch
 from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.folder import LEDGER, LOGGED, METRICS, PROGRESS, QUARANTINE, SKIPPED, SPEC
@@ -126,6 +127,7 @@ class Worker:
                 self.guard(totals, step)
                 if is_logged:
                     self.log(totals, step)
+                keep_spare()
                 if self.step < self.total_steps and (
                     step.counts.save or self.step % self.training.checkpoint_every == 0
                 ):

@@ -23,6 +23,7 @@ from betakd_ray.on_ray.cluster import gpus_each
 from betakd_ray.on_ray.local import loopback_environment
 from betakd_ray.on_ray.monitor import Report
 from betakd_ray.on_ray.source import SplitOnce, rows
+from betakd_ray.on_ray.spares import importing
 from betakd_ray.progress import Update, progress_line
 from betakd_ray.sigterm import POLL_S, StopRequest
 from betakd_ray.spec import JobSpec
@@ -74,7 +75,7 @@ def _trainer(config: WorkerConfig, reader: "ray.ObjectRef", folder: Path) -> Tor
     gpus = gpus_each(spec.cluster.student.gpus)
     student, workers = spec.cluster.student, spec.training.workers
     resources = {"CPU": student.cpus, **student.resources} | ({"GPU": gpus} if gpus else {})
-    callbacks = [ReportFailures(monitor, spec.cluster.start_timeout_s / STARTS), ReportController(monitor)]
+    failures = ReportFailures(monitor, spec.cluster.start_timeout_s / STARTS, workers.max)
     return TorchTrainer(
         train_worker,
         train_loop_config={"worker": config},
@@ -94,8 +95,10 @@ def _trainer(config: WorkerConfig, reader: "ray.ObjectRef", folder: Path) -> Tor
             storage_path=str(folder.parent),
             # Unlimited, because Ray does not reset its count on progress. The monitor counts failures instead.
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=STARTS - 1),
-            callbacks=cast(Any, callbacks),  # its type names only callbacks of the public kind
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | _accelerator(gpus) | loopback_environment()},
+            callbacks=cast(
+                Any, [failures, ReportController(monitor)]
+            ),  # its type names only callbacks of the public kind
+            worker_runtime_env={"env_vars": _environment(gpus, spares=student.spares)},
         ),
     )
 
@@ -138,8 +141,11 @@ def _show(report: Report, update: Update) -> None:
         update(completed=report.latest["step"], numbers=numbers)
 
 
-def _accelerator(gpus: float) -> dict[str, str]:
-    return {} if gpus else ON_CPU
+def _environment(gpus: float, *, spares: bool) -> dict[str, str]:
+    """Return the environment variables of the workers' processes."""
+    accelerator = {} if gpus else ON_CPU
+    imports = importing("betakd_ray.train.loop") if spares else {}
+    return WORKER_ENVIRONMENT | accelerator | loopback_environment() | imports
 
 
 def _scratch(name: str) -> Path:
