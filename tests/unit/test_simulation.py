@@ -11,7 +11,7 @@ from tests.simulation.planted import PLANTED
 
 ROOT = Path(__file__).parents[2]
 PARTS, SEEDS = 8, 250
-"""Number of tests, and of schedules in each. `make soak` runs as many as wanted."""
+"""Number of tests, and of schedules in each. `make simulate` runs as many as wanted."""
 FOUND_AT = {
     "by_step": 62,
     "another_checkpoint_loaded": 91,

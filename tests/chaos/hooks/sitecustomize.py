@@ -1,0 +1,26 @@
+"""A clock that can be set: Python imports a module of this name when it starts, if its folder is in PYTHONPATH.
+
+It stands for a step of the system's clock, as time.time and time.time_ns show it to all Python code of a job and of
+Ray. It does not change datetime, and so not the signatures of requests, nor what compiled code reads.
+"""
+
+import mmap
+import os
+import struct
+import time
+
+FILE = "BETAKD_TEST_CLOCK"
+"""Environment variable with the path of a file of 8 bytes: by how many seconds the clock is ahead, as a double."""
+
+
+def _set_clock(path: str) -> None:
+    with open(path, "rb") as file:
+        # Mapped, so that all processes see a change at once, and a look costs no system call.
+        ahead = mmap.mmap(file.fileno(), 8, access=mmap.ACCESS_READ)
+    now, now_ns = time.time, time.time_ns
+    time.time = lambda: now() + struct.unpack_from("d", ahead)[0]
+    time.time_ns = lambda: now_ns() + int(struct.unpack_from("d", ahead)[0]) * 10**9
+
+
+if os.path.exists(os.environ.get(FILE, "")):
+    _set_clock(os.environ[FILE])
