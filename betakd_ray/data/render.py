@@ -48,7 +48,10 @@ def _template_function(data: DataSpec, eos: str) -> Template:
     if not is_plugin(data.template):
         return function
     try:
-        spans = [(str(text), bool(is_answer)) for text, is_answer in function(PROBE.conversation, None, eos)]
+        spans, again = (
+            [(str(text), bool(is_answer)) for text, is_answer in function(PROBE.conversation, None, eos)]
+            for _ in range(2)
+        )
     except Exception as error:  # the function is the user's
         raise SpecError(f"data.template: {data.template} raises {type(error).__name__}: {error}") from error
     written, answers = PROBE.conversation[-1]["value"], [text for text, is_answer in spans if is_answer]
@@ -56,6 +59,11 @@ def _template_function(data: DataSpec, eos: str) -> Template:
         raise SpecError(
             f"data.template: {data.template} returns {spans} for {PROBE.conversation}; it must return the prompt as "
             "(text, False) and then the answer as (text, True)"
+        )
+    if again != spans:
+        raise SpecError(
+            f"data.template: {data.template} returns {spans} for {PROBE.conversation}, and then {again} for the same. "
+            "It must always return the same: leave out random numbers and the time"
         )
     return function
 
@@ -79,6 +87,7 @@ class Renderer:
         self.image_processor: Any = getattr(processor, "image_processor", None)
         self.processor = processor
         self.template = data.template
+        self.template_date = data.template_date
         self.system_prompt = data.system_prompt
         self.max_length = data.max_length
         self.max_image_pixels = data.max_image_pixels
@@ -109,7 +118,7 @@ class Renderer:
         if not self._chat_template:
             raise ModelError("data.template is `chat`, but the processor has no chat template. Use vicuna_v1 or plain.")
         image_token = self.image_token if self.image_processor else None
-        return ChatTemplate(self._chat_template, self.tokenizer.special_tokens_map, image_token)
+        return ChatTemplate(self._chat_template, self.tokenizer.special_tokens_map, image_token, self.template_date)
 
     def _check(self) -> None:
         """Try the template on a conversation of two turns. Raises SpecError or ModelError."""
@@ -160,7 +169,11 @@ class Renderer:
         probed = [self._probed(*sizes) for sizes in (*((size,) for size in PROBES), PROBES[:2])]
         images = [(texts, [(name, a.shape, a.dtype) for name, a in arrays.items()]) for arrays, texts in probed]
         text = self._uncut(PROBE).input_ids.tolist()
-        chat = (self._chat_template, self.tokenizer.special_tokens_map) if self.template == "chat" else None
+        chat: tuple[Any, ...] | None = None
+        if self.template == "chat" and self._chat_template:
+            # Without the date where it is not used, so that caches from before this setting stay valid.
+            date = (self.template_date.isoformat(),) if "strftime_now" in self._chat_template else ()
+            chat = (self._chat_template, self.tokenizer.special_tokens_map, *date)
         everything = repr((data, self._image_settings(), images, chat, text, self._tokenization()))
         return hashlib.sha256(everything.encode()).hexdigest()[:16]
 
