@@ -12,7 +12,7 @@ import pytest
 import tenacity
 import tenacity.nap
 
-from betakd_ray import job, sigterm
+from betakd_ray import holder, job, sigterm
 from betakd_ray.data.plan import Pass
 from betakd_ray.on_ray import monitor, source
 from betakd_ray.run import checkpoint, claim, lease
@@ -91,10 +91,10 @@ def _replace_of_schedule(patch: pytest.MonkeyPatch, schedule: Schedule) -> None:
     patch.setattr(lease, "threading", threading_of(scheduler))
     patch.setattr(lease, "secrets", SimpleNamespace(token_hex=lambda n: scheduler.random.randbytes(n).hex()))
     patch.setattr(monitor, "os", SimpleNamespace(urandom=scheduler.random.randbytes))
-    patch.setattr(lease, "os", SimpleNamespace(getpid=lambda: scheduler.thread.process.number))
-    patch.setattr(lease, "socket", SimpleNamespace(gethostname=lambda: scheduler.thread.process.machine))
-    patch.setattr(lease, "_machine", lambda: scheduler.thread.process.machine)
-    patch.setattr(lease, "_start_of", lambda number: _start_of(scheduler, number))
+    patch.setattr(holder, "os", SimpleNamespace(getpid=lambda: scheduler.thread.process.number))
+    patch.setattr(holder, "socket", SimpleNamespace(gethostname=lambda: scheduler.thread.process.machine))
+    patch.setattr(holder, "_machine", lambda: scheduler.thread.process.machine)
+    patch.setattr(holder, "_start_of", lambda number: _start_of(scheduler, number))
 
 
 def _start_of(scheduler: Scheduler, number: int) -> str | None:
