@@ -28,7 +28,8 @@ from betakd_ray.run.manifest import Manifest, StoredFile
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import ANSWERS
 from betakd_ray.train import checkpoint
-from betakd_ray.train.checkpoint import merge_ledgers, save
+from betakd_ray.train.checkpoint import merge_ledgers
+from tests.checkpoints import save
 from tests.ranks import on_ranks
 from tests.s3 import served
 from tests.s3_proxy import FAULTS, NO_BUCKET, SHORT, FaultyS3, client_without_pauses
