@@ -28,7 +28,7 @@ from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.spec import JobSpec, parse_spec
 from betakd_ray.train import worker
 from tests.actors import Local
-from tests.tiny import save_tiny
+from tests.tiny import job_tree, save_tiny
 
 SAMPLES = 12
 DONE = JobResult("job", "run", "model", {"loss": 1.0}, 1, 1, 1, 0, 0, 0)
@@ -49,16 +49,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spec(home: Path, output: Path, **changes: Any) -> JobSpec:
-    tree: dict[str, Any] = {
-        "name": "job",
-        "data": {"train": str(home / "shards" / "train-*.tar")},
-        "teacher": {"path": str(home / "teacher")},
-        "student": {"init": {"kind": "checkpoint", "path": str(home / "student")}},
-        "objective": {"energies": "fkl"},
-        "training": {"global_batch_size": 4, "micro_batch_size": 4},
-        "output": str(output),
-    }
-    return parse_spec({**tree, **changes})
+    return parse_spec({**job_tree(home, output), **changes})
 
 
 def refused(job: JobSpec, kind: type[errors.UserError], match: str) -> None:
