@@ -74,7 +74,7 @@ class Invariants:
         return committed[-1] if committed else None
 
     def _rejected(self) -> set[str]:
-        found = CheckpointStore(RUN, StorageSpec()).damaged()
+        found = CheckpointStore(RUN, StorageSpec()).survey().damaged
         if unexpected := found.keys() - self.touched:
             raise Violation(f"a checkpoint was rejected that was never damaged: {found[min(unexpected)]}")
         return set(found)
