@@ -109,7 +109,8 @@ class LongJob(Storm):
     def recovery(self, fault: Fault, step_s: float) -> Recovery:
         """Return what a fault has cost, by the metrics that were stored since this object was made."""
         # Records of the steps since the last checkpoint, which flushes them, and of those while it is stored.
-        unseen = 2 * self.spec.training.checkpoint_every
+        # A driver that is asked to end loses none.
+        unseen = 0 if fault.kind == "end_driver" else 2 * self.spec.training.checkpoint_every
         return recovery(fault, self._history.attempts(), step_s, unseen)
 
     def reach(self, step: int) -> None:

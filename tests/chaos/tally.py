@@ -144,11 +144,15 @@ def recovery(fault: Fault, attempts: Sequence[Attempt], step_s: float, unseen: i
 
 def _reached(began: float, attempts: Sequence[Attempt], step_s: float, unseen: int) -> int:
     """Return the newest step before a fault."""
-    known = [(time, step) for attempt in attempts for step, time in attempt.steps if time <= began]
-    if not known:
-        return max((attempt.resumed_after for attempt in attempts if attempt.loaded <= began), default=0)
-    time, step = max(known)
-    return step + min(unseen, int((began - time) / step_s))
+    before = [attempt for attempt in attempts if attempt.loaded <= began]
+    if not before:
+        return 0
+    attempt = before[-1]
+    known = [(time, step) for step, time in attempt.steps if time <= began]
+    time, step = max(known, default=(attempt.loaded, attempt.resumed_after))
+    # Later records of the same start show that none before them is lost.
+    is_lost = len(known) == len(attempt.steps)
+    return step + (min(unseen, int((began - time) / step_s)) if is_lost else 0)
 
 
 @dataclass(frozen=True)

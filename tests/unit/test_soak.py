@@ -100,6 +100,11 @@ def test_steps_whose_records_were_lost_are_no_new_steps() -> None:
     assert recovery(fault(), [before, after], 0.1, unseen=30).redone == 30
 
 
+def test_a_pause_before_the_fault_is_no_lost_step_if_the_workers_live_on() -> None:
+    only = Attempt(90.0, 0, steps(1, 60, 100.0) + steps(61, 120, 117.0))
+    assert recovery(fault("kill_teacher"), [only], 0.1, unseen=80).total == pytest.approx(6.95)
+
+
 def test_workers_that_live_on_have_no_part_for_loading() -> None:
     only = Attempt(90.0, 0, steps(1, 105, 100.0) + steps(106, 120, 117.0))  # five steps were prepared already
     found = recovery(fault("kill_teacher"), [only], 0.1, unseen=80)
