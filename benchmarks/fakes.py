@@ -93,19 +93,16 @@ class FakeTeacher:
         return FakePending(self, done, partial(answered, inputs, done - start))
 
     def health(self, timeout_s: float) -> float:
-        if self.is_silent:
-            time.sleep(timeout_s)
-            raise TimeoutError
-        self.require_alive()
+        self.require_alive(timeout_s)
         now = time.monotonic()
         return next((now - start for start, done in self.work if start <= now < done), 0.0)
 
-    def facts(self) -> TeacherFacts:
-        self.require_alive()
+    def facts(self, timeout_s: float) -> TeacherFacts:
+        self.require_alive(timeout_s)
         return FACTS
 
-    def head(self) -> NDArray[Any]:
-        self.require_alive()
+    def head(self, timeout_s: float) -> NDArray[Any]:
+        self.require_alive(timeout_s)
         return np.full((4, 2), self.number, np.float32)
 
     def ready(self) -> "FakePending":
@@ -119,8 +116,11 @@ class FakeTeacher:
             self.dies_at = min(self.dies_at, time.monotonic())
             self.changed.notify_all()
 
-    def require_alive(self) -> None:
-        """Raise Unanswered if the teacher is dead."""
+    def require_alive(self, timeout_s: float) -> None:
+        """Raise Unanswered if the teacher is dead, and TimeoutError if it is silent, after that time."""
+        if self.is_silent:
+            time.sleep(timeout_s)
+            raise TimeoutError
         if time.monotonic() >= self.dies_at:
             raise Unanswered("the teacher died")
 

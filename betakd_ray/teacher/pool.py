@@ -5,6 +5,7 @@ that searches for the sample that kills teachers. Between `min` and `max` it gro
 while teachers are idle. Students send groups directly to the members (`TeacherClient`), through Ray's object store.
 """
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -50,12 +51,17 @@ class Starting:
 
     teacher: Teacher
     ready: Pending
+    until: float = math.inf
+    """Time at which it counts as dead if it is not ready, on the monotonic clock in seconds."""
 
     def is_ready(self) -> bool:
         """Return whether the teacher is ready. Raises Unanswered if it has died."""
         try:
             self.ready.result(timeout_s=0.0)
         except TimeoutError:
+            # A teacher that hangs at a group never finishes, and no client may be left to report it.
+            if time.monotonic() > self.until:
+                raise Unanswered("it did not finish its groups within teacher.timeout_s") from None
             return False
         return True
 
@@ -112,9 +118,9 @@ class TeacherPool:
             if len(self.members()) >= self._min:
                 number, teacher = next(iter(self._members.items()))
                 try:
-                    return teacher.facts()
-                except Unanswered as error:  # it has died since another job used it
-                    self.lost(number, str(error))
+                    return teacher.facts(self._teacher.timeout_s)
+                except (Unanswered, TimeoutError) as error:  # it has died, or hangs, since another job used it
+                    self.lost(number, str(error) or "silent")
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"cluster.teacher: {len(self._members)} of {self._min} teachers were ready within "
@@ -137,7 +143,7 @@ class TeacherPool:
                 self._join(starting.teacher)
             except Unanswered as failure:
                 del self._pending[number]
-                self._replace(failure)
+                self._replace(starting.teacher, failure)
         for number, starting in list(self._leaving.items()):
             try:
                 if not starting.is_ready():
@@ -163,8 +169,7 @@ class TeacherPool:
         teacher = self._members.pop(number, None)
         if teacher is not None:
             self._version += 1
-            teacher.kill()
-            self._replace(Unanswered(reason))
+            self._replace(teacher, Unanswered(reason))
         return number not in self._left
 
     def lease(self, holder: str) -> Teacher | None:
@@ -183,8 +188,8 @@ class TeacherPool:
         try:
             return self._lease.starting.teacher if self._lease.starting.is_ready() else None
         except Unanswered as failure:
-            self._lease = None
-            self._replace(failure)
+            starting, self._lease = self._lease.starting, None
+            self._replace(starting.teacher, failure)
             return None
 
     def end_lease(self, holder: str, *, is_alive: bool) -> None:
@@ -251,7 +256,9 @@ class TeacherPool:
         if most > SHRINK_BELOW:
             self._calm_since = now
         # One at a time: only after a new teacher has loaded do the waits show whether one more is needed.
-        if most > GROW_ABOVE and not self._pending and len(self._members) < self._max:
+        # A leased teacher counts: it comes back.
+        held = len(self._members) + (self._lease is not None)
+        if most > GROW_ABOVE and not self._pending and held < self._max:
             self._add()
         elif now - self._calm_since > SHRINK_AFTER_S and len(self._members) > self._min:
             self._calm_since = now
@@ -264,7 +271,8 @@ class TeacherPool:
         teacher = self._members.pop(number)
         self._version += 1
         self._left.add(number)
-        return Starting(teacher, teacher.drain(QUIET_S))
+        until = time.monotonic() + self._teacher.timeout_s + QUIET_S
+        return Starting(teacher, teacher.drain(QUIET_S), until)
 
     def _join(self, teacher: Teacher) -> None:
         self._members[teacher.number] = teacher
@@ -295,7 +303,8 @@ class TeacherPool:
     def _engine(self) -> type[TeacherScorer]:
         return engine_of(self._teacher)
 
-    def _replace(self, failure: Unanswered) -> None:
+    def _replace(self, teacher: Teacher, failure: Unanswered) -> None:
+        teacher.kill()  # if it only counts as dead, it would keep its place in the cluster
         if self._deaths >= self._max_deaths:
             last = failure.detail.strip().splitlines()[-1]
             self._failure = TeacherError(

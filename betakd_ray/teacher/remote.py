@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import ray
 from numpy.typing import NDArray
@@ -47,13 +47,13 @@ class RemoteTeacher:
     def health(self, timeout_s: float) -> float:
         return RemotePending(self.actor.health.options(concurrency_group=HEALTH).remote()).result(timeout_s)
 
-    def facts(self) -> TeacherFacts:
-        return _result(lambda: cast(TeacherFacts, ray.get(self.actor.facts.remote())))
+    def facts(self, timeout_s: float) -> TeacherFacts:
+        return RemotePending(self.actor.facts.remote()).result(timeout_s)
 
-    def head(self) -> NDArray[Any] | None:
+    def head(self, timeout_s: float) -> NDArray[Any] | None:
         # Fetch a reference first: a returned array would be a new object per call, which no node could share.
-        reference = _result(lambda: cast(list[Any], ray.get(self.actor.head_reference.remote())))[0]
-        return _result(lambda: cast(NDArray[Any], ray.get(reference)))
+        (reference,) = RemotePending(self.actor.head_reference.remote()).result(timeout_s)
+        return RemotePending(reference).result(timeout_s)
 
     def ready(self) -> RemotePending:
         return RemotePending(self.actor.__ray_ready__.remote())
