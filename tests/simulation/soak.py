@@ -1,6 +1,7 @@
 """Run many schedules: `python -m tests.simulation.soak --first 0 --count 1000`.
 
-It ends at the first seed that breaks an invariant, and prints its trace. The same seed gives the same trace again.
+A seed gives two schedules, one of a run and one of teachers and their clients. The soak ends at the first seed that
+breaks an invariant, and prints its trace. The same seed gives the same trace again.
 Without pytest, which checks the types of every call, a schedule takes a third of the time.
 """
 
@@ -11,8 +12,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import pytest
 
-from tests.simulation.patches import patched
+from tests.simulation.patches import RUN, TEACHERS, patched
 from tests.simulation.planted import PLANTED
+from tests.simulation.planted_teachers import PLANTED_TEACHERS
 from tests.simulation.scheduler import Violation
 
 CHUNK = 250
@@ -21,12 +23,14 @@ CHUNK = 250
 
 def first_violation(seeds: range, bug: str | None = None) -> str | None:
     """Return what the first of these seeds breaks, with its trace; None if none does."""
+    kinds = (RUN, TEACHERS) if bug is None else (RUN if bug in PLANTED else TEACHERS,)
     with patched() as run, pytest.MonkeyPatch.context() as patch:
         if bug:
-            PLANTED[bug](patch)
+            (PLANTED | PLANTED_TEACHERS)[bug](patch)
         for seed in seeds:
             try:
-                run(seed)
+                for kind in kinds:
+                    run(seed, kind)
             except Violation as error:
                 return str(error)
     return None
@@ -54,7 +58,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--count", type=int, default=1000, help="number of seeds")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--bug", choices=sorted(PLANTED), help="a bug to plant before")
+    parser.add_argument("--bug", choices=sorted(PLANTED | PLANTED_TEACHERS), help="a bug to plant before")
     options = parser.parse_args()
     if options.bug or options.processes == 1:
         found = first_violation(range(options.first, options.first + options.count), options.bug)

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 
-from tests.simulation.patches import patched
+from tests.simulation.patches import RUN, TEACHERS, patched
 from tests.simulation.planted import PLANTED
+from tests.simulation.planted_teachers import PLANTED_TEACHERS
 
 ROOT = Path(__file__).parents[2]
 PARTS, SEEDS = 8, 250
@@ -42,10 +44,10 @@ def test_a_run_stays_exact_under_any_schedule_of_faults(part: int) -> None:
 
 def test_a_seed_gives_the_same_schedule_again() -> None:
     with patched() as run:
-        for seed in range(5):
-            assert run(seed).scheduler.trace == run(seed).scheduler.trace
+        for seed, kind in product(range(5), (RUN, TEACHERS)):
+            assert run(seed, kind).scheduler.trace == run(seed, kind).scheduler.trace
 
 
-@pytest.mark.parametrize("bug", PLANTED)
+@pytest.mark.parametrize("bug", PLANTED | PLANTED_TEACHERS)
 def test_a_planted_bug_is_found(bug: str) -> None:
     assert soak(FOUND_AT.get(bug, 0), MOST, f"--bug={bug}").startswith("seed ")
