@@ -1,4 +1,4 @@
-"""Delay of a job by deaths and checkpoints: `python -m benchmarks.recovery`, about five minutes on two cores.
+"""Delay of a job by deaths and checkpoints: `python -m benchmarks.recovery`, about eight minutes on two cores.
 
 The job runs twice: as it did without spare processes, with Ray Train's own pause between looks for dead workers, and
 as it does now. In the easy-VQA job a teacher is killed, and then a student worker, each some seconds after a
@@ -23,6 +23,7 @@ from rich.table import Table
 from betakd_ray.job import BetaKDJob
 from betakd_ray.on_ray.backend import LOOK_INTERVAL
 from betakd_ray.on_ray.cluster import connected
+from betakd_ray.on_ray.spares import SETTLED_S as SPARES_SETTLED_S
 from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.metrics import MetricsRecord, read_metrics
 from betakd_ray.spec import JobSpec, load_spec
@@ -35,7 +36,7 @@ DATA = "noisy"
 OVERRIDES = [
     "name=recovery",
     f"output={RUN}",
-    "training.max_steps=260",
+    "training.max_steps=1500",
     "training.checkpoint_every=60",
     "training.log_every=1",
     "training.global_batch_size=32",
@@ -43,8 +44,10 @@ OVERRIDES = [
     "tracking.progress=false",
 ]
 BEFORE = ["cluster.teacher.spares=false", "cluster.student.spares=false"]
-AFTER_S = 3.0
+AFTER_S = 1.5
 """Seconds between a checkpoint and the kill, so that there are steps to repeat."""
+SETTLED_S = SPARES_SETTLED_S + 15
+"""Seconds of work before each kill, after which a spare process has imported everything."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +87,19 @@ def _run(spec: JobSpec) -> dict[str, float]:
     with connected(job.spec), ThreadPoolExecutor(max_workers=1) as executor:
         begin = time.time()
         running = executor.submit(job.fit)
-        kills = [_kill("TeacherScorer", job, after=0), _kill("RayTrainWorker", job, after=60)]
+        kills = [_kill("TeacherScorer", job), _kill("RayTrainWorker", job)]
         running.result()
     return _rows(begin, read_metrics(job.run, spec.output.storage), kills)
 
 
-def _kill(role: str, job: BetaKDJob, after: int) -> Kill:
-    """Kill one process of that role, `AFTER_S` seconds after the first checkpoint beyond step `after`."""
+def _kill(role: str, job: BetaKDJob) -> Kill:
+    """Kill one process of that role when all have worked for a while, `AFTER_S` seconds after a checkpoint."""
     store = CheckpointStore(job.run, job.spec.output.storage)
-    while (newest := store.latest()) is None or newest.step <= after:
-        time.sleep(0.1)
-    time.sleep(AFTER_S)
+    for wait_s in (SETTLED_S, AFTER_S):
+        before = store.latest()
+        while store.latest() == before:
+            time.sleep(0.1)
+        time.sleep(wait_s)
     victim, *_ = _processes(role)
     psutil.Process(victim).send_signal(signal.SIGKILL)
     killed = time.time()

@@ -9,7 +9,9 @@ import importlib
 import logging
 import os
 import threading
+import time
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import psutil
@@ -20,10 +22,12 @@ MODULES = "BETAKD_MODULES"
 """Environment variable with the modules that a process imports before it takes work, separated by commas."""
 KEPT_S = 24 * 3600
 """Seconds for which Ray keeps a process that has no work. It ends all processes of a job with the job."""
+SETTLED_S = 30.0
+"""Seconds at work after which a process asks for a spare one: in a short job it would cost more than it saves."""
 TIMEOUT_S = 10.0
 _LOG = logging.getLogger(__name__)
 _has_asked = threading.Lock()
-"""Taken by this process's first `keep_spare`, for good."""
+"""Taken by the call that asks, for good."""
 
 
 def importing(*modules: str) -> dict[str, str]:
@@ -52,10 +56,12 @@ def import_modules() -> None:
 def keep_spare() -> None:
     """Ask this node for one more process like this one, if it has fewer spare ones than there are at work.
 
-    Only the first call in a process does anything. Call it when the worker has begun to work, not while it starts: the
-    new process takes a core for some seconds. If the node does not answer, a warning is logged.
+    Call it after each piece of work: the first call notes the time, and the first one after `SETTLED_S` asks. If the
+    node does not answer, a warning is logged.
     """
-    if MODULES not in os.environ or not _has_asked.acquire(blocking=False):
+    if MODULES not in os.environ:
+        return
+    if time.monotonic() - _first_call() < SETTLED_S or not _has_asked.acquire(blocking=False):
         return
     try:
         at_work, spare = processes_like_this()
@@ -63,6 +69,12 @@ def keep_spare() -> None:
             _ask_for_one()
     except Exception as error:
         _LOG.warning("this node keeps no spare process, so that a restart takes some seconds more: %r", error)
+
+
+@cache
+def _first_call() -> float:
+    """Return when this was called for the first time, on the monotonic clock in seconds."""
+    return time.monotonic()
 
 
 def processes_like_this() -> tuple[list[int], list[int]]:

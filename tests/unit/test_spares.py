@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     requests: list[str] = []
     monkeypatch.setenv(MODULES, "torch")
     monkeypatch.setattr(spares, "_has_asked", threading.Lock())
+    monkeypatch.setattr(spares, "_first_call", lambda: -spares.SETTLED_S)
     monkeypatch.setattr(spares, "_ask_for_one", lambda: requests.append("one"))
     return requests
 
@@ -31,6 +33,17 @@ def test_a_node_has_as_many_spare_processes_as_it_has_at_work(
     for _ in range(3):
         keep_spare()
     assert len(asked) == asks
+
+
+def test_a_process_that_has_just_begun_asks_for_none(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spares, "processes_like_this", lambda: ([0], []))
+    begun = time.monotonic()
+    monkeypatch.setattr(spares, "_first_call", lambda: begun)
+    keep_spare()
+    assert not asked
+    monkeypatch.setattr(spares, "_first_call", lambda: begun - spares.SETTLED_S)
+    keep_spare()
+    assert asked
 
 
 def test_a_process_without_modules_asks_for_none(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
