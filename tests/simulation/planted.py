@@ -74,6 +74,7 @@ def copied_in_the_thread(patch: pytest.MonkeyPatch) -> None:
 
         def store() -> None:
             with saving.temporary_folder("save") as folder:
+                saving.time.sleep(2.0)  # a copy takes time
                 write(folder)
                 self._commit(step, folder, before_commit)
 
@@ -150,6 +151,27 @@ def damaged_spec_refused(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CheckpointStore, "newest_with", newest_with)
 
 
+def step_of_the_last_log(patch: pytest.MonkeyPatch) -> None:
+    """Store the step of the last metrics beside the exported model, and not that of the model."""
+    export = loop.export_student
+
+    def logged(engine: Any, spec: Any, permit: Permit, last: dict[str, Any], group: Any, *, step: int) -> None:
+        export(engine, spec, permit, last, group, step=last.get("step", 0))
+
+    patch.setattr(loop, "export_student", logged)
+
+
+def last_checkpoint_of_another_driver(patch: pytest.MonkeyPatch) -> None:
+    """Conclude a job whose last checkpoint another driver has taken, without one of this driver."""
+    load = Worker.load
+
+    def own(self: Worker, name: str) -> None:
+        load(self, name)
+        self.saved_token = self.config.permit.token
+
+    patch.setattr(Worker, "load", own)
+
+
 def manifest_without_digest(patch: pytest.MonkeyPatch) -> None:
     """Write manifests as versions did that stored no digest of them."""
     patch.setattr(Manifest, "to_json", lambda self: json.dumps(asdict(self)).encode())
@@ -171,6 +193,8 @@ PLANTED: dict[str, Plant] = {
         workers_not_replaced,
         damaged_spec_refused,
         manifest_without_digest,
+        step_of_the_last_log,
+        last_checkpoint_of_another_driver,
     )
 }
 """Bug → how it is planted."""

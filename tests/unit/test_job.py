@@ -171,16 +171,18 @@ def test_a_start_of_the_workers_waits_for_a_store_that_is_out(home, tmp_path, mo
     job = BetaKDJob(spec(home, tmp_path / "out"))
     plan, _ = job.check()
     store = CheckpointStore(job.run, job.spec.output.storage)
-    answers = iter([errors.OutputUnreachable("500"), errors.OutputUnreachable("500"), None])
-    monkeypatch.setattr(CheckpointStore, "latest", lambda _: _raised(next(answers)))
+    failures = [errors.OutputUnreachable("500"), errors.OutputUnreachable("500")]
+    survey = CheckpointStore.survey
+    monkeypatch.setattr(CheckpointStore, "survey", lambda self: _raised(failures.pop()) if failures else survey(self))
     assert _patience(job.spec, sleep=lambda _: None)(_done, store, plan)[1].count == 0
+    assert not failures
 
 
 def test_a_start_of_the_workers_gives_up_at_once_on_an_output_that_is_wrong(home, tmp_path, monkeypatch):
     job = BetaKDJob(spec(home, tmp_path / "out"))
     plan, _ = job.check()
     store = CheckpointStore(job.run, job.spec.output.storage)
-    monkeypatch.setattr(CheckpointStore, "latest", lambda _: _raised(errors.OutputError("damaged")))
+    monkeypatch.setattr(CheckpointStore, "survey", lambda _: _raised(errors.OutputError("damaged")))
     with pytest.raises(errors.OutputError, match="damaged"):
         _patience(job.spec)(_done, store, plan)
 
