@@ -10,6 +10,7 @@ import pytest
 from tests.simulation.patches import RUN, TEACHERS, patched
 from tests.simulation.planted import PLANTED
 from tests.simulation.planted_teachers import PLANTED_TEACHERS
+from tests.simulation.soak import MOST_RARE, RARE
 
 ROOT = Path(__file__).parents[2]
 PARTS, SEEDS = 2, 400
@@ -45,6 +46,13 @@ def found() -> dict[str, str | None]:
     return json.loads(soak("--planted"))
 
 
-@pytest.mark.parametrize("bug", PLANTED | PLANTED_TEACHERS)
+@pytest.mark.parametrize("bug", sorted((PLANTED | PLANTED_TEACHERS).keys() - RARE))
 def test_a_planted_bug_is_found(bug: str, found: dict[str, str | None]) -> None:
     assert (found[bug] or "").startswith("seed ")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("bug", sorted(RARE))
+def test_a_rare_planted_bug_is_found(bug: str) -> None:
+    assert soak(f"--count={MOST_RARE}", f"--bug={bug}").startswith("seed ")
