@@ -211,6 +211,21 @@ class Renderer:
             raise Unrenderable(f"the prompt is empty: template {self.template} shows only images, but there are none")
         return Rendering(input_ids, answer_mask, images)
 
+    def by_processor(self, sample: RawSample) -> NDArray[np.int64] | None:
+        """Return the token ids that the processor itself makes of a sample's text and images, for a comparison.
+
+        None if it does not take both at once.
+        """
+        text = "".join(piece for piece, _ in self._checked_spans(sample))
+        if not sample.images or self._process_images is None:
+            return None
+        options = {"add_special_tokens": False} if self._has_bos(text) else {}
+        try:
+            made = self.processor(text=[text], images=[[*map(self._decode, sample.images)]], **options)
+        except (TypeError, ValueError, AttributeError, ImportError):  # processors that need packages for videos
+            return None
+        return np.asarray(made["input_ids"][0], dtype=np.int64)
+
     def _uncut(self, sample: RawSample) -> Rendering:
         spans, images = self._shown(sample)
         return Rendering(*self._tokenize(spans), images)
@@ -290,9 +305,7 @@ class Renderer:
     def _tokenize(self, spans: Sequence[Span]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Tokenize the whole text at once, as in inference. A token that overlaps an answer counts as answer."""
         text = "".join(piece for piece, _ in spans)
-        # A chat template may write the bos token itself. The tokenizer would add a second one.
-        has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
+        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not self._has_bos(text))
         is_answer = np.zeros(len(text) + 1, dtype=bool)
         start = 0
         for piece, answer in spans:
@@ -303,6 +316,10 @@ class Renderer:
         reaches = np.concatenate([[0], np.cumsum(is_answer)])
         answer_mask = reaches[offsets[:, 1]] > reaches[offsets[:, 0]]
         return np.asarray(encoded["input_ids"], dtype=np.int32), answer_mask
+
+    def _has_bos(self, text: str) -> bool:
+        """Return whether a chat template has written the bos token itself. The tokenizer would add a second one."""
+        return bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
 
     def _tokenization(self) -> tuple[Any, ...]:
         """Return everything of the tokenizer that `_tokenize` and the templates depend on."""

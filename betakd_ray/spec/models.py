@@ -84,6 +84,28 @@ _LOADING = {
 """Keyword of from_pretrained that `teacher.options` may not set → the reason."""
 
 
+class CheckSpec(Spec):
+    """Checks of the teacher's signal and of the student's weights, before the first step and while the job runs."""
+
+    samples: int = Field(default=16, ge=2, le=1024, description="samples of data.train on which the teacher is asked")
+    knows_answers: bool = Field(
+        default=True,
+        description="the teacher is expected to give the data's answers more probability than chance, and to use the "
+        "image for it; false: for data whose answers no teacher could know",
+    )
+    canary_every: int = Field(
+        default=100, ge=0, description="steps between two repetitions of one checked sample; 0 for none"
+    )
+
+
+def _off(value: Any) -> Any:
+    """Return `off` for false: YAML 1.1 reads an unquoted off as false."""
+    return "off" if value is False else value
+
+
+CheckChoice = Annotated[CheckSpec | Literal["off"], BeforeValidator(_off)]
+
+
 class TeacherSpec(ModelSpec):
     """The frozen teacher, which runs in its own actors."""
 
@@ -106,7 +128,10 @@ class TeacherSpec(ModelSpec):
         "group's time in the queue does not count",
     )
     cache: CacheSpec | None = Field(default=None, description="keep the teacher's answers here, for other jobs too")
-    options: FreeForm = Field(
+    check: CheckChoice = Field(
+        default=CheckSpec(), description="check the teacher's signal before the first step; off: trust it unseen"
+    )
+    options: dict[str, Any] = Field(
         default_factory=dict, description="further keywords of transformers' from_pretrained, e.g. quantization_config"
     )
 
