@@ -4,15 +4,28 @@ Each takes the folder of a copy, and changes its weights, its configuration or i
 make sense for any vision–language model, by kind.
 """
 
+import io
 import json
+import random as randomness
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from betakd_ray.batch.inputs import ModelInputs
+from betakd_ray.check.subject import Score
+from betakd_ray.data.samples import RawSample
+from betakd_ray.teacher.answers import GroupAnswer
+from jobs.easy_vqa.samples import easy_vqa_samples
+from tests.tiny import IMAGE
 
 Sabotage = Callable[[Path], None]
 TOWER = ("vision_tower", "vision_model", "visual")
@@ -154,3 +167,131 @@ def edited(file: str, path: tuple[str, ...], to: Any) -> Sabotage:
         (folder / file).write_text(json.dumps(tree))
 
     return sabotage
+
+
+# ------------------------------------------------------------------------------------------------ teachers that lie
+
+
+def lying(score: Score, change: Callable[[dict[str, Any], ModelInputs], None]) -> Score:
+    """Return a teacher's `score` whose arrays `change` changes in place of sending them."""
+
+    def lie(inputs: ModelInputs) -> GroupAnswer:
+        answer = score(inputs)
+        arrays = {name: array.copy() for name, array in answer.arrays.items()}
+        change(arrays, inputs)
+        return replace(answer, arrays=arrays)
+
+    return lie
+
+
+def moved_rows(score: Score, by: int) -> Score:
+    """Return a teacher's `score` that takes each state from another position."""
+    return lambda inputs: score(replace(inputs, answer_rows=np.maximum(inputs.answer_rows + by, 0)))
+
+
+def zero_states(arrays: dict[str, Any], _: ModelInputs) -> None:
+    arrays["hidden"][:] = 0
+
+
+def same_states(arrays: dict[str, Any], _: ModelInputs) -> None:
+    arrays["hidden"][:] = arrays["hidden"][:1]
+
+
+def nan_states(arrays: dict[str, Any], _: ModelInputs) -> None:
+    arrays["hidden"][0] = np.nan
+
+
+def perturbed_states(arrays: dict[str, Any], _: ModelInputs) -> None:
+    """Add noise that leaves most of the largest probabilities where they are."""
+    hidden = arrays["hidden"]
+    hidden += 0.05 * np.random.default_rng(1).normal(size=hidden.shape).astype(hidden.dtype) * hidden.std()
+
+
+def scaled_states(arrays: dict[str, Any], _: ModelInputs) -> None:
+    arrays["hidden"] *= 1.1
+
+
+def states_of_batch(arrays: dict[str, Any], inputs: ModelInputs) -> None:
+    """Make states depend on the number of samples in the group."""
+    arrays["hidden"] *= 1 + 0.05 * (inputs.size - 1)
+
+
+def states_of_neighbours(arrays: dict[str, Any], inputs: ModelInputs) -> None:
+    """Give each sample the states of the next one of its group."""
+    arrays["hidden"][:] = np.roll(arrays["hidden"], int(inputs.rows_per_sample[0]), axis=0)
+
+
+def permuted_states(arrays: dict[str, Any], _: ModelInputs) -> None:
+    arrays["hidden"][:] = arrays["hidden"][::-1]
+
+
+def uncertain_states(arrays: dict[str, Any], _: ModelInputs) -> None:
+    """Answer differently each time, as with dropout."""
+    global _calls
+    _calls += 1
+    arrays["hidden"] *= 1 + 0.02 * (_calls % 3)
+
+
+_calls = 0
+LIES: dict[str, Callable[[Score], Score]] = {
+    "rows late": lambda score: moved_rows(score, 1),
+    "rows early": lambda score: moved_rows(score, -1),
+} | {
+    change.__name__.replace("_", " "): partial(lying, change=change)
+    for change in (
+        zero_states, same_states, nan_states, perturbed_states, scaled_states, states_of_batch, states_of_neighbours,
+        permuted_states, uncertain_states,
+    )
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- samples
+
+
+def conversations(count: int, seed: int = 0) -> list[RawSample]:
+    """Return samples of one image, none, several images and several turns, with images of noise and many sizes."""
+    draw = np.random.default_rng(seed)
+    found = []
+    for number in range(count):
+        images = (1, 1, 2, 0)[number % 4]
+        asked = f"{IMAGE}\n" * images + f"Which of {draw.integers(100)}?"
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": f"It is {draw.integers(1000)}, blue."}]
+        if number % 3 == 2:
+            turns += [
+                {"from": "human", "value": "And now?"},
+                {"from": "gpt", "value": "yes " * int(draw.integers(1, 9))},
+            ]
+        pictures = [picture(draw, int(draw.integers(9, 48)), int(draw.integers(9, 48))) for _ in range(images)]
+        found.append(RawSample(f"{seed}-{number}", number, str(number), turns, pictures))
+    return found
+
+
+def picture(draw: np.random.Generator, width: int, height: int) -> bytes:
+    """Return a PNG of noise."""
+    buffer = io.BytesIO()
+    Image.fromarray(draw.integers(0, 256, (height, width, 3)).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def easy_vqa(count: int, *, seed: int = 0, wrong_answers: float = 0.0) -> list[RawSample]:
+    """Return training samples of easy-VQA."""
+    chosen = list(easy_vqa_samples("train", limit=count, wrong_answers=wrong_answers, seed=seed))
+    randomness.Random(seed).shuffle(chosen)
+    return [
+        RawSample(
+            each["id"], at, each["id"], each["conversations"], [Path(path).read_bytes() for path in each["images"]]
+        )
+        for at, each in enumerate(chosen)
+    ]
+
+
+def truncated(_: str, tensor: Tensor) -> Tensor:
+    """Return all rows but the last 64, as of a vocabulary that was not padded."""
+    return tensor[:-64]
+
+
+def moved_keys(where: Callable[[str], bool], prefix: str) -> Sabotage:
+    """Return a sabotage that stores tensors under names of another layout."""
+    return lambda folder: put(
+        folder, {f"{prefix}.{name}" if where(name) else name: each for name, each in weights(folder).items()}
+    )

@@ -51,9 +51,7 @@ def check_alignment(subject: Subject) -> list[Finding]:
         return [finding("ok", more="; all answers are alike, so their pairing cannot be judged")]
     more = f"; own answers {float(lead.mean()):+.2f} more probable than other samples'"
     if is_negative(lead):
-        return [
-            finding(worst, "other samples' answers fit better than the own ones: answers are not paired", remedy, more)
-        ]
+        return [finding(worst, "other samples' answers fit better: samples are mixed up", remedy, more)]
     if not is_positive(lead):
         return [finding("doubt", "own answers fit hardly better than other samples'", remedy, more)]
     return [finding("ok" if own < unigram or not trained else "doubt",
@@ -72,7 +70,7 @@ def _shift(subject: Subject, own: float) -> int:
 
 
 def _lead(subject: Subject) -> Tensor | None:
-    """Return by how much each sample's true tokens are more probable than another's [samples]; None if all are alike."""
+    """Return by how much each sample's tokens are more probable than another's; None if all are alike."""
     answers = answers_of(subject, subject.renderings, subject.hidden)
     leads = [each for at, own in enumerate(answers) if (each := _lead_of(answers, at, own)) is not None]
     return torch.stack(leads) if len(leads) > 1 else None

@@ -1,7 +1,7 @@
 """What a teacher knows of the true answers: probabilities of their tokens, in a form that wrong labels do not upset.
 
-Data may be wrong: in a job with half of its labels noisy the best teacher has a high loss. A loss is unbounded, so a few
-wrong labels outweigh all others. A probability is not: the mean probability of the true token of an honest teacher
+Data may be wrong: in a job with half of its labels noisy the best teacher has a high loss. A loss is unbounded, so a
+few wrong labels outweigh all others. A probability is not: the mean probability of the true token of an honest teacher
 falls, but stays above that of any wrong setting.
 """
 
@@ -30,7 +30,7 @@ class Answers:
         return self.probabilities.gather(1, self.tokens[:, None]).mean()
 
     def expected_gain(self, other: "Answers") -> Tensor:
-        """Return how much `right` would exceed that of `other` if the true tokens were drawn from these probabilities."""
+        """Return by how much `right` would exceed that of `other` if these probabilities were the truth."""
         count = min(len(self.tokens), len(other.tokens))
         p, q = self.probabilities[:count], other.probabilities[:count]
         return (p * (p - q)).sum(-1).mean()

@@ -34,7 +34,7 @@ def _inputs(subject: Subject) -> Iterator[Finding]:
     """Yield a failure if the processor alone makes other token ids of the same text and images."""
     expected = "the token ids and the number of image tokens that the model's processor makes"
     compared = 0
-    for sample, ours in zip(subject.samples, subject.renderings, strict=True):
+    for sample, ours, _ in subject.few:
         theirs = subject.renderer.by_processor(sample)
         if theirs is None:
             continue
@@ -81,7 +81,7 @@ def _logits(subject: Subject) -> Iterator[Finding]:
     tolerance = TOLERANCE[subject.dtype]
     expected = f"the logits of the model's own forward pass, within {tolerance:g} ({subject.dtype})"
     worst, nats, at = 0.0, 0.0, ""
-    for sample, rendering, hidden in zip(subject.samples, subject.renderings, subject.hidden, strict=True):
+    for sample, rendering, hidden in subject.few:
         full = full_logits(subject, rendering)[: len(hidden)]
         ours = subject.logits(hidden)
         if ours.shape != full.shape:
@@ -107,15 +107,15 @@ _REMEDY = "Use engine: transformers, or correct the engine: it must return the l
 def _cause(subject: Subject) -> str:
     """Return what explains best that the logits differ."""
     best, cause = 0.25, "hidden states are changed on their way, or the model changes logits after its head"
-    for rendering, hidden in zip(subject.renderings, subject.hidden, strict=True):
+    for _, rendering, hidden in subject.few:
         ours, rows = subject.logits(hidden), rows_of(rendering)
         whole = _whole_logits(subject, rendering)
         for shift in (-2, -1, 1, 2):
             moved = whole[np.clip(rows + shift, 0, len(whole) - 1)]
             if (difference := relative_difference(ours, moved)) < best:
                 best, cause = difference, f"the rows are off by {shift:+d}: a state is taken from another position"
-    others = [full_logits(subject, each) for each in subject.renderings]
-    for at, hidden in enumerate(subject.hidden):
+    others = [full_logits(subject, rendering) for _, rendering, _ in subject.few]
+    for at, (_, _, hidden) in enumerate(subject.few):
         ours = subject.logits(hidden)
         for other, full in enumerate(others):
             if other != at and full.shape == ours.shape and (gap := relative_difference(ours, full)) < best:
@@ -123,20 +123,20 @@ def _cause(subject: Subject) -> str:
     local = local_hidden(subject)
     if best == 0.25 and all(
         each.shape == own.shape and relative_difference(each.float(), own.float()) < ROUNDING[subject.dtype]
-        for each, own in zip(subject.hidden, local, strict=True)
+        for (_, _, each), own in zip(subject.few, local, strict=True)
     ):
-        return "the head's copy differs from the model's head, or the model changes its logits after it (a soft-cap, a scale)"
+        return "the head's copy differs from the head, or the model changes its logits after it (a soft-cap, a scale)"
     return cause
 
 
 def local_hidden(subject: Subject) -> list[Tensor]:
     """Return the hidden states that this process computes from the model, without a given `score`."""
     score = local_score(subject.model, HIDDEN, subject.renderer.image_processor)
-    found = [score(subject.stacked([each])).signals()[0] for each in subject.renderings]
-    return [
-        to_tensor(each["hidden"], CPU)[: len(rows)] if each else torch.full_like(rows, torch.nan)
-        for each, rows in zip(found, subject.hidden, strict=True)
-    ]
+    found = []
+    for _, rendering, rows in subject.few:
+        signal = score(subject.stacked([rendering])).signals()[0]
+        found.append(to_tensor(signal["hidden"], CPU)[: len(rows)] if signal else torch.full_like(rows, torch.nan))
+    return found
 
 
 def full_logits(subject: Subject, rendering: Rendering) -> Tensor:
@@ -165,9 +165,8 @@ def _parts(subject: Subject) -> Iterator[Finding]:
         return
     expected = f"{', '.join(names)} as the model gives them in this process, within rounding"
     score = local_score(subject.model, subject.needs, subject.renderer.image_processor)
-    for sample, rendering, ours in zip(
-        subject.samples, subject.renderings, subject.signals(subject.renderings), strict=True
-    ):
+    few = subject.renderings[: subject.close]
+    for sample, rendering, ours in zip(subject.samples, few, subject.signals(few), strict=False):
         own = score(subject.stacked([rendering])).signals()[0]
         difference = _difference(own, ours, subject.dtype)
         if difference:
@@ -175,7 +174,7 @@ def _parts(subject: Subject) -> Iterator[Finding]:
             seen = f"sample {sample.key}: {difference}"
             yield Finding("parity", seen, expected, "fail", cause, _REMEDY, subject.part)
             return
-    yield Finding("parity", f"equal for {len(subject.samples)} samples", expected, "ok", part=subject.part)
+    yield Finding("parity", f"equal for {len(few)} samples", expected, "ok", part=subject.part)
 
 
 def _difference(own: Signal | None, ours: Signal | None, dtype: str) -> str | None:

@@ -25,6 +25,8 @@ from betakd_ray.models.vlm import language_model, parts, takes_images
 MUCH = 0.03
 """Gain in the mean probability of the true tokens from which another value is better, if it is no chance either."""
 SIGMAS = 4.0
+MOST_SAMPLES = 64
+"""Largest number of samples that are asked with each of about 25 other values."""
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5,) * 3, (0.5,) * 3)
@@ -39,7 +41,10 @@ def check_settings(subject: Subject) -> list[Finding]:
     expected = "no other value of a setting that makes the true answers more probable"
     if not is_trained(subject.model) or not subject.knows_answers:
         return [Finding("settings", "cannot be judged", expected, "skipped", "it knows no answers", part=subject.part)]
-    base = replace(subject, needs=HIDDEN, score=local_score(subject.model, HIDDEN, subject.renderer.image_processor))
+    few = subject.samples[:MOST_SAMPLES]
+    base = replace(
+        subject, samples=few, needs=HIDDEN, score=local_score(subject.model, HIDDEN, subject.renderer.image_processor)
+    )
     own = right(answers_of(base, base.renderings))
     found, count = [], 0
     for name, trial in trials(base):

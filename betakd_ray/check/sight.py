@@ -70,7 +70,8 @@ def _effect(subject: Subject, expected: str) -> Finding:
     if not swapped or not subject.knows_answers:
         return finding("ok")
     gain, expects = right(swapped[0]) - right(swapped[1]), _expected(*swapped)
-    more = f"; the right image raises the true answers by {float(gain.nanmean()):+.3f}, expected {float(expects.nanmean()):+.3f}"
+    gains = f"{float(gain.nanmean()):+.3f}, expected {float(expects.nanmean()):+.3f}"
+    more = f"; the right image raises the probability of the true answers by {gains}"
     if is_negative(gain - SHARE * expects, sigmas=3.0):
         return finding("fail", "the teacher sees something, but not what is in the image: projector or tower belong to "
                        "another model, or images and questions are not paired", more)  # fmt: skip

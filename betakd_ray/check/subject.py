@@ -1,8 +1,9 @@
 """The model under check: how it is asked, and the samples on which it is asked."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,8 @@ class Subject:
     batch_tokens: int
     part: str = "teacher"
     knows_answers: bool = True
+    close: int = 16
+    """Number of samples that are compared with the model's own forward pass, one by one."""
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +67,11 @@ class Subject:
     def renderings(self) -> tuple[Rendering, ...]:
         """Return the samples as the spec's template shows them."""
         return tuple(map(self.renderer.render, self.samples))
+
+    @property
+    def few(self) -> Iterator[tuple[RawSample, Rendering, Tensor]]:
+        """Yield the samples that are looked at one by one, with their renderings and hidden states."""
+        yield from islice(zip(self.samples, self.renderings, self.hidden, strict=True), self.close)
 
     @cached_property
     def with_images(self) -> tuple[int, ...]:

@@ -50,13 +50,14 @@ def check_teacher(
         model=model,
         renderer=renderer,
         data=data,
-        samples=tuple(_renderable(renderer, samples, settings.samples)),
+        samples=tuple(_renderable(renderer, samples, max(settings.samples, settings.answers))),
         needs=needs,
         score=score or local_score(model, needs, renderer.image_processor),
         head=to_tensor(to_wire(lm_head(model).weight) if head is None else head, CPU),
         batch_tokens=batch_tokens,
         part=part,
         knows_answers=settings.knows_answers,
+        close=settings.samples,
     )
     findings = [*check_weights(model, part=part), *check_vocabulary(subject, student_processor)]
     if not subject.samples:

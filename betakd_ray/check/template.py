@@ -58,7 +58,7 @@ def _others(data: DataSpec) -> Iterator[DataSpec]:
 
 
 def _gain(subject: Subject, data: DataSpec, own: Tensor) -> Tensor | None:
-    """Return by how much each sample's true tokens are more probable with another template; None if it cannot be used."""
+    """Return by how much each sample's true tokens are more probable with another template; None if it fails."""
     try:
         renderer = Renderer(subject.renderer.processor, data)
         renderings = [renderer.render(each) for each in subject.samples]

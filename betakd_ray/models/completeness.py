@@ -47,8 +47,8 @@ def require_complete(what: str, model: nn.Module, info: Mapping[str, Any]) -> No
     missing = sorted(name for name in info["missing_keys"] if not name.endswith(COUNTERS))
     if missing:
         raise WeightsIncomplete(
-            f"{what}: the checkpoint lacks {_listed(missing)}{_parts(missing)}; transformers would make them at random. "
-            "Fetch or convert the checkpoint again, or name the one that has them."
+            f"{what}: the checkpoint lacks {_listed(missing)}{_parts(missing)}; transformers would make them at "
+            "random. Fetch or convert the checkpoint again, or name the one that has them."
         )
     if mismatched := sorted(info["mismatched_keys"]):
         name, stored, expected = mismatched[0]

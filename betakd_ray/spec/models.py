@@ -87,7 +87,12 @@ _LOADING = {
 class CheckSpec(Spec):
     """Checks of the teacher's signal and of the student's weights, before the first step and while the job runs."""
 
-    samples: int = Field(default=16, ge=2, le=1024, description="samples of data.train on which the teacher is asked")
+    samples: int = Field(
+        default=16, ge=2, le=1024, description="samples of data.train whose signal is compared with the teacher itself"
+    )
+    answers: int = Field(
+        default=128, ge=0, le=4096, description="samples by whose answers it is judged what the teacher knows and sees"
+    )
     knows_answers: bool = Field(
         default=True,
         description="the teacher is expected to give the data's answers more probability than chance, and to use the "
