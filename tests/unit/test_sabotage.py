@@ -35,7 +35,6 @@ from tests.sabotage import (
     random,
     removed,
     rolled,
-    scaled,
     truncated,
     with_nan,
     zeroed,
@@ -166,8 +165,8 @@ TRAINED = {
     "rope": (configured("text_config", "rope_parameters", "rope_theta", to=100.0), {}, "settings", "rope_theta"),
     "activation": (configured("text_config", "hidden_act", to="relu"), {}, "settings", "activation"),
     "epsilon": (configured("text_config", "rms_norm_eps", to=100.0), {}, "settings", "epsilon"),
-    "template": (scaled, {"system_prompt": None}, "template", "no system prompt"),
-    "plain": (scaled, {"template": "plain"}, "template", "vicuna_v1"),
+    "template": (None, {"system_prompt": None}, "template", "no system prompt"),
+    "another activation": (configured("text_config", "hidden_act", to="gelu"), {}, "settings", "activation silu"),
 }
 
 
@@ -181,7 +180,7 @@ def taught(path: str | Path, *, wrong_answers: float = 0.0, seed: int = 0, setti
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_sabotaged_easy_vqa_teacher_is_stopped_with_its_cause(tmp_path, name):
     change, data, check, cause = TRAINED[name]
-    changes = () if data else (change,)
+    changes = (change,) if change else ()
     failed = failures(taught(copied(SHIPPED, tmp_path / "copy", *changes), **data))
     assert [(each.check, each.cause) for each in failed if each.check == check and cause in each.cause], failed
     with pytest.raises(ModelUnfit, match=r"seen: .*; expected: "):
