@@ -55,7 +55,7 @@ def check_alignment(subject: Subject) -> list[Finding]:
     if not is_positive(lead):
         return [finding("doubt", "own answers fit hardly better than other samples'", remedy, more)]
     return [finding("ok" if own < unigram or not trained else "doubt",
-                    "" if own < unigram else "a higher loss than word frequencies alone have: answers of another style, "
+                    "" if own < unigram else "a higher loss than that of word frequencies: answers of another style, "
                     "wrong labels, or a damaged teacher", more=more)]  # fmt: skip
 
 

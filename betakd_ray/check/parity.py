@@ -21,8 +21,12 @@ from betakd_ray.teacher.answers import to_tensor
 from betakd_ray.teacher.compare import ROUNDING, differs
 from betakd_ray.teacher.parts import Signal
 
-TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 6e-2}
-"""Largest relative difference of a sample's logits, by dtype. Measured: benchmarks/check_thresholds.py."""
+TOLERANCE = {"float32": 1e-3, "float16": 8e-3, "bfloat16": 3e-2}
+"""Largest relative difference of a sample's logits, by dtype.
+
+Measured on all families with three layers (benchmarks/check_thresholds.py): at most 4.1e-7, 1.1e-3 and 6.6e-3. Rounding
+grows with the root of the depth, so 32 layers have three times as much; a GPU's TF32 rounds float32 to 1e-3.
+"""
 
 
 def check_parity(subject: Subject) -> list[Finding]:

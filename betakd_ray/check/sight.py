@@ -80,6 +80,12 @@ def _effect(subject: Subject, expected: str) -> Finding:
     return finding("ok", more=more)
 
 
+def effect_of_images(subject: Subject) -> float:
+    """Return the mean divergence in nats between answers with the own image and with another sample's."""
+    own, other, _ = _pairs(subject)
+    return float(torch.stack([divergence(*_same(a, b)).mean() for a, b in zip(own, other, strict=True)]).mean())
+
+
 def _pairs(subject: Subject) -> tuple[list[Tensor], list[Tensor], list[list[Answers]]]:
     """Return logits with the own image, logits with another sample's, and the answers with both."""
     at = [at for at in subject.with_images if _other_images(subject, at) is not None]
