@@ -169,6 +169,16 @@ def edited(file: str, path: tuple[str, ...], to: Any) -> Sabotage:
     return sabotage
 
 
+def fewer_layers(folder: Path) -> None:
+    """Say in config.json that the language model has one layer only."""
+    tree = json.loads((folder / "config.json").read_text())
+    text = tree["text_config"]
+    text["num_hidden_layers"] = 1
+    if text.get("layer_types"):
+        text["layer_types"] = text["layer_types"][:1]
+    (folder / "config.json").write_text(json.dumps(tree))
+
+
 # ------------------------------------------------------------------------------------------------ teachers that lie
 
 
@@ -204,7 +214,7 @@ def nan_states(arrays: dict[str, Any], _: ModelInputs) -> None:
 def perturbed_states(arrays: dict[str, Any], _: ModelInputs) -> None:
     """Add noise that leaves most of the largest probabilities where they are."""
     hidden = arrays["hidden"]
-    hidden += 0.05 * np.random.default_rng(1).normal(size=hidden.shape).astype(hidden.dtype) * hidden.std()
+    hidden += 0.03 * np.random.default_rng(1).normal(size=hidden.shape).astype(hidden.dtype) * hidden.std()
 
 
 def scaled_states(arrays: dict[str, Any], _: ModelInputs) -> None:

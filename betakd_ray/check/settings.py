@@ -32,7 +32,7 @@ Measured on 128 easy-VQA questions (benchmarks/check_thresholds.py), the best of
 rope_theta 100: 0.10 and 4.3. With relu or gelu for silu, which costs 0.01 or less: sign tests of 5.9 and 4.1.
 """
 MAYBE, MAYBE_SIGMAS = 0.01, 2.3
-"""As `MUCH` and `SIGMAS`, but for a doubt."""
+"""Gain and standard errors, as `MUCH` and `SIGMAS`, from which there is a doubt."""
 LEAST = 0.02
 """Probability under which a true token counts as unknown, so that wrong labels do not outweigh all others."""
 MOST_SAMPLES = 128

@@ -92,7 +92,8 @@ def _listed(names: list[str]) -> str:
 
 def _parts(names: list[str]) -> str:
     """Return the parts of the model that weights belong to, as a piece of a sentence."""
-    words = {"vision tower": ("vision", "visual"), "projector": ("projector", "connector", "merger")}
+    # Qwen's projector is inside its tower, so it comes first.
+    words = {"projector": ("projector", "connector", "merger"), "vision tower": ("vision", "visual")}
     words |= {"head": ("lm_head",), "language model": ("language_model", "text_model", "embed_tokens", "layers.")}
     found = {next((part for part, marks in words.items() if any(mark in name for mark in marks)), "") for name in names}
     known = sorted(found - {""})

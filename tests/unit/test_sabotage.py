@@ -25,6 +25,7 @@ from tests.sabotage import (
     copied,
     easy_vqa,
     embedding,
+    fewer_layers,
     language,
     layer,
     moved_keys,
@@ -79,10 +80,7 @@ OF_FILES = {
     "the projector is missing": (changed(removed, of_part(PROJECTOR)), r"the checkpoint lacks .* projector"),
     "a layer is missing": (changed(removed, layer(1)), r"the checkpoint lacks .* of its language model"),
     "the embedding has less rows": (changed(truncated, embedding), r"has shape \(\d+, 32\) .* but \(\d+, 32\)"),
-    "the config has a layer less": (
-        configured("text_config", "num_hidden_layers", to=1),
-        r"the checkpoint has .* no place for them",
-    ),
+    "the config has fewer layers": (fewer_layers, r"the checkpoint has .* no place for them"),
     "the tower has other names": (moved_keys(of_part(TOWER), "of_another"), r"the checkpoint lacks .* vision tower"),
 }
 
@@ -149,6 +147,13 @@ def test_an_honest_model_is_never_stopped(name, dtype, seed):
     assert {each.check for each in found if each.verdict == "ok"} >= {"vocabulary", "parity", "batching"}
     # With random weights nothing is known of sight and knowledge, and this is said.
     assert {each.check for each in found if each.verdict in ("doubt", "skipped")} >= {"weights", "template", "sight"}
+
+
+@pytest.mark.parametrize("method", [{"quant_method": "quanto", "weights": "int8"}], ids=["quanto"])
+def test_an_honest_quantised_model_is_never_stopped(folder, family, method):
+    model = load_model(TeacherSpec(path=str(folder), options={"quantization_config": method}))
+    found = checked(family, model=model)
+    assert not failures(found), [str(each) for each in failures(found)]
 
 
 # --------------------------------------------------------------------------------------------- a teacher that knows
