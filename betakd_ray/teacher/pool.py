@@ -8,9 +8,9 @@ while teachers are idle. Students send groups directly to the members (`TeacherC
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import ray
@@ -21,10 +21,12 @@ from betakd_ray.errors import ClusterError, TeacherError
 from betakd_ray.on_ray.cluster import placement
 from betakd_ray.on_ray.gauges import Gauges
 from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
+from betakd_ray.teacher.canary import Differs, KnownAnswer, Proof, answer_canary
 from betakd_ray.teacher.parts import Needs, TeacherFacts
-from betakd_ray.teacher.ports import Pending, Roster, Teacher, Unanswered
+from betakd_ray.teacher.ports import Roster, Teacher, Unanswered
 from betakd_ray.teacher.remote import RemoteTeacher, placed
 from betakd_ray.teacher.scorer import TeacherScorer, engine_of
+from betakd_ray.teacher.starting import Lease, Starting
 
 FORGET_AFTER_S = 60.0
 """Seconds without a heartbeat after which a student counts as gone; its workers may have been restarted."""
@@ -41,40 +43,10 @@ This is longer than two heartbeats, in which every student learns that the teach
 """
 NEXT_HOLDER_S = 5.0
 """Seconds since its last request within which a client still counts as waiting for a lease."""
+MOST_DIFFERING = 3
+"""Number of teachers in a row that may answer the canary differently before the pool gives up."""
 
 Members = dict[int, Teacher]
-
-
-@dataclass(frozen=True)
-class Starting:
-    """A teacher that is no member, and a Pending: that its model is loaded, or that it has finished its groups."""
-
-    teacher: Teacher
-    ready: Pending
-    until: float = math.inf
-    """Time at which it counts as dead if it is not ready, on the monotonic clock in seconds."""
-
-    def is_ready(self) -> bool:
-        """Return whether the teacher is ready. Raises Unanswered if it has died."""
-        try:
-            self.ready.result(timeout_s=0.0)
-        except TimeoutError:
-            # A teacher that hangs at a group never finishes, and no client may be left to report it.
-            if time.monotonic() > self.until:
-                raise Unanswered("it did not finish its groups within teacher.timeout_s") from None
-            return False
-        return True
-
-
-@dataclass
-class Lease:
-    """An exclusive teacher of one student."""
-
-    holder: str
-    """Client and number of the examination."""
-    starting: Starting
-    seen: float = field(default_factory=time.monotonic)
-    """Time of the holder's last request or heartbeat, on the monotonic clock in seconds."""
 
 
 class TeacherPool:
@@ -104,6 +76,9 @@ class TeacherPool:
         self._reports: dict[str, tuple[float, float]] = {}
         self._next = 0
         self._failure: TeacherError | None = None
+        self._canary: KnownAnswer | None = None
+        self._differing = 0
+        self._tell: Callable[[str], None] = lambda _: None
         self.restarts = 0
         for _ in range(self._min):
             self._add()
@@ -129,6 +104,21 @@ class TeacherPool:
                 )
             time.sleep(0.1)
 
+    def require_answer(self, canary: KnownAnswer, checked: int, tell: Callable[[str], None]) -> None:
+        """Have every teacher but the `checked` one give the known answer before it is a member, now and later.
+
+        `tell` is called with a text about each that differs. Of several jobs, the first one's canary stays.
+        """
+        self._tell = tell
+        if self._canary is not None:
+            return
+        self._canary = canary
+        for teacher in [*self._members.values(), *(starting.teacher for starting in self._pending.values())]:
+            if teacher.number != checked:
+                self._members.pop(teacher.number, None)
+                self._pending[teacher.number] = self._starting(teacher)
+        self._version += 1
+
     def members(self) -> Members:
         """Return the loaded teachers, after taking in those that became ready and ending those that have left."""
         if self._failure:
@@ -143,7 +133,8 @@ class TeacherPool:
                 self._join(starting.teacher)
             except Unanswered as failure:
                 del self._pending[number]
-                self._replace(starting.teacher, failure)
+                starting.teacher.kill()
+                self._replace(failure)
         for number, starting in list(self._leaving.items()):
             try:
                 if not starting.is_ready():
@@ -188,8 +179,9 @@ class TeacherPool:
         try:
             return self._lease.starting.teacher if self._lease.starting.is_ready() else None
         except Unanswered as failure:
-            starting, self._lease = self._lease.starting, None
-            self._replace(starting.teacher, failure)
+            self._lease.starting.teacher.kill()
+            self._lease = None
+            self._replace(failure)
             return None
 
     def end_lease(self, holder: str, *, is_alive: bool) -> None:
@@ -276,6 +268,7 @@ class TeacherPool:
 
     def _join(self, teacher: Teacher) -> None:
         self._members[teacher.number] = teacher
+        self._differing = 0
         self._left.discard(teacher.number)
         self._version += 1
 
@@ -290,9 +283,15 @@ class TeacherPool:
         )
 
     def _add(self) -> None:
-        teacher = self._place(self._next)
-        self._pending[self._next] = Starting(teacher, teacher.ready())
+        self._pending[self._next] = self._starting(self._place(self._next))
         self._next += 1
+
+    def _starting(self, teacher: Teacher) -> Starting:
+        """Return a teacher that is ready once it has loaded and, if there is a canary, given the known answer."""
+        if self._canary is None:
+            return Starting(teacher, teacher.ready())
+        # Asked at once: the question waits in the teacher until the model is loaded.
+        return Starting(teacher, Proof(self._canary, teacher.apply(answer_canary, self._canary.inputs)))
 
     def _place(self, number: int) -> Teacher:
         """Start a teacher on any node with room for it."""
@@ -303,8 +302,13 @@ class TeacherPool:
     def _engine(self) -> type[TeacherScorer]:
         return engine_of(self._teacher)
 
-    def _replace(self, teacher: Teacher, failure: Unanswered) -> None:
-        teacher.kill()  # if it only counts as dead, it would keep its place in the cluster
+    def _replace(self, failure: Unanswered) -> None:
+        if isinstance(failure, Differs):
+            self._differing += 1
+            self._tell(f"{failure} It is ended and replaced.")
+            if self._differing >= MOST_DIFFERING:
+                self._failure = TeacherError(f"{self._differing} teachers in a row are not the checked one. {failure}")
+                raise self._failure
         if self._deaths >= self._max_deaths:
             last = failure.detail.strip().splitlines()[-1]
             self._failure = TeacherError(

@@ -3,7 +3,7 @@
 `remote` implements them with Ray actors; tests and benchmarks implement them with threads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -49,6 +49,10 @@ class Teacher(Protocol):
 
     def submit(self, inputs: ModelInputs) -> Pending:
         """Send a group of samples; the answer is a GroupAnswer."""
+        ...
+
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> Pending:
+        """Call `function(scorer, *arguments)` in its process; the answer is what the function returns."""
         ...
 
     def health(self, timeout_s: float) -> float:

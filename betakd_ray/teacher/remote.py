@@ -44,6 +44,10 @@ class RemoteTeacher:
     def submit(self, inputs: ModelInputs) -> RemotePending:
         return RemotePending(self.actor.score.options(concurrency_group=SCORE).remote(inputs))
 
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> RemotePending:
+        # Not in SCORE's threads: a check takes seconds, and calls `score` itself.
+        return RemotePending(self.actor.apply.remote(function, *arguments))
+
     def health(self, timeout_s: float) -> float:
         return RemotePending(self.actor.health.options(concurrency_group=HEALTH).remote()).result(timeout_s)
 

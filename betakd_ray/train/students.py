@@ -25,9 +25,13 @@ from betakd_ray.on_ray.monitor import Report
 from betakd_ray.on_ray.source import SplitOnce, rows
 from betakd_ray.on_ray.spares import importing
 from betakd_ray.progress import Update, progress_line
+from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.sigterm import POLL_S, StopRequest
 from betakd_ray.spec import JobSpec
+from betakd_ray.teacher.remote import RemotePending
+from betakd_ray.train.canaries import CanaryWatch
 from betakd_ray.train.config import WorkerConfig
+from betakd_ray.train.teacher_checks import settings_of
 from betakd_ray.train.worker import train_worker
 
 STARTS = 4
@@ -106,16 +110,18 @@ def _trainer(config: WorkerConfig, reader: "ray.ObjectRef", folder: Path) -> Tor
 def _follow(training: Future[Any], config: WorkerConfig, stop: StopRequest) -> None:
     """Until the training ends: show progress and warnings, look for ranks that hang, and pass on a request to stop.
 
-    Raises Interrupted if the job is to stop and has no workers yet, which could save, and the failure of `stop`, such
-    as RunTaken. Ray Train is then ended.
+    Also ask the canary again. Raises TeacherError if its answer is another one, Interrupted if the job is to stop and
+    has no workers yet, which could save, and the failure of `stop`, such as RunTaken. Ray Train is then ended.
     """
-    spec, controller = config.spec, None
+    spec, controller, canaries = config.spec, None, _canaries(config)
     with progress_line(spec.name, config.total_steps, "starting", is_shown=spec.tracking.progress) as update:
         try:
             while not wait([training], timeout=POLL_S).done:
                 report = _report(config)
                 controller = report.controller or controller
                 _show(report, update)
+                if canaries and report.latest:
+                    canaries.poll(report.latest["step"])
                 if stop.is_made:
                     config.monitor.stop.remote()
                 if stop.failure or (stop.is_made and controller and not report.has_begun):
@@ -127,6 +133,14 @@ def _follow(training: Future[Any], config: WorkerConfig, stop: StopRequest) -> N
             if controller:
                 ray.kill(controller)
             raise
+
+
+def _canaries(config: WorkerConfig) -> CanaryWatch | None:
+    settings, pool = settings_of(config.spec), config.pool
+    if settings is None or not settings.canary_every or config.canary is None or pool is None:
+        return None
+    store = CheckpointStore(config.run, config.spec.output.storage)
+    return CanaryWatch(config.canary, settings.canary_every, lambda: RemotePending(pool.roster.remote(-1)), store)
 
 
 def _report(config: WorkerConfig) -> Report:
