@@ -1,4 +1,4 @@
-"""Every teacher of a pool is the checked one: the real pool, with teachers that answer a canary as their number says."""
+"""Every teacher of a pool is the checked one: the real pool, with teachers whose answers depend on their number."""
 
 from collections.abc import Callable
 from dataclasses import replace
