@@ -1,4 +1,4 @@
-"""The checks of a job's models on a cluster: an unfit teacher stops a job before it trains, a fit one leaves a record."""
+"""The checks of a job on a cluster: an unfit teacher stops it before it trains, a fit one leaves a record."""
 
 import json
 import time

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ OTHERS: dict[str, Callable[[ModelInputs], GroupAnswer]] = {
 }
 
 
-def pool_of(others: dict[int, Callable[[ModelInputs], GroupAnswer]], **size: int) -> tuple[FakePool, list[str]]:
+def pool_of(others: dict[int, Callable[[ModelInputs], GroupAnswer]], **size: Any) -> tuple[FakePool, list[str]]:
     """Return a pool whose first teacher is checked, and what it tells. `others` has the teachers that differ."""
 
     def answer(number: int, inputs: ModelInputs) -> GroupAnswer:
