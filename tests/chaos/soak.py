@@ -8,9 +8,7 @@ the job is done. The tally is printed, and written to FOLDER/tally.json.
 
 import argparse
 import json
-import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -205,6 +203,8 @@ def surroundings(options: Options, disk: SmallDisk | None) -> Iterator[Surroundi
             "BETAKD_CACHE": str(folder / "cache"),
             **clock.environment,
         }
+        if disk:
+            (disk.folder / "ray").mkdir(exist_ok=True)  # Ray notes its newest cluster there, and does not make it
         for name, value in {**environment, **({"TMPDIR": str(disk.folder)} if disk else {})}.items():
             patch.setenv(name, value)
         cluster = stack.enter_context(nodes({"teacher": 1, "student": 1}))
@@ -232,7 +232,6 @@ def main() -> int:
     has_disk = on_small_disk(disk)
     if not has_disk:
         print(f"{FULL_DISK} is left out: neither root nor a user namespace may mount a file system here")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(os.EX_TEMPFAIL))  # so that the cluster and the store are ended
     with surroundings(options, SmallDisk(disk) if has_disk else None) as around:
         soak = Soak(options, around)
         try:

@@ -203,6 +203,13 @@ def test_a_clock_jumps_in_a_process_that_runs(tmp_path: Path) -> None:
     assert [after - before for before, after in zip(first, later, strict=True)] == pytest.approx([DAY_S] * 2, abs=60)
 
 
+def test_a_class_that_knows_the_clock_can_be_sent_to_another_process(tmp_path: Path) -> None:
+    """As Ray sends an actor's class, by value."""
+    code = "import time\nfrom ray import cloudpickle\nclass Actor:\n now = time.time\ncloudpickle.dumps(Actor)"
+    environment = {**os.environ, **Clock(tmp_path / "clock").environment}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
 def test_a_clock_keeps_what_it_shows_for_the_next_soak(tmp_path: Path) -> None:
     Clock(tmp_path / "clock").jump(3)
     before = (tmp_path / "clock").read_bytes()
