@@ -39,7 +39,6 @@ from betakd_ray.spec.loading import (
 from betakd_ray.spec.models import (
     CacheSpec,
     CheckpointInit,
-    CheckSpec,
     ConfigInit,
     LoraSpec,
     ModelSpec,
@@ -74,7 +73,6 @@ __all__ = [
     "AlignTopK",
     "AnyEnergy",
     "CacheSpec",
-    "CheckSpec",
     "CheckpointInit",
     "ClusterSpec",
     "ConfigInit",
