@@ -84,8 +84,7 @@ class SeaweedServer:
         with open(self._directory / "log", "ab") as log:
             self._process = subprocess.Popen(
                 self._command(self._directory),
-                # Without GOMEMLIMIT, the process grows to 1.8 GB.
-                env={**os.environ, "GOMEMLIMIT": "400MiB", "TMPDIR": str(self._directory)},
+                env=self._own_environment(self._directory),
                 cwd=self._directory,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -124,6 +123,12 @@ class SeaweedServer:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
+
+    def _own_environment(self, directory: Path) -> dict[str, str]:
+        """Return this process's variables, less the credentials: another server's would replace those of the file."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        # Without GOMEMLIMIT, the process grows to 1.8 GB.
+        return {**inherited, "GOMEMLIMIT": "400MiB", "TMPDIR": str(directory)}
 
     def _identities(self) -> dict[str, Any]:
         """Return who may do what. SeaweedFS reloads identities while it runs; those of a file stay valid meanwhile."""

@@ -21,7 +21,7 @@ from betakd_ray.data.shards import Shard, read_shard_with_retry
 from betakd_ray.errors import DataError, DataUnreachable, OutputError
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import ANSWERS, ATTEMPTS, S3, TIMEOUT_S, StoreSilent, open_store, replace_file
-from tests.s3 import served
+from tests.s3 import SeaweedServer, served
 from tests.s3_proxy import FAULTS, SHORT, FaultyS3, client_without_pauses
 from tests.tars import good, tar_bytes
 
@@ -279,6 +279,12 @@ def test_a_bucket_that_is_missing_is_not_made(proxy, s3):
     filesystem, path = open_store("s3://missing/folder", beyond(proxy))
     filesystem.makedirs(path, exist_ok=True)
     assert s3.filesystem().ls("") == [s3.bucket]
+
+
+def test_a_server_takes_its_own_client_while_anothers_credentials_are_in_the_environment(s3):
+    with SeaweedServer() as second:
+        second.filesystem().pipe_file(f"{second.bucket}/mine", CONTENT)
+        assert not s3.filesystem().exists(f"{s3.bucket}/mine")
 
 
 def test_a_seed_fixes_which_requests_go_wrong_and_how(s3):
