@@ -12,12 +12,15 @@ BUILT := $(TORCH_EXTENSIONS_DIR)/.built
 PRETRAINED := $(VENV)/.pretrained
 BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out %/__init__.py,$(wildcard benchmarks/*.py)))
 
-# Seeds of `make soak`.
+# Length and folder of `make soak`; SEED is for its first call.
+HOURS ?= 2
+FOLDER ?= runs/soak
+# Seeds of `make simulate`.
 FIRST ?= 0
 COUNT ?= 1000000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill teacher smollm test test-unit chaos soak slow check bench figures clean
+.PHONY: help setup distill teacher smollm test test-unit chaos soak simulate slow check bench figures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +46,10 @@ test-unit: setup ## unit tests only, a file at a time on each core
 chaos: setup ## whole jobs under 20 schedules of kills and a failing store, up to the first that fails (an hour)
 	@python -m pytest -sx tests/chaos --seeds 20
 
-soak: setup ## a million schedules in simulated time, up to the first that breaks an invariant (hours)
+soak: setup ## one long job under faults for HOURS hours; the same call goes on from there
+	@python -m tests.chaos.soak --hours $(HOURS) --folder $(FOLDER) $(if $(SEED),--seed $(SEED))
+
+simulate: setup ## a million schedules in simulated time, up to the first that breaks an invariant (hours)
 	@python -m tests.simulation.soak --first $(FIRST) --count $(COUNT) --processes $$(nproc)
 
 slow: setup ## the tests that take minutes

@@ -62,6 +62,8 @@ class Behaviour:
     """Function that says whether the teacher raises an error at a group, and stays alive."""
     load_s: float = 0.0
     """Seconds that a teacher takes to load."""
+    answer: Callable[[int, ModelInputs], GroupAnswer] = lambda _, inputs: answered(inputs)
+    """Function of a teacher's number that answers what its own process asks."""
 
 
 class FakeTeacher:
@@ -73,6 +75,7 @@ class FakeTeacher:
         self.loaded_at = self._free_at = time.monotonic() + behaviour.load_s
         self.dies_at = math.inf
         self.is_silent = False
+        self.device = "cpu"
         self.work: list[tuple[float, float]] = []
         """Start and end of each group, in seconds of `time.monotonic`."""
 
@@ -92,20 +95,24 @@ class FakeTeacher:
             return FakePending(self, done, partial(_refuse, "IndexError: no such token"))
         return FakePending(self, done, partial(answered, inputs, done - start))
 
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> "FakePending":
+        return FakePending(self, max(self.loaded_at, time.monotonic()), partial(function, self, *arguments))
+
     def health(self, timeout_s: float) -> float:
-        if self.is_silent:
-            time.sleep(timeout_s)
-            raise TimeoutError
-        self.require_alive()
+        self.require_alive(timeout_s)
         now = time.monotonic()
         return next((now - start for start, done in self.work if start <= now < done), 0.0)
+
+    def score(self, inputs: ModelInputs) -> GroupAnswer:
+        """Answer at once, as `TeacherScorer.score` does in the teacher's process."""
+        return self._behaviour.answer(self._number, inputs)
 
     def facts(self) -> TeacherFacts:
         self.require_alive()
         return FACTS
 
-    def head(self) -> NDArray[Any]:
-        self.require_alive()
+    def head(self, timeout_s: float) -> NDArray[Any]:
+        self.require_alive(timeout_s)
         return np.full((4, 2), self.number, np.float32)
 
     def ready(self) -> "FakePending":
@@ -119,8 +126,11 @@ class FakeTeacher:
             self.dies_at = min(self.dies_at, time.monotonic())
             self.changed.notify_all()
 
-    def require_alive(self) -> None:
-        """Raise Unanswered if the teacher is dead."""
+    def require_alive(self, timeout_s: float) -> None:
+        """Raise Unanswered if the teacher is dead, and TimeoutError if it is silent, after that time."""
+        if self.is_silent:
+            time.sleep(timeout_s)
+            raise TimeoutError
         if time.monotonic() >= self.dies_at:
             raise Unanswered("the teacher died")
 

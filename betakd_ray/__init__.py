@@ -8,17 +8,24 @@ from betakd_ray import errors
 from betakd_ray.spec import JobSpec, load_spec
 
 if TYPE_CHECKING:
+    from betakd_ray.check.teacher import check_teacher
     from betakd_ray.energies import energy
     from betakd_ray.job import BetaKDJob, JobResult
     from betakd_ray.weighting import BetaWeighting
 
-__all__ = ["BetaKDJob", "BetaWeighting", "JobResult", "JobSpec", "energy", "errors", "load_spec"]
+__all__ = ["BetaKDJob", "BetaWeighting", "JobResult", "JobSpec", "check_teacher", "energy", "errors", "load_spec"]
 
 # DeepSpeed and Ray read these variables when they are imported. A value that is already set is kept.
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "PYTHON worker processes have been started")
 
-_HEAVY = {"BetaKDJob": "job", "JobResult": "job", "BetaWeighting": "weighting", "energy": "energies"}
+_HEAVY = {
+    "BetaKDJob": "job",
+    "JobResult": "job",
+    "BetaWeighting": "weighting",
+    "energy": "energies",
+    "check_teacher": "check.teacher",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -119,6 +119,23 @@ def plan(
 
 
 @app.command()
+def check(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Check that the teacher's signal is right, and the student's weights, before a job; exit code 2 if not."""
+    with exit_codes():
+        run_check(spec, overrides)
+
+
+def run_check(spec: str, overrides: list[str]) -> None:
+    """Check the models of a job, print the table, and raise ModelUnfit with the causes if a check failed."""
+    from betakd_ray.check.finding import as_table, require_fit
+    from betakd_ray.job import BetaKDJob
+
+    findings = BetaKDJob.from_yaml(spec, overrides).check_models()
+    Console(width=None if sys.stdout.isatty() else 1000).print(as_table(findings))
+    require_fit(findings)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a job spec, for editors."""
     print(json.dumps(JobSpec.model_json_schema(), indent=2))

@@ -9,7 +9,9 @@
     │   │   ├── DataUnreachable      the store of the data does not answer, even after all retries
     │   │   └── TooManyBadSamples    more of the data is bad than `data.max_bad_fraction` allows
     │   ├── ModelError               a checkpoint, a config, or an ability that a model lacks
-    │   │   └── VocabularyMismatch   teacher and student do not share a tokenizer
+    │   │   ├── VocabularyMismatch   teacher and student do not share a tokenizer
+    │   │   ├── WeightsIncomplete    a checkpoint lacks weights, or has them in other shapes
+    │   │   └── ModelUnfit           a model's own answers show that its signal is wrong
     │   ├── ClusterError             the cluster can never provide what the job asks for
     │   └── OutputError              the output holds another job, or cannot be written
     │       ├── RunTaken             another driver has taken the run over
@@ -119,6 +121,14 @@ class ModelError(UserError):
 
 class VocabularyMismatch(ModelError):
     """Energies on logits need one common vocabulary, but teacher and student have different ones."""
+
+
+class WeightsIncomplete(ModelError):
+    """A checkpoint does not have all weights of the model, so some of them would be random."""
+
+
+class ModelUnfit(ModelError):
+    """The checks before the first step (`betakd_ray.check`) failed for a teacher or a student."""
 
 
 class ClusterError(UserError):

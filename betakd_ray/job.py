@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
+from betakd_ray.check.finding import Finding
 from betakd_ray.data.mixture import find_passes
 from betakd_ray.data.plan import Pass, Plan
 from betakd_ray.data.reader import Reader
@@ -45,7 +46,7 @@ from betakd_ray.run.metrics import to_jsonl
 from betakd_ray.run.plan import tail_of, write_plan, write_tail
 from betakd_ray.run.records import RESULT_FILE
 from betakd_ray.sigterm import StopRequest, on_sigterm
-from betakd_ray.spec import JobSpec, ManualWeighting, TeacherSpec, VisualEnergy, load_spec
+from betakd_ray.spec import CheckSpec, JobSpec, ManualWeighting, TeacherSpec, VisualEnergy, load_spec
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.parts import Needs, TeacherFacts
@@ -54,6 +55,7 @@ from betakd_ray.teacher.remote import unwrapped
 from betakd_ray.teacher.scorer import engine_of
 from betakd_ray.train.config import STOPPED, WorkerConfig
 from betakd_ray.train.students import train_students
+from betakd_ray.train.teacher_checks import TeacherCheck, ask_student, ask_teacher, settings_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -150,6 +152,24 @@ class BetaKDJob:
         self._warn(plan)
         write_plan(self.run, self.spec.output.storage, plan)
         return plan, renderers
+
+    def check_models(self) -> list[Finding]:
+        """Check the models of the job on its cluster, and write nothing: a teacher as `fit()` does, and the student.
+
+        `teacher.check: off` counts as the default here. Raises UserError and TeacherError if they cannot be asked.
+        """
+        spec, findings = self.spec, list[Finding]()
+        self.renderers()
+        plan = self.plan(find_passes(spec.data))
+        with on_sigterm(self.stop), connected(spec):
+            if spec.teacher is not None:
+                with Teachers() as teachers, ExitStack() as actors:
+                    pool, *_ = self._start_teachers(teachers, actors, one=True)
+                    assert pool is not None
+                    settings = settings_of(spec) or CheckSpec()
+                    findings += ask_teacher(spec, settings, plan, pool, self._stop).findings
+            # After the teacher has ended, because both may need the same GPU.
+            return [*findings, *ask_student(spec, self._stop)]
 
     # --------------------------------------------------------------------------------------------- checks
 
@@ -256,6 +276,10 @@ class BetaKDJob:
         self._say_who_waits()
         monitor = self._start_monitor(plan, actors)
         pool, facts, needs = self._start_teachers(teachers, actors)
+        canary = None
+        if pool is not None:
+            checks = TeacherCheck(spec, plan, self._permit, self.origins)
+            canary = checks.run(pool, monitor, self._stop)
         views = {"student": renderers["student"], "teacher": renderers.get("teacher", renderers["student"])}
         cache = None
         if spec.teacher and facts:
@@ -273,6 +297,7 @@ class BetaKDJob:
             facts=facts,
             needs=needs,
             cache=cache,
+            canary=canary,
             origins=self.origins,
         )
         reader = Reader(
@@ -310,14 +335,17 @@ class BetaKDJob:
         return monitor
 
     def _start_teachers(
-        self, teachers: Teachers, actors: ExitStack
+        self, teachers: Teachers, actors: ExitStack, *, one: bool = False
     ) -> tuple[ActorHandle | None, TeacherFacts | None, Needs]:
-        """Return the teachers' pool once a teacher is ready, its facts, and the parts that it sends."""
+        """Return the teachers' pool once it is ready, its facts, and the parts that it sends.
+
+        With `one`, the pool has a single teacher.
+        """
         spec = self.spec
         if spec.teacher is None:
             return None, None, Needs()
-        gpus = gpus_each(spec.cluster.teacher.gpus)
-        share = teachers.share(spec.teacher, self.needs(spec.teacher), spec.cluster.teacher, gpus, spec.name)
+        size = spec.cluster.teacher.model_copy(update={"min": 1, "max": 1}) if one else spec.cluster.teacher
+        share = teachers.share(spec.teacher, self.needs(spec.teacher), size, gpus_each(size.gpus), spec.name)
         pool, needs = actors.enter_context(share)
         loaded = pool.wait_until_ready.remote(spec.cluster.start_timeout_s)
         self._stop.wait_until(lambda timeout_s: bool(ray.wait([loaded], timeout=timeout_s)[0]))

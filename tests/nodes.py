@@ -19,6 +19,8 @@ class Nodes:
 
     def __init__(self, folder: str, pools: Mapping[str, int], gpus: int = 0, **head: Any) -> None:
         head = {"include_dashboard": False, "dashboard_agent_listen_port": 0, "object_store_memory": 256 << 20, **head}
+        self.folder = folder
+        """Folder of Ray's sessions, with their logs."""
         self._gpus = gpus
         self._cluster = Cluster(
             initialize_head=True,
@@ -30,6 +32,10 @@ class Nodes:
     @property
     def address(self) -> str:
         return self._cluster.address
+
+    def of(self, pool: str) -> list[str]:
+        """Return the names of a pool's nodes."""
+        return [name for name in self._nodes if name.startswith(f"{pool}-")]
 
     def lose(self, name: str) -> None:
         """Kill the node at once, and add another one in its place."""

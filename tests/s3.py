@@ -34,21 +34,23 @@ _PR_SET_PDEATHSIG = 1
 
 
 class SeaweedServer:
-    """One SeaweedFS process with one empty bucket.
+    """One SeaweedFS process with one bucket.
 
-    Its objects survive `stop()` and `start()`, but not the end of the `with` block.
+    The bucket is empty at first. Its objects survive `stop()` and `start()`. They survive the end of the `with` block,
+    for the next server of that folder, only if a `folder` is given.
 
     with SeaweedServer() as s3:
         os.environ |= s3.environment
         fsspec.open("s3://betakd/x", endpoint_url=s3.endpoint_url)
     """
 
-    def __init__(self, bucket: str = "betakd", ready_timeout_s: float = 30.0) -> None:
+    def __init__(self, bucket: str = "betakd", ready_timeout_s: float = 30.0, folder: str | Path | None = None) -> None:
         self.bucket = bucket
         self.port = _free_ports()
         self.access_key = "betakd-tests"
         self._secret = secrets.token_hex(20)
         self._ready_timeout_s = ready_timeout_s
+        self._kept = Path(folder) if folder else None
         self._directory: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -79,7 +81,8 @@ class SeaweedServer:
     def start(self) -> None:
         """Start the process on the same objects and port as before, and wait until a put succeeds."""
         if self._directory is None:
-            self._directory = Path(tempfile.mkdtemp(prefix="weed-"))
+            self._directory = self._kept or Path(tempfile.mkdtemp(prefix="weed-"))
+            self._directory.mkdir(parents=True, exist_ok=True)
             (self._directory / "identities.json").write_text(json.dumps(self._identities()))
         with open(self._directory / "log", "ab") as log:
             self._process = subprocess.Popen(
@@ -120,9 +123,9 @@ class SeaweedServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-        if self._directory is not None:
+        if self._directory is not None and self._kept is None:
             shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
+        self._directory = None
 
     def _own_environment(self, directory: Path) -> dict[str, str]:
         """Return this process's variables, less the credentials: another server's would replace those of the file."""
@@ -188,9 +191,12 @@ class SeaweedServer:
 
 
 @contextmanager
-def served() -> Iterator[SeaweedServer]:
-    """Yield a server with an empty bucket; its credentials are in this process's environment while it runs."""
-    with SeaweedServer() as server, pytest.MonkeyPatch.context() as patch:
+def served(folder: str | Path | None = None) -> Iterator[SeaweedServer]:
+    """Yield a server; its credentials are in this process's environment while it runs.
+
+    Its bucket is empty, or has what an earlier server of `folder` has left.
+    """
+    with SeaweedServer(folder=folder) as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         yield server

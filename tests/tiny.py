@@ -162,3 +162,16 @@ def numbered_samples(count: int, broken: int | None = None) -> list[dict[str, An
             }
         )
     return samples
+
+
+def job_tree(home: Path, output: Path) -> dict[str, Any]:
+    """Return the tree of a spec: a small job with the models and shards that are in the folder `home`."""
+    return {
+        "name": "job",
+        "data": {"train": str(home / "shards" / "train-*.tar")},
+        "teacher": {"path": str(home / "teacher")},
+        "student": {"init": {"kind": "checkpoint", "path": str(home / "student")}},
+        "objective": {"energies": "fkl"},
+        "training": {"global_batch_size": 4, "micro_batch_size": 4},
+        "output": str(output),
+    }

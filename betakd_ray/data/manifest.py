@@ -10,7 +10,8 @@ While `pack` replaces shards, it also says which files are no data:
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from glob import has_magic
 from itertools import chain
@@ -19,6 +20,7 @@ from typing import Any
 from braceexpand import braceexpand
 from fsspec.utils import glob_translate
 
+from betakd_ray.data.claims import Claim, claimed
 from betakd_ray.data.files import store_errors, url_like
 from betakd_ray.data.shards import Shard, ShardDamaged, scan_shard
 from betakd_ray.errors import DataError
@@ -97,8 +99,7 @@ def index_shards(patterns: Sequence[str], storage: StorageSpec) -> list[Shard]:
     for url, size in _find(patterns, storage).sizes.items():
         by_folder[_folder(url)].append(_indexed(url, size, storage))
     for folder, shards in by_folder.items():
-        manifest = _read(folder, storage)
-        _store(folder, replace(manifest, shards=manifest.shards | _by_name(shards)), storage)
+        _change(folder, storage, lambda there, new=shards: replace(there, shards=there.shards | _by_name(new)))
     return sorted((shard for shards in by_folder.values() for shard in shards), key=lambda shard: shard.url)
 
 
@@ -110,29 +111,55 @@ def read_manifest(folder: str, storage: StorageSpec) -> dict[str, Shard]:
 # ------------------------------------------------------------------------------------------------- packing
 
 
-def begin_packing(folder: str, prefix: str, storage: StorageSpec) -> Packing:
-    """Note in the manifest that shards of a prefix are being written, and return their names.
+@contextmanager
+def sole_packing(folder: str, prefix: str, storage: StorageSpec) -> Iterator[tuple[Packing, Claim]]:
+    """Note in the manifest that shards of a prefix are being written; yield their names and the claim to write them.
 
-    Until `commit_packing` they are no data. What an interrupted packing of the prefix left is removed before.
+    Until `commit_packing` they are no data. What an interrupted packing of the prefix left is removed before, and what
+    this one left or replaced after the block. Raises DataError if another process packs this prefix.
     """
-    clear_packings(folder, prefix, storage)
-    manifest = _read(folder, storage)
-    known = [Packing.of(name, prefix) for name in (*manifest.shards, *_names(folder, storage))]
+    with claimed(join(folder, MANIFEST), f"prefix-{prefix}", storage, waits=False) as claim:
+        packing = _begun(folder, prefix, storage)
+        try:
+            yield packing, claim
+        finally:
+            if claim.is_held():
+                clear_packings(folder, prefix, storage)
+            else:  # the prefix is another process's now: only what this one wrote may go
+                _remove(folder, storage, lambda name, _: Packing.of(name, prefix) == packing)
+
+
+def _begun(folder: str, prefix: str, storage: StorageSpec) -> Packing:
+    """Clear a prefix, and note a new packing of it. Its number is higher than that of any other, also of a cleared one.
+
+    So a process that stood still while its packing was cleared writes to no file of another, and learns it at its end.
+    """
+    manifest, names = _read(folder, storage), _names(folder, storage)
+    known = [Packing.of(name, prefix) for name in (*manifest.shards, *manifest.replaced, *names)]
+    known += [each for each in manifest.unfinished if each.prefix == prefix]
     packing = Packing(prefix, 1 + max((each.number for each in known if each), default=-1))
-    _store(folder, replace(manifest, unfinished=manifest.unfinished | {packing}), storage)
+    clear_packings(folder, prefix, storage)
+    _change(folder, storage, lambda there: replace(there, unfinished=there.unfinished | {packing}))
     return packing
 
 
 def commit_packing(folder: str, packing: Packing, shards: Iterable[Shard], storage: StorageSpec) -> None:
     """Replace the former shards of the packing's prefix by `shards` in the manifest, at once.
 
-    If two processes write a manifest at the same time, one of them loses its entries.
+    Raises DataError if another process has cleared this packing meanwhile.
     """
-    manifest = _read(folder, storage)
-    former = {name for name in manifest.shards if Packing.of(name, packing.prefix)}
-    kept = {name: shard for name, shard in manifest.shards.items() if name not in former}
-    unfinished = manifest.unfinished - {packing}
-    _store(folder, Manifest(kept | _by_name(shards), manifest.replaced | former, unfinished), storage)
+
+    def change(there: Manifest) -> Manifest:
+        if packing not in there.unfinished:
+            raise DataError(
+                f"{folder}: another `betakd pack` of {packing.prefix} has removed the shards of this one, which stood "
+                "still. See that only one writes there, and run it again."
+            )
+        former = {name for name in there.shards if Packing.of(name, packing.prefix)}
+        kept = {name: shard for name, shard in there.shards.items() if name not in former}
+        return Manifest(kept | _by_name(shards), there.replaced | former, there.unfinished - {packing})
+
+    _change(folder, storage, change)
 
 
 def clear_packings(folder: str, prefix: str, storage: StorageSpec) -> None:
@@ -145,14 +172,19 @@ def clear_packings(folder: str, prefix: str, storage: StorageSpec) -> None:
     unfinished = {packing for packing in manifest.unfinished if packing.prefix == prefix}
     if not replaced and not unfinished:
         return
+    _remove(folder, storage, lambda name, there: bool(Packing.of(name, prefix)) and there.leaves_out(name))
+    # Last: otherwise nobody would know, after an interruption, what is still to be removed.
+    _change(folder, storage, lambda now: Manifest(now.shards, now.replaced - replaced, now.unfinished - unfinished))
+
+
+def _remove(folder: str, storage: StorageSpec, is_waste: Callable[[str, Manifest], bool]) -> None:
+    """Remove the files of a folder that are waste, given their base name and the manifest; never a listed shard."""
+    manifest = _read(folder, storage)
     for name in _names(folder, storage):
-        if Packing.of(name, prefix) and manifest.leaves_out(name):
+        if name not in manifest.shards and is_waste(name, manifest):
             with store_errors(join(folder, name), storage):
                 filesystem, path = open_store(join(folder, name), storage)
                 filesystem.rm_file(path)
-    # Last: otherwise nobody would know, after an interruption, what is still to be removed.
-    rest = Manifest(manifest.shards, manifest.replaced - replaced, manifest.unfinished - unfinished)
-    _store(folder, rest, storage)
 
 
 def _names(folder: str, storage: StorageSpec) -> list[str]:
@@ -196,6 +228,14 @@ def _read(folder: str, storage: StorageSpec) -> Manifest:
                         f"{url}, line {number}: {_name(shard.url)} has other numbers in a line above. {_REMEDY}"
                     )
     return Manifest(entries, frozenset(replaced), frozenset(unfinished))
+
+
+def _change(folder: str, storage: StorageSpec, change: Callable[[Manifest], Manifest]) -> None:
+    """Replace the manifest by what `change` returns for it. Of two processes that do so at once, one waits."""
+    with claimed(join(folder, MANIFEST), "change", storage, waits=True) as claim:
+        changed = change(_read(folder, storage))
+        claim.require()
+        _store(folder, changed, storage)
 
 
 def _store(folder: str, manifest: Manifest, storage: StorageSpec) -> None:
@@ -283,7 +323,8 @@ def _glob(pattern: str, storage: StorageSpec) -> dict[str, int]:
         url_like(pattern, filesystem, name): info["size"]
         for name, info in found.items()
         # Not ==: an interrupted write of the manifest leaves a temporary file whose name begins in the same way.
-        if info["type"] == "file" and not _name(name).startswith(MANIFEST)
+        # With `**`, there are the claims beside it.
+        if info["type"] == "file" and f"/{MANIFEST}" not in f"/{name}"
     }
     if not sizes:
         raise DataError(f"{pattern}: no shard matches. Check the path, or write shards there with `betakd pack`.")

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from betakd_ray.data.files import new_file, opened
-from betakd_ray.data.manifest import begin_packing, clear_packings, commit_packing
+from betakd_ray.data.manifest import commit_packing, sole_packing
 from betakd_ray.data.render import FORMATS, rgb
 from betakd_ray.data.samples import check_conversation
 from betakd_ray.data.shards import Shard
@@ -42,25 +42,23 @@ def pack(
     replaces its former shards by shards with new names (`prefix`-000000.1.tar, …): the former data are whole until all
     samples are packed, and remain if that fails. `total` is the number of samples for the progress bar.
 
-    Raises DataError for a sample that nobody can train on, if there are no samples, or if the store refuses. Raises
-    OutputError if the disk is full.
+    Raises DataError for a sample that nobody can train on, if there are no samples, if another process packs this
+    prefix, or if the store refuses. Raises OutputError if the disk is full.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", prefix):
         raise DataError(f"prefix {prefix!r}: the name of a shard has only letters, digits, _ and -, e.g. train.")
-    packing = begin_packing(output, prefix, storage)
-    try:
+    with sole_packing(output, prefix, storage) as (packing, claim):
+        shards = []
         # groupby is lazy: samples are read while their shard is written, and are never all in memory.
-        shards = [
-            _write_shard(join(output, packing.shard(number)), numbered, storage)
-            for number, numbered in groupby(
-                enumerate(_with_progress(samples, prefix, total)), key=lambda pair: pair[0] // samples_per_shard
-            )
-        ]
+        for number, numbered in groupby(
+            enumerate(_with_progress(samples, prefix, total)), key=lambda pair: pair[0] // samples_per_shard
+        ):
+            claim.require()
+            shards.append(_write_shard(join(output, packing.shard(number)), numbered, storage))
         if not shards:
             raise DataError(f"{output}: there are no samples to pack. Check the source, and `limit` if it is set.")
+        claim.require()
         commit_packing(output, packing, shards, storage)
-    finally:
-        clear_packings(output, prefix, storage)
     return shards
 
 

@@ -48,7 +48,10 @@ def _template_function(data: DataSpec, eos: str) -> Template:
     if not is_plugin(data.template):
         return function
     try:
-        spans = [(str(text), bool(is_answer)) for text, is_answer in function(PROBE.conversation, None, eos)]
+        spans, again = (
+            [(str(text), bool(is_answer)) for text, is_answer in function(PROBE.conversation, None, eos)]
+            for _ in range(2)
+        )
     except Exception as error:  # the function is the user's
         raise SpecError(f"data.template: {data.template} raises {type(error).__name__}: {error}") from error
     written, answers = PROBE.conversation[-1]["value"], [text for text, is_answer in spans if is_answer]
@@ -56,6 +59,11 @@ def _template_function(data: DataSpec, eos: str) -> Template:
         raise SpecError(
             f"data.template: {data.template} returns {spans} for {PROBE.conversation}; it must return the prompt as "
             "(text, False) and then the answer as (text, True)"
+        )
+    if again != spans:
+        raise SpecError(
+            f"data.template: {data.template} returns {spans} for {PROBE.conversation}, and then {again} for the same. "
+            "It must always return the same: leave out random numbers and the time"
         )
     return function
 
@@ -79,6 +87,7 @@ class Renderer:
         self.image_processor: Any = getattr(processor, "image_processor", None)
         self.processor = processor
         self.template = data.template
+        self.template_date = data.template_date
         self.system_prompt = data.system_prompt
         self.max_length = data.max_length
         self.max_image_pixels = data.max_image_pixels
@@ -109,7 +118,7 @@ class Renderer:
         if not self._chat_template:
             raise ModelError("data.template is `chat`, but the processor has no chat template. Use vicuna_v1 or plain.")
         image_token = self.image_token if self.image_processor else None
-        return ChatTemplate(self._chat_template, self.tokenizer.special_tokens_map, image_token)
+        return ChatTemplate(self._chat_template, self.tokenizer.special_tokens_map, image_token, self.template_date)
 
     def _check(self) -> None:
         """Try the template on a conversation of two turns. Raises SpecError or ModelError."""
@@ -160,7 +169,11 @@ class Renderer:
         probed = [self._probed(*sizes) for sizes in (*((size,) for size in PROBES), PROBES[:2])]
         images = [(texts, [(name, a.shape, a.dtype) for name, a in arrays.items()]) for arrays, texts in probed]
         text = self._uncut(PROBE).input_ids.tolist()
-        chat = (self._chat_template, self.tokenizer.special_tokens_map) if self.template == "chat" else None
+        chat: tuple[Any, ...] | None = None
+        if self.template == "chat" and self._chat_template:
+            # Without the date where it is not used, so that caches from before this setting stay valid.
+            date = (self.template_date.isoformat(),) if "strftime_now" in self._chat_template else ()
+            chat = (self._chat_template, self.tokenizer.special_tokens_map, *date)
         everything = repr((data, self._image_settings(), images, chat, text, self._tokenization()))
         return hashlib.sha256(everything.encode()).hexdigest()[:16]
 
@@ -197,6 +210,21 @@ class Renderer:
         if not len(input_ids):
             raise Unrenderable(f"the prompt is empty: template {self.template} shows only images, but there are none")
         return Rendering(input_ids, answer_mask, images)
+
+    def by_processor(self, sample: RawSample) -> NDArray[np.int64] | None:
+        """Return the token ids that the processor itself makes of a sample's text and images, for a comparison.
+
+        None if it does not take both at once.
+        """
+        text = "".join(piece for piece, _ in self._checked_spans(sample))
+        if not sample.images or self._process_images is None:
+            return None
+        options = {"add_special_tokens": False} if self._has_bos(text) else {}
+        try:
+            made = self.processor(text=[text], images=[[*map(self._decode, sample.images)]], **options)
+        except (TypeError, ValueError, AttributeError, ImportError):  # processors that need packages for videos
+            return None
+        return np.asarray(made["input_ids"][0], dtype=np.int64)
 
     def _uncut(self, sample: RawSample) -> Rendering:
         spans, images = self._shown(sample)
@@ -277,9 +305,7 @@ class Renderer:
     def _tokenize(self, spans: Sequence[Span]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Tokenize the whole text at once, as in inference. A token that overlaps an answer counts as answer."""
         text = "".join(piece for piece, _ in spans)
-        # A chat template may write the bos token itself. The tokenizer would add a second one.
-        has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
+        encoded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=not self._has_bos(text))
         is_answer = np.zeros(len(text) + 1, dtype=bool)
         start = 0
         for piece, answer in spans:
@@ -290,6 +316,10 @@ class Renderer:
         reaches = np.concatenate([[0], np.cumsum(is_answer)])
         answer_mask = reaches[offsets[:, 1]] > reaches[offsets[:, 0]]
         return np.asarray(encoded["input_ids"], dtype=np.int32), answer_mask
+
+    def _has_bos(self, text: str) -> bool:
+        """Return whether a chat template has written the bos token itself. The tokenizer would add a second one."""
+        return bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
 
     def _tokenization(self) -> tuple[Any, ...]:
         """Return everything of the tokenizer that `_tokenize` and the templates depend on."""

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import date
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -38,13 +39,15 @@ class TemplateExceeded(TemplateFailed):
 
 
 def render_template(
-    template: str, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any], *, generation: bool
+    template: str, messages: Sequence[dict[str, Any]], variables: Mapping[str, Any], date: date, *, generation: bool
 ) -> str:
-    """Return the text of a conversation by a chat template, exactly as transformers renders it.
+    """Return the text of a conversation by a chat template, as transformers renders it on that date at midnight.
 
-    Raises TemplateFailed; TemplateExceeded beyond the limits of `betakd_ray.data.template_program`.
+    The same arguments give the same text, at any time and in any process. Raises TemplateFailed; TemplateExceeded
+    beyond the limits of `betakd_ray.data.template_program`.
     """
     request = {"template": template, "messages": messages, "variables": variables, "generation": generation}
+    request["date"] = date.isoformat()
     return _process(os.getpid()).render(json.dumps(request, default=str))
 
 
@@ -100,6 +103,7 @@ class TemplateProcess:
         environment |= {
             "PYTHONPATH": os.pathsep.join(sys.path),
             "OPENBLAS_NUM_THREADS": "1",
+            "TZ": "UTC",  # for strftime's %s, which would depend on the machine's zone
             "TRANSFORMERS_VERBOSITY": "critical",
         }
         command = [sys.executable, "-P", template_program.__file__, str(SECONDS)]

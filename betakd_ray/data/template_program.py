@@ -5,10 +5,13 @@ It is run as a file, not imported, so that it loads neither this package nor tor
 """
 
 import json
+import re
 import resource
 import signal
 import sys
-from typing import Any
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, NoReturn
 
 READY = "ready"
 MEMORY_BYTES = 512 << 20
@@ -18,11 +21,24 @@ ADDED_CHARACTERS = 1 << 20
 MESSAGE_CHARACTERS = 200
 """Limit of the characters of an error's message, which a template can choose."""
 
+_ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]+")
+"""Pattern of an address in memory, as Python prints it for objects without a text of their own."""
+
+
+class Unrepeatable(Exception):
+    """A template used what gives another text each time. The message says what."""
+
 
 def main() -> None:
     """Answer requests until the input ends, which is when the parent process does."""
     sys.modules["torch"] = None  # type: ignore[assignment]  # rendering needs no torch: transformers runs without it
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from jinja2.defaults import DEFAULT_NAMESPACE
+    from jinja2.filters import FILTERS
+    from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
+
+    # Before the first template is compiled, which copies these tables.
+    FILTERS["random"] = _refusing("the filter `random`")
+    DEFAULT_NAMESPACE["lipsum"] = _refusing("the function `lipsum`")
 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     _limit(resource.RLIMIT_CORE, 0)
@@ -37,7 +53,7 @@ def main() -> None:
         # The kernel ends the process with SIGPROF, also within one long operation of C code. CPU time does not pass
         # while the process waits, for a request or for a busy machine.
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        print(json.dumps(_answer(render_jinja_template, line)), flush=True)
+        print(json.dumps(_answer(render_jinja_template, _compile_jinja_template, line)), flush=True)
 
 
 def _limit(kind: int, value: int) -> None:
@@ -46,10 +62,13 @@ def _limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 
 
-def _answer(render: Any, line: str) -> dict[str, str]:
+def _answer(render: Any, compiled: Any, line: str) -> dict[str, str]:
     """Return {"text": …}, or what the template did instead as {"failed": …}, or {"exceeded": …} for a limit."""
     try:
         request = json.loads(line)
+        date = datetime.fromisoformat(request["date"])
+        # transformers renders with this same object, which it keeps, and gives it a function of the time of the call.
+        compiled(request["template"]).globals["strftime_now"] = lambda wanted: date.strftime(wanted)
         (text,), _ = render(
             [request["messages"]],
             chat_template=request["template"],
@@ -57,16 +76,29 @@ def _answer(render: Any, line: str) -> dict[str, str]:
             **request["variables"],
         )
         text.encode()
+        if printed := next((each for each in _ADDRESS.findall(text) if each not in line), None):
+            raise Unrepeatable(f"an object of Python, printed as `{printed}`,")
     except MemoryError:
         return {"exceeded": f"needs more than {MEMORY_BYTES >> 20} MB of memory", "restart": "returns the memory"}
     except UnicodeEncodeError as error:
         return {"failed": f"wrote half of a surrogate pair at character {error.start}"}
+    except Unrepeatable as error:
+        return {"failed": f"uses {error} which gives another text each time; a sample must always give the same text"}
     except Exception as error:  # the template's code may raise anything
         # jinja2's errors of other kinds are subclasses. This class itself is what a template's raise_exception raises.
         refused = type(error).__name__ == "TemplateError"
         return {"failed": f"refuses the conversation: {_of(error)}" if refused else f"raised {_named(error)}"}
     limit = len(line) + ADDED_CHARACTERS
     return {"text": text} if len(text) <= limit else {"exceeded": f"wrote more than {limit:,} characters"}
+
+
+def _refusing(name: str) -> Callable[..., NoReturn]:
+    """Return a function for a template to call in place of one whose result is random."""
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise Unrepeatable(f"{name},")
+
+    return refuse
 
 
 def _named(error: Exception) -> str:

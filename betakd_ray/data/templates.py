@@ -1,6 +1,7 @@
 """Chat templates: a conversation → one text, in pieces of prompt and answer. `spec.data.TEMPLATES` names them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import date
 from functools import cached_property
 from typing import Any
 
@@ -57,11 +58,12 @@ class ChatTemplate:
     """A processor's own chat template, as a function like the others.
 
     It is a program of the model's, so it is rendered in another process with limits. `variables` are the special tokens
-    that it may name. `image_token` is the text of an image; None for a model without images.
+    that it may name, `date` is what it gets as today's. `image_token` is the text of an image; None for a model without
+    images.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, Any], image_token: str | None) -> None:
-        self.source, self.variables, self.image_token = source, dict(variables), image_token
+    def __init__(self, source: str, variables: Mapping[str, Any], image_token: str | None, date: date) -> None:
+        self.source, self.variables, self.image_token, self.date = source, dict(variables), image_token, date
         self._exceeded = 0
 
     def __call__(self, turns: Sequence[dict[str, str]], system: str | None, _eos: str) -> Iterator[Span]:
@@ -103,9 +105,8 @@ class ChatTemplate:
         word = "Pomegranate"
         content = [{"type": "image"}, {"type": "text", "text": word}]
         try:
-            shown = render_template(
-                self.source, [{"role": "user", "content": content}], self.variables, generation=False
-            )
+            messages = [{"role": "user", "content": content}]
+            shown = render_template(self.source, messages, self.variables, self.date, generation=False)
         except TemplateFailed:
             return False
         # A template that takes only a string may print the list of parts as Python text, with 'type' in it.
@@ -114,7 +115,7 @@ class ChatTemplate:
     def _rendered(self, messages: list[dict[str, Any]], *, generation: bool) -> str:
         """Return the text of a conversation. Raises Unrenderable, or ModelError for a template that always exceeds."""
         try:
-            return render_template(self.source, messages, self.variables, generation=generation)
+            return render_template(self.source, messages, self.variables, self.date, generation=generation)
         except TemplateExceeded as error:
             self._exceeded += 1
             # Each of them took seconds, so the limit of `max_bad_fraction` could be days away.

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from betakd_ray.errors import ModelError
+from betakd_ray.models.completeness import recorded_loading, require_complete
 from betakd_ray.models.pretrained import from_pretrained, require_safetensors
 from betakd_ray.models.quantization import quantization
 from betakd_ray.models.split import device_map
@@ -66,7 +67,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Return a model with weights in `dtype`, in evaluation mode, on one device or split over several (`models.split`).
 
-    A teacher's `options` may give another `device_map`. Quantised weights of a GGUF are unpacked. Raises ModelError.
+    A teacher's `options` may give another `device_map`. Quantised weights of a GGUF are unpacked. Raises ModelError,
+    and WeightsIncomplete if the checkpoint has not exactly the weights of the model.
     """
     config = load_config(spec)
     extra: dict[str, Any] = deepcopy(spec.options) if isinstance(spec, TeacherSpec) else {}
@@ -80,16 +82,18 @@ def load_model(
             extra["device_map"] = {"": devices[0]}
     if spec.gguf_file:  # packed weights can be neither trained nor saved
         extra["quantization_config"] = GgufConfig(dequantize=True)
-    model, info = from_pretrained(
-        auto_class(config, is_trusted=spec.trust_remote_code),
-        spec,
-        dtype=dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-        **extra,
-    )
-    if spec.gguf_file and (missing := info["missing_keys"]):  # transformers would initialise them at random
-        raise ModelError(f"{spec.path}/{spec.gguf_file}: some weights are missing, e.g. {min(missing)}")
+    extra["ignore_mismatched_sizes"] = True  # not to ignore them: `require_complete` says more than transformers
+    with recorded_loading() as loadings:
+        model, of_adapters = from_pretrained(
+            auto_class(config, is_trusted=spec.trust_remote_code),
+            spec,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **extra,
+        )
+    for each, info in [*loadings, (model, of_adapters)]:
+        require_complete(f"{spec.path}/{spec.gguf_file}" if spec.gguf_file else spec.path, each, info)
     model.eval()
     return model if "device_map" in extra else model.to(devices[0])
 

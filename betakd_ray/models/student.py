@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedCo
 from betakd_ray.batch.sample import IMAGE
 from betakd_ray.errors import ModelError
 from betakd_ray.models.assemble import CLASS_TOKENS, assembled, require_tower, rows_for, with_image_token, with_row
+from betakd_ray.models.completeness import require_complete
 from betakd_ray.models.load import (
     auto_class,
     load_config,
@@ -181,11 +182,9 @@ def _vision_tower(source: ModelSpec) -> nn.Module:
     if auto_class(config) is not None:
         return _only(parts(load_model(source))["vision_tower"])
     own = getattr(config, "vision_config", config)
-    options = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
+    options = {"dtype": "auto", "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     tower, info = from_pretrained(AutoModel, source, config=own, **options)
-    # transformers only warns about missing weights, and leaves them random.
-    if missing := info["missing_keys"]:
-        raise ModelError(f"{source.path}: has not all weights of a vision tower, e.g. no {min(missing)}")
+    require_complete(f"{source.path} (vision tower)", tower, info)
     return tower
 
 

@@ -27,6 +27,11 @@ autoscaling_coordinator_client.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = 60
 
 
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+LOOK_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+LOOKS_PER_S = 512
+"""Largest number of workers that a controller asks for their health in a second."""
+LOOK_EVERY_S = 0.25
+"""Seconds between two looks at all workers, if there are few. Ray's default of 2 s is lost after each death."""
 
 
 @dataclass
@@ -69,17 +74,19 @@ def _store_on_loopback() -> Iterator[None]:
 class ReportFailures(ray.train.UserCallback):
     """Callback that tells the monitor when workers failed, and why. `start_timeout_s` limits each start of workers."""
 
-    def __init__(self, monitor: ActorHandle, start_timeout_s: float) -> None:
+    def __init__(self, monitor: ActorHandle, start_timeout_s: float, workers: int) -> None:
         self._monitor = monitor
         self._start_timeout_s = start_timeout_s
+        self._look_every_s = max(LOOK_EVERY_S, workers / LOOKS_PER_S)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Arrive in the controller's process, and set the limit there.
+        """Arrive in the controller's process, and set its limit and its interval there.
 
-        Ray Train reads it only from the environment. That of the driver would not do: jobs of a sweep share it.
+        Ray Train reads them only from the environment. That of the driver would not do: jobs of a sweep share it.
         """
         self.__dict__ = state
         os.environ[START_TIMEOUT] = str(self._start_timeout_s)
+        os.environ.setdefault(LOOK_INTERVAL, str(self._look_every_s))
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Report the workers' errors. Ray Train calls this before it restarts the workers."""

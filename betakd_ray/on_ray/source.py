@@ -34,8 +34,8 @@ def rows(reader: "ray.ObjectRef", spec: JobSpec, run: str, plan: Plan, monitor: 
     """
     try:
         store = CheckpointStore(run, spec.output.storage)
-        name, done, quarantined = _patience(spec)(_done, store, plan)
-        if loss := store.loss():
+        name, done, quarantined, loss = _patience(spec)(_done, store, plan)
+        if loss:
             ray.get(monitor.warn.remote(loss))
     except UserError as error:
         give_up(monitor, error)
@@ -86,13 +86,14 @@ def _patience(spec: JobSpec, **options: Any) -> Retrying:
     )
 
 
-def _done(store: CheckpointStore, plan: Plan) -> tuple[str | None, Ledger, list[Quarantined]]:
+def _done(store: CheckpointStore, plan: Plan) -> tuple[str | None, Ledger, list[Quarantined], str]:
     """Return the newest checkpoint's name, the samples that it has consumed or put into quarantine, and the latter.
 
-    A checkpoint whose record of these is damaged is rejected, and the one before it is taken.
+    The last value is a text about newer checkpoints that are damaged, empty if there are none. A checkpoint whose
+    record of these is damaged is rejected, and the one before it is taken.
     """
-    found = store.newest_with(lambda last: (store.ledger(last, plan), store.quarantined(last, plan)))
+    survey, found = store.surveyed_with(lambda last: (store.ledger(last, plan), store.quarantined(last, plan)))
     if found is None:
-        return None, plan.empty_ledger(), []
+        return None, plan.empty_ledger(), [], ""
     manifest, (ledger, quarantined) = found
-    return manifest.name, settled_samples(plan, ledger, quarantined), quarantined
+    return manifest.name, settled_samples(plan, ledger, quarantined), quarantined, survey.loss()

@@ -279,8 +279,8 @@ def _planned(run: str, storage: StorageSpec) -> tuple[JobSpec, Plan]:
 
 
 def _committed(store: CheckpointStore, spec: JobSpec, plan: Plan, *, verify: bool) -> _Committed:
-    problems = list(store.damaged().values())
-    last = store.latest()
+    survey = store.survey()
+    problems, last = list(survey.damaged.values()), survey.newest()
     if last is None:
         return _Committed(f"{CHECKPOINTS} (none is committed)", 0, plan.empty_ledger(), [], 0)
     if verify and (damage := store.verify(last)):

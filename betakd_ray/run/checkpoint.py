@@ -8,7 +8,6 @@ workers both resume from the checkpoint that it names. `train.checkpoint` has wh
 """
 
 import logging
-import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -31,6 +30,7 @@ from betakd_ray.run.folder import CHECKPOINTS, DAMAGED, ENGINE, MANIFEST, UNIVER
 from betakd_ray.run.lease import Permit
 from betakd_ray.run.manifest import Files, Manifest, StoredFile
 from betakd_ray.run.records import ledger_file, quarantine_file
+from betakd_ray.run.survey import Survey, step_of
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import join, open_store, put_file, replace_file
 
@@ -40,7 +40,6 @@ THREADS = 8
 COPIES = 2
 """Number of times that a file is copied before it counts as damaged: the damage may be the copy's."""
 
-_NAME = re.compile(r"step-(\d+)-.+")
 _listed = Retrying(retry=retry_if_exception_type(FileNotFoundError), stop=stop_after_attempt(9), reraise=True)
 """Retry of a listing. A manifest that was listed and is gone was pruned meanwhile; the next listing has a newer one."""
 _LOG = logging.getLogger(__name__)
@@ -67,47 +66,33 @@ class CheckpointStore:
         self.root = join(root, CHECKPOINTS)
         self.url = join(url_like(run, self.filesystem, root), CHECKPOINTS)
 
+    def survey(self) -> Survey:
+        """Return all checkpoints as they are now. It takes one listing, and one request for each checkpoint."""
+        return Survey(self.url, *self._survey())
+
     def committed(self) -> list[Manifest]:
         """Return every committed checkpoint that is not known to be damaged, the newest last."""
-        return self._survey()[0]
-
-    def damaged(self) -> dict[str, str]:
-        """Return the checkpoints that are known to be damaged, and so do not count: name → what is wrong."""
-        return self._survey()[1]
+        return self.survey().committed
 
     def latest(self) -> Manifest | None:
         """Return the checkpoint to resume from; None if none was committed. Raises OutputError if all are damaged."""
-        committed, damaged = self._survey()
-        if damaged and not committed:  # to begin again at step 0, and overwrite what is left, is the user's decision
-            raise OutputError(
-                f"{self.url}: every checkpoint is damaged: {'; '.join(damaged.values())}. Restore one of these folders "
-                f"(without its {DAMAGED}), or start a new run under another `name`."
-            )
-        return committed[-1] if committed else None
+        return self.survey().newest()
 
     def newest_with(self, read: Callable[[Manifest], T]) -> tuple[Manifest, T] | None:
         """Return the checkpoint to resume from, and what `read` returns for it; None if none was committed.
 
         One for which `read` raises CheckpointDamaged is rejected, and the one before it is taken.
         """
-        while (manifest := self.latest()) is not None:
+        return self.surveyed_with(read)[1]
+
+    def surveyed_with(self, read: Callable[[Manifest], T]) -> tuple[Survey, tuple[Manifest, T] | None]:
+        """Return what `newest_with` returns, after the survey in which that checkpoint is the newest."""
+        while (manifest := (survey := self.survey()).newest()) is not None:
             try:
-                return manifest, read(manifest)
+                return survey, (manifest, read(manifest))
             except CheckpointDamaged as error:
                 self.reject(manifest.name, str(error))
-        return None
-
-    def loss(self) -> str:
-        """Return a text about damaged checkpoints newer than the one to resume from; empty if there are none."""
-        committed, damaged = self._survey()
-        newest = committed[-1] if committed else None
-        newer = {name: why for name, why in damaged.items() if newest and _step(name) > newest.step}
-        if not newest or not newer:
-            return ""
-        return (
-            f"{self.url}: {'; '.join(newer.values())}. The job goes on from {newest.name}, the newest checkpoint that "
-            f"is whole. The {max(map(_step, newer)) - newest.step} steps after it are done again."
-        )
+        return survey, None
 
     def reject(self, name: str, why: str) -> None:
         """Note that a checkpoint is damaged: it does not count any more. `why` says how.
@@ -323,16 +308,16 @@ class CheckpointStore:
     def _markers(self) -> dict[str, dict[str, bytes | None]]:
         """Return what decides about the committed checkpoints: name → {manifest.json or damaged.txt: content}."""
         found: dict[str, dict[str, bytes | None]] = {}
-        for path in self._stored():
+        for path, size in self._stored().items():
             name, _, file = path.partition("/")
             if file in (MANIFEST, DAMAGED):
-                found.setdefault(name, {})[file] = self._content(path)
+                found.setdefault(name, {})[file] = self._content(path, size=size)
         return found
 
-    def _content(self, *path: str) -> bytes | None:
-        """Return the bytes of a small file; None if they are too many for one."""
+    def _content(self, *path: str, size: int | None = None) -> bytes | None:
+        """Return the bytes of a small file; None if they are too many for one. A listing may have told the size."""
         where = join(self.root, *path)
-        is_small = cast(int, self.filesystem.size(where)) <= MAX_BYTES
+        is_small = cast(int, self.filesystem.size(where) if size is None else size) <= MAX_BYTES
         return cast(bytes, self.filesystem.cat_file(where)) if is_small else None
 
     def _manifest(self, name: str, content: bytes | None) -> Manifest:
@@ -345,13 +330,13 @@ class CheckpointStore:
         committed, damaged = self._survey()
         kept = committed[-keep:]
         superseded = {manifest.name for manifest in committed[:-keep]}
-        superseded |= {name for name in damaged if kept and _step(name) <= kept[-1].step}
+        superseded |= {name for name in damaged if kept and step_of(name) <= kept[-1].step}
         # Other folders of these steps stay, even of the newest: other workers of this run may be writing them, and
         # would commit them without the files that are removed here.
         first = min((manifest.step for manifest in kept), default=0)
         folders = {path.partition("/")[0] for path in self._stored()} - {manifest.name for manifest in kept}
         for name in sorted(folders):
-            if name in superseded or 0 <= _step(name) < first:
+            if name in superseded or 0 <= step_of(name) < first:
                 self._remove(name)
 
     def _remove(self, name: str) -> None:
@@ -372,12 +357,6 @@ class CheckpointStore:
 def _files(folder: Path, root: Path | None = None) -> list[str]:
     """Return every file in a folder, relative to `root`; by default, that is the folder itself."""
     return [str(path.relative_to(root or folder)) for path in folder.rglob("*") if path.is_file()]
-
-
-def _step(name: str) -> int:
-    """Return the step in the name of a checkpoint's folder; -1 for another folder."""
-    match = _NAME.fullmatch(name)
-    return int(match[1]) if match else -1
 
 
 def _at_once(work: Callable[[str], T], files: Iterable[str]) -> list[T]:

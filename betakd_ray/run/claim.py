@@ -7,7 +7,7 @@ plan, the models and the renderings. A resume compares them with what it would g
 import logging
 from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from betakd_ray.data.plan import Plan
 from betakd_ray.errors import OutputError
@@ -31,14 +31,26 @@ FREE_TO_CHANGE = {
         "max_skipped_steps",
         "collective_timeout_s",
     ),
-    "teacher": ("cache", "window", "timeout_s", "batch_tokens"),
+    "teacher": ("cache", "window", "timeout_s", "batch_tokens", "check"),
 }
 """Fields that may differ between two runs of one job."""
 PLAN_ORIGIN, VERSION = "plan", "version of "
 """Names of origins: that of the plan, and the start of those of packages."""
-VERSIONS = ("betakd_ray", "torch", "transformers", "tokenizers", "deepspeed")
-"""Packages whose versions are noted. They may differ: most updates change results by rounding at most, and a change of
-what the models see shows in the digest of the rendering. A resume warns of them.
+VERSIONS = (
+    "betakd_ray",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "deepspeed",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "peft",
+)
+"""Packages whose versions are noted. They may differ: most updates change results by rounding at most.
+
+A resume warns of them. If they change what the models see, the digest of the rendering differs. If they change what the
+teacher answers, its canary differs (`train.teacher_checks`). Both end the resume.
 """
 UPLOADED = "/working_dir_files/"
 """Part of the path of the folder in which a submitted job runs."""
@@ -81,7 +93,19 @@ def origins_of(plan: Plan, digests: Mapping[str, str]) -> dict[str, str]:
     `digests` are those of the models and renderings, which need transformers; an empty one is not known.
     """
     known = {name: digest for name, digest in digests.items() if digest}
-    return {PLAN_ORIGIN: plan_digest(plan)} | known | {VERSION + name: version(name) for name in VERSIONS}
+    versions = {VERSION + name: number for name, number in library_versions().items()}
+    return {PLAN_ORIGIN: plan_digest(plan)} | known | versions
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of the packages of `VERSIONS` that are installed: name → version."""
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # an optional one
+            continue
+    return found
 
 
 def require_same_origins(store: CheckpointStore, run: str, spec: JobSpec, origins: Mapping[str, str]) -> None:

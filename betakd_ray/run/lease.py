@@ -15,20 +15,18 @@ checkpoints are ordered by token before step, and the audit compares the token o
 
 import json
 import logging
-import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import cast
 
 from pydantic import TypeAdapter, ValidationError
 
 from betakd_ray.errors import OutputError, RunTaken
+from betakd_ray.holder import Holder
 from betakd_ray.output import output_errors
 from betakd_ray.run.folder import LEASES
 from betakd_ray.sigterm import StopRequest
@@ -39,35 +37,7 @@ RENEW_S = 5.0
 """Seconds between two renewals of a lease."""
 EXPIRE_S = 30.0
 """Seconds without a renewal after which a lease is taken over."""
-BOOT = Path("/proc/sys/kernel/random/boot_id")
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Holder:
-    """The process that holds a lease."""
-
-    host: str
-    pid: int
-    machine: str = ""
-    """Name of the kernel's start and of the process namespace, in which the pid is valid; empty if unknown."""
-    started: str = ""
-    """Start of the process, in ticks of the kernel. A later process may have the same pid."""
-
-    @classmethod
-    def this_process(cls) -> "Holder":
-        """Return this process."""
-        pid = os.getpid()
-        return cls(socket.gethostname(), pid, _machine(), _start_of(pid) or "")
-
-    def is_dead(self) -> bool:
-        """Return whether the process has surely ended. It is seen only from the machine (or container) it runs in."""
-        return (
-            bool(self.machine and self.started) and self.machine == _machine() and _start_of(self.pid) != self.started
-        )
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
 
 
 @dataclass(frozen=True)
@@ -233,21 +203,3 @@ def _keep(leases: Leases, token: int, lease: Lease, stop: StopRequest, ended: th
 
 def _content(lease: Lease) -> bytes:
     return json.dumps(asdict(lease)).encode()
-
-
-def _machine() -> str:
-    """Return the name of this start of the kernel and of this process's namespace; empty where Linux has neither."""
-    try:
-        return f"{BOOT.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _start_of(pid: int) -> str | None:
-    """Return when a process began; None if it has ended, also if its parent has not taken note of that."""
-    try:
-        # The name of the program comes before, in parentheses, and may hold spaces.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else fields[18]

@@ -1,14 +1,25 @@
 """Types of what the files of a run hold, with the bounds of every number. `run.files` says how they are read."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan, Quarantined
 from betakd_ray.run.files import MAX_LARGE_BYTES, File, by_line, whole
-from betakd_ray.run.folder import LEDGER, LOGGED, MODEL, MODEL_RECORD, PROGRESS, QUARANTINE, RESULT, SKIPPED, TAIL
+from betakd_ray.run.folder import (
+    CHECKS,
+    LEDGER,
+    LOGGED,
+    MODEL,
+    MODEL_RECORD,
+    PROGRESS,
+    QUARANTINE,
+    RESULT,
+    SKIPPED,
+    TAIL,
+)
 from betakd_ray.run.metrics import Number
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -39,6 +50,32 @@ class ModelRecord:
     token: Count
     """Token of the driver that exported it (`run.lease`)."""
     step: Count
+
+
+@dataclass(frozen=True)
+class CheckRecord:
+    """Result of one check of a model, as `check.Finding` explains it."""
+
+    check: str
+    seen: str
+    expected: str
+    verdict: Literal["ok", "doubt", "fail", "skipped"]
+    cause: str = ""
+    remedy: str = ""
+    part: str = "teacher"
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Checks of a job's models before its first step."""
+
+    token: Count
+    """Token of the driver that made them (`run.lease`)."""
+    teacher: str
+    """Node, device and libraries of the teacher that was checked."""
+    origins: dict[str, str]
+    """Digests of the models' files and versions of the libraries (`run.claim`)."""
+    findings: list[CheckRecord]
 
 
 @dataclass(frozen=True)
@@ -98,6 +135,9 @@ _QUARANTINED = by_line(Annotated[Quarantined, AfterValidator(_as_int32)])
 
 RESULT_FILE: File[Result] = File(RESULT, whole(Result), _AGAIN)
 MODEL_RECORD_FILE: File[ModelRecord] = File(f"{MODEL}/{MODEL_RECORD}", whole(ModelRecord), _AGAIN)
+CHECKS_FILE: File[Checks] = File(
+    CHECKS, whole(Checks), f"Remove {CHECKS} and run the job again: it checks its models anew."
+)
 TAIL_FILE: File[list[TailSample]] = File(TAIL, by_line(TailSample), _AGAIN)
 QUARANTINE_FILE: File[list[Quarantined]] = File(QUARANTINE, _QUARANTINED, _AGAIN, MAX_LARGE_BYTES)
 PROGRESS_FILE: File[Progress] = File(PROGRESS, whole(Progress))

@@ -39,6 +39,7 @@ from betakd_ray.spec.loading import (
 from betakd_ray.spec.models import (
     CacheSpec,
     CheckpointInit,
+    CheckSpec,
     ConfigInit,
     LoraSpec,
     ModelSpec,
@@ -73,6 +74,7 @@ __all__ = [
     "AlignTopK",
     "AnyEnergy",
     "CacheSpec",
+    "CheckSpec",
     "CheckpointInit",
     "ClusterSpec",
     "ConfigInit",

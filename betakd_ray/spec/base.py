@@ -1,7 +1,9 @@
 """What all sections of a spec share: the base class, short forms, and types of paths, URLs and numbers."""
 
+import math
 import os
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -69,8 +71,44 @@ Url = Annotated[str, AfterValidator(_public)]
 GgufFile = Annotated[Url, AfterValidator(_gguf_within)]
 Location = Annotated[Url, Field(min_length=1), AfterValidator(_absolute)]
 ModelLocation = Annotated[Url, Field(min_length=1), AfterValidator(_folder), AfterValidator(_absolute_if_present)]
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Yield each float in a value of mappings and lists."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(each)
+
+
+def finite(value: Any) -> Any:
+    """Return a value that a spec holds without a type of its own. Raises ValueError if a number in it is not finite."""
+    if strange := [number for number in _numbers(value) if not math.isfinite(number)]:
+        raise ValueError(
+            f"holds {strange[0]}, but a spec is stored as JSON, which has only finite numbers: write a finite one"
+        )
+    return value
+
+
+LARGEST_COUNT = 2**31 - 1
+"""Largest count of anything. Beyond it, libraries fail with errors of their own, after GPUs are taken."""
+LONGEST_S = 2_000_000.0
+"""Longest time in seconds that a spec may name, 23 days: more milliseconds than 31 bits do not fit everywhere."""
+Count = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+CountOrZero = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+# Not negative: numpy refuses such a seed, and Python's generator takes the same numbers for -1 and 1.
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=LONGEST_S)]
+# Within these bounds float32 has no infinity or zero where the spec has a number.
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# Without 1: Adam divides by 1 - beta, and a mean that keeps all of its past never moves.
+Decay = Annotated[float, Field(ge=0, lt=1)]
+FreeForm = Annotated[dict[str, Any], AfterValidator(finite)]
+"""Settings of another library, which are not checked here."""
 PLUGIN = "plugin"
 Plugin = Annotated[
     str,

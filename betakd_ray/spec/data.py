@@ -1,10 +1,11 @@
 """The section `data`: which shards are read, and how a conversation becomes tokens."""
 
+import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
-from betakd_ray.spec.base import Fraction, Location, Plugin, Spec, StorageSpec, as_tuple
+from betakd_ray.spec.base import LARGEST_COUNT, Count, Fraction, Location, Plugin, Spec, StorageSpec, as_tuple
 
 TEMPLATES = {
     "plain": "betakd_ray.data.templates:plain",
@@ -53,19 +54,32 @@ class DataSpec(Spec):
     system_prompt: str | None = Field(
         default=None, description="replaces the template's own system prompt; '': no system prompt"
     )
+    template_date: datetime.date = Field(
+        default=datetime.date(2024, 7, 26),
+        description="what a `chat` template gets as today's date (`strftime_now`), in every run alike; the default is "
+        "the date that Llama 3's template takes where it gets none",
+    )
     special_tokens: Literal["refuse", "allow"] | tuple[str, ...] = Field(
         default="refuse",
         description="text of the data that the tokenizer makes into a control token, e.g. `</s>` or `<|im_end|>`: "
         "`refuse` quarantines the sample, `allow` keeps it as that token, [<think>, …] keeps only these",
     )
-    max_length: int = Field(default=2048, ge=8, description="tokens, image tokens included")
+    max_length: int = Field(default=2048, ge=8, le=LARGEST_COUNT, description="tokens, image tokens included")
     pad_to_square: bool | None = Field(
         default=None, description="pad images with the processor's mean colour; default: only for LLaVA and MobileVLM"
     )
     shuffle: bool = Field(default=True, description="seeded by training.seed and the epoch")
-    shuffle_buffer: int = Field(default=1000, ge=1, description="samples of the open shards that are shuffled together")
-    max_image_pixels: int = Field(default=100_000_000, ge=1, description="larger images are quarantined, not decoded")
+    shuffle_buffer: Count = Field(default=1000, description="samples of the open shards that are shuffled together")
+    max_image_pixels: Count = Field(default=100_000_000, description="larger images are quarantined, not decoded")
     max_bad_fraction: Fraction = Field(default=0.01, description="the job stops if a larger share is quarantined")
+
+    @model_validator(mode="after")
+    def _date_is_used(self) -> "DataSpec":
+        if self.template != "chat" and self.template_date != type(self).model_fields["template_date"].default:
+            raise ValueError(
+                f"template_date: is used only with `template: chat`, but template is {self.template}; leave it out"
+            )
+        return self
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from betakd_ray.spec.base import PLUGIN, Fraction, Plugin, Positive, Spec, as_tuple, is_plugin, named
+from betakd_ray.spec.base import (
+    PLUGIN,
+    Count,
+    Decay,
+    Fraction,
+    Plugin,
+    Spec,
+    Temperature,
+    as_tuple,
+    finite,
+    is_plugin,
+    named,
+)
 
 
 class Energy(Spec):
@@ -52,8 +64,8 @@ class ProbabilitiesEnergy(LogitsEnergy):
     Therefore it also works on `top_k` signals, at temperature 1.
     """
 
-    teacher_temperature: Positive = Field(default=1.0, description="τ_t")
-    student_temperature: Positive = Field(default=1.0, description="τ_s")
+    teacher_temperature: Temperature = Field(default=1.0, description="τ_t")
+    student_temperature: Temperature = Field(default=1.0, description="τ_s")
 
 
 class ForwardKL(ProbabilitiesEnergy):
@@ -100,9 +112,11 @@ class AdaptiveKL(ProbabilitiesEnergy):
 class TemperatureSchedule(Spec):
     """T = start + range · sigmoid(θ). θ learns to raise the loss, with a gradient that grows during the job."""
 
-    start: Positive = Field(default=1.0, description="lowest temperature")
-    range: Positive = Field(default=3.0, description="largest addition to start (the paper's 20 was for image classes)")
-    theta: float = Field(default=-2.0, description="θ at the first step")
+    start: Temperature = Field(default=1.0, description="lowest temperature")
+    range: Temperature = Field(
+        default=3.0, description="largest addition to start (the paper's 20 was for image classes)"
+    )
+    theta: float = Field(default=-2.0, ge=-20, le=20, description="θ at the first step")
 
 
 class CurriculumTemperature(LogitsEnergy):
@@ -124,8 +138,8 @@ class InterpolationSchedule(Spec):
 
     start: Fraction = Field(default=0.4, description="t_0")
     end: Fraction = Field(default=1.0, description="t_end")
-    rate: Positive = Field(default=5e-4, description="a")
-    momentum: float = Field(default=0.99, ge=0, lt=1, description="b")
+    rate: float = Field(default=5e-4, gt=0, le=1, description="a")
+    momentum: Decay = Field(default=0.99, description="b")
 
     @model_validator(mode="after")
     def _rises(self) -> "InterpolationSchedule":
@@ -179,8 +193,8 @@ class VisualEnergy(Energy):
 class FeatureLayer(Spec):
     """One layer of each language model, counted from 1; its output is compared."""
 
-    teacher: int = Field(ge=1)
-    student: int = Field(ge=1)
+    teacher: Count
+    student: Count
 
 
 class FeatureDistance(VisualEnergy):
@@ -207,7 +221,7 @@ class AlignTopK(VisualEnergy):
     mapped = "width"
     reads_attention = True
     kind: Literal["align_topk"] = "align_topk"
-    tokens: int = Field(default=16, ge=1, description="compared image tokens per sample")
+    tokens: Count = Field(default=16, description="compared image tokens per sample")
 
     @property
     def teacher_parts(self) -> frozenset[str]:
@@ -276,6 +290,11 @@ class PluginEnergy(LogitsEnergy):
     @property
     def name(self) -> str:
         return self.kind.partition(":")[2]
+
+    @model_validator(mode="after")
+    def _is_stored(self) -> "PluginEnergy":
+        finite(self.model_extra)
+        return self
 
     @model_validator(mode="after")
     def _has_a_name_of_its_own(self) -> "PluginEnergy":

@@ -1,11 +1,23 @@
 """The sections `teacher` and `student`: which models, where they come from, and what of them is trained."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from betakd_ray.errors import shortened
-from betakd_ray.spec.base import GgufFile, ModelLocation, Place, Plugin, Positive, Spec, StorageSpec, named
+from betakd_ray.spec.base import (
+    Count,
+    CountOrZero,
+    FreeForm,
+    GgufFile,
+    ModelLocation,
+    Place,
+    Plugin,
+    Seconds,
+    Spec,
+    StorageSpec,
+    named,
+)
 
 
 class ModelSpec(Spec):
@@ -53,7 +65,7 @@ class TopKSignal(Spec):
     """
 
     kind: Literal["top_k"] = "top_k"
-    k: int = Field(default=64, ge=1)
+    k: Count = 64
 
 
 SignalChoice = Annotated[HiddenSignal | TopKSignal, Field(discriminator="kind"), BeforeValidator(named)]
@@ -72,6 +84,33 @@ _LOADING = {
 """Keyword of from_pretrained that `teacher.options` may not set → the reason."""
 
 
+class CheckSpec(Spec):
+    """Checks of the teacher's signal and of the student's weights, before the first step and while the job runs."""
+
+    samples: int = Field(
+        default=16, ge=2, le=1024, description="samples of data.train whose signal is compared with the teacher itself"
+    )
+    answers: int = Field(
+        default=128, ge=0, le=4096, description="samples by whose answers it is judged what the teacher knows and sees"
+    )
+    knows_answers: bool = Field(
+        default=True,
+        description="the teacher is expected to give the data's answers more probability than chance, and to use the "
+        "image for it; false: for data whose answers no teacher could know",
+    )
+    canary_every: int = Field(
+        default=100, ge=0, description="steps between two repetitions of one checked sample; 0 for none"
+    )
+
+
+def _off(value: Any) -> Any:
+    """Return `off` for false: YAML 1.1 reads an unquoted off as false."""
+    return "off" if value is False else value
+
+
+CheckChoice = Annotated[CheckSpec | Literal["off"], BeforeValidator(_off)]
+
+
 class TeacherSpec(ModelSpec):
     """The frozen teacher, which runs in its own actors."""
 
@@ -80,21 +119,23 @@ class TeacherSpec(ModelSpec):
         default="transformers", description="what runs the teacher; module:name is a subclass of TeacherScorer"
     )
     signal: SignalChoice = Field(default=HiddenSignal(), description="what the teacher sends for energies on logits")
-    batch_tokens: int = Field(
+    batch_tokens: Count = Field(
         default=8192,
-        ge=1,
         description="largest number of tokens that a teacher scores at a time, padding included; samples of similar "
         "length are grouped up to it. The default fits a GPU on which the teacher leaves a few GB free",
     )
-    window: int = Field(
-        default=4, ge=0, description="groups that a student worker sends to the teachers in addition to one step's"
+    window: CountOrZero = Field(
+        default=4, description="groups that a student worker sends to the teachers in addition to one step's"
     )
-    timeout_s: Positive = Field(
+    timeout_s: Seconds = Field(
         default=600.0,
         description="a teacher is replaced if it computes one group for longer than this, or is silent for longer; a "
         "group's time in the queue does not count",
     )
     cache: CacheSpec | None = Field(default=None, description="keep the teacher's answers here, for other jobs too")
+    check: CheckChoice = Field(
+        default=CheckSpec(), description="check the teacher's signal before the first step; off: trust it unseen"
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="further keywords of transformers' from_pretrained, e.g. quantization_config"
     )
@@ -125,7 +166,7 @@ class ConfigInit(Spec):
     """Start from random weights, with a transformers configuration."""
 
     kind: Literal["config"] = "config"
-    config: dict[str, Any] = Field(description="a transformers config, with its model_type")
+    config: FreeForm = Field(description="a transformers config, with its model_type")
     processor: ModelLocation = Field(description="where the tokenizer and image processor come from")
     vision_tower: ModelLocation | None = Field(
         default=None, description="copy the vision tower's weights from this model; its config must match"
@@ -154,8 +195,8 @@ Part = Literal["language_model", "projector", "vision_tower"]
 class LoraSpec(Spec):
     """Low-rank adapters (arXiv 2106.09685) in the language model, whose own weights do not change."""
 
-    r: int = Field(default=16, ge=1, description="rank")
-    alpha: Positive = Field(default=32.0, description="an adapter's output is multiplied by alpha / r")
+    r: Count = Field(default=16, description="rank")
+    alpha: float = Field(default=32.0, gt=0, le=10_000, description="an adapter's output is multiplied by alpha / r")
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="linear layers by their last name, e.g. q_proj; default: all"

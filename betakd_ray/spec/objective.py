@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from betakd_ray.spec.base import Positive, Spec, as_tuple, named
+from betakd_ray.spec.base import Count, Spec, as_tuple, named
 from betakd_ray.spec.energies import AlignTopK, Energies, FeatureDistance, FeatureLayer
 
 
@@ -19,9 +19,9 @@ class ManualWeighting(Spec):
     """Fixed weights: given, or set once from the scales of the first steps (the paper's "initial scales")."""
 
     kind: Literal["manual"] = "manual"
-    weights: dict[str, Annotated[float, Field(ge=0)]] | Literal["auto"] = "auto"
-    auto_steps: int = Field(
-        default=20, ge=1, description="number of first steps whose mean energies set the weights, with `auto`"
+    weights: dict[str, Annotated[float, Field(ge=0, le=1e9)]] | Literal["auto"] = "auto"
+    auto_steps: Count = Field(
+        default=20, description="number of first steps whose mean energies set the weights, with `auto`"
     )
 
     @model_validator(mode="after")
@@ -40,8 +40,10 @@ LARGEST_LOG_BOUND = 20.0
 class LearnedWeighting(Spec):
     """A β per channel that is learned together with the student, as the channel's precision."""
 
-    d: Positive = Field(
+    d: float = Field(
         default=1.0,
+        gt=0,
+        le=1e6,
         description="a channel's share β·ℓ converges to d/2. The paper's dim(a) = V is for energies summed over the "
         "vocabulary; with energies of order one, the cross-entropy would be negligible",
     )
@@ -66,7 +68,7 @@ class InstanceWeighting(LearnedWeighting):
 
     kind: Literal["instance"] = "instance"
     features: Annotated[tuple[Feature, ...], BeforeValidator(as_tuple), Field(min_length=1)] = ("teacher_vision",)
-    hidden_size: int = Field(default=128, ge=1)
+    hidden_size: Count = 128
 
     @model_validator(mode="after")
     def _once(self) -> "InstanceWeighting":
@@ -107,7 +109,7 @@ class ObjectiveSpec(Spec):
     reduction: Literal["sample", "token"] = Field(
         default="sample", description="mean over the samples of each sample's mean, or mean over all answer tokens"
     )
-    chunk_rows: int = Field(default=1024, ge=1, description="answer rows whose logits are in memory at a time")
+    chunk_rows: Count = Field(default=1024, description="answer rows whose logits are in memory at a time")
 
     @property
     def channels(self) -> tuple[str, ...]:

@@ -3,13 +3,17 @@
 import itertools
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from betakd_ray.spec.base import (
+    Count,
+    FreeForm,
     Location,
     Plugin,
+    Seed,
     Spec,
     StorageSpec,
+    finite,
 )
 from betakd_ray.spec.cluster import ClusterSpec
 from betakd_ray.spec.data import DataSpec
@@ -32,9 +36,9 @@ class QuestionsSpec(Spec):
     benchmark: BenchmarkName | Plugin = Field(
         default="exact_match", description="how answers are scored; module:name is a function of your own"
     )
-    max_new_tokens: int = Field(default=16, ge=1)
-    batch_size: int = Field(default=64, ge=1)
-    limit: int | None = Field(default=None, ge=1, description="use only this number of first samples")
+    max_new_tokens: Count = 16
+    batch_size: Count = 64
+    limit: Count | None = Field(default=None, description="use only this number of first samples")
 
     @model_validator(mode="after")
     def _asked_once(self) -> "QuestionsSpec":
@@ -67,14 +71,14 @@ class SweepSpec(Spec):
 
     name: Name
     template: Location = Field(description="YAML of the job that every cell starts from")
-    fixed: dict[str, Any] = Field(default_factory=dict, description="section.field → value, for every cell")
-    axes: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(
+    fixed: FreeForm = Field(default_factory=dict, description="section.field → value, for every cell")
+    axes: Annotated[dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]], AfterValidator(finite)] = Field(
         min_length=1, description="section.field → values, e.g. objective.weighting: [equal, task, instance]"
     )
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = Field(
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = Field(
         default=(0,), description="each cell is run once per seed; the table has mean ± standard deviation"
     )
-    parallel: int = Field(default=1, ge=1, description="cells that run at the same time, each with its own workers")
+    parallel: Count = Field(default=1, description="cells that run at the same time, each with its own workers")
     evaluation: QuestionsSpec | None = Field(default=None, description="questions for each cell's model")
     output: OutputSpec = Field(default_factory=OutputSpec)
 
@@ -109,6 +113,6 @@ class PackSpec(Spec):
     images: Location | None = Field(default=None, description="folder that `image` is relative to")
     output: Location = Field(description="folder for the shards")
     prefix: str = "train"
-    samples_per_shard: int = Field(default=1000, ge=1)
-    shuffle_seed: int | None = Field(default=0, description="shuffle samples before packing; null keeps the order")
+    samples_per_shard: Count = 1000
+    shuffle_seed: Seed | None = Field(default=0, description="shuffle samples before packing; null keeps the order")
     storage: StorageSpec = StorageSpec()

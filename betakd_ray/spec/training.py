@@ -5,19 +5,30 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from betakd_ray.errors import shortened
-from betakd_ray.spec.base import Fraction, Positive, Spec
+from betakd_ray.spec.base import (
+    Count,
+    CountOrZero,
+    Decay,
+    Fraction,
+    FreeForm,
+    LearningRate,
+    Positive,
+    Seconds,
+    Seed,
+    Spec,
+)
 
 
 class OptimizerSpec(Spec):
     """AdamW with separate learning rates for the projector, for β, and for everything else."""
 
-    lr: Positive = 4e-5
-    projector_lr: Positive | None = Field(default=None, description="default: lr; the recipe's stage 1 has 1e-3")
-    beta_lr: Positive = Field(
+    lr: LearningRate = 4e-5
+    projector_lr: LearningRate | None = Field(default=None, description="default: lr; the recipe's stage 1 has 1e-3")
+    beta_lr: LearningRate = Field(
         default=1e-3, description="for β's parameters and ctkd's θ, in float32, without weight decay"
     )
-    weight_decay: float = Field(default=0.0, ge=0)
-    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0, le=100)
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_fraction: Fraction = 0.03
     max_grad_norm: Positive = 1.0
@@ -29,8 +40,8 @@ class WorkersSpec(Spec):
     With {min, max}, the job resumes automatically with another number.
     """
 
-    min: int = Field(default=1, ge=1)
-    max: int = Field(ge=1)
+    min: Count = 1
+    max: Count
 
     @property
     def is_elastic(self) -> bool:
@@ -55,17 +66,16 @@ DEFAULT_MICRO_BATCH = 8
 class TrainingSpec(Spec):
     """Settings of steps, batches, precision and checkpoints."""
 
-    epochs: int = Field(default=1, ge=1)
-    max_steps: int | None = Field(default=None, ge=1, description="stop early; default: all epochs")
-    global_batch_size: int = Field(default=128, ge=1, description="samples per step, of all workers together")
-    micro_batch_size: int | None = Field(
+    # Limited, because the ledger and the audit have a number for each epoch and shard.
+    epochs: int = Field(default=1, ge=1, le=100_000)
+    max_steps: Count | None = Field(default=None, description="stop early; default: all epochs")
+    global_batch_size: Count = Field(default=128, description="samples per step, of all workers together")
+    micro_batch_size: Count | None = Field(
         default=None,
-        ge=1,
         description="samples that a worker trains on at a time; default: 8, or no limit with micro_batch_tokens",
     )
-    micro_batch_tokens: int | None = Field(
+    micro_batch_tokens: Count | None = Field(
         default=None,
-        ge=1,
         description="largest number of tokens that a worker trains on at a time, padding and image tokens included; "
         "samples of similar length are grouped up to it",
     )
@@ -73,21 +83,20 @@ class TrainingSpec(Spec):
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["bf16", "fp32"] = "bf16"
     gradient_checkpointing: bool = False
-    deepspeed: dict[str, Any] = Field(default_factory=dict, description="merged last into the DeepSpeed config")
-    seed: int = 0
-    checkpoint_every: int = Field(default=500, ge=1, description="steps")
-    keep: int = Field(default=2, ge=1, description="checkpoints kept")
-    log_every: int = Field(default=10, ge=1, description="steps")
-    max_skipped_steps: int = Field(
-        default=5, ge=1, description="number of non-finite steps in a row after which the job stops"
+    deepspeed: FreeForm = Field(default_factory=dict, description="merged last into the DeepSpeed config")
+    seed: Seed = 0
+    checkpoint_every: Count = Field(default=500, description="steps")
+    keep: Count = Field(default=2, description="checkpoints kept")
+    log_every: Count = Field(default=10, description="steps")
+    max_skipped_steps: Count = Field(
+        default=5, description="number of non-finite steps in a row after which the job stops"
     )
-    max_failures: int = Field(
+    max_failures: CountOrZero = Field(
         default=3,
-        ge=0,
         description="largest number of restarts in a row without a new checkpoint in between: restarts of the student "
         "workers, and restarts of the job after one of its control processes died",
     )
-    collective_timeout_s: Positive = Field(default=600.0, description="a rank that is silent for longer counts as dead")
+    collective_timeout_s: Seconds = Field(default=600.0, description="a rank that is silent for longer counts as dead")
 
     def steps(self, samples: int) -> int:
         """Return the optimizer steps of a job that reads `samples` samples over all its epochs."""

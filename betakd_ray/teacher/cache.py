@@ -137,7 +137,7 @@ class SignalCache:
                 try:
                     if isinstance(content, Exception):
                         raise ValueError(f"{type(content).__name__}: {content}")
-                    signals[at] = _loaded(content[start : start + places[at].length])
+                    signals[at] = loaded(content[start : start + places[at].length])
                 except ValueError as error:
                     _warn_of(path, f"at byte {places[at].offset}: {error}")
         return signals
@@ -187,8 +187,7 @@ class CacheWriter:
     def add(self, shard: Shard, member: int, signal: Signal) -> None:
         """Add the signal of a sample. Raises what `SignalCache.write` does if earlier signals could not be written."""
         # Serialised: the arrays are views of a whole group's answer and would keep all of it in the object store.
-        saved = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in signal.items()})
-        content = _with_checksum(saved)
+        content = serialized(signal)
         entry = Entry(_name(shard), member, content)
         with self._lock:
             self._held.append(entry)
@@ -203,7 +202,7 @@ class CacheWriter:
         """Return the signal that a sample got in an earlier epoch, if it is in memory; otherwise None."""
         # Without the lock: `add` only adds entries, and never changes or removes one.
         content = self._kept.get((_name(shard), member))
-        return None if content is None else _loaded(content)
+        return None if content is None else loaded(content)
 
     def flush(self) -> None:
         """Block until everything is stored. Raises OSError if it cannot be stored.
@@ -249,7 +248,13 @@ def _checked(content: bytes) -> bytes:
     return whole
 
 
-def _loaded(content: bytes) -> Signal:
+def serialized(signal: Signal) -> bytes:
+    """Return a signal as bytes that own nothing of its arrays, with a checksum."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in signal.items()}
+    return _with_checksum(safetensors.numpy.save(arrays))
+
+
+def loaded(content: bytes) -> Signal:
     """Return a serialised signal. Raises ValueError if it is not the one that was written."""
     try:
         return safetensors.numpy.load(_checked(bytes(content)))

@@ -137,9 +137,9 @@ class TeacherClient:
                 self._wait_for_members()
                 continue
             try:
-                return teacher.head()
-            except Unanswered as failure:
-                self._report(Ticket(teacher), str(failure))
+                return teacher.head(self._timeout_s)
+            except (Unanswered, TimeoutError) as failure:
+                self._report(Ticket(teacher), str(failure) or f"silent for teacher.timeout_s = {self._timeout_s:g} s")
 
     def close(self) -> None:
         """End the heartbeat. Threads that still wait for an answer get a TeacherError."""
@@ -264,7 +264,11 @@ class TeacherClient:
             self._report(ticket, str(failure))
         finally:
             self._settle(ticket)
-        return self._score_alone(inputs, holder)
+        try:
+            return self._score_alone(inputs, holder)
+        finally:
+            # At once: the rest of this examination waits for any teacher, and this one may be the only one.
+            self._pool.end_lease(holder, is_alive=True)
 
     def _score_alone(self, inputs: ModelInputs, holder: str) -> GroupAnswer:
         """Ask an exclusive teacher. If it dies, this group killed it, as it has no other group. Raises Unanswered."""

@@ -5,11 +5,12 @@ that searches for the sample that kills teachers. Between `min` and `max` it gro
 while teachers are idle. Students send groups directly to the members (`TeacherClient`), through Ray's object store.
 """
 
+import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import ray
@@ -20,10 +21,12 @@ from betakd_ray.errors import ClusterError, TeacherError
 from betakd_ray.on_ray.cluster import placement
 from betakd_ray.on_ray.gauges import Gauges
 from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
+from betakd_ray.teacher.canary import Differs, KnownAnswer, Proof, answer_canary
 from betakd_ray.teacher.parts import Needs, TeacherFacts
-from betakd_ray.teacher.ports import Pending, Roster, Teacher, Unanswered
+from betakd_ray.teacher.ports import Roster, Teacher, Unanswered
 from betakd_ray.teacher.remote import RemoteTeacher, placed
 from betakd_ray.teacher.scorer import TeacherScorer, engine_of
+from betakd_ray.teacher.starting import Lease, Starting
 
 FORGET_AFTER_S = 60.0
 """Seconds without a heartbeat after which a student counts as gone; its workers may have been restarted."""
@@ -40,35 +43,10 @@ This is longer than two heartbeats, in which every student learns that the teach
 """
 NEXT_HOLDER_S = 5.0
 """Seconds since its last request within which a client still counts as waiting for a lease."""
+MOST_DIFFERING = 3
+"""Number of teachers in a row that may answer the canary differently before the pool gives up."""
 
 Members = dict[int, Teacher]
-
-
-@dataclass(frozen=True)
-class Starting:
-    """A teacher that is no member, and a Pending: that its model is loaded, or that it has finished its groups."""
-
-    teacher: Teacher
-    ready: Pending
-
-    def is_ready(self) -> bool:
-        """Return whether the teacher is ready. Raises Unanswered if it has died."""
-        try:
-            self.ready.result(timeout_s=0.0)
-        except TimeoutError:
-            return False
-        return True
-
-
-@dataclass
-class Lease:
-    """An exclusive teacher of one student."""
-
-    holder: str
-    """Client and number of the examination."""
-    starting: Starting
-    seen: float = field(default_factory=time.monotonic)
-    """Time of the holder's last request or heartbeat, on the monotonic clock in seconds."""
 
 
 class TeacherPool:
@@ -98,6 +76,9 @@ class TeacherPool:
         self._reports: dict[str, tuple[float, float]] = {}
         self._next = 0
         self._failure: TeacherError | None = None
+        self._canary: KnownAnswer | None = None
+        self._differing = 0
+        self._tell: Callable[[str], None] = lambda _: None
         self.restarts = 0
         for _ in range(self._min):
             self._add()
@@ -112,9 +93,9 @@ class TeacherPool:
             if len(self.members()) >= self._min:
                 number, teacher = next(iter(self._members.items()))
                 try:
-                    return teacher.facts()
-                except Unanswered as error:  # it has died since another job used it
-                    self.lost(number, str(error))
+                    return teacher.facts(self._teacher.timeout_s)
+                except (Unanswered, TimeoutError) as error:  # it has died, or hangs, since another job used it
+                    self.lost(number, str(error) or "silent")
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"cluster.teacher: {len(self._members)} of {self._min} teachers were ready within "
@@ -122,6 +103,21 @@ class TeacherPool:
                     "cluster.teacher.min or cluster.teacher.gpus, or add nodes."
                 )
             time.sleep(0.1)
+
+    def require_answer(self, canary: KnownAnswer, checked: int, tell: Callable[[str], None]) -> None:
+        """Have every teacher but the `checked` one give the known answer before it is a member, now and later.
+
+        `tell` is called with a text about each that differs. Of several jobs, the first one's canary stays.
+        """
+        self._tell = tell
+        if self._canary is not None:
+            return
+        self._canary = canary
+        for teacher in [*self._members.values(), *(starting.teacher for starting in self._pending.values())]:
+            if teacher.number != checked:
+                self._members.pop(teacher.number, None)
+                self._pending[teacher.number] = self._starting(teacher)
+        self._version += 1
 
     def members(self) -> Members:
         """Return the loaded teachers, after taking in those that became ready and ending those that have left."""
@@ -137,6 +133,7 @@ class TeacherPool:
                 self._join(starting.teacher)
             except Unanswered as failure:
                 del self._pending[number]
+                starting.teacher.kill()
                 self._replace(failure)
         for number, starting in list(self._leaving.items()):
             try:
@@ -163,8 +160,7 @@ class TeacherPool:
         teacher = self._members.pop(number, None)
         if teacher is not None:
             self._version += 1
-            teacher.kill()
-            self._replace(Unanswered(reason))
+            self._replace(teacher, Unanswered(reason))
         return number not in self._left
 
     def lease(self, holder: str) -> Teacher | None:
@@ -183,6 +179,7 @@ class TeacherPool:
         try:
             return self._lease.starting.teacher if self._lease.starting.is_ready() else None
         except Unanswered as failure:
+            self._lease.starting.teacher.kill()
             self._lease = None
             self._replace(failure)
             return None
@@ -251,7 +248,9 @@ class TeacherPool:
         if most > SHRINK_BELOW:
             self._calm_since = now
         # One at a time: only after a new teacher has loaded do the waits show whether one more is needed.
-        if most > GROW_ABOVE and not self._pending and len(self._members) < self._max:
+        # A leased teacher counts: it comes back.
+        held = len(self._members) + (self._lease is not None)
+        if most > GROW_ABOVE and not self._pending and held < self._max:
             self._add()
         elif now - self._calm_since > SHRINK_AFTER_S and len(self._members) > self._min:
             self._calm_since = now
@@ -264,10 +263,12 @@ class TeacherPool:
         teacher = self._members.pop(number)
         self._version += 1
         self._left.add(number)
-        return Starting(teacher, teacher.drain(QUIET_S))
+        until = time.monotonic() + self._teacher.timeout_s + QUIET_S
+        return Starting(teacher, teacher.drain(QUIET_S), until)
 
     def _join(self, teacher: Teacher) -> None:
         self._members[teacher.number] = teacher
+        self._differing = 0
         self._left.discard(teacher.number)
         self._version += 1
 
@@ -282,20 +283,32 @@ class TeacherPool:
         )
 
     def _add(self) -> None:
-        teacher = self._place(self._next)
-        self._pending[self._next] = Starting(teacher, teacher.ready())
+        self._pending[self._next] = self._starting(self._place(self._next))
         self._next += 1
+
+    def _starting(self, teacher: Teacher) -> Starting:
+        """Return a teacher that is ready once it has loaded and, if there is a canary, given the known answer."""
+        if self._canary is None:
+            return Starting(teacher, teacher.ready())
+        # Asked at once: the question waits in the teacher until the model is loaded.
+        return Starting(teacher, Proof(self._canary, teacher.apply(answer_canary, self._canary.inputs)))
 
     def _place(self, number: int) -> Teacher:
         """Start a teacher on any node with room for it."""
         if self._actors is None:
-            self._actors = placed(self._engine(), placement(self._spec, self._gpus))
+            self._actors = placed(self._engine(), placement(self._spec, self._gpus), spares=self._spec.spares)
         return RemoteTeacher(number, self._actors.remote(self._teacher, self._needs))
 
     def _engine(self) -> type[TeacherScorer]:
         return engine_of(self._teacher)
 
     def _replace(self, failure: Unanswered) -> None:
+        if isinstance(failure, Differs):
+            self._differing += 1
+            self._tell(f"{failure} It is ended and replaced.")
+            if self._differing >= MOST_DIFFERING:
+                self._failure = TeacherError(f"{self._differing} teachers in a row are not the checked one. {failure}")
+                raise self._failure
         if self._deaths >= self._max_deaths:
             last = failure.detail.strip().splitlines()[-1]
             self._failure = TeacherError(

@@ -3,7 +3,7 @@
 `remote` implements them with Ray actors; tests and benchmarks implement them with threads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -37,7 +37,10 @@ class Pending(Protocol):
 
 @runtime_checkable
 class Teacher(Protocol):
-    """One teacher, on any node. All methods but `health`, `facts` and `head` return at once."""
+    """One teacher, on any node. All methods but `health`, `facts` and `head` return at once.
+
+    These three raise as Pending.result: a teacher may be silent for ever without being dead.
+    """
 
     @property
     def number(self) -> int:
@@ -48,16 +51,20 @@ class Teacher(Protocol):
         """Send a group of samples; the answer is a GroupAnswer."""
         ...
 
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> Pending:
+        """Call `function(scorer, *arguments)` in its process; the answer is what the function returns."""
+        ...
+
     def health(self, timeout_s: float) -> float:
-        """Return the seconds that it has computed its present group; 0.0 without a group. Raises as Pending.result."""
+        """Return the seconds that it has computed its present group; 0.0 without a group."""
         ...
 
-    def facts(self) -> TeacherFacts:
-        """Return the teacher's facts. Raises Unanswered."""
+    def facts(self, timeout_s: float) -> TeacherFacts:
+        """Return the teacher's facts."""
         ...
 
-    def head(self) -> NDArray[Any] | None:
-        """Return the lm_head's weight; None if no hidden states are asked for. Raises Unanswered."""
+    def head(self, timeout_s: float) -> NDArray[Any] | None:
+        """Return the lm_head's weight; None if no hidden states are asked for."""
         ...
 
     def ready(self) -> Pending:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import ray
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from betakd_ray.batch.inputs import ModelInputs
+from betakd_ray.on_ray.spares import importing, keep_spare
 from betakd_ray.teacher.parts import TeacherFacts
 from betakd_ray.teacher.ports import IN_HAND, Roster, Unanswered
 
@@ -43,16 +44,20 @@ class RemoteTeacher:
     def submit(self, inputs: ModelInputs) -> RemotePending:
         return RemotePending(self.actor.score.options(concurrency_group=SCORE).remote(inputs))
 
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> RemotePending:
+        # Not in SCORE's threads: a check takes seconds, and calls `score` itself.
+        return RemotePending(self.actor.apply.remote(function, *arguments))
+
     def health(self, timeout_s: float) -> float:
         return RemotePending(self.actor.health.options(concurrency_group=HEALTH).remote()).result(timeout_s)
 
-    def facts(self) -> TeacherFacts:
-        return _result(lambda: cast(TeacherFacts, ray.get(self.actor.facts.remote())))
+    def facts(self, timeout_s: float) -> TeacherFacts:
+        return RemotePending(self.actor.facts.remote()).result(timeout_s)
 
-    def head(self) -> NDArray[Any] | None:
+    def head(self, timeout_s: float) -> NDArray[Any] | None:
         # Fetch a reference first: a returned array would be a new object per call, which no node could share.
-        reference = _result(lambda: cast(list[Any], ray.get(self.actor.head_reference.remote())))[0]
-        return _result(lambda: cast(NDArray[Any], ray.get(reference)))
+        (reference,) = RemotePending(self.actor.head_reference.remote()).result(timeout_s)
+        return RemotePending(reference).result(timeout_s)
 
     def ready(self) -> RemotePending:
         return RemotePending(self.actor.__ray_ready__.remote())
@@ -87,9 +92,21 @@ class RemotePool:
         return unwrapped(self.actor.heartbeat.remote(client, waiting, answers, version))
 
 
-def placed(scorer: type, options: dict[str, Any]) -> Any:
+class Spared:
+    """Part of a teacher in its own actor: once at work, it has its node keep a spare process for its successor."""
+
+    def score(self, inputs: ModelInputs) -> Any:
+        answer = super().score(inputs)  # pyright: ignore[reportAttributeAccessIssue]  # of the scorer, in `placed`
+        keep_spare()
+        return answer
+
+
+def placed(scorer: type, options: dict[str, Any], *, spares: bool) -> Any:
     """Return the actor class of a scorer, with its concurrency groups and placement options."""
     remote: Any = ray.remote  # Any, because its type stub lacks concurrency_groups
+    if spares:
+        options = options | {"runtime_env": {"env_vars": importing(scorer.__module__)}}
+        scorer = type(scorer.__name__, (Spared, scorer), {})
     return remote(concurrency_groups=CONCURRENCY)(scorer).options(**options)
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,7 +51,8 @@ class TeacherScorer:
         self.model: Any = freeze(load_model(spec, dtype, devices))
         if needs.reads_attention:
             with_attention_weights(self.model)
-        self.normalize = Normalization.of(getattr(load_processor(spec), "image_processor", None))
+        self.processor = load_processor(spec)
+        self.normalize = Normalization.of(getattr(self.processor, "image_processor", None))
         self.lm_head: Tensor = lm_head(self.model).weight
         # A teacher split over n GPUs is a pipeline of layers, so n groups can be computed at once, each on its GPU.
         self._permits = threading.Semaphore(len(devices))
@@ -82,6 +83,10 @@ class TeacherScorer:
             if self._head_reference is None:
                 self._head_reference = ray.put(self.head())
         return [self._head_reference]  # in a list, because Ray replaces a bare reference by its value
+
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return `function(self, *arguments)`: a check that has to run where the model is."""
+        return function(self, *arguments)
 
     def health(self) -> float:
         """Return the seconds that the teacher has computed its present group; 0.0 while it computes none.

@@ -100,15 +100,6 @@ class Saver:
         dist.barrier(self._group)
 
 
-def save(
-    store: CheckpointStore, step: int, attempt: str, keep: int, write: Callable[[Path], None], group: Group = None
-) -> None:
-    """Save a checkpoint and wait until it is committed. Collective; see `Saver.save`."""
-    saver = Saver(store, attempt, keep, group)
-    saver.save(step, write)
-    saver.wait()
-
-
 def merge_ledgers(whole: Ledger | None, delta: Ledger, group: Group = None) -> None:
     """Add every rank's `delta` to `whole` (collective: every rank must call it).
 

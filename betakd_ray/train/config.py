@@ -8,6 +8,7 @@ from betakd_ray.data.plan import Plan
 from betakd_ray.run.lease import Permit
 from betakd_ray.spec import JobSpec
 from betakd_ray.teacher.cache import SignalCache
+from betakd_ray.teacher.canary import KnownAnswer
 from betakd_ray.teacher.parts import Needs, TeacherFacts
 
 STOPPED = "stopped_at"
@@ -33,6 +34,8 @@ class WorkerConfig:
     """Facts about the teacher; None without a teacher."""
     needs: Needs = field(default_factory=Needs)
     cache: SignalCache | None = None
+    canary: KnownAnswer | None = None
+    """Checked sample that is asked again while the job runs; None if the teacher is not checked."""
     origins: dict[str, str] = field(default_factory=dict)
     """What the run is made from, for the manifests of its checkpoints."""
 

@@ -19,9 +19,10 @@ from betakd_ray.models.vlm import takes_images
 from betakd_ray.output import disk_errors, output_errors
 from betakd_ray.run.folder import MODEL, MODEL_RECORD
 from betakd_ray.run.lease import Permit
-from betakd_ray.run.records import ModelRecord
+from betakd_ray.run.records import Checks, ModelRecord
 from betakd_ray.spec import JobSpec, StorageSpec, StudentSpec
 from betakd_ray.storage import join, open_store, put_file
+from betakd_ray.train.check_files import read_checks
 from betakd_ray.train.distiller import Distiller
 
 PREFIX = "student."
@@ -43,9 +44,9 @@ def export_student(
             with disk_errors(folder):
                 _save(distiller.student, state, spec.student, str(folder))
                 student_processor(spec.student).save_pretrained(folder)
-                (folder / "README.md").write_text(
-                    model_card(spec, metrics, sees_images=takes_images(distiller.student)), encoding="utf-8"
-                )
+                checks = read_checks(permit) if spec.teacher else None
+                card = model_card(spec, metrics, checks, sees_images=takes_images(distiller.student))
+                (folder / "README.md").write_text(card, encoding="utf-8")
                 record = ModelRecord(permit.token, step)
                 (folder / MODEL_RECORD).write_text(json.dumps(asdict(record)))
             permit.check()
@@ -79,8 +80,13 @@ def _student_state(engine: Any, spec: JobSpec) -> dict[str, Tensor] | None:
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
 
 
-def model_card(spec: JobSpec, metrics: dict[str, Any], *, sees_images: bool = True) -> str:
-    """Return the model card: what the model is, which models and data it comes from, and how it was trained."""
+def model_card(
+    spec: JobSpec, metrics: dict[str, Any], checks: Checks | None = None, *, sees_images: bool = True
+) -> str:
+    """Return the model card: what the model is, which models and data it comes from, and how it was trained.
+
+    `checks` are those of the models before the first step.
+    """
     kind, task = ("vision–language", "image-text-to-text") if sees_images else ("language", "text-generation")
     teacher = spec.teacher.path if spec.teacher else "none (supervised fine-tuning)"
     channels = ", ".join([*(["ce"] if spec.objective.ce else []), *spec.objective.channels])
@@ -111,12 +117,39 @@ A {kind} model trained with uncertainty-aware knowledge distillation (Beta-KD, a
 |---|---|
 {numbers}
 
-## The whole job
+{_checked(spec, checks)}## The whole job
 
 ```json
 {spec.model_dump_json(indent=2)}
 ```
 """
+
+
+def _checked(spec: JobSpec, checks: Checks | None) -> str:
+    """Return the section about the checks of the models; empty without a teacher."""
+    if spec.teacher is None:
+        return ""
+    if spec.teacher.check == "off":
+        return "## Checks before the first step\n\nNone: the spec has `teacher.check: off`.\n\n"
+    if checks is None:
+        return "## Checks before the first step\n\nNone are noted in the run.\n\n"
+    rows = "\n".join(
+        f"| {' | '.join(map(_cell, (each.part, each.check, each.seen, each.expected, each.verdict)))} |"
+        for each in checks.findings
+    )
+    return f"""## Checks before the first step
+
+Teacher on {checks.teacher}.
+
+| model | check | seen | expected | verdict |
+|---|---|---|---|---|
+{rows}
+
+"""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _adapted(student: StudentSpec) -> str:

@@ -1,7 +1,7 @@
 """One rank's student: models, optimizers and β. It makes one optimizer step of a step's micro-batches, without Ray."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -56,7 +56,9 @@ class Learner:
         facts: TeacherFacts | None,
         total_steps: int,
         teacher_head: NDArray[Any] | None = None,
+        check_student: Callable[[Any], None] | None = None,
     ) -> None:
+        """Build everything. `check_student` is called with the student before DeepSpeed may shard its weights."""
         self.spec = spec
         self.device = find_device()
         self.peak_flops = device_peak(self.device)
@@ -64,7 +66,7 @@ class Learner:
         """Counter of the FLOPs of a step; None if the device's peak, with which they are compared, is not known."""
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         _seed(spec.training.seed)
-        self.distiller = self._distiller(facts, teacher_head)
+        self.distiller = self._distiller(facts, teacher_head, check_student)
         load_collective()
         with named_shared_memory(self.rank):
             self.engine = self._engine(total_steps)
@@ -213,9 +215,16 @@ class Learner:
 
     # --------------------------------------------------------------------------------------------------- build
 
-    def _distiller(self, facts: TeacherFacts | None, teacher_head: NDArray[Any] | None) -> Distiller:
+    def _distiller(
+        self,
+        facts: TeacherFacts | None,
+        teacher_head: NDArray[Any] | None,
+        check_student: Callable[[Any], None] | None,
+    ) -> Distiller:
         training = self.spec.training
         student = build_student(self.spec.student, torch.bfloat16 if training.precision == "bf16" else torch.float32)
+        if check_student:
+            check_student(student)
         if training.gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         if self.spec.objective.compares_attention:

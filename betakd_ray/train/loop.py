@@ -22,6 +22,7 @@ from betakd_ray.data.ledger import SampleIds
 from betakd_ray.data.plan import Quarantined, ids_of, require_few
 from betakd_ray.data.rows import samples_of
 from betakd_ray.on_ray.monitor import require_current
+from betakd_ray.on_ray.spares import keep_spare
 from betakd_ray.on_ray.watch import Start, Watch
 from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.folder import LEDGER, LOGGED, METRICS, PROGRESS, QUARANTINE, SKIPPED, SPEC
@@ -44,6 +45,7 @@ from betakd_ray.train.learner import Learner
 from betakd_ray.train.micro_batches import Collator, Refused, Step
 from betakd_ray.train.prefetch import Prefetch
 from betakd_ray.train.sums import Totals
+from betakd_ray.train.teacher_checks import check_new_student
 from betakd_ray.train.usage import Usage, peak_memory
 
 COUNTS = ("samples", "dropped", "skipped", "skipped_in_a_row")
@@ -87,7 +89,9 @@ class Worker:
                 partial(stack, pad_token_id=config.pad_token_id, image_token_id=config.teacher_image_token_id),
             )
         head = self.client.head() if self.client else None
-        self.learner = Learner(self.spec, config.facts, self.total_steps, head)
+        is_new = self.rank == 0 and self.start.checkpoint is None
+        check = partial(check_new_student, config) if is_new else None
+        self.learner = Learner(self.spec, config.facts, self.total_steps, head, check)
         self.cache = CacheWriter(config.cache, keep=config.plan.epochs > 1) if config.cache else None
         self.permit = config.permit.requiring(partial(require_current, config.monitor, self.start, config.run))
         self.store = CheckpointStore(config.run, self.spec.output.storage, self.permit, config.origins)
@@ -126,6 +130,7 @@ class Worker:
                 self.guard(totals, step)
                 if is_logged:
                     self.log(totals, step)
+                keep_spare()
                 if self.step < self.total_steps and (
                     step.counts.save or self.step % self.training.checkpoint_every == 0
                 ):

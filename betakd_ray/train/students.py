@@ -23,10 +23,15 @@ from betakd_ray.on_ray.cluster import gpus_each
 from betakd_ray.on_ray.local import loopback_environment
 from betakd_ray.on_ray.monitor import Report
 from betakd_ray.on_ray.source import SplitOnce, rows
+from betakd_ray.on_ray.spares import importing
 from betakd_ray.progress import Update, progress_line
+from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.sigterm import POLL_S, StopRequest
 from betakd_ray.spec import JobSpec
+from betakd_ray.teacher.remote import RemotePending
+from betakd_ray.train.canaries import CanaryWatch
 from betakd_ray.train.config import WorkerConfig
+from betakd_ray.train.teacher_checks import settings_of
 from betakd_ray.train.worker import train_worker
 
 STARTS = 4
@@ -74,7 +79,7 @@ def _trainer(config: WorkerConfig, reader: "ray.ObjectRef", folder: Path) -> Tor
     gpus = gpus_each(spec.cluster.student.gpus)
     student, workers = spec.cluster.student, spec.training.workers
     resources = {"CPU": student.cpus, **student.resources} | ({"GPU": gpus} if gpus else {})
-    callbacks = [ReportFailures(monitor, spec.cluster.start_timeout_s / STARTS), ReportController(monitor)]
+    failures = ReportFailures(monitor, spec.cluster.start_timeout_s / STARTS, workers.max)
     return TorchTrainer(
         train_worker,
         train_loop_config={"worker": config},
@@ -94,8 +99,10 @@ def _trainer(config: WorkerConfig, reader: "ray.ObjectRef", folder: Path) -> Tor
             storage_path=str(folder.parent),
             # Unlimited, because Ray does not reset its count on progress. The monitor counts failures instead.
             failure_config=FailureConfig(max_failures=-1, controller_failure_limit=STARTS - 1),
-            callbacks=cast(Any, callbacks),  # its type names only callbacks of the public kind
-            worker_runtime_env={"env_vars": WORKER_ENVIRONMENT | _accelerator(gpus) | loopback_environment()},
+            callbacks=cast(
+                Any, [failures, ReportController(monitor)]
+            ),  # its type names only callbacks of the public kind
+            worker_runtime_env={"env_vars": _environment(gpus, spares=student.spares)},
         ),
     )
 
@@ -103,16 +110,18 @@ def _trainer(config: WorkerConfig, reader: "ray.ObjectRef", folder: Path) -> Tor
 def _follow(training: Future[Any], config: WorkerConfig, stop: StopRequest) -> None:
     """Until the training ends: show progress and warnings, look for ranks that hang, and pass on a request to stop.
 
-    Raises Interrupted if the job is to stop and has no workers yet, which could save, and the failure of `stop`, such
-    as RunTaken. Ray Train is then ended.
+    Also ask the canary again. Raises TeacherError if its answer is another one, Interrupted if the job is to stop and
+    has no workers yet, which could save, and the failure of `stop`, such as RunTaken. Ray Train is then ended.
     """
-    spec, controller = config.spec, None
+    spec, controller, canaries = config.spec, None, _canaries(config)
     with progress_line(spec.name, config.total_steps, "starting", is_shown=spec.tracking.progress) as update:
         try:
             while not wait([training], timeout=POLL_S).done:
                 report = _report(config)
                 controller = report.controller or controller
                 _show(report, update)
+                if canaries and report.latest:
+                    canaries.poll(report.latest["step"])
                 if stop.is_made:
                     config.monitor.stop.remote()
                 if stop.failure or (stop.is_made and controller and not report.has_begun):
@@ -124,6 +133,14 @@ def _follow(training: Future[Any], config: WorkerConfig, stop: StopRequest) -> N
             if controller:
                 ray.kill(controller)
             raise
+
+
+def _canaries(config: WorkerConfig) -> CanaryWatch | None:
+    settings, pool = settings_of(config.spec), config.pool
+    if settings is None or not settings.canary_every or config.canary is None or pool is None:
+        return None
+    store = CheckpointStore(config.run, config.spec.output.storage)
+    return CanaryWatch(config.canary, settings.canary_every, lambda: RemotePending(pool.roster.remote(-1)), store)
 
 
 def _report(config: WorkerConfig) -> Report:
@@ -138,8 +155,11 @@ def _show(report: Report, update: Update) -> None:
         update(completed=report.latest["step"], numbers=numbers)
 
 
-def _accelerator(gpus: float) -> dict[str, str]:
-    return {} if gpus else ON_CPU
+def _environment(gpus: float, *, spares: bool) -> dict[str, str]:
+    """Return the environment variables of the workers' processes."""
+    accelerator = {} if gpus else ON_CPU
+    imports = importing("betakd_ray.train.loop") if spares else {}
+    return WORKER_ENVIRONMENT | accelerator | loopback_environment() | imports
 
 
 def _scratch(name: str) -> Path:

@@ -14,9 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import Self
 
 from betakd_ray.run.checkpoint import CheckpointStore
-from betakd_ray.spec import JobSpec
+from betakd_ray.spec import JobSpec, StorageSpec
 from betakd_ray.storage import join
 from tests.nodes import Nodes
 from tests.s3_proxy import FaultyS3
@@ -35,12 +36,22 @@ PATIENCE_S = 300.0
 class Storm(AbstractContextManager["Storm"]):
     """A job run under failures until its end. `befell` counts the failures. It kills its driver on exit."""
 
-    def __init__(self, spec: JobSpec, nodes: Nodes, seed: int, store: FaultyS3 | None = None) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        nodes: Nodes,
+        seed: int,
+        store: FaultyS3 | None = None,
+        *,
+        folder: Path | None = None,
+        storage: StorageSpec | None = None,
+    ) -> None:
+        """`folder` is for the spec and the drivers' log; `storage` is what this process reads the checkpoints with."""
         self.spec, self.nodes, self.store = spec, nodes, store
         self.befell: Counter[str] = Counter()
         self._random = random.Random(seed)
-        self._checkpoints = CheckpointStore(join(spec.output.path, spec.name), spec.output.storage)
-        self._folder = Path(tempfile.mkdtemp(prefix="storm-"))
+        self._checkpoints = CheckpointStore(join(spec.output.path, spec.name), storage or spec.output.storage)
+        self._folder = folder or Path(tempfile.mkdtemp(prefix="storm-"))
         self._file = self._folder / "spec.yaml"
         self._file.write_text(spec.model_dump_json())  # JSON is YAML
         self._driver = self._start()
@@ -56,6 +67,9 @@ class Storm(AbstractContextManager["Storm"]):
         while (code := self._end()) == RESUME_ME:
             self._driver = self._start()
         assert code == 0, f"the driver ended with {code}: {self.log}"
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._driver.kill()
@@ -88,14 +102,14 @@ class Storm(AbstractContextManager["Storm"]):
         self.nodes.lose("teacher-0")
 
     def lose_student_node(self) -> None:
-        self.nodes.lose(self._random.choice(["student-0", "student-1"]))
+        self.nodes.lose(self._random.choice(self.nodes.of("student")))
 
     def reclaim_student_node(self) -> None:
         """Announce the end of a spot node, and remove the node some seconds later."""
-        pool = self._random.choice(["student-0", "student-1"])
-        self.nodes.announce(pool, NOTICE_S)
+        node = self._random.choice(self.nodes.of("student"))
+        self.nodes.announce(node, NOTICE_S)
         time.sleep(NOTICE_S)
-        self.nodes.lose(pool)
+        self.nodes.lose(node)
 
     def lose_store(self) -> None:
         """Make the store unreachable for longer than a request is repeated."""
@@ -110,18 +124,23 @@ class Storm(AbstractContextManager["Storm"]):
 
     def end_driver(self) -> None:
         """Send SIGTERM, as `ray job stop` and a drained node do; the driver saves and asks to be resumed."""
-        self._wait(self._hears)
-        self._driver.terminate()
-        code = self._driver.wait(timeout=PATIENCE_S)
-        assert code in (RESUME_ME, 0), f"the driver ended with {code}: {self.log}"
-        if code:
+        if self._ask_to_end():
             self._driver = self._start()
 
     # ---------------------------------------------------------------------------------------------- means
 
+    def _ask_to_end(self) -> int:
+        """Send SIGTERM to the driver, and return its exit code."""
+        self._wait(self._hears)
+        self._driver.terminate()
+        code = self._driver.wait(timeout=PATIENCE_S)
+        assert code in (RESUME_ME, 0), f"the driver ended with {code}: {self.log}"
+        return code
+
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, str(REPOSITORY / "jobs" / "distill.py"), "--spec", str(self._file)]
-        environment = {**os.environ, "RAY_ADDRESS": self.nodes.address, "PYTHONPATH": str(REPOSITORY)}
+        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(REPOSITORY)]))
+        environment = {**os.environ, "RAY_ADDRESS": self.nodes.address, "PYTHONPATH": path}
         with open(self._folder / "log", "ab") as log:
             return subprocess.Popen(command, cwd=self._folder, env=environment, stdout=log, stderr=log)
 

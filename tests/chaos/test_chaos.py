@@ -9,13 +9,14 @@ import pytest
 from betakd_ray.data.pack import pack
 from betakd_ray.run.audit import audit
 from betakd_ray.run.metrics import read_metrics
-from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
+from betakd_ray.spec import JobSpec, StorageSpec
 from betakd_ray.storage import join
+from tests.chaos.jobs import SHARDS, disturbed_job, save_models
 from tests.chaos.storm import Storm
 from tests.nodes import Nodes, nodes
 from tests.s3 import SeaweedServer, served
 from tests.s3_proxy import FaultyS3
-from tests.tiny import numbered_samples, save_tiny
+from tests.tiny import numbered_samples
 
 SAMPLES, EPOCHS, BATCH = 600, 2, 6
 EVENTS = (
@@ -45,10 +46,9 @@ def s3() -> Iterator[SeaweedServer]:
 def data(s3: SeaweedServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write shards into the store; return the folder with the models."""
     folder = tmp_path_factory.mktemp("models")
-    save_tiny(folder / "teacher", hidden=32, seed=1)
-    save_tiny(folder / "student", hidden=16, seed=2)
+    save_models(folder)
     storage = StorageSpec(endpoint_url=s3.endpoint_url)
-    pack(numbered_samples(SAMPLES, broken=40), f"s3://{s3.bucket}/shards", samples_per_shard=67, storage=storage)
+    pack(numbered_samples(SAMPLES, broken=40), f"s3://{s3.bucket}/{SHARDS}", samples_per_shard=67, storage=storage)
     return folder
 
 
@@ -109,35 +109,6 @@ def _losses(spec: JobSpec) -> list[float]:
 
 def _spec(s3: SeaweedServer, endpoint_url: str, data: Path, name: str, workers: object) -> JobSpec:
     storage = {"endpoint_url": endpoint_url, "region": "us-east-1"}
-    return parse_spec(
-        {
-            "name": name,
-            "data": {
-                "train": f"s3://{s3.bucket}/shards/train-*.tar",
-                "storage": storage,
-                "shuffle": False,
-                "max_bad_fraction": 0.5,
-            },
-            "teacher": {"path": str(data / "teacher"), "timeout_s": 60},
-            "student": {"init": {"kind": "checkpoint", "path": str(data / "student")}},
-            "objective": {"energies": ["fkl", "fd"], "weighting": "instance"},
-            "optimizer": {"lr": 1e-3},
-            "training": {
-                "epochs": EPOCHS,
-                "global_batch_size": BATCH,
-                "micro_batch_size": 3,
-                "workers": workers,
-                "precision": "fp32",
-                "log_every": 1,
-                "checkpoint_every": 10,
-                "max_failures": 20,
-                "collective_timeout_s": 40,
-            },
-            "cluster": {
-                "teacher": {"resources": {"teacher_slot": 1}, "max_restarts": 10},
-                "student": {"resources": {"student_slot": 1}},
-            },
-            "output": {"path": f"s3://{s3.bucket}/runs", "storage": storage},
-            "tracking": {"progress": False},
-        }
+    return disturbed_job(
+        name, s3.bucket, data, storage, epochs=EPOCHS, workers=workers, checkpoint_every=10, global_batch_size=BATCH
     )

@@ -31,7 +31,7 @@ def test_the_cluster_grows_with_the_teachers_and_is_a_head_again_in_the_end(tmp_
     tree = {
         "name": "grown",
         "data": {"train": str(tmp_path / "shards" / "*.tar")},
-        "teacher": {"path": str(tmp_path / "teacher"), "batch_tokens": 200},
+        "teacher": {"path": str(tmp_path / "teacher"), "batch_tokens": 200, "check": "off"},
         "student": {"init": {"kind": "checkpoint", "path": str(tmp_path / "student")}},
         "objective": {"energies": ["fkl"], "weighting": "task"},
         "training": {"epochs": 60, "global_batch_size": 8, "micro_batch_size": 4, "precision": "fp32", "log_every": 5},

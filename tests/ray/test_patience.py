@@ -63,7 +63,7 @@ def test_students_wait_for_a_slow_teacher_and_for_the_search_of_a_deadly_sample(
         {
             "name": "patient",
             "data": {"train": str(tmp_path / "shards" / "*.tar"), "max_bad_fraction": 0.1},
-            "teacher": {"path": str(tmp_path / "teacher"), "batch_tokens": 200, "timeout_s": 60},
+            "teacher": {"path": str(tmp_path / "teacher"), "batch_tokens": 200, "timeout_s": 60, "check": "off"},
             "student": {"init": {"kind": "checkpoint", "path": str(tmp_path / "student")}},
             "objective": {"energies": ["fkl"], "weighting": "instance"},
             "training": {

@@ -39,9 +39,39 @@ class Event(threading.Event):
 
     def wait(self, timeout: float | None = None) -> bool:
         if not self.is_made:
-            self.waiting.append(self.scheduler.thread)
+            thread = self.scheduler.thread
+            self.waiting.append(thread)
             self.scheduler.block(inf if timeout is None else timeout)
+            if thread in self.waiting:  # the time is over
+                self.waiting.remove(thread)
         return self.is_made
+
+    def is_set(self) -> bool:
+        return self.is_made
+
+    def clear(self) -> None:
+        self.is_made = False
+
+
+class Lock:
+    """A threading.Lock between the simulated threads of a process."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._is_held = False
+        self._waiting: list[Thread] = []
+
+    def __enter__(self) -> "Lock":
+        while self._is_held:
+            self._waiting.append(self._scheduler.thread)
+            self._scheduler.block()
+        self._is_held = True
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._is_held = False
+        if self._waiting:
+            self._scheduler.wake(self._waiting.pop(0))
 
 
 class Spawned:
@@ -60,17 +90,44 @@ class Spawned:
 
         self._scheduler.start(process, f"{process.name}'s {self._name}", run)
 
-    def join(self) -> None:
-        self._ended.wait()
+    def join(self, timeout: float | None = None) -> None:
+        self._ended.wait(timeout)
 
 
 def threading_of(scheduler: Scheduler) -> SimpleNamespace:
-    """Return the module `threading`, as far as the lease uses it."""
+    """Return the module `threading`, as far as the code under test uses it."""
 
-    def thread(target: Any, args: Any, name: str, daemon: bool) -> Spawned:
+    def thread(target: Any, name: str, daemon: bool, args: Any = ()) -> Spawned:
         return Spawned(scheduler, target, args, name)
 
-    return SimpleNamespace(Event=lambda: Event(scheduler), Thread=thread)
+    return SimpleNamespace(Event=lambda: Event(scheduler), Lock=lambda: Lock(scheduler), Thread=thread)
+
+
+class Background:
+    """The future result of a call in a thread of its own, of the process that makes the call."""
+
+    def __init__(self, scheduler: Scheduler, call: Callable[[], Any], name: str) -> None:
+        self._call = call
+        self._ended = Event(scheduler)
+        self._value: Any = None
+        self._error: Exception | None = None
+        Spawned(scheduler, self._run, (), name).start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._call()
+        except Exception as error:
+            self._error = error
+        self._ended.set()
+
+    def done(self) -> bool:
+        return self._ended.is_made
+
+    def result(self) -> Any:
+        self._ended.wait()
+        if self._error:
+            raise self._error
+        return self._value
 
 
 class OneAtATime:
@@ -90,10 +147,12 @@ class OneAtATime:
 
 
 class Group:
-    """The ranks of one start: a collective ends when every rank has called it."""
+    """A process group over the ranks of one start: a collective ends when every rank has called it."""
 
     def __init__(self, scheduler: Scheduler, ranks: int) -> None:
         self.ranks = ranks
+        self.attempt: Any = None
+        """The start to which the ranks belong."""
         self._scheduler = scheduler
         self._values: dict[int, Any] = {}
         self._waiting: list[Thread] = []
@@ -102,7 +161,9 @@ class Group:
         """Return every rank's value. If a rank is dead, this never returns."""
         thread = self._scheduler.thread
         if thread.process.rank in self._values:
-            raise Violation(f"{thread.name} calls a collective twice where another rank has called it once")
+            raise Violation(
+                f"{thread.name} calls a collective of a group while its rank waits in another of that group"
+            )
         values = self._values
         values[thread.process.rank] = value
         if len(values) < self.ranks:
@@ -121,8 +182,8 @@ class Distributed:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
 
-    def _group(self) -> Group:
-        return self._scheduler.thread.process.group
+    def _group(self, group: Group | None = None) -> Group:
+        return group or self._scheduler.thread.process.group
 
     def get_rank(self) -> int:
         return self._scheduler.thread.process.rank
@@ -131,18 +192,18 @@ class Distributed:
         return self._group().ranks
 
     def barrier(self, group: Any = None) -> None:
-        self._group().exchange(None)
+        self._group(group).exchange(None)
 
     def all_gather_object(self, everyone: list[Any], value: Any, group: Any = None) -> None:
-        everyone[:] = self._group().exchange(value)
+        everyone[:] = self._group(group).exchange(value)
 
     def gather_object(self, value: Any, everyone: list[Any] | None, dst: int, group: Any = None) -> None:
-        values = self._group().exchange(value)
+        values = self._group(group).exchange(value)
         if everyone is not None:
             everyone[:] = values
 
     def broadcast_object_list(self, values: list[Any], src: int, group: Any = None) -> None:
-        values[:] = self._group().exchange(list(values))[src]
+        values[:] = self._group(group).exchange(list(values))[src]
 
 
 class Remote:

@@ -43,6 +43,8 @@ class Invariants:
     """Checkpoints whose content was compared once; their files do not change without a check."""
     touched: set[str] = field(default_factory=set)
     """Checkpoints in which a schedule has changed a byte."""
+    committed: dict[str, Manifest] = field(default_factory=dict)
+    """Manifests as they were written."""
     late: list[str] = field(default_factory=list)
     """Files of the outcome that a driver has written after it was replaced."""
 
@@ -66,6 +68,8 @@ class Invariants:
             if (now.token, now.step) < (before.token, before.step):
                 raise Violation(f"the newest checkpoint went back from {_named(before)} to {_named(now)}")
         self.newest = now
+        if now and now != self.committed.setdefault(now.name, now):
+            raise Violation(f"a damaged manifest counts: {_named(now)} was another when it was committed")
         if now and now.name not in self.touched:
             self._require_whole(now)
 
@@ -74,7 +78,7 @@ class Invariants:
         return committed[-1] if committed else None
 
     def _rejected(self) -> set[str]:
-        found = CheckpointStore(RUN, StorageSpec()).damaged()
+        found = CheckpointStore(RUN, StorageSpec()).survey().damaged
         if unexpected := found.keys() - self.touched:
             raise Violation(f"a checkpoint was rejected that was never damaged: {found[min(unexpected)]}")
         return set(found)

@@ -107,6 +107,9 @@ class Attempt:
 
     rows: Rows
     group: Group
+    host_group: Group
+    save_group: Group
+    """Process group of the savers' threads, which take no part in collectives of another."""
     random: Random
     monitor: Any
     steps: list[tuple[list[Place], list[Place], bool]] = field(default_factory=list)
@@ -134,7 +137,7 @@ class Learner:
 
     def __init__(self, scheduler: Scheduler, group: Group, rank: int) -> None:
         self.trained: list[Place] = []
-        self.host_group = None
+        self.host_group = cast(Attempt, group.attempt).host_group
         self.engine = SimpleNamespace(module=SimpleNamespace(student=None))
         self._scheduler, self._group, self._rank = scheduler, group, rank
 
@@ -186,13 +189,13 @@ class SimulatedWorker(Worker):
     def __init__(self, config: Any) -> None:
         from betakd_ray.train import loop
 
-        process = loop.dist._scheduler.thread.process
+        self.scheduler = cast(Scheduler, cast(Any, loop.dist)._scheduler)
+        process = self.scheduler.thread.process
         self.config, self.spec, self.training = config, config.spec, config.spec.training
         self.total_steps = config.total_steps
         self.rank, self.ranks = process.rank, process.group.ranks
         self.attempt = cast(Attempt, process.group.attempt)
         self.start = config.monitor.starts_from.remote()
-        self.scheduler = cast(Scheduler, loop.dist._scheduler)
         self.watch = cast(Any, SimpleNamespace(close=lambda: None))
         self.client = self.cache = None
         self.learner = cast(Any, Learner(self.scheduler, process.group, self.rank))
@@ -205,7 +208,8 @@ class SimulatedWorker(Worker):
         self.saved_token = config.permit.token
         self.clock, self.usage = StepClock(torch.device("cpu")), Usage()
         self.saved_at = self.save_s = 0.0
-        self.saver = saving.Saver(self.store, self.start.attempt, self.training.keep, None, self.note_commit)
+        save_group = cast(Any, self.attempt.save_group)
+        self.saver = saving.Saver(self.store, self.start.attempt, self.training.keep, save_group, self.note_commit)
 
     def feed(self, threads: ExitStack) -> Any:
         self.begun_at = self.step

@@ -2,40 +2,51 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from types import SimpleNamespace
-from typing import Any
 
+import fsspec.core
 import pytest
 import tenacity
 import tenacity.nap
 
-from betakd_ray import job, sigterm
+from betakd_ray import holder, job, sigterm
 from betakd_ray.data.plan import Pass
 from betakd_ray.on_ray import monitor, source
-from betakd_ray.run import checkpoint, claim, lease
+from betakd_ray.run import audit, checkpoint, claim, lease
+from betakd_ray.run.files import SPEC_FILE
+from betakd_ray.run.manifest import Manifest
+from betakd_ray.teacher import client, pool, signals
 from betakd_ray.train import checkpoint as saving
 from betakd_ray.train import export, loop, students, worker
-from tests.simulation.cluster import RAY, Clock, Distributed, OneAtATime, threading_of
+from tests.simulation.answers import Executor, TeacherSchedule
+from tests.simulation.cluster import RAY, Background, Clock, Distributed, OneAtATime, threading_of
 from tests.simulation.folders import folder
 from tests.simulation.job import SHARDS, Rows, SimulatedWorker
 from tests.simulation.schedule import Schedule
 from tests.simulation.scheduler import Scheduler
 
+RUN, TEACHERS = "run", "teachers"
+"""What a schedule is about."""
+
 
 @contextmanager
-def patched() -> Iterator[Callable[[int], Schedule]]:
-    """Yield a function that runs the schedule of a seed."""
+def patched() -> Iterator[Callable[..., Schedule | TeacherSchedule]]:
+    """Yield a function that runs the schedule of a seed: of a run, or with `TEACHERS` of teachers and their clients."""
     with pytest.MonkeyPatch.context() as patch:
         _replace_what_stays(patch)
         logging.disable(logging.CRITICAL)
 
-        def run(seed: int) -> Schedule:
-            schedule = Schedule(seed)
+        def run(seed: int, kind: str = RUN) -> Schedule | TeacherSchedule:
             with pytest.MonkeyPatch.context() as inner:
-                _replace_of_schedule(inner, schedule)
+                if kind == TEACHERS:
+                    schedule = TeacherSchedule(seed)
+                    _replace_of_teachers(inner, schedule.scheduler)
+                else:
+                    schedule = Schedule(seed)
+                    _replace_of_schedule(inner, schedule)
                 schedule.run()
             return schedule
 
@@ -61,23 +72,19 @@ def _replace_what_stays(patch: pytest.MonkeyPatch) -> None:
     for module in (saving, export):
         patch.setattr(module, "temporary_folder", folder)
     patch.setattr(saving, "owned", folder)
-    patch.setattr(saving, "in_background", _at_once)
     patch.setattr(saving, "os", SimpleNamespace(environ={"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}))
     patch.setattr(checkpoint, "ThreadPoolExecutor", OneAtATime)
-    # Cached, as both take longer than a whole checkpoint here.
+    # Cached, because these take longer than all else here. They depend on their arguments alone.
     patch.setattr(claim, "version", lru_cache(claim.version))
+    patch.setattr(fsspec.core, "url_to_fs", lru_cache(fsspec.core.url_to_fs))
+    patch.setattr(Manifest, "parse", lru_cache(Manifest.parse))
+    for module in (audit, claim):
+        patch.setattr(module, "SPEC_FILE", replace(SPEC_FILE, parse=lru_cache(SPEC_FILE.parse)))
     patch.setattr(export, "_student_state", lambda engine, spec: {})
     patch.setattr(export, "_save", lambda student, state, spec, folder: None)
     patch.setattr(export, "student_processor", lambda spec: SimpleNamespace(save_pretrained=lambda folder: None))
     patch.setattr(export, "takes_images", lambda student: True)
     patch.setattr(export, "model_card", lambda *args, **options: "a model")
-
-
-def _at_once(call: Callable[[], Any], name: str) -> Future[Any]:
-    """Call a function, whose errors are the caller's: in the simulation a step waits until a checkpoint is stored."""
-    done: Future[Any] = Future()
-    done.set_result(call())
-    return done
 
 
 def _replace_of_schedule(patch: pytest.MonkeyPatch, schedule: Schedule) -> None:
@@ -87,14 +94,29 @@ def _replace_of_schedule(patch: pytest.MonkeyPatch, schedule: Schedule) -> None:
         patch.setattr(module, "time", clock)
     for module in (saving, export, loop):
         patch.setattr(module, "dist", ranks)
+    patch.setattr(saving, "in_background", partial(Background, scheduler))
     patch.setattr(job, "train_students", schedule.train)
     patch.setattr(lease, "threading", threading_of(scheduler))
     patch.setattr(lease, "secrets", SimpleNamespace(token_hex=lambda n: scheduler.random.randbytes(n).hex()))
     patch.setattr(monitor, "os", SimpleNamespace(urandom=scheduler.random.randbytes))
-    patch.setattr(lease, "os", SimpleNamespace(getpid=lambda: scheduler.thread.process.number))
-    patch.setattr(lease, "socket", SimpleNamespace(gethostname=lambda: scheduler.thread.process.machine))
-    patch.setattr(lease, "_machine", lambda: scheduler.thread.process.machine)
-    patch.setattr(lease, "_start_of", lambda number: _start_of(scheduler, number))
+    patch.setattr(holder, "os", SimpleNamespace(getpid=lambda: scheduler.thread.process.number))
+    patch.setattr(holder, "socket", SimpleNamespace(gethostname=lambda: scheduler.thread.process.machine))
+    patch.setattr(holder, "_machine", lambda: scheduler.thread.process.machine)
+    patch.setattr(holder, "_start_of", lambda number: _start_of(scheduler, number))
+
+
+def _replace_of_teachers(patch: pytest.MonkeyPatch, scheduler: Scheduler) -> None:
+    clock, threads = Clock(scheduler), threading_of(scheduler)
+    for module in (client, pool, signals):
+        patch.setattr(module, "time", clock)
+        patch.setattr(module, "threading", threads)
+    # Fields of these call the clock with which they were defined.
+    made, leased = client.Pulse, pool.Lease
+    patch.setattr(client, "Pulse", lambda: made(scheduler.clock()))
+    patch.setattr(pool, "Lease", lambda holder, starting: leased(holder, starting, scheduler.clock()))
+    patch.setattr(client, "os", SimpleNamespace(urandom=scheduler.random.randbytes))
+    patch.setattr(signals, "ThreadPoolExecutor", partial(Executor, scheduler))
+    patch.setattr(pool, "ray", SimpleNamespace(cluster_resources=dict))
 
 
 def _start_of(scheduler: Scheduler, number: int) -> str | None:

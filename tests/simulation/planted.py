@@ -1,6 +1,8 @@
 """Bugs that are planted into the real code, to show that the simulation finds them."""
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from betakd_ray.run import lease
 from betakd_ray.run.checkpoint import CheckpointStore, _files
 from betakd_ray.run.folder import MANIFEST
 from betakd_ray.run.lease import Leases, Permit
-from betakd_ray.run.manifest import StoredFile
+from betakd_ray.run.manifest import Manifest, StoredFile
 from betakd_ray.storage import join, replace_file
 from betakd_ray.train import checkpoint as saving
 from betakd_ray.train import loop
@@ -62,6 +64,34 @@ def another_checkpoint_loaded(patch: pytest.MonkeyPatch) -> None:
         load(self, last.name if last else name)
 
     patch.setattr(Worker, "load", newest)
+
+
+def copied_in_the_thread(patch: pytest.MonkeyPatch) -> None:
+    """Copy the state of a checkpoint in the saver's thread, while the training goes on."""
+
+    def save(self: saving.Saver, step: int, write: Any, before_commit: Any = lambda: None) -> None:
+        self.wait()
+
+        def store() -> None:
+            with saving.temporary_folder("save") as folder:
+                saving.time.sleep(2.0)  # a copy takes time
+                write(folder)
+                self._commit(step, folder, before_commit)
+
+        self._storing = saving.in_background(store, "checkpoint")
+
+    patch.setattr(saving.Saver, "save", save)
+
+
+def one_group_for_two_threads(patch: pytest.MonkeyPatch) -> None:
+    """Let the saver's thread use the process group of the training."""
+    made = saving.Saver.__init__
+
+    def init(self: saving.Saver, *args: Any) -> None:
+        made(self, *args)
+        self._group = None
+
+    patch.setattr(saving.Saver, "__init__", init)
 
 
 def newest_pruned(patch: pytest.MonkeyPatch) -> None:
@@ -121,6 +151,32 @@ def damaged_spec_refused(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CheckpointStore, "newest_with", newest_with)
 
 
+def step_of_the_last_log(patch: pytest.MonkeyPatch) -> None:
+    """Store the step of the last metrics beside the exported model, and not that of the model."""
+    export = loop.export_student
+
+    def logged(engine: Any, spec: Any, permit: Permit, last: dict[str, Any], group: Any, *, step: int) -> None:
+        export(engine, spec, permit, last, group, step=last.get("step", 0))
+
+    patch.setattr(loop, "export_student", logged)
+
+
+def last_checkpoint_of_another_driver(patch: pytest.MonkeyPatch) -> None:
+    """Conclude a job whose last checkpoint another driver has taken, without one of this driver."""
+    load = Worker.load
+
+    def own(self: Worker, name: str) -> None:
+        load(self, name)
+        self.saved_token = self.config.permit.token
+
+    patch.setattr(Worker, "load", own)
+
+
+def manifest_without_digest(patch: pytest.MonkeyPatch) -> None:
+    """Write manifests as versions did that stored no digest of them."""
+    patch.setattr(Manifest, "to_json", lambda self: json.dumps(asdict(self)).encode())
+
+
 PLANTED: dict[str, Plant] = {
     plant.__name__: plant
     for plant in (
@@ -128,12 +184,17 @@ PLANTED: dict[str, Plant] = {
         by_step,
         ledger_not_subtracted,
         another_checkpoint_loaded,
+        copied_in_the_thread,
+        one_group_for_two_threads,
         newest_pruned,
         two_hold_the_lease,
         lease_overwritten,
         begun_folders_pruned,
         workers_not_replaced,
         damaged_spec_refused,
+        manifest_without_digest,
+        step_of_the_last_log,
+        last_checkpoint_of_another_driver,
     )
 }
 """Bug → how it is planted."""

@@ -1,5 +1,6 @@
 """One schedule: drivers that compete for a run, the workers they start, and faults; the seed decides on all of it."""
 
+import re
 from functools import partial
 from random import Random
 from typing import Any
@@ -35,6 +36,8 @@ STARTS = 3
 POLL_S = 2.0
 SILENT_S = 60.0
 """Seconds without a heartbeat after which a rank counts as dead."""
+_ORDER = re.compile(rb'"(?:step|token|world_size)": \d')
+"""Pattern in a manifest that ends with a digit of what orders the checkpoints."""
 LAST_DAMAGED = 3
 """Last step whose checkpoint may be damaged, so that the training goes on after it."""
 
@@ -128,12 +131,15 @@ class Schedule:
             return
         name = committed[-1].name
         start = f"{ROOT}/{CHECKPOINTS}/{name}/"
-        files = {path for path, content in self.objects.files.items() if content and path.startswith(start)}
-        # Not of the manifest: its digest of itself has a test of its own (test_checkpoint.py).
-        paths = sorted(files - {start + MANIFEST})
-        path = self.random.choice(paths)
+        paths = sorted(path for path, content in self.objects.files.items() if content and path.startswith(start))
+        path = start + MANIFEST if self.random.random() < 0.5 else self.random.choice(paths)
         content = bytearray(self.objects.files[path])
-        content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
+        # Of a manifest mostly a digit that decides which checkpoint is the newest.
+        digits = [match.end() - 1 for match in _ORDER.finditer(content)] if path.endswith(MANIFEST) else []
+        at = (
+            self.random.choice(digits) if digits and self.random.random() < 0.7 else self.random.randrange(len(content))
+        )
+        content[at] ^= 1 << self.random.randrange(8)
         self.objects.files[path] = bytes(content)
         self.invariants.touched.add(name)
         self.scheduler.note(f"a bit of {path} is flipped")
@@ -158,8 +164,8 @@ class Schedule:
     def _attempt(self, config: Any, rows: Any, stop: Any) -> dict[str, Any] | None:
         """Run one start of the ranks; return rank 0's outcome, or None if a rank has died or counts as dead."""
         scheduler, ranks = self.scheduler, config.spec.training.workers.max
-        group: Any = Group(scheduler, ranks)
-        group.attempt = Attempt(rows, group, Random(self.random.getrandbits(32)), config.monitor)
+        group, host, save = (Group(scheduler, ranks) for _ in range(3))
+        group.attempt = Attempt(rows, group, host, save, Random(self.random.getrandbits(32)), config.monitor)
         outcomes: dict[int, Any] = {}
         mine = [self._rank(config, group, rank, outcomes) for rank in range(ranks)]
         is_lost_at = scheduler.now + 20.0 if self._is_fault("lost") else float("inf")

@@ -1,12 +1,14 @@
 """The audit: a run that kept its promise has no problem, and each way to break it is one, with figures and places."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from typer.testing import CliRunner
 
 from betakd_ray.cli import app
@@ -14,9 +16,10 @@ from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan, Quarantined, ids_of
 from betakd_ray.data.shards import Shard
 from betakd_ray.errors import OutputError
+from betakd_ray.on_ray.source import _done
 from betakd_ray.run.audit import audit
 from betakd_ray.run.checkpoint import CheckpointStore, Manifest
-from betakd_ray.run.folder import LEDGER, PLAN, QUARANTINE, TAIL
+from betakd_ray.run.folder import CHECKPOINTS, LEDGER, PLAN, QUARANTINE, TAIL
 from betakd_ray.run.metrics import to_jsonl
 from betakd_ray.run.plan import tail_of, write_plan, write_tail
 from betakd_ray.spec import StorageSpec, parse_spec
@@ -104,6 +107,46 @@ def problems(folder: Path, **changes: Any) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------- what adds up
+
+
+@pytest.fixture
+def listings(monkeypatch) -> list[str]:
+    """Return the folders of checkpoints that are listed: each listing of a store costs a request."""
+    listed, find = [], LocalFileSystem.find
+
+    def counted(self, path, *arguments, **options):
+        if path.endswith(CHECKPOINTS):
+            listed.append(path)
+        return find(self, path, *arguments, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "find", counted)
+    return listed
+
+
+def test_an_audit_and_a_start_of_the_rows_list_the_checkpoints_once(tmp_path, listings):
+    run = Run().write(tmp_path)
+    listings.clear()
+    audit(run, LOCAL)
+    assert len(listings) == 1
+    store = CheckpointStore(run, LOCAL)
+    assert _done(store, A_PLAN)[0] == NAME
+    assert len(listings) == 2
+
+
+def test_a_start_of_the_rows_that_rejects_a_checkpoint_tells_of_it(tmp_path, listings):
+    run = Run().write(tmp_path)
+    store = CheckpointStore(run, LOCAL)
+    (tmp_path / "run/checkpoints" / NAME / LEDGER).write_text("{}")
+    later = Manifest(NAME.replace("3", "4"), 4, 1, store.upload(tmp_path / "local", NAME.replace("3", "4")))
+    store.commit(later)
+    (tmp_path / "run/checkpoints" / later.name / QUARANTINE).write_text("?")
+    earlier = Manifest(NAME.replace("3", "2"), 2, 1, store.upload(tmp_path / "local", NAME.replace("3", "2")))
+    store.commit(earlier)
+    listings.clear()
+    name, _, _, loss = _done(store, A_PLAN)
+    assert name == earlier.name
+    assert re.search(rf"{NAME}.*goes on from {earlier.name}.*The 2 steps after it are done again", loss, re.DOTALL)
+    assert len(listings) == 3  # one for each that was read
 
 
 def test_a_finished_run_that_kept_its_promise_has_no_problem(tmp_path):

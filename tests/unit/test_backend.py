@@ -12,11 +12,11 @@ import pytest
 import ray
 import torch.distributed as dist
 from ray.actor import ActorHandle
-from ray.train.v2._internal.constants import WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
+from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR, WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
 
 from betakd_ray.engine import collectives
 from betakd_ray.on_ray import backend, local
-from betakd_ray.on_ray.backend import START_TIMEOUT, FoundTorchConfig, ReportFailures
+from betakd_ray.on_ray.backend import LOOK_INTERVAL, START_TIMEOUT, FoundTorchConfig, ReportFailures
 from tests.learning import spawned
 
 
@@ -33,13 +33,17 @@ class Handle(ActorHandle):
         return dict, ()
 
 
-def test_the_limit_of_a_start_is_set_in_the_process_that_keeps_it_and_in_no_other() -> None:
-    assert START_TIMEOUT == WORKER_GROUP_START_TIMEOUT_S_ENV_VAR
-    callback = pickle.dumps(ReportFailures(Handle(), 12.5))
+@pytest.mark.parametrize(("users", "interval"), [({}, "2.0"), ({LOOK_INTERVAL: "7"}, "7")])
+def test_what_a_controller_reads_is_set_in_its_process_and_in_no_other(users: dict[str, str], interval: str) -> None:
+    assert (START_TIMEOUT, LOOK_INTERVAL) == (WORKER_GROUP_START_TIMEOUT_S_ENV_VAR, HEALTH_CHECK_INTERVAL_S_ENV_VAR)
+    environment = {name: value for name, value in os.environ.items() if name != LOOK_INTERVAL} | users
+    callback = pickle.dumps(ReportFailures(Handle(), 12.5, workers=1024))
     assert START_TIMEOUT not in os.environ
-    code = f"import os, pickle; pickle.loads({callback!r}); print(os.environ[{START_TIMEOUT!r}])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "12.5"
+    names = f"os.environ[{START_TIMEOUT!r}], os.environ[{LOOK_INTERVAL!r}]"
+    code = f"import os, pickle; pickle.loads({callback!r}); print({names})"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["12.5", interval]
 
 
 class OneWorker:

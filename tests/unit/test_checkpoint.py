@@ -28,7 +28,8 @@ from betakd_ray.run.manifest import Manifest, StoredFile
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import ANSWERS
 from betakd_ray.train import checkpoint
-from betakd_ray.train.checkpoint import merge_ledgers, save
+from betakd_ray.train.checkpoint import merge_ledgers
+from tests.checkpoints import save
 from tests.ranks import on_ranks
 from tests.s3 import served
 from tests.s3_proxy import FAULTS, NO_BUCKET, SHORT, FaultyS3, client_without_pauses
@@ -504,10 +505,10 @@ def test_a_checkpoint_whose_manifest_is_damaged_does_not_count_and_is_told_of(lo
     before = saved(local, 1)
     put(local, "step-2-b", {**CONTENT, MANIFEST: content})
     assert names(local) == [before]
-    assert re.search(rf"step-2-b is damaged: {MANIFEST}.*{reason}", local.damaged()["step-2-b"])
-    assert re.search(rf"step-2-b is damaged.* goes on from {before}.*The 1 steps after it", local.loss())
+    assert re.search(rf"step-2-b is damaged: {MANIFEST}.*{reason}", local.survey().damaged["step-2-b"])
+    assert re.search(rf"step-2-b is damaged.* goes on from {before}.*The 1 steps after it", local.survey().loss())
     local.filesystem.rm(f"{local.root}/step-2-b", recursive=True)
-    assert local.loss() == ""
+    assert local.survey().loss() == ""
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -560,9 +561,9 @@ def test_a_rejected_checkpoint_does_not_count_and_the_one_before_it_does(store):
     store.reject(second, "weights: its SHA-256 is another")
     assert names(store) == [first]
     assert is_whole(store, store.latest())
-    assert re.search(rf"SHA-256 is another\. The job goes on from {first}.*The 2 steps after it", store.loss())
+    assert re.search(rf"SHA-256 is another\. The job goes on from {first}.*The 2 steps after it", store.survey().loss())
     third = saved(store, 6)
-    assert store.loss() == ""
+    assert store.survey().loss() == ""
     assert folders(store) == [first, third]  # and it goes with the next
 
 

@@ -19,7 +19,7 @@ from betakd_ray.run import claim
 from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.folder import MANIFEST, PLAN, SPEC
 from betakd_ray.spec import ModelSpec, StorageSpec, parse_spec
-from tests.tiny import numbered_samples, save_tiny
+from tests.tiny import job_tree, numbered_samples, save_tiny
 
 
 @pytest.fixture
@@ -31,16 +31,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def job(home: Path, **changes: Any) -> BetaKDJob:
-    tree: dict[str, Any] = {
-        "name": "job",
-        "data": {"train": str(home / "shards" / "train-*.tar")},
-        "teacher": {"path": str(home / "teacher")},
-        "student": {"init": {"kind": "checkpoint", "path": str(home / "student")}},
-        "objective": {"energies": "fkl"},
-        "training": {"global_batch_size": 4, "micro_batch_size": 4},
-        "output": str(home / "runs"),
-    }
-    return BetaKDJob(parse_spec({**tree, **changes}))
+    return BetaKDJob(parse_spec({**job_tree(home, home / "runs"), **changes}))
 
 
 @pytest.fixture

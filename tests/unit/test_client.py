@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from benchmarks import teacher_balance
-from benchmarks.fakes import Behaviour, FakePool, clients, rendering
+from benchmarks.fakes import Behaviour, FakePool, clients, rendering, stacked
+from betakd_ray.background import in_background
 from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.errors import TeacherError
-from betakd_ray.spec import TeacherPoolSpec
+from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
 from betakd_ray.teacher import client as module
 from betakd_ray.teacher import pool as pool_module
 from betakd_ray.teacher.answers import Answer
 from betakd_ray.teacher.client import TeacherClient
+from betakd_ray.teacher.ports import Teacher
 
 DEADLY, BAD, STUCK = 97, 98, 99
 
@@ -225,6 +227,75 @@ def test_the_head_comes_from_a_teacher_that_lives(opened) -> None:
     head = client.head()
     assert head is not None
     assert head[0, 0] == 1
+
+
+def test_a_silent_teacher_is_waited_for_neither_at_the_start_of_a_client_nor_of_a_job(opened) -> None:
+    pool = pool_of(2)
+    client = client_of(pool, opened, timeout_s=0.2)
+    pool.teachers[0].is_silent = True
+    head = in_background(client.head, "head").result(10)
+    assert head is not None
+    assert head[0, 0] == 1
+    pool.pool._teacher = TeacherSpec(path="org/none", timeout_s=0.2)
+    pool.teachers[1].is_silent = True
+    in_background(lambda: pool.pool.wait_until_ready(5.0), "ready").result(10)
+    assert not {0, 1} & set(pool.pool._members)
+
+
+def test_a_search_that_needed_a_teacher_of_its_own_goes_on_with_the_only_one(opened) -> None:
+    """A teacher dies while a group is searched for the sample at which teachers raise an error."""
+    deaths = iter([True])
+    pool = pool_of(1, is_deadly=lambda inputs: not has(BAD)(inputs) and next(deaths, False))
+    client = client_of(pool, opened)
+    answer = in_background(lambda: client.score(group(2, BAD, 3)), "score").result(20)
+    assert_answers(answer, 2, None, 3)
+    assert not pool.pool.is_leasing()
+
+
+def leased(pool: FakePool, holder: str) -> Teacher:
+    """Poll the pool for a teacher of its own, as a client does."""
+    deadline = time.monotonic() + 10
+    while (teacher := pool.lease(holder)) is None:
+        assert time.monotonic() < deadline, "no teacher was leased"
+        time.sleep(0.02)
+    return teacher
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_teacher_that_hangs_while_it_finishes_its_groups_is_replaced(count: int) -> None:
+    """Its group is one of a student that has died, so no client reports it."""
+    pool = pool_of(count)
+    pool.pool._teacher = TeacherSpec(path="org/none", timeout_s=0.2)
+    hanging = pool.teachers[-1]
+    hanging.submit(stacked(group(STUCK)))
+    assert leased(pool, "a/0").number != hanging.number
+    assert hanging.dies_at <= time.monotonic(), "it would keep its GPU"
+
+
+def test_a_teacher_that_hangs_while_it_leaves_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "SHRINK_AFTER_S", 0.0)
+    pool = FakePool(Behaviour(seconds=seconds), TeacherPoolSpec(min=1, max=2))
+    pool.pool._teacher = TeacherSpec(path="org/none", timeout_s=0.2)
+    pool.pool.wait_until_ready(10.0)
+    pool.heartbeat("a", 1.0, 1, -1)
+    hanging = pool.teachers[1]
+    pool.members()
+    hanging.submit(stacked(group(STUCK)))
+    deadline = time.monotonic() + 10
+    while hanging.dies_at > time.monotonic():
+        assert time.monotonic() < deadline
+        pool.heartbeat("a", 0.0, 1, -1)
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_a_pool_whose_teacher_is_leased_does_not_grow_beyond_its_maximum(is_alive: bool) -> None:
+    pool = pool_of(2)
+    leased(pool, "a/0")
+    pool.heartbeat("b", 1.0, 1, -1)
+    pool.end_lease("a/0", is_alive=is_alive)
+    assert len(pool.members()) == 2
+    assert len(pool.teachers) == (2 if is_alive else 3)
 
 
 def test_the_pool_hears_how_long_students_wait_without_the_training_s_help(opened) -> None:

@@ -28,7 +28,7 @@ from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.spec import JobSpec, parse_spec
 from betakd_ray.train import worker
 from tests.actors import Local
-from tests.tiny import save_tiny
+from tests.tiny import job_tree, save_tiny
 
 SAMPLES = 12
 DONE = JobResult("job", "run", "model", {"loss": 1.0}, 1, 1, 1, 0, 0, 0)
@@ -49,16 +49,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spec(home: Path, output: Path, **changes: Any) -> JobSpec:
-    tree: dict[str, Any] = {
-        "name": "job",
-        "data": {"train": str(home / "shards" / "train-*.tar")},
-        "teacher": {"path": str(home / "teacher")},
-        "student": {"init": {"kind": "checkpoint", "path": str(home / "student")}},
-        "objective": {"energies": "fkl"},
-        "training": {"global_batch_size": 4, "micro_batch_size": 4},
-        "output": str(output),
-    }
-    return parse_spec({**tree, **changes})
+    return parse_spec({**job_tree(home, output), **changes})
 
 
 def refused(job: JobSpec, kind: type[errors.UserError], match: str) -> None:
@@ -180,16 +171,18 @@ def test_a_start_of_the_workers_waits_for_a_store_that_is_out(home, tmp_path, mo
     job = BetaKDJob(spec(home, tmp_path / "out"))
     plan, _ = job.check()
     store = CheckpointStore(job.run, job.spec.output.storage)
-    answers = iter([errors.OutputUnreachable("500"), errors.OutputUnreachable("500"), None])
-    monkeypatch.setattr(CheckpointStore, "latest", lambda _: _raised(next(answers)))
+    failures = [errors.OutputUnreachable("500"), errors.OutputUnreachable("500")]
+    survey = CheckpointStore.survey
+    monkeypatch.setattr(CheckpointStore, "survey", lambda self: _raised(failures.pop()) if failures else survey(self))
     assert _patience(job.spec, sleep=lambda _: None)(_done, store, plan)[1].count == 0
+    assert not failures
 
 
 def test_a_start_of_the_workers_gives_up_at_once_on_an_output_that_is_wrong(home, tmp_path, monkeypatch):
     job = BetaKDJob(spec(home, tmp_path / "out"))
     plan, _ = job.check()
     store = CheckpointStore(job.run, job.spec.output.storage)
-    monkeypatch.setattr(CheckpointStore, "latest", lambda _: _raised(errors.OutputError("damaged")))
+    monkeypatch.setattr(CheckpointStore, "survey", lambda _: _raised(errors.OutputError("damaged")))
     with pytest.raises(errors.OutputError, match="damaged"):
         _patience(job.spec)(_done, store, plan)
 

@@ -27,10 +27,10 @@ from betakd_ray.spec import ModelSpec, StorageSpec, TemperatureSchedule, parse_s
 from betakd_ray.teacher.parts import Needs, Signal
 from betakd_ray.teacher.scorer import TeacherScorer
 from betakd_ray.train import checkpoint
-from betakd_ray.train.checkpoint import save
 from betakd_ray.train.export import export_student
 from betakd_ray.train.learner import Learner
 from betakd_ray.train.micro_batches import Collator
+from tests.checkpoints import save
 from tests.learning import Part, collator_of, on_this_machine, sample_of, spawned
 from tests.tiny import VOCAB, raw_sample, save_tiny
 

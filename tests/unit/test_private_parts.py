@@ -23,6 +23,7 @@ PACKAGE = Path(__file__).parents[2] / "betakd_ray"
 COORDINATOR = "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client"
 AUTHENTICATION = "ray._private.authentication.authentication_token_setup"
 ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
+SETUP_HOOK = "ray._private.runtime_env.setup_hook"
 DISPATCH = "torch.utils._python_dispatch"
 PARTS = {
     # path of the part: (distribution, version it was seen in, fingerprint)
@@ -33,6 +34,9 @@ PARTS = {
     "fsspec.spec.AbstractFileSystem._strip_protocol": ("fsspec", "2026.9.0", "d7bfe5591d2c"),
     f"{AUTHENTICATION}._get_default_token_path": ("ray", "2.60.0", "7f47c0fdb937"),
     f"{AUTHENTICATION}.ensure_token_if_auth_enabled": ("ray", "2.60.0", "25d72ad09c4b"),
+    "ray._private.grpc_utils.init_grpc_channel": ("ray", "2.60.0", "b77aea5140c8"),
+    f"{SETUP_HOOK}.load_and_execute_setup_hook": ("ray", "2.60.0", "62255601cd85"),
+    "ray._private.utils.get_runtime_env_info": ("ray", "2.60.0", "8d782f74d338"),
     "ray._private.services.get_node_ip_address": ("ray", "2.60.0", "68e6d6e67ed4"),
     "ray._raylet.InnerGcsClient.get_cluster_status": ("ray", "2.60.0", "58180ac5d3b3"),
     "ray.data._internal.execution.execution_callback.ExecutionCallback": ("ray", "2.60.0", "f73e921a09d3"),
@@ -49,6 +53,7 @@ PARTS = {
     "torch.utils._pytree.tree_leaves": ("torch", "2.13.0+cpu", "5fdc4a1e690f"),
     "torch.utils.cpp_extension._jit_compile": ("torch", "2.13.0+cpu", "10fbddf4ff83"),
     "torch.utils.file_baton.FileBaton.wait": ("torch", "2.13.0+cpu", "81681b63359f"),
+    "transformers.PreTrainedModel._finalize_model_loading": ("transformers", "5.23.0", "6497a08c2632"),
 }
 COVERED = {
     # how our code spells it: the part it is, or belongs to
@@ -59,9 +64,11 @@ COVERED = {
     "engine._zero3_consolidated_16bit_state_dict": f"{ENGINE}._zero3_consolidated_16bit_state_dict",
     "OpBuilder._loaded_ops": "deepspeed.ops.op_builder.builder.OpBuilder.load",
     "ray._private.ray_constants": "ray._private.services.get_node_ip_address",
+    "ray._private.ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{SETUP_HOOK}.load_and_execute_setup_hook",
     "ray._raylet.GcsClient": "ray._raylet.InnerGcsClient.get_cluster_status",
     "filesystem._strip_protocol": "fsspec.spec.AbstractFileSystem._strip_protocol",
     "ray.train.torch.config._TorchBackend": "ray.train.torch.config._TorchBackend.on_start",
+    "PreTrainedModel._finalize_model_loading": "transformers.PreTrainedModel._finalize_model_loading",
     "S3._strip_protocol": "fsspec.spec.AbstractFileSystem._strip_protocol",
     "torch._subclasses.fake_tensor.FakeTensor": "torch._subclasses.fake_tensor.FakeTensorMode.__init__",
     "torch._subclasses.fake_tensor.FakeTensorMode": "torch._subclasses.fake_tensor.FakeTensorMode.__init__",

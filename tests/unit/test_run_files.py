@@ -31,6 +31,7 @@ from betakd_ray.run.claim import was_here
 from betakd_ray.run.files import stored_spec
 from betakd_ray.run.folder import (
     CHECKPOINTS,
+    CHECKS,
     DAMAGED,
     LEDGER,
     LOGGED,
@@ -46,11 +47,13 @@ from betakd_ray.run.folder import (
     TAIL,
     UNIVERSAL,
 )
+from betakd_ray.run.lease import Permit
 from betakd_ray.run.manifest import Manifest
 from betakd_ray.run.metrics import RESUMED, read_metrics, to_jsonl
 from betakd_ray.run.plan import write_plan
-from betakd_ray.run.records import LOGGED_FILE, PROGRESS_FILE, SKIPPED_FILE
+from betakd_ray.run.records import LOGGED_FILE, PROGRESS_FILE, SKIPPED_FILE, CheckRecord, Checks
 from betakd_ray.spec import JobSpec
+from betakd_ray.train.check_files import read_checks
 from tests.mutations import BYTES
 from tests.unit.test_audit import A_PLAN, CONSUMED, LOCAL, NAME, Run, ledger_of
 
@@ -59,6 +62,7 @@ PART = f"{METRICS_PARTS}/00000002-0a0b0c0d.jsonl"
 FILES = (
     SPEC,
     PLAN,
+    CHECKS,
     RESULT,
     QUARANTINE,
     TAIL,
@@ -84,6 +88,11 @@ def run(tmp_path: Path) -> Path:
     run = Path(Run(ledger=ledger_of(CONSUMED)).write(tmp_path))
     (tmp_path / "asked.json").write_bytes((run / SPEC).read_bytes())
     records = [{"step": step, "loss": 1.0, "queue_depth": 0} for step in (1, 2, 3)]
+    found = [
+        CheckRecord("sight", "blind", "sight", "doubt", "no tower", "Fetch it."),
+        CheckRecord("weights", "9", "9", "ok"),
+    ]
+    (run / CHECKS).write_text(json.dumps(asdict(Checks(3, "node-a (cpu)", {"teacher": "0a", "plan": "0b"}, found))))
     (run / METRICS_PARTS).mkdir()
     (run / METRICS_PARTS / "00000001-0a0b0c0d.jsonl").write_text(to_jsonl([{RESUMED: 0}, records[0]]))
     (run / PART).write_text(to_jsonl(records[1:]))
@@ -113,6 +122,7 @@ def readers(run: Path) -> dict[str, Callable[[], Any]]:
         "spec": lambda: stored_spec(str(run), LOCAL),
         "claim": lambda: was_here(str(run), spec),
         "plan": lambda: write_plan(str(run), LOCAL, A_PLAN),
+        "checks": lambda: read_checks(Permit(str(run), LOCAL)),
         "result": lambda: BetaKDJob(spec)._finished(),
         "metrics": lambda: read_metrics(str(run)),
         "rows": lambda: _done(store, A_PLAN),
@@ -286,6 +296,7 @@ DEEP = b"[" * 100_000
 REMEDIES = {
     SPEC: ("claim", "Restore it, or start a new run under another `name`"),
     PLAN: ("plan", "Restore it, or start a new run under another `name`"),
+    CHECKS: ("checks", "Remove checks.json and run the job again"),
     RESULT: ("result", "Remove result.json and run the job again"),
     QUARANTINE: ("audit", "Remove result.json and run the job again"),
     TAIL: ("audit", "Remove result.json and run the job again"),

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from betakd_ray.errors import SECRET_VARIABLES, ModelError, SpecError
 from betakd_ray.spec import DataSpec
 from tests.tiny import CHAT_TEMPLATE, raw_sample, tiny_processor, tiny_tokenizer
 
+DAY = date(2024, 7, 26)
 TURN = [{"role": "user", "content": "Hello"}]
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLED = "{% set n = namespace(a=START) %}{% for _ in range(64) %}{% set n.a = GROWN %}{% endfor %}{{ n.a }}"
@@ -157,6 +159,74 @@ def test_a_function_of_the_user_s_that_raises_refuses_the_sample(tmp_path, monke
         Renderer(tiny_tokenizer(), spec(template="own_templates:text"))
 
 
+# ---- the same text at any time and in any process ----------------------------------------------------------------
+
+UNREPEATABLE = {
+    "a random choice": ("{{ ['a', 'b']|random }}", "the filter `random`"),
+    "a random text": ("{{ lipsum(n=1) }}", "the function `lipsum`"),
+    "a random text in a macro": ("{% macro f() %}{{ lipsum() }}{% endmacro %}{{ f() }}", "the function `lipsum`"),
+    "the address of a function": ("{{ raise_exception }}", r"an object of Python, printed as `at 0x\w+`"),
+    "the address of a generator": (
+        "{{ messages|map(attribute='role') }}",
+        r"an object of Python, printed as `at 0x\w+`",
+    ),
+}
+LLAMA = (
+    "{%- if strftime_now is defined %}{%- set day = strftime_now('%d %b %Y %H:%M') %}{%- endif %}"
+    "{{ 'Today Date: ' + day + '\n' }}"
+) + CHAT_TEMPLATE  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNREPEATABLE)
+def test_a_template_whose_text_differs_each_time_is_refused_by_the_check(case):
+    template, said = UNREPEATABLE[case]
+    with pytest.raises(ModelError, match=rf"the chat template uses {said}, which gives another text each time"):
+        chat(template + CHAT_TEMPLATE)
+
+
+def test_an_address_in_the_data_is_text_as_any_other():
+    turns = [{"role": "user", "content": "What is <object at 0x7f00>?"}]
+    assert render_template("{{ messages[0].content }}", turns, {}, DAY, generation=False) == turns[0]["content"]
+
+
+def test_the_date_of_a_template_is_the_spec_s_on_every_day(monkeypatch):
+    sample = raw_sample(0, "This.", has_image=False)
+
+    def seen(**options):
+        view = chat(LLAMA, **options)
+        return view.tokenizer.decode(view.render(sample).input_ids), view.fingerprint
+
+    before = seen()
+    assert "Today Date: 26 Jul 2024 00:00" in before[0]
+    template_process._process(os.getpid())._end()
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")  # where the day begins first
+    assert seen() == before
+    other = seen(template_date="2026-01-02")
+    assert "Today Date: 02 Jan 2026 00:00" in other[0]
+    assert other[1] != before[1]
+
+
+def test_a_date_that_only_some_samples_show_is_in_the_fingerprint_and_one_that_none_shows_is_not():
+    rare = "{% if messages|length > 3 %}{{ strftime_now('%Y') }}{% endif %}" + CHAT_TEMPLATE
+    days = ("2024-07-26", "2026-01-02")
+    assert len({chat(rare, template_date=day).fingerprint for day in days}) == 2
+    assert len({chat(CHAT_TEMPLATE, template_date=day).fingerprint for day in days}) == 1
+
+
+def test_a_date_without_a_chat_template_is_an_error():
+    with pytest.raises(ValueError, match="template_date: is used only with `template: chat`, but template is plain"):
+        spec(template="plain", template_date="2026-01-02")
+
+
+def test_a_function_of_the_user_s_that_returns_another_text_each_time_is_refused(tmp_path, monkeypatch):
+    code = "import itertools\nCALLS = itertools.count()\ndef own(turns, system, eos):\n"
+    code += "    return [(f'{next(CALLS)} Q', False), (turns[1]['value'] + eos, True)]\n"
+    (tmp_path / "counting_templates.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SpecError, match=r"returns .*'0 Q'.* and then .*'1 Q'.*must always return the same"):
+        Renderer(tiny_tokenizer(), spec(template="counting_templates:own"))
+
+
 # ---- the process -------------------------------------------------------------------------------------------------
 
 FEATURES = (
@@ -170,7 +240,7 @@ FEATURES = (
 def test_a_text_is_what_transformers_renders(template, generation):
     tokenizer = tiny_tokenizer()
     messages = [*TURN, {"role": "assistant", "content": "ünïcode ✓\n\u2028\U0001f600"}]
-    text = render_template(template, messages, tokenizer.special_tokens_map, generation=generation)
+    text = render_template(template, messages, tokenizer.special_tokens_map, DAY, generation=generation)
     assert text == tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=generation
     )
@@ -183,7 +253,7 @@ def test_transformers_own_refusals_have_the_class_that_the_program_looks_for():
 
 
 def started() -> TemplateProcess:
-    assert render_template("{{ messages[0].content }}", TURN, {}, generation=False) == "Hello"
+    assert render_template("{{ messages[0].content }}", TURN, {}, DAY, generation=False) == "Hello"
     return template_process._process(os.getpid())
 
 
@@ -205,7 +275,7 @@ def test_an_interrupted_question_leaves_no_answer_for_the_next(monkeypatch):
 
     monkeypatch.setattr(template_process, "_exchanged", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        render_template("another", TURN, {}, generation=False)
+        render_template("another", TURN, {}, DAY, generation=False)
     monkeypatch.undo()
     started()
 
@@ -214,7 +284,7 @@ def test_a_process_that_does_not_start_is_no_fault_of_a_template(monkeypatch):
     template_process._process(os.getpid())._end()
     monkeypatch.setattr(template_process.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="did not start"):
-        render_template("x", TURN, {}, generation=False)
+        render_template("x", TURN, {}, DAY, generation=False)
 
 
 def test_a_process_of_templates_has_no_credentials_and_ends_with_its_pipe(monkeypatch):
@@ -231,5 +301,5 @@ def test_a_process_of_templates_has_no_credentials_and_ends_with_its_pipe(monkey
 
 def test_a_message_of_a_template_is_short():
     with pytest.raises(TemplateFailed) as failed:
-        render_template("{{ raise_exception('a' * 10**6) }}", TURN, {}, generation=False)
+        render_template("{{ raise_exception('a' * 10**6) }}", TURN, {}, DAY, generation=False)
     assert len(str(failed.value)) < 300
