@@ -5,23 +5,20 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
 from betakd_ray.data.files import store_errors
 from betakd_ray.data.shards import Shard
+from betakd_ray.models.identity import model_version
+from betakd_ray.models.source import model_errors
 from betakd_ray.plugins import source_of
 from betakd_ray.spec import EvaluationSpec, ModelSpec, QuestionsSpec, StorageSpec
 from betakd_ray.spec.base import is_plugin
 from betakd_ray.storage import join, open_store
 
 RESULT = "evaluation.json"
-SMALL_BYTES = 1 << 20
-"""Largest size in bytes of a model's file whose content is in the digest. Of a larger one, size and version are."""
-VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "mtime")
-"""Names in a listing of what differs between two files with one name and size. A store has at least one of them."""
 _LOG = logging.getLogger(__name__)
 
 Scores = dict[str, float]
@@ -38,7 +35,7 @@ class Subject:
 
     @classmethod
     def of(cls, spec: EvaluationSpec, shards: Sequence[Shard]) -> "Subject":
-        """Return the subject as it is now. Raises DataError if a store fails."""
+        """Return the subject as it is now. Raises ModelError for a model that is not there."""
         return cls({label: _of_model(model) for label, model in spec.models.items()}, _of_questions(spec, shards))
 
 
@@ -78,25 +75,18 @@ def read_result(folder: str, storage: StorageSpec, subject: Subject) -> dict[str
         )
         return None
     if result.subject != subject or result.scores.keys() != subject.models.keys():
-        _LOG.warning("%s: is the result of other models or questions than now. It is evaluated again.", url)
+        _LOG.warning(
+            "%s: is the result of other models or questions than now, or of a version that told them apart in another "
+            "way. It is evaluated again.", url,
+        )  # fmt: skip
         return None
     return result.scores
 
 
 def _of_model(spec: ModelSpec) -> str:
-    """Return a digest of a model's files. A hub's model is known by its id and revision."""
-    content: list[Any] = [spec.model_dump_json()]
-    if "://" in spec.path or Path(spec.path).is_dir():
-        with store_errors(spec.path, spec.storage):
-            filesystem, root = open_store(spec.path, spec.storage)
-            found = cast(dict[str, Any], filesystem.find(root, detail=True))
-            for path, info in sorted(found.items()):
-                if info["size"] <= SMALL_BYTES:
-                    version = hashlib.sha256(cast(bytes, filesystem.cat_file(path))).hexdigest()
-                else:
-                    version = next((str(info[name]) for name in VERSIONS if info.get(name)), "")
-                content.append([path.removeprefix(root), info["size"], version])
-    return _digest(content)
+    """Return a digest of a model's files, and of how they are loaded."""
+    with model_errors(spec, "its files cannot be told from others"):
+        return _digest([spec.model_dump_json(), model_version(spec)])
 
 
 def _of_questions(spec: EvaluationSpec, shards: Sequence[Shard]) -> str:

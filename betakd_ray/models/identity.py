@@ -1,4 +1,4 @@
-"""Digests of a model's files, by which a resumed job notices that the model behind a path was replaced."""
+"""Digests of a model's files, by which a job or an evaluation notices that the model behind a path was replaced."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import BinaryIO
 from transformers.utils.hub import cached_file
 
 from betakd_ray.models.gguf import find_gguf
-from betakd_ray.models.source import local_folder
+from betakd_ray.models.source import local_folder, store_state
 from betakd_ray.spec import CheckpointInit, ModelSpec, PartsInit, StudentSpec
 
 READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py")
@@ -54,6 +54,16 @@ def model_digest(spec: ModelSpec) -> str:
     return digest.hexdigest()
 
 
+def model_version(spec: ModelSpec) -> str:
+    """Return a digest that changes if a model's files do. Unlike `model_digest`, it copies nothing from a URL.
+
+    There, the store's listing tells one state from another. It differs between two copies of one model.
+    """
+    if "://" not in spec.path:
+        return model_digest(spec)
+    return hashlib.sha256(store_state(spec.path, spec.storage, spec.gguf_file).encode()).hexdigest()
+
+
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         if path.stat().st_size <= WHOLE_BYTES:
@@ -72,8 +82,15 @@ def _offsets(path: Path, file: BinaryIO) -> Iterator[int]:
         yield from range(0, size, max(1, size // SAMPLES))
         return
     length = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(length))
-    yield from range(0, 8 + length, SAMPLE_BYTES)
-    for name in sorted(header.keys() - {"__metadata__"}):
-        begin, end = (8 + length + offset for offset in header[name]["data_offsets"])
+    try:
+        header = json.loads(file.read(min(length, size)))
+        tensors = [header[name]["data_offsets"] for name in sorted(header.keys() - {"__metadata__"})]
+        # A damaged header may name any place.
+        places = [[min(max(0, 8 + length + int(offset)), size) for offset in (begin, end)] for begin, end in tensors]
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
+        # Whoever loads the model says that its header is damaged.
+        yield from range(0, size, max(1, size // SAMPLES))
+        return
+    yield from range(0, min(8 + length, size), SAMPLE_BYTES)
+    for begin, end in places:
         yield from (begin, (begin + end) // 2, max(begin, end - SAMPLE_BYTES))

@@ -61,6 +61,15 @@ def _copy(filesystem: AbstractFileSystem, source: str, target: Path, only: str |
         filesystem.get(source.rstrip("/") + "/", str(target) + "/", recursive=True)
 
 
+def store_state(location: str, storage: StorageSpec, only: str | None = None) -> str:
+    """Return a text that changes if a file of a model's URL is added, removed or replaced; nothing is copied.
+
+    Raises ModelError for a URL that cannot be listed or has no files.
+    """
+    filesystem, path = open_store(location, storage)
+    return _state(filesystem, location, join(path, only) if only else path, only)
+
+
 def _state(filesystem: AbstractFileSystem, location: str, source: str, only: str | None) -> str:
     """Return a text that changes if a file is added, removed or replaced. Raises ModelError as `local_folder`."""
     try:

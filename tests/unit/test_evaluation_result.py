@@ -8,14 +8,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fsspec.implementations.local import LocalFileSystem
+from safetensors.torch import save_file
 
 from betakd_ray.data.shards import Shard
-from betakd_ray.errors import Interrupted, OutputError
+from betakd_ray.errors import Interrupted, ModelError, OutputError
 from betakd_ray.evaluation import result as module
 from betakd_ray.evaluation.result import RESULT, Result, Subject, read_result
 from betakd_ray.evaluation.run import Evaluation
+from betakd_ray.models import identity
 from betakd_ray.spec import EvaluationSpec, StorageSpec, parse_spec
+from betakd_ray.storage import S3
+from tests.s3 import served
 
 SHARDS = [Shard("/data/test-0.tar", 10, 999, "aa")]
 STORAGE = StorageSpec()
@@ -44,15 +49,85 @@ def test_a_result_of_the_same_models_and_questions_counts(model, tmp_path, caplo
     assert not caplog.records
 
 
-@pytest.mark.parametrize("small", [True, False], ids=["by content", "by time"])
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "adapter.safetensors"])
-def test_another_model_in_the_same_folder_is_another_subject(model, monkeypatch, small, file):
-    monkeypatch.setattr(module, "SMALL_BYTES", 1 << 20 if small else 0)
+def test_another_model_in_the_same_folder_is_another_subject(model, file):
     before = Subject.of(spec(model), SHARDS)
     assert Subject.of(spec(model), SHARDS) == before
+    times = (model / "config.json").stat()
     (model / file).write_bytes(b"x" * 100)
-    os.utime(model / file, (1, 1))
+    os.utime(model / file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert Subject.of(spec(model), SHARDS).models != before.models
+
+
+def test_a_large_model_of_equal_size_and_time_is_another_subject(model, monkeypatch):
+    monkeypatch.setattr(identity, "WHOLE_BYTES", 1000)
+    seen = []
+    for value in (0.0, 1.0):
+        save_file({"a": torch.full((9999,), value), "b": torch.zeros(9999)}, model / "model.safetensors")
+        os.utime(model / "model.safetensors", (1, 1))
+        seen.append(Subject.of(spec(model), SHARDS).models)
+    assert seen[0] != seen[1]
+
+
+def test_a_copy_of_a_local_model_in_its_place_and_files_that_are_not_read_are_the_same_subject(model):
+    before = Subject.of(spec(model), SHARDS)
+    content = (model / "config.json").read_bytes()
+    (model / "config.json").unlink()
+    (model / "config.json").write_bytes(content)
+    (model / "trainer.log").write_text("step 1")
+    assert Subject.of(spec(model), SHARDS) == before
+
+
+def test_a_model_of_a_url_is_told_from_another_without_a_copy(monkeypatch):
+    with served() as s3:
+        filesystem, url = s3.filesystem(), f"s3://{s3.bucket}/model"
+        storage = {"endpoint_url": s3.endpoint_url, "region": "us-east-1"}
+        monkeypatch.setattr(S3, "_get_file", None)  # what copies
+        seen = []
+        for content in (b"{}", b"{}", b"[]"):
+            if not seen or content == b"[]":
+                filesystem.pipe_file(f"{s3.bucket}/model/config.json", content)
+            remote = spec(Path("/x/m"), models={"a": {"path": url, "storage": storage}})
+            seen.append(Subject.of(remote, SHARDS).models)
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_a_model_that_is_not_there_is_an_error_of_the_model():
+    empty = spec(Path("/x/m"), models={"a": {"path": "memory://none"}})
+    with pytest.raises(ModelError, match="memory://none: no files there"):
+        Subject.of(empty, SHARDS)
+
+
+def header_of(text: str) -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\xff" * 8,
+        bytes(8),
+        header_of("[" * 8),
+        header_of('{"a": {"b": 0}}'),
+        header_of('{"a": {"data_offsets": [-99999, 1' + "0" * 30 + "]}}"),
+        header_of('{"a": {"data_offsets": [1e999, 1]}}'),
+    ],
+)
+def test_a_large_file_with_a_damaged_header_has_a_digest_and_is_left_to_whoever_loads_it(model, monkeypatch, header):
+    monkeypatch.setattr(identity, "WHOLE_BYTES", 1000)
+    seen = []
+    for filling in (b"a", b"b"):
+        (model / "model.safetensors").write_bytes(header + filling * 9999)
+        seen.append(Subject.of(spec(model), SHARDS).models)
+    assert seen[0] != seen[1]
+
+
+def test_a_result_of_a_version_with_another_digest_is_done_again_with_a_message(model, tmp_path, caplog):
+    subject = Subject.of(spec(model), SHARDS)
+    former = Subject({"a": "0" * 32}, subject.questions)
+    (tmp_path / RESULT).write_text(Result({"a": {"accuracy": 0.5}}, former).to_json())
+    assert read_result(str(tmp_path), STORAGE, subject) is None
+    assert "or of a version that told them apart in another way. It is evaluated again." in caplog.text
 
 
 @pytest.mark.parametrize("change", [{"limit": 3}, {"max_new_tokens": 2}, {"data": {"train": "/data/a.tar"}}])
