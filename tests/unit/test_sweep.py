@@ -236,6 +236,7 @@ def test_a_cell_that_fails_has_no_row_of_an_earlier_run(sweep, tmp_path):
 
 def test_a_cell_is_asked_again_where_the_questions_are_others(sweep, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
     asked = asking(monkeypatch)
     for checksum, count in (("a", 1), ("a", 1), ("b", 2)):
         shards = [Shard("test.tar", 1, 1, checksum)]
