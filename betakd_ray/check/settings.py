@@ -172,8 +172,11 @@ def _rope(language: nn.Module, now: float, theta: float) -> Trial:
     @contextmanager
     def trial(subject: Subject) -> Iterator[Subject]:
         # A frequency is theta to the power of -2i/d, so its power log(theta') / log(theta) is that of theta'.
-        holders = [each for each in language.modules() if isinstance(getattr(each, "inv_freq", None), torch.Tensor)]
-        with _set(*((each, "inv_freq", each.inv_freq ** (log(theta) / log(now))) for each in holders)):
+        power = log(theta) / log(now)
+        modules = list(language.modules())
+        frequencies = [getattr(each, "inv_freq", None) for each in modules]
+        pairs = zip(modules, frequencies, strict=True)
+        with _set(*((each, "inv_freq", old**power) for each, old in pairs if isinstance(old, torch.Tensor))):
             yield subject
 
     return trial
@@ -206,7 +209,7 @@ def _epsilon(language: nn.Module) -> Trial:
     return trial
 
 
-def _moved(module: nn.Module, by: int, *, is_head: bool) -> Trial:
+def _moved(module: nn.Linear | nn.Embedding, by: int, *, is_head: bool) -> Trial:
     @contextmanager
     def trial(subject: Subject) -> Iterator[Subject]:
         other = nn.Parameter(module.weight.detach().roll(by, 0), requires_grad=False)

@@ -103,7 +103,7 @@ class CheckSpec(Spec):
     )
 
 
-def _off(value: Any) -> Any:
+def _off(value: object) -> object:
     """Return `off` for false: YAML 1.1 reads an unquoted off as false."""
     return "off" if value is False else value
 
@@ -136,7 +136,7 @@ class TeacherSpec(ModelSpec):
     check: CheckChoice = Field(
         default=CheckSpec(), description="check the teacher's signal before the first step; off: trust it unseen"
     )
-    options: dict[str, Any] = Field(
+    options: FreeForm = Field(
         default_factory=dict, description="further keywords of transformers' from_pretrained, e.g. quantization_config"
     )
 

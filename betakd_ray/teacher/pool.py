@@ -5,7 +5,6 @@ that searches for the sample that kills teachers. Between `min` and `max` it gro
 while teachers are idle. Students send groups directly to the members (`TeacherClient`), through Ray's object store.
 """
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -133,8 +132,7 @@ class TeacherPool:
                 self._join(starting.teacher)
             except Unanswered as failure:
                 del self._pending[number]
-                starting.teacher.kill()
-                self._replace(failure)
+                self._replace(starting.teacher, failure)
         for number, starting in list(self._leaving.items()):
             try:
                 if not starting.is_ready():
@@ -179,9 +177,8 @@ class TeacherPool:
         try:
             return self._lease.starting.teacher if self._lease.starting.is_ready() else None
         except Unanswered as failure:
-            self._lease.starting.teacher.kill()
-            self._lease = None
-            self._replace(failure)
+            starting, self._lease = self._lease.starting, None
+            self._replace(starting.teacher, failure)
             return None
 
     def end_lease(self, holder: str, *, is_alive: bool) -> None:
@@ -302,7 +299,8 @@ class TeacherPool:
     def _engine(self) -> type[TeacherScorer]:
         return engine_of(self._teacher)
 
-    def _replace(self, failure: Unanswered) -> None:
+    def _replace(self, teacher: Teacher, failure: Unanswered) -> None:
+        teacher.kill()  # if it only counts as dead, it would keep its place in the cluster
         if isinstance(failure, Differs):
             self._differing += 1
             self._tell(f"{failure} It is ended and replaced.")

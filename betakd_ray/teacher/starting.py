@@ -1,9 +1,10 @@
 """Teachers that are no members of the pool: they load, prove themselves, finish their groups, or are leased."""
 
+import math
 import time
 from dataclasses import dataclass, field
 
-from betakd_ray.teacher.ports import Pending, Teacher
+from betakd_ray.teacher.ports import Pending, Teacher, Unanswered
 
 
 @dataclass(frozen=True)
@@ -12,12 +13,17 @@ class Starting:
 
     teacher: Teacher
     ready: Pending
+    until: float = math.inf
+    """Time at which it counts as dead if it is not ready, on the monotonic clock in seconds."""
 
     def is_ready(self) -> bool:
         """Return whether the teacher is ready. Raises Unanswered if it has died."""
         try:
             self.ready.result(timeout_s=0.0)
         except TimeoutError:
+            # A teacher that hangs at a group never finishes, and no client may be left to report it.
+            if time.monotonic() > self.until:
+                raise Unanswered("it did not finish its groups within teacher.timeout_s") from None
             return False
         return True
 
