@@ -18,7 +18,7 @@ from betakd_ray.on_ray import monitor, source
 from betakd_ray.run import audit, checkpoint, claim, lease
 from betakd_ray.run.files import SPEC_FILE
 from betakd_ray.run.manifest import Manifest
-from betakd_ray.teacher import client, pool, signals
+from betakd_ray.teacher import client, pool, signals, starting
 from betakd_ray.train import checkpoint as saving
 from betakd_ray.train import export, loop, students, worker
 from tests.simulation.answers import Executor, TeacherSchedule
@@ -110,6 +110,7 @@ def _replace_of_teachers(patch: pytest.MonkeyPatch, scheduler: Scheduler) -> Non
     for module in (client, pool, signals):
         patch.setattr(module, "time", clock)
         patch.setattr(module, "threading", threads)
+    patch.setattr(starting, "time", clock)
     # Fields of these call the clock with which they were defined.
     made, leased = client.Pulse, pool.Lease
     patch.setattr(client, "Pulse", lambda: made(scheduler.clock()))

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product, zip_longest
 
 import pytest
 
@@ -53,6 +54,17 @@ def first_violation(seeds: range, bug: str | None = None) -> str | None:
     return None
 
 
+def first_unrepeatable(seeds: range) -> str | None:
+    """Return the first line in which two runs of the same seed differ; None if none does."""
+    with patched() as run:
+        for seed, kind in product(seeds, (RUN, TEACHERS)):
+            one, two = (run(seed, kind).scheduler.trace for _ in range(2))
+            for lines in zip_longest(one, two):
+                if lines[0] != lines[1]:
+                    return f"seed {seed}, {kind}: {lines[0]!r}, then {lines[1]!r}"
+    return None
+
+
 def planted(bug: str) -> str | None:
     """Return what a planted bug breaks in the first seed that breaks anything; None if none of many does."""
     first = FOUND_AT.get(bug, 0)
@@ -83,12 +95,16 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--bug", choices=sorted(PLANTED | PLANTED_TEACHERS), help="a bug to plant before")
     parser.add_argument("--planted", action="store_true", help="plant each bug, and print as JSON what it breaks")
+    parser.add_argument("--repeat", action="store_true", help="run each seed twice, and compare the traces")
     options = parser.parse_args()
+    seeds = range(options.first, options.first + options.count)
     if options.planted:
         print(json.dumps({bug: planted(bug) for bug in (PLANTED | PLANTED_TEACHERS).keys() - RARE}))
         return 0
-    if options.bug or options.processes == 1:
-        found = first_violation(range(options.first, options.first + options.count), options.bug)
+    if options.repeat:
+        found = first_unrepeatable(seeds)
+    elif options.bug or options.processes == 1:
+        found = first_violation(seeds, options.bug)
     else:
         found = soak(options.first, options.count, options.processes)
     if found:

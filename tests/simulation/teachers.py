@@ -136,6 +136,9 @@ class SimulatedTeacher:
         self._later(arrive, self._last_arrival - self._scheduler.now)
         return call
 
+    def apply(self, function: Callable[..., Any], *arguments: Any) -> Call:
+        return self._ask(lambda: function(self, *arguments))
+
     def health(self, timeout_s: float) -> float:
         return self._ask(lambda: max(0.0, self._scheduler.now - self._since)).result(timeout_s)
 
