@@ -34,7 +34,7 @@ from betakd_ray.models.load import load_config, load_processor, require_images
 from betakd_ray.models.options import check_options
 from betakd_ray.models.student import check_adapters, student_config, student_processor
 from betakd_ray.objective import check_plugins
-from betakd_ray.on_ray.cluster import check_feasible, connected, gpus_each
+from betakd_ray.on_ray.cluster import check_feasible, connected, gpus_each, on_driver_node
 from betakd_ray.on_ray.monitor import Monitor, give_up, report
 from betakd_ray.output import output_errors
 from betakd_ray.run.checkpoint import CheckpointStore
@@ -50,9 +50,9 @@ from betakd_ray.spec import CheckSpec, JobSpec, ManualWeighting, TeacherSpec, Vi
 from betakd_ray.storage import join, open_store, replace_file
 from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.parts import Needs, TeacherFacts
-from betakd_ray.teacher.pool import Teachers, on_driver_node
 from betakd_ray.teacher.remote import unwrapped
 from betakd_ray.teacher.scorer import engine_of
+from betakd_ray.teacher.sharing import Teachers
 from betakd_ray.train.config import STOPPED, WorkerConfig
 from betakd_ray.train.students import train_students
 from betakd_ray.train.teacher_checks import TeacherCheck, ask_student, ask_teacher, settings_of

@@ -33,7 +33,7 @@ from betakd_ray.sigterm import on_sigterm
 from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, TeacherSpec, parse_spec, read_tree, set_field
 from betakd_ray.storage import join, make_folder, open_store, replace_file
 from betakd_ray.teacher.parts import Needs
-from betakd_ray.teacher.pool import Teachers
+from betakd_ray.teacher.sharing import Teachers
 
 ROWS, TABLE = "rows.jsonl", "table.md"
 LONGEST_NAME = 200

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from betakd_ray.errors import ClusterError
 from betakd_ray.on_ray.local import closed, driven
@@ -74,6 +75,11 @@ def placement(pool: GPUPoolSpec, gpus: float) -> dict[str, Any]:
         "resources": pool.resources or None,
         "label_selector": pool.labels or None,
     }
+
+
+def on_driver_node() -> NodeAffinitySchedulingStrategy:
+    """Return the strategy that places an actor on the driver's node: if that node fails, the job ends anyway."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def gpus_each(asked: float | str) -> float:

@@ -19,7 +19,7 @@ from betakd_ray.batch.inputs import ModelInputs
 from betakd_ray.job import BetaKDJob
 from betakd_ray.on_ray.cluster import connected
 from betakd_ray.spec import load_spec
-from betakd_ray.teacher import pool
+from betakd_ray.teacher import pool, sharing
 from betakd_ray.teacher.answers import GroupAnswer
 from betakd_ray.teacher.scorer import TeacherScorer
 from tests.nodes import LABEL
@@ -55,7 +55,7 @@ def nodes() -> Counter[str]:
 
 
 def main(path: str, output: str) -> None:
-    pool.TeacherPool = SlowPool  # type: ignore[misc]
+    sharing.TeacherPool = SlowPool  # type: ignore[misc]
     spec = load_spec(path)
     with connected(spec), open(output, "w", encoding="utf-8") as file:
 

@@ -30,7 +30,7 @@ from betakd_ray.spec import (
 )
 from betakd_ray.storage import open_store
 from betakd_ray.sweep import Sweep
-from betakd_ray.teacher.pool import start_pool
+from betakd_ray.teacher.sharing import start_pool
 from tests.nodes import title
 from tests.s3 import SeaweedServer
 from tests.tiny import numbered_samples, save_tiny
@@ -210,7 +210,7 @@ def test_a_grid_asks_the_teacher_once_and_is_resumable(ray_cluster: str, models:
             output=OutputSpec(path=str(tmp_path / "out")),
         )
     )
-    with patch("betakd_ray.teacher.pool.start_pool", wraps=start_pool) as started:
+    with patch("betakd_ray.teacher.sharing.start_pool", wraps=start_pool) as started:
         rows = sweep.run()
     assert started.call_count == 1  # and serves every cell, though only the last asks for features
     assert [row["objective.weighting"] for row in rows] == ["equal", "task", "instance"]

@@ -13,8 +13,9 @@ from betakd_ray.data.pack import pack
 from betakd_ray.job import BetaKDJob
 from betakd_ray.run.audit import audit
 from betakd_ray.spec import StorageSpec, parse_spec
-from betakd_ray.teacher import pool as module
+from betakd_ray.teacher import sharing
 from betakd_ray.teacher.answers import GroupAnswer
+from betakd_ray.teacher.pool import TeacherPool
 from betakd_ray.teacher.scorer import TeacherScorer
 from tests.tiny import numbered_samples, save_tiny
 
@@ -41,7 +42,7 @@ class SlowToReturn(TeacherScorer):
         return super().score(inputs)
 
 
-class Pool(module.TeacherPool):
+class Pool(TeacherPool):
     """Pool of teachers that are slow to return."""
 
     def _engine(self) -> type[TeacherScorer]:
@@ -53,7 +54,7 @@ class Pool(module.TeacherPool):
 def test_students_wait_for_a_slow_teacher_and_for_the_search_of_a_deadly_sample(
     ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TeacherPool", Pool)
+    monkeypatch.setattr(sharing, "TeacherPool", Pool)
     save_tiny(tmp_path / "teacher", hidden=32, seed=1)
     save_tiny(tmp_path / "student", hidden=16, seed=2)
     samples = numbered_samples(48)

@@ -19,9 +19,10 @@ from betakd_ray.teacher import pool as pool_module
 from betakd_ray.teacher.answers import GroupAnswer
 from betakd_ray.teacher.client import TeacherClient
 from betakd_ray.teacher.parts import Needs
-from betakd_ray.teacher.pool import TeacherPool, start_pool
+from betakd_ray.teacher.pool import TeacherPool
 from betakd_ray.teacher.remote import RemotePool
 from betakd_ray.teacher.scorer import TeacherScorer
+from betakd_ray.teacher.sharing import start_pool
 from tests.tiny import IDS, IMAGE, PAD, save_tiny
 
 NEEDS = Needs(frozenset({"hidden"}))

@@ -3,10 +3,10 @@
 import pytest
 from ray.actor import ActorHandle
 
-import betakd_ray.teacher.pool as module
+import betakd_ray.teacher.sharing as module
 from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
 from betakd_ray.teacher.parts import Needs
-from betakd_ray.teacher.pool import Teachers
+from betakd_ray.teacher.sharing import Teachers
 
 TEACHER, OTHER = TeacherSpec(path="org/teacher"), TeacherSpec(path="org/other")
 LOGITS = Needs(frozenset({"hidden"}))
