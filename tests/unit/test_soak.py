@@ -204,7 +204,7 @@ def test_a_clock_jumps_in_a_process_that_runs(tmp_path: Path) -> None:
 
 
 def test_a_class_that_knows_the_clock_can_be_sent_to_another_process(tmp_path: Path) -> None:
-    """Return the value after it was sent by value, as Ray sends an actor's class."""
+    """Send it by value, as Ray sends an actor's class."""
     code = "import time\nfrom ray import cloudpickle\nclass Actor:\n now = time.time\ncloudpickle.dumps(Actor)"
     environment = {**os.environ, **Clock(tmp_path / "clock").environment}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
