@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from betakd_ray.batch.images import Normalization
+from betakd_ray.batch.normalization import Normalization
 from betakd_ray.check.answers import answers_of, right
 from betakd_ray.check.finding import Finding, Verdict
 from betakd_ray.check.measures import is_positive

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from betakd_ray.batch.images import Normalization
 from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs
+from betakd_ray.batch.normalization import Normalization
 from betakd_ray.batch.packing import cut, stack
 from betakd_ray.batch.sample import Rendering
 from betakd_ray.data.render import Renderer

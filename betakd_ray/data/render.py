@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import LlavaProcessor
 
-from betakd_ray.batch.images import ImageProcessing, Images
+from betakd_ray.batch.images import Images
+from betakd_ray.batch.processing import ImageProcessing
 from betakd_ray.batch.sample import IMAGE, Rendering
 from betakd_ray.data.control_tokens import control_tokens, counted, neutral, neutral_system
 from betakd_ray.data.samples import RawSample, Unrenderable

@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig
 
-from betakd_ray.batch.images import Normalization, joined_images
+from betakd_ray.batch.images import joined_images
 from betakd_ray.batch.inputs import to_device
+from betakd_ray.batch.normalization import Normalization
 from betakd_ray.batch.sample import IMAGE, Rendering
 from betakd_ray.data.render import Renderer, Unrenderable
 from betakd_ray.data.samples import BadSample, RawSample

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from betakd_ray.batch.images import ImageProcessing, Normalization
 from betakd_ray.batch.inputs import ModelInputs, Pairs, most_salient
+from betakd_ray.batch.normalization import Normalization
+from betakd_ray.batch.processing import ImageProcessing
 from betakd_ray.engine.config import deepspeed_config
 from betakd_ray.forecast.allocations import AllocationCounter, counted_allocations, host_tensors
 from betakd_ray.models.load import model_skeleton

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from betakd_ray.batch.images import PIXELS, Normalization
+from betakd_ray.batch.images import PIXELS
+from betakd_ray.batch.normalization import Normalization
 from betakd_ray.models.vlm import base_model, lm_head, parts, takes_images
 
 PEAKS = (

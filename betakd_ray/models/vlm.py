@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
-from betakd_ray.batch.images import PIXELS, Normalization
+from betakd_ray.batch.images import PIXELS
 from betakd_ray.batch.inputs import Pairs, TensorInputs
+from betakd_ray.batch.normalization import Normalization
 from betakd_ray.errors import ModelError
 from betakd_ray.models.hidden import Hidden
 from betakd_ray.spec import Part

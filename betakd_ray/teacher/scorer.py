@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from betakd_ray.batch.images import Normalization
 from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs, used_by
+from betakd_ray.batch.normalization import Normalization
 from betakd_ray.models.device import find_devices
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import attention_heads, freeze, hidden_rows, lm_head, with_attention_weights

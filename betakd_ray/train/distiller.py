@@ -9,8 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from betakd_ray.batch.images import ImageProcessing, Images, Normalization
+from betakd_ray.batch.images import Images
 from betakd_ray.batch.inputs import Pairs, TensorInputs, to_device
+from betakd_ray.batch.normalization import Normalization
+from betakd_ray.batch.processing import ImageProcessing
 from betakd_ray.models.hidden import Hidden
 from betakd_ray.models.vlm import attention_heads, hidden_rows, lm_head, part_parameters, parts, takes_images
 from betakd_ray.objective import RowObjective, TeacherRows, segment_mean

@@ -25,7 +25,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from betakd_ray.batch.images import Normalization
+from betakd_ray.batch.normalization import Normalization
 from betakd_ray.cli import app
 from betakd_ray.data.render import Renderer
 from betakd_ray.errors import ModelError, OutputError

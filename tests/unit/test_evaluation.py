@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from betakd_ray.batch.images import Normalization
+from betakd_ray.batch.normalization import Normalization
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.samples import BadSample, RawSample
 from betakd_ray.evaluation.exact_match import ModelAnswer, agreement, score

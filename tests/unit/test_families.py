@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from betakd_ray.batch.images import ImageProcessing, Normalization
 from betakd_ray.batch.inputs import TensorInputs
+from betakd_ray.batch.normalization import Normalization
 from betakd_ray.batch.packing import stack
+from betakd_ray.batch.processing import ImageProcessing
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.rows import samples_of
 from betakd_ray.data.samples import RawSample

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from betakd_ray.batch.images import PIXELS, ImageProcessing, Normalization
+from betakd_ray.batch.images import PIXELS
 from betakd_ray.batch.inputs import to_device
+from betakd_ray.batch.normalization import Normalization
+from betakd_ray.batch.processing import ImageProcessing
 from betakd_ray.models.flops import Matrices, StudentFlops, peak_flops
 from betakd_ray.models.vlm import part_parameters
 from tests.tiny import IDS, IMAGE, IMAGE_TOKENS, VOCAB, tiny_model, tiny_processor

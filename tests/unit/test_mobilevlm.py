@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, LlamaConfig, LlavaProcessor
 
-from betakd_ray.batch.images import ImageProcessing, Normalization
 from betakd_ray.batch.inputs import TensorInputs
+from betakd_ray.batch.normalization import Normalization
 from betakd_ray.batch.packing import stack
+from betakd_ray.batch.processing import ImageProcessing
 from betakd_ray.data.render import Renderer
 from betakd_ray.errors import ModelError
 from betakd_ray.evaluation.generate import answers

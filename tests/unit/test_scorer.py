@@ -11,8 +11,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from betakd_ray.batch.images import Normalization
 from betakd_ray.batch.inputs import ModelInputs
+from betakd_ray.batch.normalization import Normalization
 from betakd_ray.batch.packing import stack
 from betakd_ray.data.render import Renderer
 from betakd_ray.errors import ModelError, TeacherError

@@ -19,8 +19,8 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import expand_device_map
 
-from betakd_ray.batch.images import Normalization
 from betakd_ray.batch.inputs import Pairs, TensorInputs
+from betakd_ray.batch.normalization import Normalization
 from betakd_ray.batch.packing import stack
 from betakd_ray.data.render import Renderer
 from betakd_ray.models.load import load_processor

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from betakd_ray.batch.images import Normalization
 from betakd_ray.batch.inputs import TensorInputs
+from betakd_ray.batch.normalization import Normalization
 from betakd_ray.batch.packing import stack
 from betakd_ray.data.pack import pack
 from betakd_ray.data.render import Renderer, Unrenderable
