@@ -107,8 +107,8 @@ class FakeTeacher:
         """Answer at once, as `TeacherScorer.score` does in the teacher's process."""
         return self._behaviour.answer(self._number, inputs)
 
-    def facts(self) -> TeacherFacts:
-        self.require_alive()
+    def facts(self, timeout_s: float) -> TeacherFacts:
+        self.require_alive(timeout_s)
         return FACTS
 
     def head(self, timeout_s: float) -> NDArray[Any]:

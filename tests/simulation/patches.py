@@ -107,10 +107,10 @@ def _replace_of_schedule(patch: pytest.MonkeyPatch, schedule: Schedule) -> None:
 
 def _replace_of_teachers(patch: pytest.MonkeyPatch, scheduler: Scheduler) -> None:
     clock, threads = Clock(scheduler), threading_of(scheduler)
-    for module in (client, pool, signals):
+    for module in (client, pool, signals, starting):
         patch.setattr(module, "time", clock)
+    for module in (client, signals):
         patch.setattr(module, "threading", threads)
-    patch.setattr(starting, "time", clock)
     # Fields of these call the clock with which they were defined.
     made, leased = client.Pulse, pool.Lease
     patch.setattr(client, "Pulse", lambda: made(scheduler.clock()))

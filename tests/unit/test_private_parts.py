@@ -53,6 +53,7 @@ PARTS = {
     "torch.utils._pytree.tree_leaves": ("torch", "2.13.0+cpu", "5fdc4a1e690f"),
     "torch.utils.cpp_extension._jit_compile": ("torch", "2.13.0+cpu", "10fbddf4ff83"),
     "torch.utils.file_baton.FileBaton.wait": ("torch", "2.13.0+cpu", "81681b63359f"),
+    "transformers.utils.chat_template_utils._compile_jinja_template": ("transformers", "5.23.0", "38f46c999966"),
     "transformers.PreTrainedModel._finalize_model_loading": ("transformers", "5.23.0", "6497a08c2632"),
 }
 COVERED = {

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from betakd_ray.data.pack import pack
@@ -165,6 +166,10 @@ def with_code(folder: Path, sprung: Path, file: str) -> ModelSpec:
     if file == "config.json":
         auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForImageTextToText": "own.OwnModel"}
         rewrite(folder / file, auto_map=auto_map, model_type="own")
+        # transformers renames a LLaVA's head as it loads it, but not that of a model of another type.
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"] = weights.pop("language_model.lm_head.weight")
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
     else:
         auto_map = {"AutoTokenizer": [None, "own.OwnTokenizer"], "AutoProcessor": "own.OwnProcessor"}
         rewrite(folder / file, auto_map=auto_map, tokenizer_class="OwnTokenizer", processor_class="OwnProcessor")
