@@ -1,0 +1,23 @@
+"""The command line: parse, call, print. One module for the commands on each kind of thing."""
+
+from betakd_ray.cli.app import Overrides, app, exit_codes, job, main
+from betakd_ray.cli.console import print_scores, print_table
+from betakd_ray.cli.data import run_pack
+from betakd_ray.cli.jobs import run_job, run_sweep
+from betakd_ray.cli.models import run_evaluation
+from betakd_ray.cli.runs import audit
+
+__all__ = [
+    "Overrides",
+    "app",
+    "audit",
+    "exit_codes",
+    "job",
+    "main",
+    "print_scores",
+    "print_table",
+    "run_evaluation",
+    "run_job",
+    "run_pack",
+    "run_sweep",
+]

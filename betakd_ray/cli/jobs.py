@@ -1,0 +1,107 @@
+"""Commands on a job before and while it runs: distill, validate, plan, check, sweep, schema."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from betakd_ray.cli.app import Overrides, SpecPath, app, exit_codes
+from betakd_ray.cli.console import print_sections, print_table
+from betakd_ray.spec import JobSpec, SweepSpec, load_spec
+
+
+@app.command()
+def distill(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Run a distillation job (or fine-tuning, without a teacher) to the end; resumes by name."""
+    with exit_codes():
+        run_job(spec, overrides)
+
+
+def run_job(spec: str, overrides: list[str]) -> None:
+    """Run the job and print its result."""
+    from betakd_ray.job import BetaKDJob
+
+    result = BetaKDJob.from_yaml(spec, overrides).fit()
+    Console().print_json(data={"model": result.model, "steps": result.steps, "consumed": result.consumed,
+                               "quarantined": result.quarantined, "tail": result.tail,
+                               "loss": result.metrics.get("loss")})  # fmt: skip
+
+
+@app.command()
+def validate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Check a spec's fields, without touching data, models or a cluster."""
+    with exit_codes():
+        load_spec(spec, overrides)
+    print(f"{spec}: valid")
+
+
+@app.command()
+def plan(
+    spec: SpecPath,
+    overrides: Overrides = [],  # noqa: B006
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="assume this number of samples, and do not read the data")
+    ] = None,
+    tokens_per_answer: Annotated[int, typer.Option(min=1, help="assumed with --samples")] = 128,
+    tokens_per_prompt: Annotated[
+        int, typer.Option(min=0, help="assumed with --samples, in addition to image and template")
+    ] = 64,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="assumed with --samples")] = 10_000,
+    tflops: Annotated[
+        float | None, typer.Option(help="assume these sustained TFLOP/s per GPU, and print speeds")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="check for room on the cluster at HOST:6379, instead of cluster.address")
+    ] = None,
+) -> None:
+    """Say what a job will take, and what is wrong with it; with --address also whether that cluster has room for it."""
+    from betakd_ray.forecast.forecast import feasibility, forecast
+    from betakd_ray.forecast.samples import AssumedData
+    from betakd_ray.job import BetaKDJob
+
+    with exit_codes():
+        job = BetaKDJob.from_yaml(spec, [*overrides, f"cluster.address={address}"] if address else overrides)
+        assumed = samples and AssumedData(samples, tokens_per_prompt, tokens_per_answer, samples_per_shard)
+        print_sections(forecast(job, assumed or None, tflops).rows())
+        if address:
+            print_sections(feasibility(job.spec))
+
+
+@app.command()
+def check(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Check that the teacher's signal is right, and the student's weights, before a job; exit code 2 if not."""
+    with exit_codes():
+        run_check(spec, overrides)
+
+
+def run_check(spec: str, overrides: list[str]) -> None:
+    """Check the models of a job, print the table, and raise ModelUnfit with the causes if a check failed."""
+    from betakd_ray.check.finding import as_table, require_fit
+    from betakd_ray.job import BetaKDJob
+
+    findings = BetaKDJob.from_yaml(spec, overrides).check_models()
+    Console(width=None if sys.stdout.isatty() else 1000).print(as_table(findings))
+    require_fit(findings)
+
+
+@app.command()
+def sweep(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Run a grid of jobs on one cluster; cells that are done are not done again."""
+    with exit_codes():
+        run_sweep(spec, overrides)
+
+
+def run_sweep(spec: str, overrides: list[str]) -> None:
+    """Run the grid and print the table."""
+    from betakd_ray.sweep import Sweep
+
+    grid = Sweep(load_spec(spec, overrides, SweepSpec))
+    print_table(grid.table(grid.run()))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a job spec, for editors."""
+    print(json.dumps(JobSpec.model_json_schema(), indent=2))
