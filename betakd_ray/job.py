@@ -278,7 +278,7 @@ class BetaKDJob:
         pool, facts, needs = self._start_teachers(teachers, actors)
         canary = None
         if pool is not None:
-            checks = TeacherCheck(spec, plan, self._permit, self.origins)
+            checks = TeacherCheck(spec, plan, self._permit, self.origins, teachers)
             canary = checks.run(pool, monitor, self._stop)
         views = {"student": renderers["student"], "teacher": renderers.get("teacher", renderers["student"])}
         cache = None

@@ -14,5 +14,7 @@ class Local(ActorHandle):
     def __del__(self) -> None:
         pass
 
+    __hash__, __eq__ = object.__hash__, object.__eq__
+
     def __getattr__(self, name: str) -> SimpleNamespace:
         return SimpleNamespace(remote=getattr(self._instance, name))

@@ -1,18 +1,21 @@
 """Pools of teachers that several jobs share: the cells of a sweep, or jobs one after the other."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle
 
 from betakd_ray.on_ray.cluster import on_driver_node
+from betakd_ray.sigterm import StopRequest
 from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
 from betakd_ray.teacher.parts import Needs
 from betakd_ray.teacher.pool import TeacherPool
+
+T = TypeVar("T")
 
 
 def start_pool(teacher: TeacherSpec, needs: Needs, pool: TeacherPoolSpec, gpus: float, job: str) -> ActorHandle:
@@ -30,6 +33,8 @@ class Teachers:
         self._lock = threading.Lock()
         self._expected: dict[tuple[str, tuple[int, ...]], Needs] = {}
         self._shared: list[SharedPool] = []
+        self._finding = threading.Lock()
+        self._found: dict[Hashable, Any] = {}
 
     def __enter__(self) -> "Teachers":
         return self
@@ -71,6 +76,20 @@ class Teachers:
                 shared.users -= 1
                 if shared.is_doubtful:
                     self._end_unused()
+
+    def once(self, key: Hashable, find: Callable[[], T], stop: StopRequest) -> tuple[T, bool]:
+        """Return what `find` has returned for an earlier job with this key, or call it; and whether it was called.
+
+        Other jobs wait meanwhile, so that jobs that run side by side do not find the same. Raises Interrupted if this
+        job is stopped while it waits.
+        """
+        stop.wait_until(lambda timeout_s: self._finding.acquire(timeout=timeout_s))
+        try:
+            if is_new := key not in self._found:
+                self._found[key] = find()
+            return self._found[key], is_new
+        finally:
+            self._finding.release()
 
     def _end_unused(self) -> None:
         for shared in [shared for shared in self._shared if not shared.users]:

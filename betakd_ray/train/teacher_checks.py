@@ -32,6 +32,7 @@ from betakd_ray.teacher.canary import KnownAnswer, Replica, digest_of
 from betakd_ray.teacher.ports import Roster
 from betakd_ray.teacher.remote import RemoteTeacher, unwrapped
 from betakd_ray.teacher.scorer import TeacherScorer
+from betakd_ray.teacher.sharing import Teachers
 from betakd_ray.train.check_files import first_answer, keep_first_answer, write_checks
 from betakd_ray.train.config import WorkerConfig
 
@@ -179,6 +180,8 @@ class TeacherCheck:
     plan: Plan
     permit: Permit
     origins: dict[str, str] = field(default_factory=dict)
+    teachers: Teachers = field(default_factory=Teachers)
+    """Those of this job and of others that run beside it: what one job has found out of a teacher, the others know."""
 
     def run(self, pool: ActorHandle, monitor: ActorHandle, stop: StopRequest) -> KnownAnswer | None:
         """Check a teacher of the pool; return the canary that its replicas answer from then on.
@@ -190,9 +193,13 @@ class TeacherCheck:
         if settings is None:
             _LOG.warning("%s: teacher.check is off: the teacher is used without a check of its signal", self.spec.name)
             return None
-        examined = ask_teacher(self.spec, settings, self.plan, pool, stop)
+        key = (pool, self.spec.data.model_dump_json(), self.spec.student.model_dump_json())
+        examined, is_new = self.teachers.once(
+            key, lambda: ask_teacher(self.spec, settings, self.plan, pool, stop), stop
+        )
         findings = [*examined.findings, *self.since_the_first(examined.canary)]
-        show(findings)
+        if is_new:
+            show(findings)
         records = [CheckRecord(**asdict(each)) for each in findings]
         write_checks(self.permit, str(examined.replica), self.origins, records)
         require_fit(findings)

@@ -34,6 +34,7 @@ from betakd_ray.teacher.parts import Needs
 from betakd_ray.teacher.ports import Roster
 from betakd_ray.teacher.remote import RemoteTeacher
 from betakd_ray.teacher.scorer import TeacherScorer
+from betakd_ray.teacher.sharing import Teachers
 from betakd_ray.train import teacher_checks as module
 from betakd_ray.train.check_files import first_answer, keep_first_answer, read_checks
 from betakd_ray.train.config import WorkerConfig
@@ -118,6 +119,25 @@ def test_a_fit_teacher_is_noted_and_its_canary_is_asked_of_the_pool(checked: Any
     assert noted.findings == [CheckRecord(**vars(each)) for each in (OK, DOUBT)]
     assert (noted.token, noted.teacher, noted.origins) == (5, str(HERE), {"teacher": "0a"})
     assert "it moves nothing" in capfd.readouterr().err
+
+
+def test_jobs_that_share_a_teacher_check_it_once(
+    home: Path, tmp_path: Path, permit: Permit, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(module, "unwrapped", lambda answer: answer)
+    monkeypatch.setattr(module, "ask_teacher", lambda *args: asked.append(args) or Examined([DOUBT], HERE, CANARY, 3))
+    teachers, spec = Teachers(), spec_of(home, tmp_path)
+    pools = [Local(SimpleNamespace(require_answer=lambda *_: None)) for _ in range(2)]
+    other_data = spec.model_copy(update={"data": spec.data.model_copy(update={"template": "plain"})})
+    for pool, job in [(pools[0], spec), (pools[0], spec), (pools[1], spec), (pools[0], other_data)]:
+        check = TeacherCheck(job, PLAN, permit, {}, teachers)
+        assert check.run(pool, Local(None), StopRequest("")) is CANARY
+        noted = read_checks(permit)
+        assert noted is not None
+        assert noted.findings[0] == CheckRecord(**vars(DOUBT))  # also in the files of a job that did not ask
+    assert len(asked) == 3
+    assert capfd.readouterr().err.count("verdict") == 3
 
 
 def test_a_doubt_is_a_warning(checked: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,9 +1,15 @@
 """Pools that jobs share, tested with fake pools."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from ray.actor import ActorHandle
 
 import betakd_ray.teacher.sharing as module
+from betakd_ray.errors import Interrupted, ModelError
+from betakd_ray.sigterm import StopRequest
 from betakd_ray.spec import TeacherPoolSpec, TeacherSpec
 from betakd_ray.teacher.parts import Needs
 from betakd_ray.teacher.sharing import Teachers
@@ -88,3 +94,41 @@ def test_what_is_expected_is_asked_for_at_once(pools):
         with share(teachers, OTHER) as (_, needs):
             assert needs == LOGITS
     assert len(started) == 3
+
+
+def test_what_one_job_found_out_the_others_know_also_those_beside_it():
+    teachers, calls = Teachers(), []
+
+    def find():
+        calls.append(time.sleep(0.05))
+        return "found"
+
+    with ThreadPoolExecutor(8) as jobs:
+        answers = list(jobs.map(lambda _: teachers.once("key", find, StopRequest("")), range(8)))
+    assert len(calls) == 1
+    assert sorted(answers) == [("found", False)] * 7 + [("found", True)]
+    assert teachers.once("another", lambda: "new", StopRequest("")) == ("new", True)
+
+
+def test_what_failed_is_asked_again_by_the_next_job():
+    teachers = Teachers()
+    with pytest.raises(ModelError, match="once"):
+        teachers.once("key", lambda: _raise(ModelError("once")), StopRequest(""))
+    assert teachers.once("key", lambda: "found", StopRequest("")) == ("found", True)
+
+
+def test_a_job_that_waits_for_another_ones_finding_can_be_stopped():
+    teachers, stop, may_end = Teachers(), StopRequest("was asked to stop"), threading.Event()
+    with ThreadPoolExecutor(1) as other:
+        slow = other.submit(teachers.once, "key", may_end.wait, StopRequest(""))
+        try:
+            threading.Timer(0.1, stop.make).start()
+            with pytest.raises(Interrupted, match="asked to stop"):
+                teachers.once("key", lambda: pytest.fail("not my turn"), stop)
+        finally:
+            may_end.set()
+        assert slow.result() == (True, True)
+
+
+def _raise(error):
+    raise error
