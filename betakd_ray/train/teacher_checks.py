@@ -181,7 +181,7 @@ class TeacherCheck:
     permit: Permit
     origins: dict[str, str] = field(default_factory=dict)
     teachers: Teachers = field(default_factory=Teachers)
-    """Those of this job and of others that run beside it: what one job has found out of a teacher, the others know."""
+    """Teachers of this job and of those that run beside it: what one job has found out, the others know."""
 
     def run(self, pool: ActorHandle, monitor: ActorHandle, stop: StopRequest) -> KnownAnswer | None:
         """Check a teacher of the pool; return the canary that its replicas answer from then on.
