@@ -78,6 +78,7 @@ def is_loopback(address: str) -> bool:
     return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
+@pytest.mark.timeout(600)
 def test_no_process_of_a_local_job_can_be_reached_from_another_machine(
     tmp_path: Path, driver: list[subprocess.Popen[str]]
 ) -> None:
