@@ -6,11 +6,10 @@ JobSpec ──► BetaKDJob.fit()
                └── student workers               Ray Train, DeepSpeed
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -37,17 +36,18 @@ from betakd_ray.objective import check_plugins
 from betakd_ray.on_ray.cluster import check_feasible, connected, gpus_each, on_driver_node
 from betakd_ray.on_ray.monitor import Monitor, give_up, report
 from betakd_ray.output import output_errors
+from betakd_ray.progress import Update, progress_line
 from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.claim import claim, origins_of, require_same_origins
 from betakd_ray.run.files import stored
-from betakd_ray.run.folder import MODEL, QUARANTINE, RESULT
+from betakd_ray.run.folder import CHECKPOINTS
 from betakd_ray.run.lease import Permit, held_lease
-from betakd_ray.run.metrics import to_jsonl
-from betakd_ray.run.plan import tail_of, write_plan, write_tail
+from betakd_ray.run.plan import write_plan
 from betakd_ray.run.records import RESULT_FILE
+from betakd_ray.run.result import JobResult, conclude
 from betakd_ray.sigterm import StopRequest, on_sigterm
 from betakd_ray.spec import CheckSpec, JobSpec, ManualWeighting, TeacherSpec, VisualEnergy, load_spec
-from betakd_ray.storage import join, open_store, replace_file
+from betakd_ray.storage import join, open_store
 from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.parts import Needs, TeacherFacts
 from betakd_ray.teacher.remote import unwrapped
@@ -57,32 +57,8 @@ from betakd_ray.train.config import STOPPED, WorkerConfig
 from betakd_ray.train.students import train_students
 from betakd_ray.train.teacher_checks import TeacherCheck, ask_student, ask_teacher, settings_of
 
+AGAIN = "Run it again to go on."
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class JobResult:
-    """Result of a finished job."""
-
-    name: str
-    path: str
-    """Folder of the run, with metrics.jsonl, quarantine.jsonl, checkpoints/ and model/."""
-    model: str
-    """Folder that transformers' `from_pretrained` loads."""
-    metrics: dict[str, Any]
-    """Metrics of the last step that was logged."""
-    steps: int
-    planned: int
-    """Number of samples over all epochs."""
-    consumed: int
-    """Number of samples that took part in a step."""
-    quarantined: int
-    tail: int
-    """Number of samples left over: fewer than one global batch, or beyond `training.max_steps`."""
-    skipped_steps: int
-    """Number of steps that were skipped because a gradient was not finite."""
-    token: int = 0
-    """Token of the driver that finished the job (`run.lease`): it is also in the last checkpoint and in the model."""
 
 
 class BetaKDJob:
@@ -99,6 +75,7 @@ class BetaKDJob:
         """What the job is made from (`run.claim`); known after `check()`."""
         self._permit = Permit(self.run, spec.output.storage)
         self._stop = StopRequest(f"{spec.name}: was asked to stop, and lost nothing. Run it again to go on.")
+        self._update: Update = lambda **_: None
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> "BetaKDJob":
@@ -111,19 +88,22 @@ class BetaKDJob:
         Raises a UserError if the job cannot work; this happens before it uses the cluster's GPUs. Raises a
         TrainingError if it failed later; the next `fit()` then resumes from the last committed checkpoint.
         """
-        views = self.check()
-        # Only after check(), which refuses a folder that belongs to another job. A finished job needs no cluster.
-        if (finished := self._finished()) is not None:
-            return finished
-        try:
-            with on_sigterm(self.stop), self._lease() as self._permit:
-                # Once more: the driver that this one has waited for may have finished the job.
-                if (finished := self._finished()) is not None:
-                    return finished
-                with connected(self.spec):
-                    return self._outliving_processes(views, teachers)
-        finally:
-            self._stop.withdraw()
+        shown = self.spec.tracking.progress
+        with progress_line(self.spec.name, None, "checking the data and the models", is_shown=shown) as self._update:
+            views = self.check()
+            # Only after check(), which refuses a folder that belongs to another job. A finished job needs no cluster.
+            if (finished := self._finished()) is not None:
+                return finished
+            try:
+                with on_sigterm(self.stop), self._lease() as self._permit:
+                    # Once more: the driver that this one has waited for may have finished the job.
+                    if (finished := self._finished()) is not None:
+                        return finished
+                    self._update(numbers=f"connecting to {self.spec.cluster.address or 'Ray'}")
+                    with connected(self.spec):
+                        return self._outliving_processes(views, teachers)
+            finally:
+                self._stop.withdraw()
 
     def _lease(self) -> AbstractContextManager[Permit]:
         output = self.spec.output
@@ -250,6 +230,7 @@ class BetaKDJob:
         while True:
             self._stop.check()
             begun_at = store.latest()
+            self._say_where_it_begins(begun_at.step if begun_at else 0)
             try:
                 with ExitStack() as actors:
                     return self._run(*views, teachers or actors.enter_context(Teachers()), actors)
@@ -275,9 +256,12 @@ class BetaKDJob:
         spec = self.spec
         self._say_who_waits()
         monitor = self._start_monitor(plan, actors)
+        if spec.teacher:
+            self._update(numbers=f"starting {spec.cluster.teacher.min} of the teacher, and loading its weights")
         pool, facts, needs = self._start_teachers(teachers, actors)
         canary = None
         if pool is not None:
+            self._update(numbers="checking the teacher's signal")
             checks = TeacherCheck(spec, plan, self._permit, self.origins, teachers)
             canary = checks.run(pool, monitor, self._stop)
         views = {"student": renderers["student"], "teacher": renderers.get("teacher", renderers["student"])}
@@ -309,13 +293,21 @@ class BetaKDJob:
             locate=cache.locate if cache else None,
             pairs_images=any(isinstance(energy, VisualEnergy) for energy in spec.objective.energies),
         )
-        outcome = train_students(config, ray.put(reader), self._stop)
+        outcome = train_students(config, ray.put(reader), self._stop, self._update)
         if STOPPED in outcome:
-            raise Interrupted(
-                f"{spec.name}: was asked to stop, and has saved its state at step {outcome[STOPPED]} of "
-                f"{config.total_steps}. Run it again to go on from there."
-            )
-        return self._conclude(outcome, plan)
+            raise Interrupted(_stopped_at(self.run, spec.name, outcome[STOPPED], config.total_steps))
+        self._update(numbers="writing the result")
+        return conclude(spec, self.run, self._permit, outcome, plan)
+
+    def _say_where_it_begins(self, step: int) -> None:
+        if not step:
+            self._stop.message = f"{self.spec.name}: was asked to stop, and lost nothing: no step was done. {AGAIN}"
+            return
+        self._update(completed=step, line=f"goes on from its checkpoint of step {step}")
+        self._stop.message = (
+            f"{self.spec.name}: was asked to stop, and lost nothing: its last checkpoint, of step {step}, is in "
+            f"{join(self.run, CHECKPOINTS)}. {AGAIN}"
+        )
 
     def _say_who_waits(self) -> None:
         for demand, room in check_feasible(self.spec, self._stop.pause):
@@ -359,30 +351,11 @@ class BetaKDJob:
         vocab = min(config.get_text_config().vocab_size for config in configs)
         return Needs.of(teacher, self.spec.objective, vocab)
 
-    def _conclude(self, outcome: dict[str, Any], plan: Plan) -> JobResult:
-        store = CheckpointStore(self.run, self.spec.output.storage)
-        last = store.latest()
-        assert last is not None  # the workers saved it before they returned
-        ledger, quarantined = store.ledger(last, plan), store.quarantined(last, plan)
-        tail = tail_of(plan, ledger, quarantined, self.spec.training.global_batch_size)
-        self._permit.check()
-        write_tail(self.run, self.spec.output.storage, tail)
-        result = JobResult(
-            name=self.spec.name,
-            path=self.run,
-            model=join(self.run, MODEL),
-            metrics=outcome["metrics"],
-            steps=last.step,
-            planned=plan.samples,
-            consumed=ledger.count,
-            quarantined=len(quarantined),
-            tail=plan.samples - ledger.count - len(quarantined),
-            skipped_steps=outcome["skipped_steps"],
-            token=self._permit.token,
-        )
-        filesystem, root = open_store(self.run, self.spec.output.storage)
-        with output_errors(self.run):
-            replace_file(filesystem, join(root, QUARANTINE), to_jsonl(map(asdict, quarantined)).encode())
-            # Last, because this file makes the job a finished one.
-            replace_file(filesystem, join(root, RESULT), json.dumps(asdict(result), indent=2).encode())
-        return result
+
+def _stopped_at(run: str, name: str, step: int, total_steps: int) -> str:
+    if not step:
+        return f"{name}: was asked to stop before its first step, so there was nothing to save. {AGAIN}"
+    return (
+        f"{name}: was asked to stop, and has saved its state at step {step} of {total_steps}, in "
+        f"{join(run, CHECKPOINTS)}. Run it again to go on from there."
+    )

@@ -1,14 +1,33 @@
-"""Progress lines on the driver's terminal. A terminal can have one live display, so concurrent jobs share it."""
+"""Progress of jobs: bars on a terminal, and lines of text where there is none. Both go to standard error.
 
+A terminal can have one live display, so concurrent jobs share it.
+"""
+
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 Update = Callable[..., None]
-"""Function that updates a progress line; takes those of `completed`, `advance` and `numbers` that have changed."""
+"""Function that updates a progress line. It takes those of these arguments that have changed:
+
+`completed`, `advance`, `total`, `numbers` (a text after the bar), and `line` (the text without a terminal, if it is to
+be another one than these).
+"""
 
 
 class _Display:
@@ -28,7 +47,8 @@ class _Display:
                     MofNCompleteColumn(),
                     TimeElapsedColumn(),
                     TimeRemainingColumn(),
-                    TextColumn("{task.fields[numbers]}"),
+                    TextColumn("{task.fields[numbers]}", markup=False),
+                    console=_console(),
                 )
                 self._progress.start()
             self._lines += 1
@@ -47,19 +67,97 @@ class _Display:
 _DISPLAY = _Display()
 
 
-@contextmanager
-def progress_line(label: str, total: int, numbers: str = "", *, is_shown: bool = True) -> Iterator[Update]:
-    """Show a line with a bar, and `numbers` after it, until the block ends.
+REPEAT_S = 60.0
+"""Seconds without a new line after which the present phase is said again, so that a log does not look dead."""
 
-    A line that ends while others are still shown is hidden.
+
+class _PlainLine:
+    """Progress as lines of text: one for each change, and one a minute while a phase lasts."""
+
+    def __init__(self, label: str, total: int | None, numbers: str) -> None:
+        self._label, self._total, self._numbers, self._completed = label, total, numbers, 0
+        self._phase, self._begun = numbers, time.monotonic()
+        self._ended = threading.Event()
+        self.say(f"0 of {total} {numbers}" if total is not None else numbers)
+        threading.Thread(target=self._repeat, name="progress", daemon=True).start()
+
+    def close(self) -> None:
+        """Repeat the phase no more."""
+        self._ended.set()
+
+    def _repeat(self) -> None:
+        while not self._ended.wait(REPEAT_S):
+            minutes = (time.monotonic() - self._begun) / 60
+            if self._phase and minutes >= REPEAT_S / 60:
+                self.say(f"{self._phase}, since {minutes:.0f} min")
+
+    def __call__(
+        self,
+        *,
+        completed: int | None = None,
+        advance: int = 0,
+        total: int | None = None,
+        numbers: str | None = None,
+        line: str | None = None,
+    ) -> None:
+        before = (self._completed, self._numbers)
+        self._total = self._total if total is None else total
+        self._numbers = self._numbers if numbers is None else numbers
+        self._completed = (self._completed if completed is None else completed) + advance
+        self._phase = ""
+        if line is not None:
+            self.say(line)
+        elif self._completed != before[0]:
+            self.say(f"{self._completed} of {self._total} {self._numbers}".rstrip())
+        elif self._numbers != before[1]:
+            self._phase, self._begun = self._numbers, time.monotonic()
+            self.say(self._numbers)
+
+    def say(self, text: str) -> None:
+        """Print a text, as one write: lines of concurrent jobs must not be mixed."""
+        sys.stderr.write(f"{self._label}: {text}\n")
+        sys.stderr.flush()
+
+
+@contextmanager
+def progress_line(
+    label: str, total: int | None = None, numbers: str = "", *, is_shown: bool = True
+) -> Iterator[Update]:
+    """Show a line with a bar, and `numbers` after it, until the block ends; lines of text if there is no terminal.
+
+    A line that ends while others are still shown, or before anything is completed, is hidden.
     """
     if not is_shown:
         yield lambda **_: None
         return
+    if not has_display():
+        plain = _PlainLine(label, total, numbers)
+        try:
+            yield plain
+        finally:
+            plain.close()
+        return
     progress = _DISPLAY.open()
     line = progress.add_task(label, total=total, numbers=numbers)
     try:
-        yield partial(progress.update, line)
+        yield partial(_update, progress, line)
     finally:
+        if not progress.tasks[progress.task_ids.index(line)].completed:
+            progress.update(line, visible=False)
         if _DISPLAY.close():
             progress.update(line, visible=False)
+
+
+def has_display() -> bool:
+    """Return whether standard error is a terminal or a notebook, where a line can be drawn again."""
+    console = _console()
+    return console.is_terminal or console.is_jupyter
+
+
+def _update(progress: Progress, task: TaskID, **changes: Any) -> None:
+    changes.pop("line", None)  # the text for where there is no terminal
+    progress.update(task, **changes)
+
+
+def _console() -> Console:
+    return Console(stderr=True)

@@ -1,4 +1,7 @@
-"""SIGTERM handling. `ray job stop`, the eviction of a pod and the draining of a node send SIGTERM to the driver.
+"""Requests to stop by a signal: SIGTERM, and SIGINT, which Ctrl-C sends.
+
+`ray job stop`, the eviction of a pod and the draining of a node send SIGTERM to the driver. A second Ctrl-C ends a
+command at once.
 
 A signal handler runs in the middle of whatever the main thread does. An exception that it raises there may come up
 inside of compiled code, such as Ray's, which turns it into a SystemError or loses it. So while a job is connected to
@@ -16,6 +19,10 @@ from typing import Any
 
 from betakd_ray.errors import BetaKDError, Interrupted
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""Signals that ask to stop."""
+ENDED_AT_ONCE = 128 + signal.SIGINT
+"""Exit code after a second Ctrl-C, as of any program that SIGINT ends."""
 POLL_S = 0.5
 """Seconds after which a wait looks again whether it is to stop."""
 
@@ -27,7 +34,8 @@ class StopRequest:
     """
 
     def __init__(self, message: str) -> None:
-        self._message = message
+        self.message = message
+        """Text of the Interrupted that is raised."""
         self.is_made = False
         self.failure: BetaKDError | None = None
         """Error that ends the job at once: there is nothing to save, or no right to."""
@@ -49,7 +57,7 @@ class StopRequest:
         if self.failure:
             raise self.failure
         if self.is_made:
-            raise Interrupted(self._message)
+            raise Interrupted(self.message)
 
     def pause(self, seconds: float) -> None:
         """Sleep. Raises Interrupted soon after the request is made."""
@@ -68,18 +76,21 @@ class StopRequest:
 
 @contextmanager
 def on_sigterm(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` on the first SIGTERM in the block; a second SIGTERM goes to the previous handler.
+    """Call `stop` on the first SIGTERM or SIGINT in the block; a second one goes to the previous handler.
 
     `stop` should do no more than `StopRequest.make`.
     """
-    with _restored() as before:
-        if before is not None:
+    with _restored(*SIGNALS) as before:
 
-            def handle(*_: Any) -> None:
-                signal.signal(signal.SIGTERM, before)
-                stop()
+        def handle(*_: Any) -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+                if isinstance(handler, _CtrlC):
+                    handler.is_asked = True  # the next Ctrl-C is the second one
+            stop()
 
-            signal.signal(signal.SIGTERM, handle)
+        for number in before:
+            signal.signal(number, handle)
         yield
 
 
@@ -89,14 +100,14 @@ def kept_sigterm() -> Iterator[None]:
 
     `ray.init` replaces it for good by one that exits with code 15.
     """
-    with _restored() as before:
+    with _restored(signal.SIGTERM) as before:
         try:
             yield
         except BaseException as ended:
             # A SIGTERM during the block ran Ray's handler: send it again, to the handler that was set before.
-            if before is None or not _is_exit(ended, signal.SIGTERM):
+            if not before or not _is_exit(ended, signal.SIGTERM):
                 raise
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before[signal.SIGTERM])
             signal.raise_signal(signal.SIGTERM)
             # For a handler that returns: Ray is not connected, so nothing after the block could go on.
             raise Interrupted("was asked to stop while it connected to Ray. Run it again to go on.") from ended
@@ -104,9 +115,10 @@ def kept_sigterm() -> Iterator[None]:
 
 @contextmanager
 def answering_sigterm() -> Iterator[None]:
-    """End the process with exit code 75 (EX_TEMPFAIL, "run it again") on a SIGTERM that no other handler takes.
+    """End the process with exit code 75 (EX_TEMPFAIL, "run it again") on a SIGTERM or SIGINT that no other handler takes.
 
-    After the block SIGTERM is ignored, so that it cannot change the exit code while Ray and Python shut down.
+    After the block SIGTERM is ignored, and SIGINT ends the process at once with the exit code that it would have had:
+    neither can change the exit code while Ray and Python shut down.
     """
     is_asked = False
 
@@ -115,19 +127,51 @@ def answering_sigterm() -> Iterator[None]:
         if is_asked:  # the exception of the first one did not get through
             os._exit(os.EX_TEMPFAIL)
         is_asked = True
-        print("betakd: was asked to stop. Run it again to go on.", file=sys.stderr)
+        _say("was asked to stop, with nothing to save. Run it again to go on.")
         raise SystemExit(os.EX_TEMPFAIL)
 
+    code = 1
     signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, _CtrlC(end))
     try:
         yield
+        code = 0
     except BaseException as error:
         # Compiled code may have made another exception of it.
         if is_asked and _is_exit(error, os.EX_TEMPFAIL):
-            raise SystemExit(os.EX_TEMPFAIL) from error
+            code = os.EX_TEMPFAIL
+            raise SystemExit(code) from error
+        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else code
         raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, lambda *_: os._exit(code))
+
+
+class _CtrlC:
+    """Handler of SIGINT of a command: the first one asks it to stop, the second one ends it at once."""
+
+    def __init__(self, stop: Callable[..., None]) -> None:
+        self._stop = stop
+        self.is_asked = False
+        """True if a job has taken the first one."""
+
+    def __call__(self, *_: Any) -> None:
+        if not self.is_asked:
+            self.is_asked = True
+            self._stop()
+            return
+        _say("ended at once. What was committed before is whole: the same command goes on from the last checkpoint.")
+        os._exit(ENDED_AT_ONCE)
+
+
+def _say(text: str) -> None:
+    """Write a line to standard error in a signal handler, in which `print` could find the stream in use.
+
+    A live display may have hidden the cursor: it is shown again.
+    """
+    cursor = "\x1b[?25h" if os.isatty(sys.__stderr__.fileno()) else ""
+    os.write(sys.__stderr__.fileno(), f"{cursor}betakd: {text}\n".encode())
 
 
 def _is_exit(error: BaseException | None, code: int) -> bool:
@@ -140,15 +184,16 @@ def _is_exit(error: BaseException | None, code: int) -> bool:
 
 
 @contextmanager
-def _restored() -> Iterator[Any]:
-    """Yield the present handler, and set it again after the block.
+def _restored(*numbers: signal.Signals) -> Iterator[dict[signal.Signals, Any]]:
+    """Yield the present handlers by signal, and set them again after the block.
 
-    Yields None if it cannot be set again: it was not set from Python, or this is not the main thread.
+    A handler that cannot be set again is left out: it was not set from Python, or this is not the main thread.
     """
     is_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM) if is_main else None
+    present = {number: signal.getsignal(number) for number in numbers} if is_main else {}
+    before = {number: handler for number, handler in present.items() if handler is not None}
     try:
         yield before
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -90,11 +90,11 @@ class Sweep:
         largest = max((cell.job for cell in self.cells), key=lambda job: job.training.workers.max)
         try:
             with (
+                on_sigterm(self.stop),
                 connected(largest, self.spec.parallel),
                 Teachers() as teachers,
                 progress_line(self.spec.name, len(self.cells), "cells") as update,
                 ThreadPoolExecutor(self.spec.parallel) as executor,
-                on_sigterm(self.stop),
             ):
                 return self._collected(self._submit(executor, teachers), update)
         finally:

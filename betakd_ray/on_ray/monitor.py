@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +14,8 @@ from betakd_ray.data.plan import Quarantined
 from betakd_ray.errors import BetaKDError, TrainingError, WorkersReplaced, kind
 from betakd_ray.on_ray.watch import Orders, Roll, Start
 
+MAX_RECORDS = 1000
+"""Largest number of records that wait for the driver."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -28,6 +31,10 @@ class Report:
     """Ray Train's controller, once it has started."""
     has_begun: bool = False
     """True if workers have begun, so that they hear a request to stop and save."""
+    records: tuple[dict[str, Any], ...] = ()
+    """Metrics that came since the last report, the newest `MAX_RECORDS` of them."""
+    committed: int | None = None
+    """Step of a checkpoint that was committed since the last report; None if there is none."""
 
 
 class Monitor:
@@ -43,6 +50,8 @@ class Monitor:
         self._quarantined: dict[tuple[int, int, int], Quarantined] = {}
         self.quarantine(quarantined)
         self._latest: dict[str, Any] = {}
+        self._records: deque[dict[str, Any]] = deque(maxlen=MAX_RECORDS)
+        self._committed: int | None = None
         self._failure: tuple[str, str] | None = None
         self._is_stopping = False
         self._warnings: list[str] = []
@@ -101,6 +110,7 @@ class Monitor:
     def log(self, record: dict[str, Any]) -> None:
         """Keep the newest metrics."""
         self._latest = record
+        self._records.append(record)
 
     def fail(self, kind: str, message: str) -> None:
         """Note an error that a restart cannot repair. Only the first one is kept."""
@@ -110,9 +120,10 @@ class Monitor:
         """Return (class name in `errors`, message) of that error; None if there is none."""
         return self._failure
 
-    def committed(self) -> None:
+    def committed(self, step: int | None = None) -> None:
         """Note a new checkpoint: reset the number of failures, because the job has made progress."""
         self._failures = 0
+        self._committed = step
 
     def workers_died(self, reason: str) -> None:
         """Count a failure of the workers; fail the job after more than `max_failures` without a new checkpoint.
@@ -147,7 +158,10 @@ class Monitor:
             # Removed, so that it is killed once: the roll names it until the next start.
             ray.kill(self._actors.pop(rank))
         warnings, self._warnings = tuple(self._warnings), []
-        return Report(self._latest, warnings, self._controller, bool(self._actors))
+        records, committed = tuple(self._records), self._committed
+        self._records.clear()
+        self._committed = None
+        return Report(self._latest, warnings, self._controller, bool(self._actors), records, committed)
 
 
 def report(monitor: ActorHandle, records: list[Quarantined]) -> float:

@@ -46,9 +46,9 @@ class Saver:
         attempt: str,
         keep: int,
         group: Group = None,
-        on_commit: Callable[[float], None] = lambda seconds: None,
+        on_commit: Callable[[int, float], None] = lambda step, seconds: None,
     ) -> None:
-        """`on_commit(seconds)` is called on rank 0 after each commit, with the time since the save began."""
+        """`on_commit(step, seconds)` is called on rank 0 after each commit, with the time since the save began."""
         self._store, self._attempt, self._keep, self._group = store, attempt, keep, group
         self._on_commit = on_commit
         self._storing: Future[None] | None = None
@@ -72,7 +72,7 @@ class Saver:
             with owner:
                 self._commit(step, folder, before_commit)
             if dist.get_rank() == 0:
-                self._on_commit(time.monotonic() - begun)
+                self._on_commit(step, time.monotonic() - begun)
 
         self._storing = in_background(store, "checkpoint")
 

@@ -315,10 +315,10 @@ class Worker:
             self.saver.save(self.step, self.write, self.metrics.flush if self.metrics else lambda: None)
         self.saved_step, self.saved_token = self.step, self.config.permit.token
 
-    def note_commit(self, seconds: float) -> None:
+    def note_commit(self, step: int, seconds: float) -> None:
         """Note a commit, `seconds` after the save began. Called by the saver's thread on rank 0."""
         self.saved_at, self.save_s = time.monotonic(), seconds
-        self.config.monitor.committed.remote()
+        self.config.monitor.committed.remote(step)
 
     def merge_trained(self) -> None:
         """Add every rank's samples since the last checkpoint to rank 0's ledger. Collective.

@@ -24,7 +24,7 @@ from betakd_ray.on_ray.local import loopback_environment
 from betakd_ray.on_ray.monitor import Report
 from betakd_ray.on_ray.source import SplitOnce, rows
 from betakd_ray.on_ray.spares import importing
-from betakd_ray.progress import Update, progress_line
+from betakd_ray.progress import Update
 from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.sigterm import POLL_S, StopRequest
 from betakd_ray.spec import JobSpec
@@ -32,6 +32,7 @@ from betakd_ray.teacher.remote import RemotePending
 from betakd_ray.train.canaries import CanaryWatch
 from betakd_ray.train.config import WorkerConfig
 from betakd_ray.train.teacher_checks import settings_of
+from betakd_ray.train.view import TrainingView
 from betakd_ray.train.worker import train_worker
 
 STARTS = 4
@@ -53,10 +54,10 @@ ON_CPU = {
 }
 
 
-def train_students(config: WorkerConfig, reader: "ray.ObjectRef", stop: StopRequest) -> dict[str, Any]:
+def train_students(config: WorkerConfig, reader: "ray.ObjectRef", stop: StopRequest, update: Update) -> dict[str, Any]:
     """Train on the cluster's students until the job ends or is to stop; return rank 0's outcome.
 
-    `reader` is the data's `Reader`. Raises ClusterError if the students find no place in time, RayActorError if the
+    `reader` is the data's `Reader`, and `update` shows the progress. Raises ClusterError if the students find no place in time, RayActorError if the
     teachers' pool died, Interrupted if the job was asked to stop before they trained, and the error that ended the
     training as a TrainingError or UserError.
     """
@@ -64,7 +65,7 @@ def train_students(config: WorkerConfig, reader: "ray.ObjectRef", stop: StopRequ
         with owned(_scratch(config.spec.name)) as folder:
             # In a thread of its own: this one looks for requests to stop, also while Ray Train waits for places.
             training = in_background(_trainer(config, reader, folder).fit, "ray-train")
-            _follow(training, config, stop)
+            _follow(training, config, stop, update)
             outcome = training.result().return_value or {}
     except TrainingFailedError as error:
         _raise_cause(config, is_failed=True)
@@ -107,32 +108,32 @@ def _trainer(config: WorkerConfig, reader: "ray.ObjectRef", folder: Path) -> Tor
     )
 
 
-def _follow(training: Future[Any], config: WorkerConfig, stop: StopRequest) -> None:
+def _follow(training: Future[Any], config: WorkerConfig, stop: StopRequest, update: Update) -> None:
     """Until the training ends: show progress and warnings, look for ranks that hang, and pass on a request to stop.
 
     Also ask the canary again. Raises TeacherError if its answer is another one, Interrupted if the job is to stop and
     has no workers yet, which could save, and the failure of `stop`, such as RunTaken. Ray Train is then ended.
     """
-    spec, controller, canaries = config.spec, None, _canaries(config)
-    with progress_line(spec.name, config.total_steps, "starting", is_shown=spec.tracking.progress) as update:
-        try:
-            while not wait([training], timeout=POLL_S).done:
-                report = _report(config)
-                controller = report.controller or controller
-                _show(report, update)
-                if canaries and report.latest:
-                    canaries.poll(report.latest["step"])
-                if stop.is_made:
-                    config.monitor.stop.remote()
-                if stop.failure or (stop.is_made and controller and not report.has_begun):
-                    stop.check()
-            _show(_report(config), update)  # the last step may have ended since the last update
-        except RayActorError:
-            return  # the monitor died. The workers fail on it, and Ray Train's own error says so
-        except BaseException:
-            if controller:
-                ray.kill(controller)
-            raise
+    controller, canaries, view = None, _canaries(config), TrainingView(config.total_steps, update)
+    try:
+        while not wait([training], timeout=POLL_S).done:
+            report = _report(config)
+            controller = report.controller or controller
+            view.show(report)
+            if canaries and report.latest:
+                canaries.poll(report.latest["step"])
+            if stop.is_made:
+                config.monitor.stop.remote()
+                view.stopping()
+            if stop.failure or (stop.is_made and controller and not report.has_begun):
+                stop.check()
+        view.show(_report(config))  # the last step may have ended since the last update
+    except RayActorError:
+        return  # the monitor died. The workers fail on it, and Ray Train's own error says so
+    except BaseException:
+        if controller:
+            ray.kill(controller)
+        raise
 
 
 def _canaries(config: WorkerConfig) -> CanaryWatch | None:
@@ -145,14 +146,6 @@ def _canaries(config: WorkerConfig) -> CanaryWatch | None:
 
 def _report(config: WorkerConfig) -> Report:
     return cast(Report, ray.get(config.monitor.poll.remote(config.spec.training.collective_timeout_s)))
-
-
-def _show(report: Report, update: Update) -> None:
-    for warning in report.warnings:
-        _LOG.warning(warning)
-    if report.latest:
-        numbers = f"loss {report.latest['loss']:.4f} · {report.latest['samples_per_second']:.0f} samples/s"
-        update(completed=report.latest["step"], numbers=numbers)
 
 
 def _environment(gpus: float, *, spares: bool) -> dict[str, str]:

@@ -342,7 +342,7 @@ def gate(monkeypatch):
 
 def test_a_step_waits_for_the_copy_of_its_files_and_not_for_the_store(store, gate, temporary):
     commits, done = [], []
-    saver = checkpoint.Saver(store, "a", 2, on_commit=commits.append)
+    saver = checkpoint.Saver(store, "a", 2, on_commit=lambda step, seconds: commits.append(seconds))
     saver.save(3, write, before_commit=lambda: done.append(names(store)))
     saver.check()
     assert (names(store), commits, done) == ([], [], [])
