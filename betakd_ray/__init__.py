@@ -13,7 +13,18 @@ if TYPE_CHECKING:
     from betakd_ray.job import BetaKDJob, JobResult
     from betakd_ray.weighting import BetaWeighting
 
-__all__ = ["BetaKDJob", "BetaWeighting", "JobResult", "JobSpec", "check_teacher", "energy", "errors", "load_spec"]
+__version__ = "0.1.0"
+__all__ = [
+    "BetaKDJob",
+    "BetaWeighting",
+    "JobResult",
+    "JobSpec",
+    "__version__",
+    "check_teacher",
+    "energy",
+    "errors",
+    "load_spec",
+]
 
 # DeepSpeed and Ray read these variables when they are imported. A value that is already set is kept.
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
@@ -33,3 +44,8 @@ def __getattr__(name: str) -> Any:
     if name in _HEAVY:
         return getattr(import_module(f"betakd_ray.{_HEAVY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return every public name, also those that are not imported yet."""
+    return sorted({*globals(), *__all__})

@@ -115,7 +115,7 @@ def kept_sigterm() -> Iterator[None]:
 
 @contextmanager
 def answering_sigterm() -> Iterator[None]:
-    """End the process with exit code 75 (EX_TEMPFAIL, "run it again") on a SIGTERM or SIGINT that no other handler takes.
+    """End the process with exit code 75 (EX_TEMPFAIL) on a SIGTERM or SIGINT that no other handler takes.
 
     After the block SIGTERM is ignored, and SIGINT ends the process at once with the exit code that it would have had:
     neither can change the exit code while Ray and Python shut down.

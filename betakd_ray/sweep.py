@@ -8,21 +8,17 @@ the same time. A cell that is done is not run again, so a sweep that was stopped
 import hashlib
 import logging
 import math
-import re
 import statistics
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from pydantic import TypeAdapter, ValidationError
 
 from betakd_ray.data.manifest import find_shards
-from betakd_ray.errors import Interrupted, SpecError, TrainingError
+from betakd_ray.errors import Interrupted, TrainingError
 from betakd_ray.evaluation.run import Evaluation, benchmark_of
 from betakd_ray.job import BetaKDJob, JobResult
 from betakd_ray.on_ray.cluster import connected
@@ -30,14 +26,13 @@ from betakd_ray.output import output_errors
 from betakd_ray.progress import Update, progress_line
 from betakd_ray.run.metrics import to_jsonl
 from betakd_ray.sigterm import on_sigterm
-from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, TeacherSpec, parse_spec, read_tree, set_field
+from betakd_ray.spec import EvaluationSpec, JobSpec, SweepSpec, TeacherSpec, parse_spec
+from betakd_ray.spec.grid import Cell, cells_of
 from betakd_ray.storage import join, make_folder, open_store, replace_file
 from betakd_ray.teacher.parts import Needs
 from betakd_ray.teacher.sharing import Teachers
 
 ROWS, TABLE = "rows.jsonl", "table.md"
-LONGEST_NAME = 200
-"""Largest number of characters in a job's name. The name of a folder may have at most 255 bytes."""
 CellResult = dict[str, Any]
 _ROW = TypeAdapter(dict[str, str | int | float])
 _LOG = logging.getLogger(__name__)
@@ -50,35 +45,17 @@ class Stoppable(Protocol):
     def stop(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One job of the grid."""
-
-    values: dict[str, str]
-    """Axis → the value's short name."""
-    seed: int
-    job: JobSpec
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Return the values that identify the cell in its row."""
-        return (*self.values.values(), self.seed)
-
-
 class Sweep:
     """Runner of a grid. It checks the specs of all cells before it runs the first; a SpecError names the cell."""
 
     def __init__(self, spec: SweepSpec) -> None:
         self.spec = spec
         self.folder = join(spec.output.path, spec.name)
-        self.cells = list(_cells(spec, self.folder))
+        self.cells = list(cells_of(spec, self.folder))
         self._running: set[Stoppable] = set()
         self._is_stopping = False
         if spec.evaluation:
             benchmark_of(spec.evaluation)
-        names = [cell.job.name for cell in self.cells]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise SpecError(f"axes: two cells have the name {sorted(twice)[0]}; give values with different names")
 
     def run(self) -> list[CellResult]:
         """Run the grid; return one row per cell and seed: axes, seed, final metrics and those of the evaluation.
@@ -284,40 +261,6 @@ def _question(job: JobSpec) -> Question | None:
         return None
     needs = BetaKDJob(job).needs(job.teacher)
     return Question(job.teacher, needs, f"{job.teacher.model_dump_json()}{needs.choices}{job.data.model_dump_json()}")
-
-
-def _cells(spec: SweepSpec, folder: str) -> Iterator[Cell]:
-    template = read_tree(spec.template)
-    for values in product(*spec.axes.values()):
-        names = {axis: short_name(value) for axis, value in zip(spec.axes, values, strict=True)}
-        for seed in spec.seeds:
-            tree = deepcopy(template)
-            for path, value in [*spec.fixed.items(), *zip(spec.axes, values, strict=True), ("training.seed", seed)]:
-                set_field(tree, path, value)
-            tree["name"] = _job_name("_".join([*names.values(), f"seed{seed}"]))
-            tree["output"] = {"path": folder, "storage": spec.output.storage.model_dump()}
-            yield Cell(names, seed, parse_spec(tree, source=f"{spec.name}, cell {tree['name']}"))
-
-
-def short_name(value: Any) -> str:
-    """Return the name of a value in a table and in a job's name: its kind, if it has one; of a path, its last part."""
-    if isinstance(value, dict):
-        rest = [f"{key}={short_name(inner)}" for key, inner in value.items() if key != "kind"]
-        return ",".join([*([str(value["kind"])] if "kind" in value else []), *rest])
-    if isinstance(value, list | tuple):
-        return "+".join(short_name(inner) for inner in value) or "none"
-    text = str(value) or "none"
-    return text if " " in text else text.rstrip("/").rpartition("/")[2]
-
-
-def _job_name(text: str) -> str:
-    """Return `text` as a valid folder name. If it is too long, it is cut and ends with a hash of the whole text."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", text)
-    if not name[0].isalnum():
-        name = f"x{name}"
-    if len(name) > LONGEST_NAME:
-        name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return name
 
 
 def _spread(values: list[float]) -> str:

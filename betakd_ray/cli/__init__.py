@@ -3,7 +3,9 @@
 from betakd_ray.cli.app import Overrides, app, exit_codes, job, main
 from betakd_ray.cli.console import print_scores, print_table
 from betakd_ray.cli.data import run_pack
-from betakd_ray.cli.jobs import run_job, run_sweep
+from betakd_ray.cli.distill import run_job
+from betakd_ray.cli.init import init, schema
+from betakd_ray.cli.jobs import run_sweep
 from betakd_ray.cli.models import run_evaluation
 from betakd_ray.cli.runs import audit
 
@@ -12,6 +14,7 @@ __all__ = [
     "app",
     "audit",
     "exit_codes",
+    "init",
     "job",
     "main",
     "print_scores",
@@ -20,4 +23,5 @@ __all__ = [
     "run_job",
     "run_pack",
     "run_sweep",
+    "schema",
 ]

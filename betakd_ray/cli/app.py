@@ -1,27 +1,57 @@
 """The application that the commands belong to, what they share, and their exit codes."""
 
+import codecs
+import io
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from betakd_ray.errors import Interrupted, TrainingError, UserError
+from betakd_ray import __version__
+from betakd_ray.errors import Interrupted, TrainingError, UserError, without_secrets
 from betakd_ray.sigterm import answering_sigterm
+from betakd_ray.spec import StorageSpec
+from betakd_ray.spec.loading import parse_options
 
 # Commands import what they need themselves: torch and Ray take seconds, and `betakd validate` needs neither.
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    help="Distil a large vision-language model into a small one, on Ray.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-SpecPath = Annotated[str, typer.Argument(help="YAML spec: a path, a URL, or - for standard input")]
-Overrides = Annotated[list[str], typer.Option("--set", help="section.field=value")]
+SpecPath = Annotated[str, typer.Argument(help="YAML spec: a path, a URL, or - for standard input", metavar="SPEC")]
+Overrides = Annotated[list[str], typer.Option("--set", help="change a field: section.field=value; may be repeated")]
 Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint, for stores other than AWS")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"betakd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Distil a large vision-language model into a small one, on Ray.
+
+    Begin with `betakd init`, which prints a spec to start from, or with `betakd distill --teacher … --student …
+    --data …`. Every command has `-h`.
+    """
+
+
+def storage_of(endpoint_url: str | None) -> StorageSpec:
+    """Return the store that --endpoint-url names. Raises SpecError."""
+    return parse_options(StorageSpec, {"endpoint_url": ("--endpoint-url", endpoint_url)})
 
 
 @contextmanager
@@ -33,14 +63,28 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"betakd: {error}", file=sys.stderr)
+        _say(str(error))
         raise SystemExit(2) from None
     except TrainingError as error:
-        print(f"betakd: {error}", file=sys.stderr)
+        _say(str(error))
         raise SystemExit(1) from None
     except Interrupted as error:
-        print(f"betakd: {error}", file=sys.stderr)
+        _say(f"{error}\nTo go on: {command_line()}")
         raise SystemExit(os.EX_TEMPFAIL) from None
+
+
+def _say(text: str) -> None:
+    for line in text.splitlines():
+        print(f"betakd: {line}", file=sys.stderr)
+
+
+def command_line() -> str:
+    """Return the command with which this process was started, without secrets."""
+    program = Path(sys.argv[0])
+    begin = {"__main__.py": ["python", "-m", "betakd_ray"], "betakd": ["betakd"]}.get(
+        program.name, ["python", str(program)]
+    )
+    return without_secrets(shlex.join([*begin, *sys.argv[1:]]))
 
 
 def job(call: Callable[..., Any]) -> None:
@@ -53,16 +97,36 @@ def job(call: Callable[..., Any]) -> None:
         with exit_codes():
             call(spec, overrides)
 
-    _make_working_folder_importable()
+    _prepare()
     with answering_sigterm():
         typer.run(run)
 
 
 def main() -> None:
     """Run the `betakd` command."""
-    _make_working_folder_importable()
+    _prepare()
     with answering_sigterm():
         app()
+
+
+def _prepare() -> None:
+    _make_working_folder_importable()
+    codecs.register_error("betakd", _in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Without this, one β is a traceback where the encoding has none, as ASCII or Latin-1.
+            stream.reconfigure(errors="betakd")
+
+
+_ASCII = {"β": "beta", "–": "-", "—": "-", "−": "-", "·": "-", "…": "...", "×": "x", "→": "->", "±": "+-", "≥": ">=",
+          "’": "'", "“": '"', "”": '"'}  # fmt: skip
+"""Characters of messages → how a narrow encoding writes them."""
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    unknown = error.object[error.start : error.end]
+    return "".join(_ASCII.get(character, "?") for character in unknown), error.end
 
 
 def _make_working_folder_importable() -> None:

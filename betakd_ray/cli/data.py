@@ -5,8 +5,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from betakd_ray.cli.app import Endpoint, Overrides, SpecPath, app, exit_codes
-from betakd_ray.spec import DataSpec, ModelSpec, PackSpec, StorageSpec, load_spec
+from betakd_ray.cli.app import Endpoint, Overrides, SpecPath, app, exit_codes, storage_of
+from betakd_ray.spec import DataSpec, ModelSpec, PackSpec, load_spec
+from betakd_ray.spec.loading import parse_options
 
 
 @app.command()
@@ -18,9 +19,10 @@ def pack(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
 
 def run_pack(spec: str, overrides: list[str]) -> None:
     """Write the shards, and print their number and folder."""
+    parsed = load_spec(spec, overrides, PackSpec)
+
     from betakd_ray.data.pack import pack_from_spec
 
-    parsed = load_spec(spec, overrides, PackSpec)
     shards = pack_from_spec(parsed)
     print(f"{sum(shard.samples for shard in shards)} samples in {len(shards)} shards under {parsed.output}")
 
@@ -28,10 +30,12 @@ def run_pack(spec: str, overrides: list[str]) -> None:
 @app.command()
 def index(shards: list[str], endpoint_url: Endpoint = None) -> None:
     """Write the manifest of shards that have none."""
-    from betakd_ray.data.manifest import index_shards
-
     with exit_codes():
-        found = index_shards(shards, StorageSpec(endpoint_url=endpoint_url))
+        storage = storage_of(endpoint_url)
+
+        from betakd_ray.data.manifest import index_shards
+
+        found = index_shards(shards, storage)
     print(f"{len(found)} shards, {sum(shard.samples for shard in found)} samples")
 
 
@@ -44,19 +48,19 @@ def inspect(
     endpoint_url: Endpoint = None,
 ) -> None:
     """Show a shard's samples: keys, sizes and, with --model, the rendered prompt with its answer tokens marked."""
-    from betakd_ray.data.manifest import find_shards
-    from betakd_ray.data.render import Renderer, Unrenderable
-    from betakd_ray.data.samples import BadSample
-    from betakd_ray.data.shards import read_shard
-    from betakd_ray.models.load import load_processor
-
-    storage = StorageSpec(endpoint_url=endpoint_url)
     console = Console(highlight=False)
     with exit_codes():
-        renderer = None
-        if model:
-            data = DataSpec(train=(shard,), template=template)  # type: ignore[arg-type]
-            renderer = Renderer(load_processor(ModelSpec(path=model)), data)
+        storage = storage_of(endpoint_url)
+        data = parse_options(DataSpec, {"train": ("SHARD", shard), "template": ("--template", template)})
+        named = parse_options(ModelSpec, {"path": ("--model", model)}) if model else None
+
+        from betakd_ray.data.manifest import find_shards
+        from betakd_ray.data.render import Renderer, Unrenderable
+        from betakd_ray.data.samples import BadSample
+        from betakd_ray.data.shards import read_shard
+        from betakd_ray.models.load import load_processor
+
+        renderer = Renderer(load_processor(named), data) if named else None
         for sample in read_shard(find_shards([shard], storage)[0], storage):
             if sample.index >= limit:
                 break

@@ -1,6 +1,5 @@
-"""Commands on a job before and while it runs: distill, validate, plan, check, sweep, schema."""
+"""Commands on a job before it runs, and on many of them: validate, plan, check, sweep."""
 
-import json
 import sys
 from typing import Annotated
 
@@ -9,32 +8,27 @@ from rich.console import Console
 
 from betakd_ray.cli.app import Overrides, SpecPath, app, exit_codes
 from betakd_ray.cli.console import print_sections, print_table
-from betakd_ray.spec import JobSpec, SweepSpec, load_spec
+from betakd_ray.cli.init import Kind
+from betakd_ray.spec import SweepSpec, load_spec, parse_spec
+from betakd_ray.spec.grid import cells_of
+from betakd_ray.spec.loading import KINDS, kind_of, read_spec
 
 
 @app.command()
-def distill(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
-    """Run a distillation job (or fine-tuning, without a teacher) to the end; resumes by name."""
+def validate(
+    spec: SpecPath,
+    overrides: Overrides = [],  # noqa: B006
+    kind: Annotated[Kind | None, typer.Option(help="kind of spec; default: told by its fields")] = None,
+) -> None:
+    """Check the fields of a spec of any kind, without touching data, models or a cluster."""
     with exit_codes():
-        run_job(spec, overrides)
-
-
-def run_job(spec: str, overrides: list[str]) -> None:
-    """Run the job and print its result."""
-    from betakd_ray.job import BetaKDJob
-
-    result = BetaKDJob.from_yaml(spec, overrides).fit()
-    Console().print_json(data={"model": result.model, "steps": result.steps, "consumed": result.consumed,
-                               "quarantined": result.quarantined, "tail": result.tail,
-                               "loss": result.metrics.get("loss")})  # fmt: skip
-
-
-@app.command()
-def validate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
-    """Check a spec's fields, without touching data, models or a cluster."""
-    with exit_codes():
-        load_spec(spec, overrides)
-    print(f"{spec}: valid")
+        tree, origin = read_spec(spec, overrides)
+        found = kind or kind_of(tree)
+        parsed = parse_spec(tree, KINDS[found], origin)
+        if isinstance(parsed, SweepSpec):
+            cells = cells_of(parsed, parsed.output.path)
+            found = f"{found} of {len(cells)} cells"
+    print(f"{spec}: valid ({found})")
 
 
 @app.command()
@@ -57,12 +51,15 @@ def plan(
     ] = None,
 ) -> None:
     """Say what a job will take, and what is wrong with it; with --address also whether that cluster has room for it."""
-    from betakd_ray.forecast.forecast import feasibility, forecast
-    from betakd_ray.forecast.samples import AssumedData
-    from betakd_ray.job import BetaKDJob
-
     with exit_codes():
-        job = BetaKDJob.from_yaml(spec, [*overrides, f"cluster.address={address}"] if address else overrides)
+        parsed = load_spec(spec, [*overrides, f"cluster.address={address}"] if address else overrides)
+
+        # After the spec was read: they take seconds, and an error in it takes none.
+        from betakd_ray.forecast.forecast import feasibility, forecast
+        from betakd_ray.forecast.samples import AssumedData
+        from betakd_ray.job import BetaKDJob
+
+        job = BetaKDJob(parsed)
         assumed = samples and AssumedData(samples, tokens_per_prompt, tokens_per_answer, samples_per_shard)
         print_sections(forecast(job, assumed or None, tflops).rows())
         if address:
@@ -78,10 +75,12 @@ def check(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
 
 def run_check(spec: str, overrides: list[str]) -> None:
     """Check the models of a job, print the table, and raise ModelUnfit with the causes if a check failed."""
+    parsed = load_spec(spec, overrides)
+
     from betakd_ray.check.finding import as_table, require_fit
     from betakd_ray.job import BetaKDJob
 
-    findings = BetaKDJob.from_yaml(spec, overrides).check_models()
+    findings = BetaKDJob(parsed).check_models()
     Console(width=None if sys.stdout.isatty() else 1000).print(as_table(findings))
     require_fit(findings)
 
@@ -95,13 +94,10 @@ def sweep(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
 
 def run_sweep(spec: str, overrides: list[str]) -> None:
     """Run the grid and print the table."""
+    parsed = load_spec(spec, overrides, SweepSpec)
+    cells_of(parsed, parsed.output.path)  # names what is wrong before Ray is imported
+
     from betakd_ray.sweep import Sweep
 
-    grid = Sweep(load_spec(spec, overrides, SweepSpec))
+    grid = Sweep(parsed)
     print_table(grid.table(grid.run()))
-
-
-@app.command()
-def schema() -> None:
-    """Print the JSON schema of a job spec, for editors."""
-    print(json.dumps(JobSpec.model_json_schema(), indent=2))

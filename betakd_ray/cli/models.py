@@ -20,10 +20,11 @@ def evaluate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
 
 def run_evaluation(spec: str, overrides: list[str]) -> None:
     """Evaluate and print the table."""
+    parsed = load_spec(spec, overrides, EvaluationSpec)
+
     from betakd_ray.evaluation.run import Evaluation
     from betakd_ray.on_ray.cluster import connected
 
-    parsed = load_spec(spec, overrides, EvaluationSpec)
     evaluation = Evaluation(parsed)  # names what is wrong before a cluster starts
     with on_sigterm(evaluation.stop), connected(parsed):
         print_scores(evaluation.run())

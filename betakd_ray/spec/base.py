@@ -110,10 +110,17 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 FreeForm = Annotated[dict[str, Any], AfterValidator(finite)]
 """Settings of another library, which are not checked here."""
 PLUGIN = "plugin"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+PLUGIN_PATTERN = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+PATTERNS = {
+    NAME_PATTERN: "letters, digits and . _ -, with a letter or digit first",
+    PLUGIN_PATTERN: "module:name of your own",
+}
+"""Pattern of a text → what it expects, for messages."""
 Plugin = Annotated[
     str,
     Field(
-        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        pattern=PLUGIN_PATTERN,
         description="an object in your own module, as module:name, e.g. my_package.energies:huber",
     ),
 ]

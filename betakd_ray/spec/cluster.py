@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from betakd_ray.spec.base import LARGEST_COUNT, Count, CountOrZero, Seconds, Spec, Url
+from betakd_ray.spec.base import LARGEST_COUNT, NAME_PATTERN, Count, CountOrZero, Seconds, Spec, Url
 
 
 class PoolSpec(Spec):
@@ -20,7 +20,7 @@ class PoolSpec(Spec):
     )
 
 
-AcceleratorType = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+AcceleratorType = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 class GPUPoolSpec(PoolSpec):

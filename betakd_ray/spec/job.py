@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from betakd_ray.spec.base import Location, Place, Spec
+from betakd_ray.spec.base import NAME_PATTERN, Location, Place, Spec
 from betakd_ray.spec.cluster import ClusterSpec
 from betakd_ray.spec.data import DataSpec
 from betakd_ray.spec.energies import ProbabilitiesEnergy, VisualEnergy
@@ -29,7 +29,7 @@ class TrackingSpec(Spec):
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
 
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="letters, digits, . _ -")]
+Name = Annotated[str, Field(pattern=NAME_PATTERN, description="letters, digits, . _ -")]
 
 
 class JobSpec(Spec):

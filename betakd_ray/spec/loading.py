@@ -1,46 +1,75 @@
 """Specs from YAML: read a file, apply overrides, check the result, and say what is wrong with it."""
 
-import re
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast
 
-import fsspec
 import yaml
 from pydantic import ValidationError
 
-from betakd_ray.errors import SpecError, did_you_mean, shortened
-from betakd_ray.spec.base import PLUGIN, Spec
+from betakd_ray.errors import SpecError, shortened
+from betakd_ray.spec.base import Spec
+from betakd_ray.spec.faults import faults_of
 from betakd_ray.spec.job import JobSpec
+from betakd_ray.spec.origin import Origin
+from betakd_ray.spec.tasks import EvaluationSpec, PackSpec, SweepSpec
 from betakd_ray.spec.yaml_loader import SpecLoader, fault
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
+KINDS: dict[str, type[Spec]] = {"job": JobSpec, "evaluation": EvaluationSpec, "sweep": SweepSpec, "pack": PackSpec}
+"""Name → kind of spec. Each has a command: distill, evaluate, sweep, pack."""
+COMMANDS = {"job": "distill", "evaluation": "evaluate", "sweep": "sweep", "pack": "pack"}
+"""Name of a kind of spec → the command that runs it."""
 
 
-def load_spec(path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: type[AnySpec] = JobSpec) -> AnySpec:
+def load_spec(path: str | Path, overrides: Sequence[str] = (), kind: type[AnySpec] = JobSpec) -> AnySpec:
     """Read a YAML file, apply `overrides` such as "training.workers=2", and check the result.
 
-    Raises SpecError, which names each wrong field, the value that was seen, and what to do.
+    Raises SpecError: one line for each wrong field, with the line of the file, what was seen, and what to do.
     """
-    tree = read_tree(path)
-    for override in overrides:
-        _apply(tree, override)
-    return parse_spec(tree, kind, source=str(path))
+    tree, origin = read_spec(path, overrides)
+    return parse_spec(tree, kind, origin)
+
+
+def read_spec(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Origin]:
+    """Return the mapping in a YAML file after `overrides`, and where each value was written. Raises SpecError."""
+    tree, origin = _read(str(path))
+    return tree, apply_overrides(tree, overrides, origin)
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], origin: Origin) -> Origin:
+    """Set the fields that overrides such as "training.workers=2" name; return the origin of the values then."""
+    options = {tuple(_apply(tree, override).split(".")): f"--set {override}" for override in overrides}
+    return replace(origin, options={**origin.options, **options})
 
 
 def read_tree(path: str | Path) -> dict[str, Any]:
     """Return the mapping in a YAML file, given its path or URL, or `-` for standard input. Raises SpecError."""
+    return _read(str(path))[0]
+
+
+def _read(path: str) -> tuple[dict[str, Any], Origin]:
+    name = "standard input" if path == "-" else path
     try:
-        tree = yaml.load(_text(str(path)), SpecLoader)
+        loader = SpecLoader(_text(path))
+        node = loader.get_single_node()
+        tree = None if node is None else loader.construct_document(node)
     except OSError as error:
         said = getattr(error, "strerror", None) or error
         raise SpecError(f"{path}: cannot be read ({said}). Give the path or URL of a YAML file, or -.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         # from None: the original message quotes the text, which may have a password in it.
-        raise SpecError(f"{path}: is not YAML: {fault(error)}") from None
+        raise SpecError(f"{name}{_line(error)}: is not YAML: {fault(error)}") from None
     if not isinstance(tree, dict):
-        raise SpecError(f"{path}: holds a {type(tree).__name__}; a spec must be a mapping.")
-    return tree
+        raise SpecError(f"{name}: holds a {type(tree).__name__}; a spec must be a mapping.")
+    return tree, Origin(name, node)
+
+
+def _line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f":{mark.line + 1}" if mark else ""
 
 
 def _text(location: str) -> str:
@@ -52,6 +81,8 @@ def _text(location: str) -> str:
 
 
 def _downloaded(url: str) -> bytes:
+    import fsspec  # here, because most specs are files, and the import takes 40 ms
+
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
         return cast(bytes, filesystem.cat_file(path))
@@ -59,17 +90,53 @@ def _downloaded(url: str) -> bytes:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def parse_spec(tree: dict[str, Any], kind: type[AnySpec] = JobSpec, source: str = "spec") -> AnySpec:
+def parse_spec(tree: dict[str, Any], kind: type[AnySpec] = JobSpec, source: str | Origin = "spec") -> AnySpec:
     """Check a mapping against a kind of spec. Raises SpecError."""
+    origin = source if isinstance(source, Origin) else Origin(source)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        faults = [_explain(kind, issue) for issue in error.errors()[:MAX_FAULTS]]
-        more = [f"and {error.error_count() - MAX_FAULTS} more"] if error.error_count() > MAX_FAULTS else []
-        raise SpecError(f"{source}: " + "; ".join(faults + more)) from None
+        lines = faults_of(kind, tree, error.errors(), origin)
+    raise SpecError("\n".join([*_other_kind(tree, kind, origin), *lines]))
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def parse_options(kind: type[AnySpec], options: Mapping[str, tuple[str, Any]]) -> AnySpec:
+    """Check options of a command line as the fields of a section: field → (name of its option, value).
+
+    Raises SpecError, which names the option.
+    """
+    typed = {(field,): f"{option} {shortened(value)}" for field, (option, value) in options.items()}
+    tree = {field: value for field, (_, value) in options.items()}
+    return parse_spec(tree, kind, Origin(next(iter(typed.values()), "options"), options=typed))
+
+
+def kind_of(tree: Mapping[str, Any]) -> str:
+    """Return the name of the kind of spec that a mapping is, by its fields: the kind that knows most of them."""
+    known = {name: len(tree.keys() & kind.model_fields.keys()) for name, kind in KINDS.items()}
+    needed = {
+        name: sum(field.is_required() and key in tree for key, field in kind.model_fields.items())
+        for name, kind in KINDS.items()
+    }
+    return max(KINDS, key=lambda name: (known[name], needed[name]))
+
+
+def _other_kind(tree: dict[str, Any], kind: type[Spec], origin: Origin) -> list[str]:
+    """Return a line that says that this is another kind of spec, if it is one."""
+    asked = next((name for name, known in KINDS.items() if known is kind), None)
+    found = kind_of(tree)
+    if asked is None or found == asked:
+        return []
+    return [
+        f"{origin.name}: looks like the spec of {_A[found]}, which `betakd {COMMANDS[found]}` takes, but {_A[asked]} "
+        "is expected"
+    ]
+
+
+_A = {"job": "a job", "evaluation": "an evaluation", "sweep": "a sweep", "pack": "a packing of data"}
+
+
+def _apply(tree: dict[str, Any], override: str) -> str:
+    """Apply an override; return the path of its field."""
     path, separator, text = override.partition("=")
     if not separator or not path:
         raise SpecError(f"override {override!r}: write it as section.field=value, e.g. training.workers=2")
@@ -77,6 +144,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         set_field(tree, path, yaml.load(text, SpecLoader))
     except yaml.YAMLError as error:
         raise SpecError(f"override {override!r}: the value is not YAML: {fault(error)}") from None
+    return path
 
 
 def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
@@ -90,61 +158,3 @@ def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
         node[section] = dict(inner)  # a copy: through a YAML alias, the same mapping may be in another section
         node = node[section]
     node[field] = value
-
-
-MAX_FAULTS = 20
-"""Largest number of wrong fields that a message names."""
-
-
-def _explain(kind: type[Spec], issue: Any) -> str:
-    """Return one line about one wrong field: where it is, what was seen, what to do."""
-    where = ".".join(str(part) for part in issue["loc"]) or "the spec"
-    seen = issue.get("input")
-    message = issue["msg"].removeprefix("Value error, ")
-    if issue["type"] == "extra_forbidden":
-        known = _fields_at(kind, issue["loc"][:-1])
-        hint = _closest(str(issue["loc"][-1]), known)
-        return f"{where}: no such field{hint}"
-    if issue["type"] == "union_tag_invalid":
-        return f"{where}: {_unknown_kind(issue['ctx'])}"
-    if issue["type"] == "missing":
-        return f"{where}: is missing; add it"
-    if issue["type"] == "value_error":
-        return f"{where}: {message}"
-    return f"{where}: {message}, got {shortened(seen)}"
-
-
-def _unknown_kind(context: dict[str, str]) -> str:
-    # pydantic gives all known tags as one text: 'fkl', 'rkl', …
-    tag, known = context["tag"], re.findall(r"'([^']+)'", context["expected_tags"])
-    own = ", or module:name for your own" if PLUGIN in known else ""
-    known = [name for name in known if name != PLUGIN]
-    hint = did_you_mean(tag, known)
-    return f"there is no kind {tag!r}; {hint and hint + ' '}the kinds are {', '.join(known)}{own}"
-
-
-def _closest(word: str, known: list[str]) -> str:
-    if hint := did_you_mean(word, known):
-        return f"; {hint}"
-    return f"; the fields here are {', '.join(known)}" if known else ""
-
-
-def _fields_at(kind: Any, location: tuple[Any, ...]) -> list[str]:
-    """Return the field names of the model that a pydantic error location points into.
-
-    The location holds the tags of unions too.
-    """
-    models = [kind]
-    for part in location:
-        inner = [
-            m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)
-        ]
-        tagged = [m for m in models if "kind" in m.model_fields and m.model_fields["kind"].default == part]
-        models = inner or tagged or models
-    return sorted({name for model in models for name in model.model_fields})
-
-
-def _models_in(annotation: Any) -> list[type[Spec]]:
-    if isinstance(annotation, type) and issubclass(annotation, Spec):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models_in(argument)]

@@ -57,9 +57,9 @@ ON_CPU = {
 def train_students(config: WorkerConfig, reader: "ray.ObjectRef", stop: StopRequest, update: Update) -> dict[str, Any]:
     """Train on the cluster's students until the job ends or is to stop; return rank 0's outcome.
 
-    `reader` is the data's `Reader`, and `update` shows the progress. Raises ClusterError if the students find no place in time, RayActorError if the
-    teachers' pool died, Interrupted if the job was asked to stop before they trained, and the error that ended the
-    training as a TrainingError or UserError.
+    `reader` is the data's `Reader`, and `update` shows the progress. Raises ClusterError if the students find no place
+    in time, RayActorError if the teachers' pool died, Interrupted if the job was asked to stop before they trained, and
+    the error that ended the training as a TrainingError or UserError.
     """
     try:
         with owned(_scratch(config.spec.name)) as folder:

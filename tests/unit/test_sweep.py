@@ -23,7 +23,8 @@ from betakd_ray.evaluation.result import RESULT, Result, Subject
 from betakd_ray.job import JobResult
 from betakd_ray.run.metrics import from_jsonl
 from betakd_ray.spec import SweepSpec, load_spec
-from betakd_ray.sweep import ROWS, Sweep, short_name
+from betakd_ray.spec.grid import short_name
+from betakd_ray.sweep import ROWS, Sweep
 
 JOBS = Path(__file__).parents[2] / "jobs"
 TEMPLATE = {
