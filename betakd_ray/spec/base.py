@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 
 from betakd_ray.errors import shortened, without_url_secrets
 
@@ -140,6 +140,21 @@ class StorageSpec(Spec):
     anonymous: bool = Field(default=False, description="read public buckets without credentials")
 
 
+class Short:
+    """Annotation of a value that has a short form: the JSON schema, which editors use, takes it too.
+
+    `forms` are schemas. Without any, the short form is a single one of the entries of a list.
+    """
+
+    def __init__(self, *forms: dict[str, Any]) -> None:
+        self._forms = forms
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        whole = handler(core)
+        forms = self._forms or (whole["items"],)
+        return {"anyOf": [whole, *forms]}
+
+
 def named(value: Any) -> Any:
     """Expand the short form `fkl` to `{kind: fkl}`."""
     return {"kind": value} if isinstance(value, str) else value
@@ -149,7 +164,15 @@ def as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, (str, dict)) else value
 
 
-class Place(Spec):
+class Shortened(Spec):
+    """Base class of a section with a short form: a text that stands for its `path`."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(core), {"type": "string"}]}
+
+
+class Place(Shortened):
     """A folder and the store that holds it. A path or URL alone is a short form."""
 
     path: Location

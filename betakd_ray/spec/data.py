@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
-from betakd_ray.spec.base import LARGEST_COUNT, Count, Fraction, Location, Plugin, Spec, StorageSpec, as_tuple
+from betakd_ray.spec.base import LARGEST_COUNT, Count, Fraction, Location, Plugin, Short, Shortened, Spec, StorageSpec, as_tuple
 
 TEMPLATES = {
     "plain": "betakd_ray.data.templates:plain",
@@ -20,7 +20,7 @@ else:
     TemplateName = Literal[tuple(TEMPLATES)]
 
 
-class TrainingData(Spec):
+class TrainingData(Shortened):
     """Shards, and how often an epoch reads them. A path or URL alone is read once per epoch."""
 
     path: Location = Field(description="a path or URL, with {00..07} braces and * globs")
@@ -43,7 +43,7 @@ class TrainingData(Spec):
 class DataSpec(Spec):
     """Settings for reading shards and for turning conversations into tokens."""
 
-    train: Annotated[tuple[TrainingData, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
+    train: Annotated[tuple[TrainingData, ...], BeforeValidator(as_tuple), Short(), Field(min_length=1)] = Field(
         description="shards: paths or URLs, with {00..07} braces and * globs, each alone or as {path, weight}"
     )
     storage: StorageSpec = StorageSpec()

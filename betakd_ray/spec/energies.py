@@ -11,10 +11,12 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, mod
 
 from betakd_ray.spec.base import (
     PLUGIN,
+    PLUGIN_PATTERN,
     Count,
     Decay,
     Fraction,
     Plugin,
+    Short,
     Spec,
     Temperature,
     as_tuple,
@@ -322,5 +324,6 @@ else:
         ],
         Discriminator(_tag),
         BeforeValidator(named),
+        Short({"enum": [*BY_NAME]}, {"type": "string", "pattern": PLUGIN_PATTERN}),
     ]
-Energies = Annotated[tuple[AnyEnergy, ...], BeforeValidator(as_tuple)]
+Energies = Annotated[tuple[AnyEnergy, ...], BeforeValidator(as_tuple), Short()]

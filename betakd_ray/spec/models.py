@@ -14,6 +14,7 @@ from betakd_ray.spec.base import (
     Place,
     Plugin,
     Seconds,
+    Short,
     Spec,
     StorageSpec,
     named,
@@ -68,7 +69,12 @@ class TopKSignal(Spec):
     k: Count = 64
 
 
-SignalChoice = Annotated[HiddenSignal | TopKSignal, Field(discriminator="kind"), BeforeValidator(named)]
+SignalChoice = Annotated[
+    HiddenSignal | TopKSignal,
+    Field(discriminator="kind"),
+    BeforeValidator(named),
+    Short({"enum": ["hidden", "top_k"]}),
+]
 
 
 _LOADING = {

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from betakd_ray.spec.base import Count, Spec, as_tuple, named
+from betakd_ray.spec.base import Count, Short, Spec, as_tuple, named
 from betakd_ray.spec.energies import AlignTopK, Energies, FeatureDistance, FeatureLayer
 
 
@@ -67,7 +67,7 @@ class InstanceWeighting(LearnedWeighting):
     """One β per channel and sample, predicted from the teacher's features (Eq. 14)."""
 
     kind: Literal["instance"] = "instance"
-    features: Annotated[tuple[Feature, ...], BeforeValidator(as_tuple), Field(min_length=1)] = ("teacher_vision",)
+    features: Annotated[tuple[Feature, ...], BeforeValidator(as_tuple), Short(), Field(min_length=1)] = ("teacher_vision",)
     hidden_size: Count = 128
 
     @model_validator(mode="after")
@@ -81,6 +81,7 @@ Weighting = Annotated[
     EqualWeighting | ManualWeighting | TaskWeighting | InstanceWeighting,
     Field(discriminator="kind"),
     BeforeValidator(named),
+    Short({"enum": ["equal", "manual", "task", "instance"]}),
 ]
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, GetJsonSchemaHandler, model_validator
 
 from betakd_ray.errors import shortened
 from betakd_ray.spec.base import (
@@ -46,6 +46,10 @@ class WorkersSpec(Spec):
     @property
     def is_elastic(self) -> bool:
         return self.min < self.max
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(core), {"type": "integer", "minimum": 1}]}
 
     @model_validator(mode="before")
     @classmethod
