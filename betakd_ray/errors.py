@@ -13,6 +13,7 @@
     │   │   ├── WeightsIncomplete    a checkpoint lacks weights, or has them in other shapes
     │   │   └── ModelUnfit           a model's own answers show that its signal is wrong
     │   ├── ClusterError             the cluster can never provide what the job asks for
+    │   ├── TrackerError             a tracker lacks its package, or its server does not answer
     │   └── OutputError              the output holds another job, or cannot be written
     │       ├── RunTaken             another driver has taken the run over
     │       ├── CheckpointDamaged    a file of a checkpoint is not as it was written
@@ -133,6 +134,10 @@ class ModelUnfit(ModelError):
 
 class ClusterError(UserError):
     """The cluster cannot hold the job, even when fully scaled up, or it does not answer."""
+
+
+class TrackerError(UserError):
+    """A tracker of the spec cannot be used. Found before a job begins; later a tracker's failure is a warning."""
 
 
 class OutputError(UserError):

@@ -53,6 +53,7 @@ from betakd_ray.teacher.parts import Needs, TeacherFacts
 from betakd_ray.teacher.remote import unwrapped
 from betakd_ray.teacher.scorer import engine_of
 from betakd_ray.teacher.sharing import Teachers
+from betakd_ray.trackers.check import check_trackers
 from betakd_ray.train.config import STOPPED, WorkerConfig
 from betakd_ray.train.students import train_students
 from betakd_ray.train.teacher_checks import TeacherCheck, ask_student, ask_teacher, settings_of
@@ -121,6 +122,7 @@ class BetaKDJob:
 
         Raises UserError.
         """
+        check_trackers(self.spec)
         renderers = self.renderers()
         plan = self.plan(find_passes(self.spec.data))
         self.origins = origins_of(plan, self._digests(renderers))

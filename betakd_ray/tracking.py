@@ -1,9 +1,5 @@
-"""Metrics of a run: written to the run's folder (`run.metrics` reads them) and sent to the spec's trackers.
+"""Metrics of a run: written to the run's folder by a thread (`run.metrics` reads them), and given to the trackers."""
 
-Both happen on a separate thread.
-"""
-
-import hashlib
 import json
 import logging
 import os
@@ -13,15 +9,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
-from typing import Protocol, runtime_checkable
 
 from betakd_ray.leftovers import temporary_folder
-from betakd_ray.on_ray.gauges import NAMES, Gauges
-from betakd_ray.run.folder import METRICS, METRICS_PARTS, TENSORBOARD
+from betakd_ray.run.folder import METRICS, METRICS_PARTS
 from betakd_ray.run.metrics import RESUMED, MetricsRecord, Part, parts_of, stream_metrics, stream_parts, to_jsonl
 from betakd_ray.run.records import LOGGED_FILE, Logged
 from betakd_ray.spec import JobSpec
 from betakd_ray.storage import join, make_folder, open_store, put_file, replace_file
+from betakd_ray.trackers.thread import started_trackers
 
 FLUSH_S, MOST_S = 10.0, 300.0
 """Limits in seconds of the time between two parts. Within them it is 1/50 of the time since the start.
@@ -35,102 +30,14 @@ _COPIED = "0"
 _LOG = logging.getLogger(__name__)
 
 
-@runtime_checkable
-class Tracker(Protocol):
-    """Destination of the numbers of each step."""
-
-    def log(self, record: MetricsRecord) -> None: ...
-    def close(self) -> None: ...
-
-
-class TensorBoard:
-    """Event files in the run's folder, or in ./tensorboard/NAME if the run is in an object store."""
-
-    def __init__(self, spec: JobSpec, run: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(join(run, TENSORBOARD) if "://" not in run else f"{TENSORBOARD}/{spec.name}")
-
-    def log(self, record: MetricsRecord) -> None:
-        for name, value in _numbers(record).items():
-            self._writer.add_scalar(name, value, record["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class MLflow:
-    """One MLflow run with the job's name. The server's address comes from MLFLOW_TRACKING_URI."""
-
-    def __init__(self, spec: JobSpec, run: str) -> None:
-        import mlflow  # pyright: ignore[reportMissingImports]  # an extra
-
-        self._mlflow = mlflow
-        mlflow.set_experiment("betakd")
-        mlflow.start_run(run_name=spec.name)
-        mlflow.log_dict(spec.model_dump(mode="json"), "spec.json")
-
-    def log(self, record: MetricsRecord) -> None:
-        self._mlflow.log_metrics(_numbers(record), step=record["step"])
-
-    def close(self) -> None:
-        self._mlflow.end_run()
-
-
-class WandB:
-    """One Weights & Biases run. Its id follows from the run's URL, so a restart resumes it."""
-
-    def __init__(self, spec: JobSpec, run: str) -> None:
-        import wandb  # pyright: ignore[reportMissingImports]  # an extra
-
-        self._run = wandb.init(
-            project="betakd", name=spec.name, id=_run_id(run), resume="allow", config=spec.model_dump(mode="json")
-        )
-
-    def log(self, record: MetricsRecord) -> None:
-        self._run.log(_numbers(record), step=record["step"])
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class Prometheus:
-    """Gauges on the node's metrics agent. Always on, because gauges cost nothing until they are scraped."""
-
-    def __init__(self, spec: JobSpec) -> None:
-        self._gauges = Gauges(spec.name)
-
-    def log(self, record: MetricsRecord) -> None:
-        numbers = _numbers(record) | {"step": record["step"], "loss/total": record["loss"]}
-        numbers |= {
-            name.replace("energy", "loss", 1): value for name, value in numbers.items() if name.startswith("energy/")
-        }
-        named = {f"betakd_{SHOWN_AS.get(name, name)}": value for name, value in numbers.items()}
-        self._gauges.set({name: value for name, value in named.items() if name.partition("/")[0] in NAMES})
-
-    def close(self) -> None:
-        """Do nothing: gauges end with their process."""
-
-
-SHOWN_AS = {
-    "data_wait": "data_wait_ratio",
-    "teacher_wait": "teacher_wait_ratio",
-    "teacher_busy": "teacher_busy_ratio",
-    "checkpoint_age_s": "checkpoint_age_seconds",
-    "checkpoint_s": "checkpoint_duration_seconds",
-}
-"""Names in Prometheus of the numbers whose unit or kind is written out there."""
-TRACKERS = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
-
-
 class MetricsWriter:
     """Writer of the numbers of steps that does not block the caller.
 
-    An error of the store is raised by the next call. An error of a tracker is logged as a warning and ends that
-    tracker, so that no run stops because a dashboard is unreachable.
+    An error of the store is raised by the next call. One of a tracker is a text for `warn`, so that no run stops
+    because a dashboard is unreachable.
     """
 
-    def __init__(self, spec: JobSpec, run: str, token: int = 0) -> None:
+    def __init__(self, spec: JobSpec, run: str, token: int = 0, warn: Callable[[str], None] = _LOG.warning) -> None:
         self.last: MetricsRecord = {}
         """The newest record."""
         self._count = 0
@@ -140,14 +47,12 @@ class MetricsWriter:
         # Nothing is written before `_resume`: a part that begins at step 0 would undo what was logged before.
         self._lines: list[MetricsRecord] = []
         self._number: int | None = None
-        self._trackers: list[Tracker] = []
         self._failure: BaseException | None = None
         self._begun = self._flushed = time.monotonic()
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
-        # On the thread, because MLflow binds its run to the thread that starts it.
-        self._do(lambda: self._open(spec, run))
+        self._trackers = started_trackers(spec, run, warn)
 
     def log(self, record: MetricsRecord) -> None:
         """Queue the numbers of a step and return at once."""
@@ -155,6 +60,8 @@ class MetricsWriter:
         self.last = record
         self._count += 1
         self._work.put(partial(self._add, record))
+        for tracker in self._trackers:
+            tracker.log(record)
 
     def flush(self) -> None:
         """Block until everything logged so far is stored."""
@@ -194,6 +101,13 @@ class MetricsWriter:
         self._do(self._join)
         self._work.put(None)
         self._thread.join()
+        self.end_trackers()
+
+    def end_trackers(self) -> None:
+        """Let the trackers send what they have, and end. The run may begin again."""
+        trackers, self._trackers = self._trackers, []
+        for tracker in trackers:
+            tracker.close()
 
     def _raise_failure(self) -> None:
         if self._failure:
@@ -223,28 +137,11 @@ class MetricsWriter:
                 work()
             except Exception as error:
                 self._failure = self._failure or error
-        for tracker in self._trackers:
-            self._tell(tracker, tracker.close)
-
-    def _open(self, spec: JobSpec, run: str) -> None:
-        self._trackers.append(Prometheus(spec))
-        for name in spec.tracking.trackers:
-            self._trackers.append(TRACKERS[name](spec, run))
 
     def _add(self, record: MetricsRecord) -> None:
         self._lines.append(record)
         if len(self._lines) >= MAX_PART_RECORDS:
             self._write_part()
-        for tracker in list(self._trackers):
-            self._tell(tracker, partial(tracker.log, record))
-
-    def _tell(self, tracker: Tracker, what: Callable[[], None]) -> None:
-        try:
-            what()
-        except Exception as error:
-            _LOG.warning("%s gets no more metrics: %s: %s", type(tracker).__name__, type(error).__name__, error)
-            # A new list, because `_run` may be in a loop over the present one.
-            self._trackers = [each for each in self._trackers if each is not tracker]
 
     def _write_part(self) -> None:
         # Set first: if the store fails, the next attempt comes after a whole pause, and not at once.
@@ -302,12 +199,3 @@ def _batches(records: Iterable[MetricsRecord]) -> Iterator[str]:
 def _are_complete(parts: list[Part]) -> bool:
     """Return whether the parts hold all the metrics: not if a copy to parts was begun, and its first one is missing."""
     return any(part.attempt != _COPIED or part.number == 0 for part in parts)
-
-
-def _run_id(run: str) -> str:
-    """Return an id that is the same for every start of a run, and differs between runs of one name."""
-    return hashlib.sha256(run.encode()).hexdigest()[:16]
-
-
-def _numbers(record: MetricsRecord) -> dict[str, float]:
-    return {name: float(value) for name, value in record.items() if name != "step" and isinstance(value, (int, float))}

@@ -5,7 +5,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_serializer, model_validator
 
-from betakd_ray.spec.base import LARGEST_COUNT, Count, Fraction, Location, Plugin, Short, Shortened, Spec, StorageSpec, as_tuple
+from betakd_ray.spec.base import (
+    LARGEST_COUNT,
+    Count,
+    Fraction,
+    Location,
+    Plugin,
+    Short,
+    Shortened,
+    Spec,
+    StorageSpec,
+    as_tuple,
+)
 
 TEMPLATES = {
     "plain": "betakd_ray.data.templates:plain",

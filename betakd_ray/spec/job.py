@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from betakd_ray.spec.base import NAME_PATTERN, Location, Place, Spec
+from betakd_ray.spec.base import NAME_PATTERN, Location, Place, Short, Spec, as_tuple
 from betakd_ray.spec.cluster import ClusterSpec
 from betakd_ray.spec.data import DataSpec
 from betakd_ray.spec.energies import ProbabilitiesEnergy, VisualEnergy
@@ -25,8 +25,21 @@ class OutputSpec(Place):
 class TrackingSpec(Spec):
     """Places for the metrics, in addition to the run's own metrics.jsonl."""
 
-    progress: bool = Field(default=True, description="a progress line with ETA on the driver's terminal")
-    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    progress: bool = Field(
+        default=True,
+        description="a bar with ETA on the driver's terminal; a line every training.log_every steps without one",
+    )
+    trackers: Annotated[
+        tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...], BeforeValidator(as_tuple), Short()
+    ] = Field(default=(), description="their servers and keys come from the environment (docs/tracking.md)")
+    project: str = Field(default="betakd", min_length=1, description="W&B's and trackio's project, MLflow's experiment")
+    group: str | None = Field(default=None, description="runs that belong together")
+    name: str | None = Field(default=None, description="name of the run there; default: the job's")
+    unreachable: Literal["error", "offline"] = Field(
+        default="error",
+        description="what a job does at its start if a tracker's server does not answer: end with an error, or let the "
+        "tracker write to the run's folder. Later a tracker's failure is a warning",
+    )
 
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN, description="letters, digits, . _ -")]

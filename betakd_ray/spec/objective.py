@@ -67,7 +67,9 @@ class InstanceWeighting(LearnedWeighting):
     """One β per channel and sample, predicted from the teacher's features (Eq. 14)."""
 
     kind: Literal["instance"] = "instance"
-    features: Annotated[tuple[Feature, ...], BeforeValidator(as_tuple), Short(), Field(min_length=1)] = ("teacher_vision",)
+    features: Annotated[tuple[Feature, ...], BeforeValidator(as_tuple), Short(), Field(min_length=1)] = (
+        "teacher_vision",
+    )
     hidden_size: Count = 128
 
     @model_validator(mode="after")

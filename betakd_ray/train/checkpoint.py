@@ -5,6 +5,7 @@ rank may take many minutes longer than another's. If a rank dies meanwhile, `wat
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,8 +26,9 @@ from betakd_ray.engine.checkpoint import make_universal
 from betakd_ray.leftovers import TEMPORARY, owned, temporary_folder
 from betakd_ray.output import disk_errors
 from betakd_ray.run.checkpoint import CheckpointStore
-from betakd_ray.run.folder import ENGINE, READ_WHERE_NEEDED
+from betakd_ray.run.folder import ENGINE, LOGGED, METRICS, READ_WHERE_NEEDED
 from betakd_ray.run.manifest import Manifest
+from betakd_ray.run.records import LOGGED_FILE
 
 _OF_RANK = re.compile(r"zero_pp_rank_(\d+)_")
 """Pattern in the name of a file that DeepSpeed reads on one rank only."""
@@ -113,6 +116,16 @@ def merge_ledgers(whole: Ledger | None, delta: Ledger, group: Group = None) -> N
     assert whole is not None, "rank 0 holds the whole ledger"
     for each in deltas:
         whole.merge_delta(each)
+
+
+def metrics_reference(store: CheckpointStore, manifest: Manifest) -> str:
+    """Return how many metrics had been logged at a checkpoint, as text of `tracking.MetricsWriter.reference`.
+
+    Checkpoints of older versions hold all the metrics themselves.
+    """
+    if LOGGED in manifest.files:
+        return json.dumps(asdict(store.parsed(manifest, LOGGED_FILE)))
+    return json.dumps({"step": manifest.step, "records": store.read_text(manifest, METRICS).count("\n")})
 
 
 @contextmanager

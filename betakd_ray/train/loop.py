@@ -25,10 +25,9 @@ from betakd_ray.on_ray.monitor import require_current
 from betakd_ray.on_ray.spares import keep_spare
 from betakd_ray.on_ray.watch import Start, Watch
 from betakd_ray.run.checkpoint import CheckpointStore
-from betakd_ray.run.folder import LEDGER, LOGGED, METRICS, PROGRESS, QUARANTINE, SKIPPED, SPEC
-from betakd_ray.run.manifest import Manifest
+from betakd_ray.run.folder import LEDGER, LOGGED, PROGRESS, QUARANTINE, SKIPPED, SPEC
 from betakd_ray.run.metrics import to_jsonl
-from betakd_ray.run.records import LOGGED_FILE, PROGRESS_FILE, SKIPPED_FILE
+from betakd_ray.run.records import PROGRESS_FILE, SKIPPED_FILE
 from betakd_ray.teacher.cache import CacheWriter
 from betakd_ray.teacher.client import TeacherClient
 from betakd_ray.teacher.remote import RemotePool
@@ -45,7 +44,7 @@ from betakd_ray.train.learner import Learner
 from betakd_ray.train.micro_batches import Collator, Refused, Step
 from betakd_ray.train.prefetch import Prefetch
 from betakd_ray.train.sums import Totals
-from betakd_ray.train.teacher_checks import check_new_student
+from betakd_ray.train.teacher_checks import check_new_student, tell
 from betakd_ray.train.usage import Usage, peak_memory
 
 COUNTS = ("samples", "dropped", "skipped", "skipped_in_a_row")
@@ -95,7 +94,8 @@ class Worker:
         self.cache = CacheWriter(config.cache, keep=config.plan.epochs > 1) if config.cache else None
         self.permit = config.permit.requiring(partial(require_current, config.monitor, self.start, config.run))
         self.store = CheckpointStore(config.run, self.spec.output.storage, self.permit, config.origins)
-        self.metrics = MetricsWriter(self.spec, config.run, config.permit.token) if self.rank == 0 else None
+        warn = partial(tell, config.monitor)
+        self.metrics = MetricsWriter(self.spec, config.run, config.permit.token, warn) if self.rank == 0 else None
         self.ledger = config.plan.empty_ledger() if self.rank == 0 else None
         """Samples of all ranks that took part in a step, up to the last checkpoint; only rank 0 has it."""
         self.trained: list[SampleIds] = []
@@ -115,6 +115,8 @@ class Worker:
         with ExitStack() as threads:
             # Closed last: this rank must count as alive while it saves, exports the model and writes the cache.
             threads.callback(self.watch.close)
+            if self.metrics:
+                threads.callback(self.metrics.end_trackers)
             self.resume()
             feed, prefetch = self.feed(threads)
             for step, batches in prefetch.steps():
@@ -372,22 +374,12 @@ class Worker:
         progress = self.store.parsed(manifest, PROGRESS_FILE)
         if self.metrics:
             self.ledger = self.store.ledger(manifest, self.config.plan)
-            self.metrics.restore(self.metrics_reference(manifest))
+            self.metrics.restore(checkpoint.metrics_reference(self.store, manifest))
             self.skips = [asdict(skip) for skip in self.store.parsed(manifest, SKIPPED_FILE)]
         self.step = self.saved_step = manifest.step
         self.saved_token = manifest.token
         for name in COUNTS:
             setattr(self, name, getattr(progress, name))
-
-    def metrics_reference(self, manifest: Manifest) -> str:
-        """Return how many metrics had been logged at a checkpoint, as text of `tracking.MetricsWriter.reference`.
-
-        Checkpoints of older versions hold all the metrics themselves.
-        """
-        if LOGGED in manifest.files:
-            return json.dumps(asdict(self.store.parsed(manifest, LOGGED_FILE)))
-        records = self.store.read_text(manifest, METRICS).count("\n")
-        return json.dumps({"step": manifest.step, "records": records})
 
     def finish(self) -> dict[str, Any]:
         """Export the student; rank 0 returns the outcome, the others {}. Collective."""

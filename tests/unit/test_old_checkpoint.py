@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from betakd_ray.run.metrics import read_metrics
 from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
 from betakd_ray.tracking import MetricsWriter
 from betakd_ray.train import checkpoint
-from betakd_ray.train.loop import COUNTS, Worker
+from betakd_ray.train.loop import COUNTS
 from tests.learning import Study, spawned
 from tests.tiny import raw_sample, save_tiny
 
@@ -77,7 +76,7 @@ def test_its_samples_and_its_metrics_come_back(tmp_path: Path) -> None:
     assert not store.quarantined(manifest)
     progress = json.loads(store.read_text(manifest, PROGRESS))
     assert {name: progress[name] for name in COUNTS} == dict.fromkeys(COUNTS, 0) | {"samples": 24}
-    reference = Worker.metrics_reference(SimpleNamespace(store=store), manifest)  # type: ignore[arg-type]
+    reference = checkpoint.metrics_reference(store, manifest)
     metrics = MetricsWriter(job(tmp_path), run)
     metrics.restore(reference)
     metrics.log({"step": 7, "loss": 0.5})
