@@ -39,6 +39,7 @@ from betakd_ray.output import output_errors
 from betakd_ray.progress import Update, progress_line
 from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.claim import claim, origins_of, require_same_origins
+from betakd_ray.run.extension import extend, is_extended
 from betakd_ray.run.files import stored
 from betakd_ray.run.folder import CHECKPOINTS
 from betakd_ray.run.lease import Permit, held_lease
@@ -47,6 +48,7 @@ from betakd_ray.run.records import RESULT_FILE
 from betakd_ray.run.result import JobResult, conclude
 from betakd_ray.sigterm import StopRequest, on_sigterm
 from betakd_ray.spec import CheckSpec, JobSpec, ManualWeighting, TeacherSpec, VisualEnergy, load_spec
+from betakd_ray.spec.advice import advice
 from betakd_ray.storage import join, open_store
 from betakd_ray.teacher.cache import SignalCache
 from betakd_ray.teacher.parts import Needs, TeacherFacts
@@ -97,6 +99,8 @@ class BetaKDJob:
                 return finished
             try:
                 with on_sigterm(self.stop), self._lease() as self._permit:
+                    if is_extended(self.run, self.spec):
+                        extend(self.run, self.spec, views[0], self._permit)
                     # Once more: the driver that this one has waited for may have finished the job.
                     if (finished := self._finished()) is not None:
                         return finished
@@ -127,7 +131,8 @@ class BetaKDJob:
         plan = self.plan(find_passes(self.spec.data))
         self.origins = origins_of(plan, self._digests(renderers))
         # Before spec.json is written: if the user has removed it, a checkpoint still says which job this is.
-        require_same_origins(CheckpointStore(self.run, self.spec.output.storage), self.run, self.spec, self.origins)
+        store = CheckpointStore(self.run, self.spec.output.storage)
+        require_same_origins(store, self.run, self.spec, self.origins, plan)
         # Claimed after the checks, so that a spec which fails one of them leaves no folder.
         claim(self.run, self.spec)
         self._remove_unfinished()
@@ -208,6 +213,8 @@ class BetaKDJob:
             remove_unfinished(Path(root))
 
     def _warn(self, plan: Plan) -> None:
+        for text in advice(self.spec, plan.samples):
+            _LOG.warning("%s: %s", self.spec.name, text)
         weighting, steps = self.spec.objective.weighting, self.spec.training.steps(plan.samples)
         if isinstance(weighting, ManualWeighting) and weighting.weights == "auto" and steps <= weighting.auto_steps:
             _LOG.warning(
@@ -217,7 +224,7 @@ class BetaKDJob:
 
     def _finished(self) -> JobResult | None:
         found = stored(self.run, self.spec.output.storage, RESULT_FILE, partial(output_errors, self.run))
-        return JobResult(**asdict(found)) if found else None
+        return JobResult(**asdict(found)) if found and not is_extended(self.run, self.spec) else None
 
     # ------------------------------------------------------------------------------------------------ run
 

@@ -10,6 +10,7 @@ from betakd_ray.cli.app import Overrides, SpecPath, app, exit_codes
 from betakd_ray.cli.console import print_sections, print_table
 from betakd_ray.cli.init import Kind
 from betakd_ray.spec import SweepSpec, load_spec, parse_spec
+from betakd_ray.spec.advice import advice
 from betakd_ray.spec.grid import cells_of
 from betakd_ray.spec.loading import KINDS, kind_of, read_spec
 
@@ -61,7 +62,10 @@ def plan(
 
         job = BetaKDJob(parsed)
         assumed = samples and AssumedData(samples, tokens_per_prompt, tokens_per_answer, samples_per_shard)
-        print_sections(forecast(job, assumed or None, tflops).rows())
+        found = forecast(job, assumed or None, tflops)
+        print_sections(found.rows())
+        for text in advice(parsed, found.plan.samples):
+            print(f"betakd: note: {text}", file=sys.stderr)
         if address:
             print_sections(feasibility(job.spec))
 

@@ -16,6 +16,8 @@ from betakd_ray.errors import ClusterError
 
 OURS = re.compile(r"\bbetakd\b|\bjobs/(distill|sft|sweep|evaluate|pack)\.py\b")
 """Pattern of the entry points of this package."""
+_LINES = (r": step \d+/\d+ ", r": checkpoint at step \d+")
+"""Patterns of the lines that `betakd_ray.train.view` prints."""
 
 
 class Submissions:
@@ -53,6 +55,13 @@ class Submissions:
             with asyncio.Runner() as runner:
                 while (text := runner.run(_next(lines))) is not None:
                     yield text
+
+
+def newest_lines(log: str) -> list[str]:
+    """Return the last line of a job's log about its steps, and the last about a checkpoint."""
+    lines = log.splitlines()
+    found = (next((line for line in reversed(lines) if re.search(kind, line)), None) for kind in _LINES)
+    return [line for line in found if line is not None]
 
 
 async def _next(lines: Any) -> str | None:

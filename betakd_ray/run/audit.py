@@ -7,7 +7,7 @@ open samples are the tail.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from os.path import commonprefix
 from typing import Any
@@ -19,7 +19,7 @@ from betakd_ray.data.files import store_errors
 from betakd_ray.data.ledger import Ledger
 from betakd_ray.data.plan import Plan, Quarantined, ids_of
 from betakd_ray.run.checkpoint import CheckpointStore
-from betakd_ray.run.claim import PLAN_ORIGIN, differing_sections
+from betakd_ray.run.claim import PLAN_ORIGIN, changes
 from betakd_ray.run.files import ANOTHER_NAME, SPEC_FILE, as_written, stored, stored_spec
 from betakd_ray.run.folder import CHECKPOINTS, METRICS, MODEL, MODEL_RECORD, PLAN, QUARANTINE, RESULT, SPEC, TAIL
 from betakd_ray.run.manifest import Manifest
@@ -294,9 +294,12 @@ def _committed(store: CheckpointStore, spec: JobSpec, plan: Plan, *, verify: boo
 
 def _of_another_job(store: CheckpointStore, last: Manifest, spec: JobSpec, plan: Plan) -> Iterator[str]:
     """Yield a problem if a checkpoint was made for another spec or plan than those in the run's folder."""
-    if SPEC in last.files and (differing := differing_sections(store.parsed(last, SPEC_FILE), spec)):
-        yield f"{SPEC}: is of another job than {last.name}: its {', '.join(differing)} differ"
-    if (noted := last.origins.get(PLAN_ORIGIN)) and noted != plan_digest(plan):
+    there = store.parsed(last, SPEC_FILE) if SPEC in last.files else spec
+    if differing := [str(each) for each in changes(there, spec) if not each.is_growth]:
+        yield f"{SPEC}: is of another job than {last.name}: {_few(differing)}"
+    # A job that became longer has more epochs than its older checkpoints.
+    planned = replace(plan, epochs=min(plan.epochs, there.training.epochs))
+    if (noted := last.origins.get(PLAN_ORIGIN)) and noted != plan_digest(planned):
         yield f"{PLAN}: is another than the one that {last.name} was made with"
 
 

@@ -5,12 +5,14 @@ plan, the models and the renderings. A resume compares them with what it would g
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from betakd_ray.data.plan import Plan
-from betakd_ray.errors import OutputError
+from betakd_ray.errors import OutputError, shortened
 from betakd_ray.output import output_errors
 from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.files import SPEC_FILE, stored
@@ -55,6 +57,8 @@ teacher answers, its canary differs (`train.teacher_checks`). Both end the resum
 UPLOADED = "/working_dir_files/"
 """Part of the path of the folder in which a submitted job runs."""
 
+NAMED = 10
+"""Largest number of changed fields that a message names."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -108,7 +112,9 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def require_same_origins(store: CheckpointStore, run: str, spec: JobSpec, origins: Mapping[str, str]) -> None:
+def require_same_origins(
+    store: CheckpointStore, run: str, spec: JobSpec, origins: Mapping[str, str], plan: Plan
+) -> None:
     """Raise OutputError if the newest checkpoint belongs to another job, or was made from other data or models.
 
     What this version notes and the checkpoint's did not, is not compared.
@@ -119,6 +125,8 @@ def require_same_origins(store: CheckpointStore, run: str, spec: JobSpec, origin
     last, there = found
     if there:
         _require_same_job(run, there, spec)
+        # It may have had fewer epochs: the plan that it was made with is the first part of this one.
+        origins = {**origins, PLAN_ORIGIN: plan_digest(replace(plan, epochs=there.training.epochs))}
     differing = [name for name in last.origins.keys() & origins.keys() if last.origins[name] != origins[name]]
     updated = sorted(name for name in differing if name.startswith(VERSION))
     if changed := sorted(set(differing) - set(updated)):
@@ -135,19 +143,51 @@ def _require_same_job(run: str, there: JobSpec, asked: JobSpec) -> None:
 
     Fields that change the stream or the model must be equal. The other fields may differ between runs.
     """
-    if differing := differing_sections(there, asked):
+    refused = [str(each) for each in changes(there, asked) if not each.is_growth]
+    if refused:
+        more = f"; and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
         raise OutputError(
-            f"output.path: {run} holds another job of this name (its {', '.join(differing)} differ). Choose another "
-            "`name`, another output.path, or remove the folder."
+            f"output.path: {run} holds another job of this name: {'; '.join(refused[:NAMED])}{more}. Restore these "
+            "fields, choose another `name`, another output.path, or remove the folder. training.max_steps and "
+            "training.epochs may grow."
         )
 
 
-def differing_sections(there: JobSpec, asked: JobSpec) -> list[str]:
-    """Return the sections in which two specs differ by more than a run may change."""
+@dataclass(frozen=True)
+class Change:
+    """A field that differs between the spec with which a run was begun and the one that is to go on with it."""
+
+    field: str
+    before: Any
+    now: Any
+
+    @property
+    def is_growth(self) -> bool:
+        """Return whether the job only becomes longer."""
+        if self.field == "training.max_steps":
+            return self.now is None or (self.before is not None and self.now > self.before)
+        return self.field == "training.epochs" and self.now > self.before
+
+    def __str__(self) -> str:
+        return f"{self.field} was {shortened(self.before)} and is {shortened(self.now)}"
+
+
+def changes(there: JobSpec, asked: JobSpec) -> list[Change]:
+    """Return the fields in which two specs differ, without those that a run may change."""
     free = {"cluster", "tracking", "output"}
     before, now = (each.model_dump(mode="json", exclude=free) for each in (there, asked))
     for tree in (before, now):
         for section, fields in FREE_TO_CHANGE.items():
             for field in fields if tree[section] else ():
                 tree[section].pop(field)
-    return [section for section in now if before[section] != now[section]]
+    return list(_changes(before, now, ""))
+
+
+def _changes(before: Any, now: Any, field: str) -> Iterator[Change]:
+    if before == now:
+        return
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        yield Change(field, before, now)
+        return
+    for name in [*before, *(name for name in now if name not in before)]:
+        yield from _changes(before.get(name), now.get(name), f"{field}.{name}" if field else name)

@@ -9,6 +9,7 @@ these steps are done again. Read metrics only through `read_metrics` or `stream_
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -78,6 +79,21 @@ def read_metrics(run: str, storage: StorageSpec | None = None) -> list[MetricsRe
     Raises OSError if the store fails, and OutputError if a file is damaged.
     """
     return list(stream_metrics(*open_store(run, storage)))
+
+
+def newest_records(filesystem: AbstractFileSystem, root: str, count: int) -> list[MetricsRecord]:
+    """Return the last `count` records of a run that count, in order. Of a run that goes on only a few files are read."""
+    if filesystem.exists(join(root, METRICS)):
+        return list(deque(stream_metrics(filesystem, root), maxlen=count))
+    parts = parts_of(filesystem, root)
+    limits = _limits(filesystem, parts)
+    found: list[MetricsRecord] = []
+    for part in reversed([part for part in parts if part in limits]):
+        records = _read_part(filesystem, part)
+        found = [each for each in records if RESUMED not in each and each["step"] <= limits[part]] + found
+        if len(found) >= count:
+            break
+    return found[-count:]
 
 
 def stream_metrics(filesystem: AbstractFileSystem, root: str) -> Iterator[MetricsRecord]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,12 +21,15 @@ from betakd_ray.storage import join
 
 
 def write_plan(run: str, storage: StorageSpec, plan: Plan) -> None:
-    """Write plan.json at the first start of a run. Raises OutputError if a later start has another plan."""
+    """Write plan.json at the first start of a run. Raises OutputError if a later start has another plan.
+
+    A plan with more epochs is no other one; `run.extension` writes it.
+    """
     url = join(run, PLAN)
     before = stored(run, storage, PLAN_FILE)
     if before is None:
-        write_text(url, storage, _plan_to_json(plan))
-    elif before != plan:
+        write_text(url, storage, plan_to_json(plan))
+    elif replace(before, epochs=max(before.epochs, plan.epochs)) != plan:
         raise OutputError(
             f"{url}: the data changed during the run: {_first_difference(before, plan)}. So it is not known which "
             "samples are done. Restore the shards as they were, or start a new run under another `name`."
@@ -99,7 +102,7 @@ def _first_difference(before: Plan, now: Plan) -> str:
     return ", ".join(f"{name} was {getattr(before, name)} and is {getattr(now, name)}" for name in changed)
 
 
-def _plan_to_json(plan: Plan) -> str:
+def plan_to_json(plan: Plan) -> str:
     """Return the plan as JSON: {"shards": one per pass, "epochs", "seed", "shuffle", "parts": list of [pass, samples]}.
 
     "parts" has the passes that read only a part of their shard.
