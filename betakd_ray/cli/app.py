@@ -30,10 +30,11 @@ Overrides = Annotated[list[str], typer.Option("--set", help="change a field: sec
 Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint, for stores other than AWS")]
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         print(f"betakd {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -108,7 +108,8 @@ def _print_lines(run: str, storage: StorageSpec, *, follow: bool) -> None:
     step, goes_on = -1, True
     while goes_on:
         goes_on = follow and status_of(run, storage).state.startswith("running")
-        for step, line in lines_of(run, storage, after=step):  # noqa: B020 (the next look begins after the last line)
+        for number, line in lines_of(run, storage, after=step):
             print(line, flush=True)
+            step = number
         if goes_on:
             time.sleep(FOLLOW_S)

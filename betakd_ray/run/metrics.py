@@ -82,7 +82,7 @@ def read_metrics(run: str, storage: StorageSpec | None = None) -> list[MetricsRe
 
 
 def newest_records(filesystem: AbstractFileSystem, root: str, count: int) -> list[MetricsRecord]:
-    """Return the last `count` records of a run that count, in order. Of a run that goes on only a few files are read."""
+    """Return the last `count` records of a run that count, in order. While a run goes on, only a few files are read."""
     if filesystem.exists(join(root, METRICS)):
         return list(deque(stream_metrics(filesystem, root), maxlen=count))
     parts = parts_of(filesystem, root)

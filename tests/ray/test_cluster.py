@@ -249,3 +249,19 @@ def test_a_job_submitted_without_the_token_is_refused(site: Site, tmp_path: Path
     assert job.returncode != 0
     assert re.search(r"auth|token|401|403", said, re.IGNORECASE), said
     assert not (site.folder / "runs" / "stranger").exists()
+
+
+@pytest.mark.timeout(600)
+def test_the_submit_line_of_the_readme_works_from_any_folder_and_with_a_token(site: Site, tmp_path: Path) -> None:
+    found = re.search(r"<!-- test: submit -->\n```\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert found
+    token = tmp_path / "auth_token"
+    token.write_text(os.environ["RAY_AUTH_TOKEN"])
+    line = found[1].replace("http://HEAD:8265", site.dashboard).replace("~/.ray/auth_token", str(token))
+    line = line.replace("s3://BUCKET/job.yaml", str(site.spec("anywhere")))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    done = subprocess.run(
+        ["bash", "-ec", line], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert audit(str(site.folder / "runs" / "anywhere"), StorageSpec()).problems == []

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,13 @@ from betakd_ray.job import BetaKDJob
 from betakd_ray.models import identity
 from betakd_ray.models.identity import model_digest
 from betakd_ray.run import claim
+from betakd_ray.run.audit import audit
 from betakd_ray.run.checkpoint import CheckpointStore
-from betakd_ray.run.folder import MANIFEST, PLAN, SPEC
+from betakd_ray.run.claim import changes
+from betakd_ray.run.extension import extend, is_extended
+from betakd_ray.run.folder import MANIFEST, PLAN, RESULT, SPEC
+from betakd_ray.run.lease import Permit
+from betakd_ray.run.result import JobResult as RunResult
 from betakd_ray.spec import ModelSpec, StorageSpec, parse_spec
 from tests.tiny import job_tree, numbered_samples, save_tiny
 
@@ -148,6 +154,59 @@ def test_two_jobs_that_claim_a_folder_together_are_not_mixed(home: Path, monkeyp
     with pytest.raises(OutputError, match="holds another job"):
         job(home).check()
     assert json.loads((Path(other.run) / SPEC).read_text())["optimizer"]["lr"] == 0.5
+
+
+# ------------------------------------------------------------------------------------------- a job that grows
+
+
+BATCHES = {"global_batch_size": 4, "micro_batch_size": 4}
+
+
+def test_a_run_may_get_more_epochs_and_then_has_them_also_if_it_was_finished(home: Path, run: Path) -> None:
+    result = RunResult("job", str(run), "model", {"loss": 1.0}, 3, 12, 12, 0, 0, 0)
+    (run / RESULT).write_text(json.dumps(asdict(result)))
+    longer = job(home, training={**BATCHES, "epochs": 3})
+    plan, _ = longer.check()
+    assert plan.samples == 36
+    assert is_extended(longer.run, longer.spec)
+    assert longer._finished() is None
+    assert job(home)._finished() is not None  # nothing has changed until the run is this driver's
+    extend(longer.run, longer.spec, plan, Permit(longer.run, StorageSpec()))
+    assert not (run / RESULT).exists()
+    assert not is_extended(longer.run, longer.spec)
+    longer.check()
+    assert audit(longer.run, StorageSpec()).problems == ["step-00000001-a: 4 samples were in two steps: 1 steps of 4 "
+                                                         "took 4; 0 are consumed and 0 dropped"]  # fmt: skip
+    with pytest.raises(OutputError, match=r"training\.epochs was 3 and is 1"):
+        job(home).check()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "may"),
+    [(2, 3, True), (2, None, True), (3, 2, False), (None, 2, False)],
+)
+def test_max_steps_may_grow_and_not_shrink(home: Path, before: int | None, now: int | None, may: bool) -> None:
+    begun = job(home, training={**BATCHES, "max_steps": before})
+    begun.check()
+    then = job(home, training={**BATCHES, "max_steps": now})
+    if may:
+        then.check()
+        assert is_extended(then.run, then.spec)
+    else:
+        with pytest.raises(OutputError, match=rf"training\.max_steps was {before} and is {now}"):
+            then.check()
+
+
+def test_a_job_that_grows_and_changes_is_refused_by_what_changed(home: Path, run: Path) -> None:
+    with pytest.raises(OutputError, match=r"this name: training\.seed was 0 and is 5\. Restore"):
+        job(home, training={**BATCHES, "epochs": 3, "seed": 5}).check()
+
+
+def test_a_section_that_came_or_went_is_named_as_a_whole(home: Path) -> None:
+    before, now = job(home).spec, job(home, teacher=None, objective={"weighting": "equal"}).spec
+    named = [change.field for change in changes(before, now)]
+    assert "teacher" in named
+    assert not any(name.startswith("teacher.") for name in named)
 
 
 # ------------------------------------------------------------------------------------------- digests of models

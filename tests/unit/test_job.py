@@ -25,6 +25,7 @@ from betakd_ray.job import BetaKDJob, JobResult
 from betakd_ray.on_ray.monitor import Monitor
 from betakd_ray.on_ray.source import _done, _patience
 from betakd_ray.run.checkpoint import CheckpointStore
+from betakd_ray.sigterm import SIGNALS
 from betakd_ray.spec import JobSpec, parse_spec
 from betakd_ray.train import worker
 from tests.actors import Local
@@ -257,21 +258,22 @@ def test_a_job_that_loses_its_pool_or_monitor_begins_again(attempts: Any, caplog
     assert caplog.text.count("job: restarts from its last checkpoint") == 2
 
 
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_job_that_is_to_end_while_its_teachers_load_asks_to_be_resumed(
-    attempts: Any, monkeypatch: pytest.MonkeyPatch
+    attempts: Any, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     job, _ = attempts(deaths=0)
 
     def load(*_: Any) -> JobResult:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         job._stop.pause(20.0)  # as every wait for teachers does
         return DONE
 
     monkeypatch.setattr(job, "_run", load)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(errors.Interrupted, match="lost nothing"):
+    before = signal.getsignal(number)
+    with pytest.raises(errors.Interrupted, match="lost nothing: no step was done"):
         job.fit()
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
 
 
 def test_a_job_that_loses_them_again_and_again_says_so(attempts: Any) -> None:

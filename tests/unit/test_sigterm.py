@@ -1,4 +1,4 @@
-"""A SIGTERM at any time while a driver runs."""
+"""A SIGTERM or Ctrl-C at any time while a driver runs."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import ray
 
 from betakd_ray.errors import Interrupted, RunTaken
 from betakd_ray.on_ray.cluster import connected
-from betakd_ray.sigterm import StopRequest, kept_sigterm, on_sigterm
+from betakd_ray.sigterm import ENDED_AT_ONCE, SIGNALS, StopRequest, kept_sigterm, on_sigterm
 
 ENTRY_POINT = """
 import atexit, sys, time
@@ -45,21 +46,56 @@ def heard() -> Iterator[list[str]]:
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(("where", "code"), [("at_work", os.EX_TEMPFAIL), ("done", 0)])
-def test_a_driver_says_whether_it_is_to_be_run_again(where: str, code: int) -> None:
+def test_a_driver_says_whether_it_is_to_be_run_again(where: str, code: int, number: signal.Signals) -> None:
     """The same holds while no job handles signals: while its modules load, and while the interpreter ends."""
     command = [sys.executable, "-c", ENTRY_POINT, where, "--spec", "job.yaml"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as driver:
         assert driver.stdout
         assert driver.stdout.readline() == "here\n"
-        driver.terminate()
-        if not code:  # it is deaf, and would sleep on
+        driver.send_signal(number)
+        if not code and number == signal.SIGTERM:  # it is deaf, and would sleep on
             with pytest.raises(subprocess.TimeoutExpired):
                 driver.wait(timeout=1)
             driver.send_signal(signal.SIGINT)
         _, said = driver.communicate(timeout=60)
     assert driver.returncode == code
     assert ("Run it again" in said) == bool(code)
+
+
+TWICE = """
+import os, signal, sys, time
+from betakd_ray.sigterm import answering_sigterm, on_sigterm
+
+with answering_sigterm(), on_sigterm(lambda: print("saving", flush=True)):
+    print("here", flush=True)
+    while True:
+        time.sleep(1)
+"""
+
+
+def test_a_second_ctrl_c_ends_a_job_at_once() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", TWICE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as driver:
+        assert driver.stdout
+        for expected in ("here\n", "saving\n"):
+            assert driver.stdout.readline() == expected
+            driver.send_signal(signal.SIGINT)
+        _, said = driver.communicate(timeout=60)
+    assert driver.returncode == ENDED_AT_ONCE
+    assert said.startswith("betakd: ended at once.")
+
+
+def test_ctrl_c_in_a_program_of_one_s_own_saves_first_and_the_second_is_python_s() -> None:
+    stop = StopRequest("stopped")
+    with on_sigterm(stop.make):
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_made
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_second_one_does_what_the_first_would_have_done_without_us(heard: list[str]) -> None:
@@ -152,11 +188,11 @@ def test_a_handler_only_sets_a_flag_and_every_wait_finds_it() -> None:
     }
     request.pause(0.0)
     request.wait_until(lambda timeout_s: True)
-    for wait in waits.values():
+    for number, wait in product(SIGNALS, waits.values()):
         request.withdraw()
         request.check()
         with on_sigterm(request.make):
-            timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
             timer.start()
             timer.join()
             with pytest.raises(Interrupted, match="stopped"):

@@ -3,7 +3,6 @@
 import errno
 import math
 import os
-import signal
 import threading
 import time
 from contextlib import nullcontext
@@ -22,6 +21,7 @@ from betakd_ray.errors import DataError, Interrupted, OutputError, SpecError, Tr
 from betakd_ray.evaluation.result import RESULT, Result, Subject
 from betakd_ray.job import JobResult
 from betakd_ray.run.metrics import from_jsonl
+from betakd_ray.sigterm import SIGNALS
 from betakd_ray.spec import SweepSpec, load_spec
 from betakd_ray.spec.grid import short_name
 from betakd_ray.sweep import ROWS, Sweep
@@ -344,9 +344,10 @@ def test_what_the_user_must_mend_ends_the_sweep_and_the_cell_beside_it_saves(swe
     assert sorted(begun) == ["fkl_seed0", "rkl_seed0"]
 
 
-def test_a_sigterm_has_the_cells_that_run_save_and_begins_no_others(sweep):
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_has_the_cells_that_run_save_and_begins_no_others(sweep, number):
     def end(event):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         stopped(event)
 
     made, begun = sweep(fkl_seed0=stopped, rkl_seed0=end)

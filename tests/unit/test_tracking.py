@@ -15,7 +15,7 @@ from betakd_ray import tracking
 from betakd_ray.run import metrics as stored
 from betakd_ray.run.folder import METRICS
 from betakd_ray.run.folder import METRICS_PARTS as PARTS
-from betakd_ray.run.metrics import MetricsRecord, from_jsonl, read_metrics
+from betakd_ray.run.metrics import from_jsonl, read_metrics
 from betakd_ray.spec import JobSpec, parse_spec
 from betakd_ray.tracking import MetricsWriter
 from betakd_ray.train import loop
@@ -277,44 +277,6 @@ def test_logging_waits_for_nothing_and_an_error_of_the_store_comes_with_the_next
         metrics.flush()
     with pytest.raises(PermissionError, match="Access Denied"):
         log(metrics, 1000)
-
-
-class Broken:
-    """A tracker whose server fails after one record."""
-
-    def __init__(self, spec: JobSpec, run: str) -> None:
-        self.seen: list[MetricsRecord] = []
-        self.thread = threading.current_thread()
-
-    def log(self, record: MetricsRecord) -> None:
-        assert threading.current_thread() is self.thread
-        self.seen.append(record)
-        if len(self.seen) > 1:
-            raise ConnectionError("no route to host")
-
-    def close(self) -> None:
-        raise AssertionError("it was ended")
-
-
-def test_a_tracker_that_is_away_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(tracking.TRACKERS, "tensorboard", Broken)
-    metrics = MetricsWriter(spec(tmp_path, "tensorboard"), str(tmp_path / "run"))
-    metrics.restore(None)
-    log(metrics, 1, 2, 3)
-    metrics.close()
-    assert steps(tmp_path) == [1, 2, 3]
-    assert caplog.text.count("Broken gets no more metrics: ConnectionError: no route to host") == 1
-
-
-def test_a_tracker_that_is_not_installed_is_an_error_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(spec: JobSpec, run: str) -> None:
-        raise ModuleNotFoundError("No module named 'mlflow'")
-
-    monkeypatch.setitem(tracking.TRACKERS, "mlflow", missing)
-    with pytest.raises(ModuleNotFoundError, match="mlflow"):
-        MetricsWriter(spec(tmp_path, "mlflow"), str(tmp_path / "run"))
 
 
 def test_the_list_of_skipped_steps_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
