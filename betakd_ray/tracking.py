@@ -16,6 +16,7 @@ from betakd_ray.run.metrics import RESUMED, MetricsRecord, Part, parts_of, strea
 from betakd_ray.run.records import LOGGED_FILE, Logged
 from betakd_ray.spec import JobSpec
 from betakd_ray.storage import join, make_folder, open_store, put_file, replace_file
+from betakd_ray.trackers.services import Prometheus
 from betakd_ray.trackers.thread import started_trackers
 
 FLUSH_S, MOST_S = 10.0, 300.0
@@ -52,7 +53,9 @@ class MetricsWriter:
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
+        self._warn = warn
         self._trackers = started_trackers(spec, run, warn)
+        self._prometheus: Prometheus | None = Prometheus(spec)
 
     def log(self, record: MetricsRecord) -> None:
         """Queue the numbers of a step and return at once."""
@@ -61,7 +64,7 @@ class MetricsWriter:
         self._count += 1
         self._work.put(partial(self._add, record))
         for tracker in self._trackers:
-            tracker.log(record)
+            tracker.log(record)  # each has a queue of its own
 
     def flush(self) -> None:
         """Block until everything logged so far is stored."""
@@ -142,6 +145,12 @@ class MetricsWriter:
         self._lines.append(record)
         if len(self._lines) >= MAX_PART_RECORDS:
             self._write_part()
+        if self._prometheus:
+            try:
+                self._prometheus.log(record)
+            except Exception as error:  # no run stops because of a dashboard
+                self._prometheus = None
+                self._warn(f"Prometheus gets no more metrics: {type(error).__name__}: {error}")
 
     def _write_part(self) -> None:
         # Set first: if the store fails, the next attempt comes after a whole pause, and not at once.

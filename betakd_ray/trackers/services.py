@@ -188,9 +188,6 @@ class Prometheus:
         named = {f"betakd_{SHOWN_AS.get(name, name)}": value for name, value in numbers.items()}
         self._gauges.set({name: value for name, value in named.items() if name.partition("/")[0] in NAMES})
 
-    def close(self) -> None:
-        """Do nothing: gauges end with their process."""
-
 
 SHOWN_AS = {
     "data_wait": "data_wait_ratio",

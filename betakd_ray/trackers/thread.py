@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
@@ -15,7 +16,7 @@ from betakd_ray.run.folder import TRACKER_FOLDERS
 from betakd_ray.run.metrics import MetricsRecord
 from betakd_ray.spec import JobSpec
 from betakd_ray.storage import join, make_folder, open_store, put_file
-from betakd_ray.trackers.services import TRACKERS, Prometheus, Tracker
+from betakd_ray.trackers.services import TRACKERS, Tracker
 
 RETRY_S = 30.0
 """Seconds between two attempts to reach a tracker that has failed."""
@@ -86,12 +87,7 @@ class TrackerThread:
 
 def started_trackers(spec: JobSpec, run: str, warn: Callable[[str], None]) -> list[TrackerThread]:
     """Start the trackers of a job, each on its thread."""
-    threads = [TrackerThread("prometheus", lambda: Prometheus(spec), warn)]
-    return threads + [TrackerThread(name, _maker(name, spec, run), warn) for name in spec.tracking.trackers]
-
-
-def _maker(name: str, spec: JobSpec, run: str) -> Callable[[], Tracker]:
-    return lambda: InRunFolder(name, spec, run)
+    return [TrackerThread(name, partial(InRunFolder, name, spec, run), warn) for name in spec.tracking.trackers]
 
 
 class InRunFolder:

@@ -70,6 +70,7 @@ def spec(checkpoint_every: int, ranks: int) -> JobSpec:
                 "max_failures": 9,
             },
             "output": {"path": "simulated://runs", "if_running": "wait"},
+            "tracking": {"progress": False},
         }
     )
 
@@ -167,6 +168,7 @@ class Metrics:
 
     def restore(self, reference: str | None) -> None: ...
     def flush(self) -> None: ...
+    def end_trackers(self) -> None: ...
     def close(self) -> None: ...
 
 

@@ -146,7 +146,7 @@ class Schedule:
 
     # ------------------------------------------------------------------------------------------ the workers
 
-    def train(self, config: Any, reader: Any, stop: Any) -> dict[str, Any]:
+    def train(self, config: Any, reader: Any, stop: Any, update: Any) -> dict[str, Any]:
         """Do what Ray Train does for `train_students`: start the ranks, and start them again when one has died."""
         while True:
             try:
