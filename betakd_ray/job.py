@@ -145,18 +145,26 @@ class BetaKDJob:
 
         `teacher.check: off` counts as the default here. Raises UserError and TeacherError if they cannot be asked.
         """
+        shown = self.spec.tracking.progress
+        with progress_line(self.spec.name, None, "checking the data and the models", is_shown=shown) as self._update:
+            self.renderers()
+            plan = self.plan(find_passes(self.spec.data))
+            with on_sigterm(self.stop), connected(self.spec):
+                return self._findings(plan)
+
+    def _findings(self, plan: Plan) -> list[Finding]:
         spec, findings = self.spec, list[Finding]()
-        self.renderers()
-        plan = self.plan(find_passes(spec.data))
-        with on_sigterm(self.stop), connected(spec):
-            if spec.teacher is not None:
-                with Teachers() as teachers, ExitStack() as actors:
-                    pool, *_ = self._start_teachers(teachers, actors, one=True)
-                    assert pool is not None
-                    settings = settings_of(spec) or CheckSpec()
-                    findings += ask_teacher(spec, settings, plan, pool, self._stop).findings
-            # After the teacher has ended, because both may need the same GPU.
-            return [*findings, *ask_student(spec, self._stop)]
+        if spec.teacher is not None:
+            self._update(numbers="loading the teacher")
+            with Teachers() as teachers, ExitStack() as actors:
+                pool, *_ = self._start_teachers(teachers, actors, one=True)
+                assert pool is not None
+                self._update(numbers="checking the teacher's signal")
+                settings = settings_of(spec) or CheckSpec()
+                findings += ask_teacher(spec, settings, plan, pool, self._stop).findings
+        # After the teacher has ended, because both may need the same GPU.
+        self._update(numbers="checking the student's weights")
+        return [*findings, *ask_student(spec, self._stop)]
 
     # --------------------------------------------------------------------------------------------- checks
 

@@ -151,7 +151,7 @@ def progress_line(
 def has_display() -> bool:
     """Return whether standard error is a terminal or a notebook, where a line can be drawn again."""
     console = _console()
-    return console.is_terminal or console.is_jupyter
+    return console.is_jupyter or (console.is_terminal and not console.is_dumb_terminal)
 
 
 def _update(progress: Progress, task: TaskID, **changes: Any) -> None:

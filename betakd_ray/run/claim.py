@@ -57,7 +57,7 @@ teacher answers, its canary differs (`train.teacher_checks`). Both end the resum
 UPLOADED = "/working_dir_files/"
 """Part of the path of the folder in which a submitted job runs."""
 
-NAMED = 10
+NAMED = 6
 """Largest number of changed fields that a message names."""
 _LOG = logging.getLogger(__name__)
 

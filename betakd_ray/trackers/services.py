@@ -33,18 +33,22 @@ class TensorBoard:
     def __init__(self, spec: JobSpec, run: str, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), flush_secs=10)
+        # Made at the first step: what an earlier start has logged of this step and later ones, is done again.
+        self._made: Any = None
+        self._make = lambda step: SummaryWriter(str(folder), purge_step=step, flush_secs=10)
 
     @staticmethod
     def server() -> str:
         return ""
 
     def log(self, record: MetricsRecord) -> None:
+        self._made = self._made or self._make(record["step"])
         for name, value in numbers_of(record).items():
-            self._writer.add_scalar(name, value, record["step"])
+            self._made.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
-        self._writer.close()
+        if self._made:
+            self._made.close()
 
 
 class MLflow:

@@ -61,6 +61,8 @@ class TrackerThread:
             self._news.wait()
             self._news.clear()
             is_last = self._is_ending.is_set()
+            if is_last and not tracker and not self._waiting:
+                return  # nothing was ever logged: there is no run to be made for it
             try:
                 tracker = tracker or self._make()
                 while self._waiting:
