@@ -28,7 +28,10 @@ def run_pack(spec: str, overrides: list[str]) -> None:
 
 
 @app.command()
-def index(shards: list[str], endpoint_url: Endpoint = None) -> None:
+def index(
+    shards: Annotated[list[str], typer.Argument(help="paths or URLs of shards, with * and {0..9}")],
+    endpoint_url: Endpoint = None,
+) -> None:
     """Write the manifest of shards that have none."""
     with exit_codes():
         storage = storage_of(endpoint_url)
@@ -41,10 +44,10 @@ def index(shards: list[str], endpoint_url: Endpoint = None) -> None:
 
 @app.command()
 def inspect(
-    shard: str,
+    shard: Annotated[str, typer.Argument(help="path or URL of a shard")],
     model: Annotated[str | None, typer.Option(help="model whose processor renders the prompts")] = None,
-    template: str = "vicuna_v1",
-    limit: int = 3,
+    template: Annotated[str, typer.Option(help="chat template of the prompts")] = "vicuna_v1",
+    limit: Annotated[int, typer.Option(help="number of samples that are shown")] = 3,
     endpoint_url: Endpoint = None,
 ) -> None:
     """Show a shard's samples: keys, sizes and, with --model, the rendered prompt with its answer tokens marked."""

@@ -130,6 +130,7 @@ def test_validate_looks_at_each_cell_of_a_sweep(files: dict[str, Path]) -> None:
     files["job"].write_text(JOB.replace("[fkl]", "[fkll]"))
     text = said("validate", files["sweep"])
     assert f"cell equal_seed0: {files['job']}:10: objective.energies.0: there is no kind 'fkll'" in text
+    files["job"].write_text(JOB)
     text = said("validate", files["sweep"], "--set", "axes={training.workers: [1, 0]}")
     assert "training.workers = 0: training.workers: must be greater than or equal to 1" in text
 
@@ -182,7 +183,7 @@ def test_each_fault_is_a_line_with_its_place_in_the_order_of_the_file(files: dic
         ("objective: {energies: [js: 1]}", "kind is missing; the kinds are fkl, "),
     ],
 )
-def test_no_fault_is_in_pydantic_s_words(line: str, expected: str, files: dict[str, Path]) -> None:
+def test_no_fault_is_in_a_library_s_words(line: str, expected: str, files: dict[str, Path]) -> None:
     field = line.partition(":")[0]
     rest = yaml.safe_load(JOB)
     rest.pop(field, None)
