@@ -146,7 +146,8 @@ def _said(kind: type[Spec], tree: Any, path: Path, issue: Any) -> str:
     if name == "value_error":
         return issue["msg"].removeprefix("Value error, ")
     if name in _LIMITS:
-        return f"must be {_LIMITS[name].format(**context)}, got {shortened(seen)}"
+        limits = {key: f"{value:g}" if isinstance(value, float) else value for key, value in context.items()}
+        return f"must be {_LIMITS[name].format(**limits)}, got {shortened(seen)}"
     if name in ("too_short", "string_too_short"):
         return f"has {context.get('actual_length', 0)} entries, but needs at least {context['min_length']}"
     if name in ("too_long", "string_too_long"):

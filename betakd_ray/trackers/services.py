@@ -44,7 +44,7 @@ class TensorBoard:
     def log(self, record: MetricsRecord) -> None:
         self._made = self._made or self._make(record["step"])
         for name, value in numbers_of(record).items():
-            self._made.add_scalar(name, value, record["step"])
+            self._made.add_scalar(name, value, record["step"], walltime=record.get("time"))
 
     def close(self) -> None:
         if self._made:
@@ -162,6 +162,8 @@ class Trackio:
             config=spec.model_dump(mode="json"),
             resume="allow",
             embed=False,
+            auto_log_cpu=False,
+            auto_log_gpu=False,
             **({"server_url": address} if is_there else {}),
             **({"space_id": space} if (space := os.environ.get("TRACKIO_SPACE_ID")) else {}),
         )
@@ -233,5 +235,9 @@ def run_id(run: str) -> str:
 
 
 def numbers_of(record: MetricsRecord) -> dict[str, float]:
-    """Return the numbers of a record, without its step."""
-    return {name: float(value) for name, value in record.items() if name != "step" and isinstance(value, (int, float))}
+    """Return the numbers of a record, without its step and time, which trackers have places of their own for."""
+    return {
+        name: float(value)
+        for name, value in record.items()
+        if name not in ("step", "time") and isinstance(value, (int, float))
+    }

@@ -322,8 +322,8 @@ def test_mlflow_has_one_run_however_often_the_job_begins(tmp_path: Path, calls: 
     assert ("create_run", ("n", {"betakd.run": run_id(str(tmp_path / "run")), "group": "g"})) in calls
     assert ("create_experiment", ("p",)) in calls
     assert calls[0] == ("mlflow", (tmp_path / "run" / "mlflow").as_uri())  # no server is named
-    assert ("log_batch", ("r1", [("loss", 0.5, 5000, 1), ("beta/fkl", 1.5, 5000, 1), ("time", 5.0, 5000, 1)])) in [
-        (name, (given[0], sorted(given[1], key=lambda metric: ("loss", "beta/fkl", "time").index(metric[0]))))
+    assert ("log_batch", ("r1", [("loss", 0.5, 5000, 1), ("beta/fkl", 1.5, 5000, 1)])) in [
+        (name, (given[0], sorted(given[1], key=lambda metric: ("loss", "beta/fkl").index(metric[0]))))
         for name, given in calls
         if name == "log_batch"
     ]
@@ -341,7 +341,7 @@ def test_a_run_has_its_project_group_and_name_and_its_files_in_the_run_s_folder(
     assert NAMED.items() <= begun.items()
     assert begun["resume"] == "allow"
     json.dumps(begun["config"])
-    assert calls[1] == ("log", ({"loss": 0.5, "beta/fkl": 1.5, "time": 5.0}, 1))
+    assert calls[1] == ("log", ({"loss": 0.5, "beta/fkl": 1.5}, 1))
     assert calls[-1][0] == "finish"
     folder = str(tmp_path / "run" / name)
     if name == "wandb":
