@@ -25,7 +25,7 @@ from betakd_ray.data.mixture import find_passes
 from betakd_ray.data.plan import Pass, Plan
 from betakd_ray.data.reader import Reader
 from betakd_ray.data.render import Renderer
-from betakd_ray.errors import DataError, Interrupted, TrainingError
+from betakd_ray.errors import ClusterError, DataError, Interrupted, TrainingError
 from betakd_ray.leftovers import remove_unfinished
 from betakd_ray.models.compatibility import check_feature_layer, check_features, check_vocabularies
 from betakd_ray.models.identity import model_digest, student_digest
@@ -107,6 +107,9 @@ class BetaKDJob:
                     self._update(numbers=f"connecting to {self.spec.cluster.address or 'Ray'}")
                     with connected(self.spec):
                         return self._outliving_processes(views, teachers)
+            except ClusterError:
+                self._stop.check()  # it may be only why Ray did not start
+                raise
             finally:
                 self._stop.withdraw()
 

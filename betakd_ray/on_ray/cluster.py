@@ -15,7 +15,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from betakd_ray.errors import ClusterError
+from betakd_ray.errors import BetaKDError, ClusterError
 from betakd_ray.on_ray.local import closed, driven
 from betakd_ray.sigterm import kept_sigterm
 from betakd_ray.spec import GPUPoolSpec, JobSpec, PoolSpec
@@ -42,7 +42,14 @@ def connected(spec: Any, jobs: int = 1) -> Iterator[None]:
     try:
         with kept_sigterm(), closed() if is_local else nullcontext():
             context: Any = ray.init(**options, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError) as error:
+    except BetaKDError:
+        raise
+    except Exception as error:  # Ray raises a plain Exception if its own processes do not start in time
+        if is_local:
+            raise ClusterError(
+                f"cluster.address: Ray did not start on this machine: {error} The machine may be too busy, or short of "
+                "memory. Run the command again, or name a cluster that runs."
+            ) from error
         raise ClusterError(f"cluster.address: no Ray cluster answers at {address}: {error}") from error
     with driven(Path(context.address_info["session_dir"])) if is_local else nullcontext():
         try:

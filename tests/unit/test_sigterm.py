@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import ray
 
-from betakd_ray.errors import Interrupted, RunTaken
+from betakd_ray.errors import ClusterError, Interrupted, RunTaken
 from betakd_ray.on_ray.cluster import connected
 from betakd_ray.sigterm import ENDED_AT_ONCE, SIGNALS, StopRequest, kept_sigterm, on_sigterm
 
@@ -128,6 +128,19 @@ def test_a_connection_to_ray_leaves_sigterm_to_us(heard: list[str], rays_handler
         signal.raise_signal(signal.SIGTERM)
     signal.raise_signal(signal.SIGTERM)
     assert heard == ["before", "before"]
+
+
+def test_a_ray_that_does_not_start_is_a_user_s_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with (
+        pytest.raises(ClusterError, match="no Ray cluster answers at 127"),
+        connected(SimpleNamespace(cluster=SimpleNamespace(address="127.0.0.1:6379"))),
+    ):
+        pass
 
 
 def test_one_that_comes_while_we_connect_is_ours_too(heard: list[str], rays_handler: SimpleNamespace) -> None:
