@@ -277,7 +277,7 @@ class BetaKDJob:
         self._say_who_waits()
         monitor = self._start_monitor(plan, actors)
         if spec.teacher:
-            self._update(numbers=f"loading the teacher ({spec.cluster.teacher.min} processes at least)")
+            self._update(numbers=f"loading the teacher (processes: {spec.cluster.teacher.min})")
         pool, facts, needs = self._start_teachers(teachers, actors)
         canary = None
         if pool is not None:

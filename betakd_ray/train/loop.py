@@ -103,8 +103,7 @@ class Worker:
         self.saved_step = self.samples = self.dropped = self.skipped = self.skipped_in_a_row = 0
         self.saved_token = config.permit.token  # of the driver that has committed `saved_step`
         self.skips: list[dict[str, Any]] = []
-        self.clock = StepClock(self.learner.device)
-        self.usage = Usage()
+        self.clock, self.usage = StepClock(self.learner.device), Usage()
         self.saved_at, self.save_s = time.monotonic(), 0.0
         self.saver = checkpoint.Saver(
             self.store, self.start.attempt, self.training.keep, self.learner.save_group, self.note_commit

@@ -59,7 +59,7 @@ def run(tmp_path: Path) -> str:
     url = str(tmp_path / "run")
     job = spec(tmp_path)
     claim(url, job)
-    write_plan(url, LOCAL, Plan((Shard("/a.tar", 1000, 9, 7),), 1, 0, False))
+    write_plan(url, LOCAL, Plan((Shard("/a.tar", 1000, 9, "7"),), 1, 0, False))
     metrics = MetricsWriter(job, url)
     metrics.restore(None)
     for step in range(1, 31):
