@@ -281,7 +281,8 @@ class BetaKDJob:
         pool, facts, needs = self._start_teachers(teachers, actors)
         canary = None
         if pool is not None:
-            self._update(numbers="checking the teacher's signal")
+            if settings_of(spec):
+                self._update(numbers="checking the teacher's signal")
             checks = TeacherCheck(spec, plan, self._permit, self.origins, teachers)
             canary = checks.run(pool, monitor, self._stop)
         views = {"student": renderers["student"], "teacher": renderers.get("teacher", renderers["student"])}
