@@ -8,6 +8,7 @@ from betakd_ray.cli.init import init, schema
 from betakd_ray.cli.jobs import run_sweep
 from betakd_ray.cli.models import run_evaluation
 from betakd_ray.cli.runs import audit
+from betakd_ray.cli.score import run_score
 
 __all__ = [
     "Overrides",
@@ -22,6 +23,7 @@ __all__ = [
     "run_evaluation",
     "run_job",
     "run_pack",
+    "run_score",
     "run_sweep",
     "schema",
 ]

@@ -66,8 +66,12 @@ class Verdict:
 class Options:
     """What can be chosen in how a benchmark is asked."""
 
-    ocr: bool = True
-    """Whether TextVQA's questions keep their line of OCR tokens."""
+    ocr: bool | None = None
+    """Whether TextVQA's questions have their line of OCR tokens; None leaves them as they are in the file."""
+
+
+AS_IN_THE_FILE = Options()
+"""Options with which every question is asked as its file has it."""
 
 
 def of_parts(questions: Sequence[Question], verdicts: Sequence[Verdict]) -> dict[str, float]:
@@ -103,14 +107,22 @@ class Benchmark:
     """Return the questions in the order of their file. Raises DataError for a file that is missing or damaged."""
     judge: Callable[[Question, str, str], Verdict]
     """Judge a text by a rule, which is one of `rules`."""
-    key: Callable[[Mapping[str, Any]], str] = by_id
-    """Return the key of the question that a line of an answers file answers. Raises DataError if it cannot tell."""
+    key: Callable[[Mapping[str, Any]], str | None] = by_id
+    """Return the key of the question that a line of an answers file answers; None for a line that is not scored.
+
+    Raises ValueError if the line does not say it.
+    """
     count: Callable[[Sequence[Question], Sequence[Verdict]], dict[str, float]] = of_parts
     """Count what the metrics need, for one unit of questions."""
     metrics: Callable[[Sums], dict[str, Any]] = per_cent_right
     """Compute every metric from the sums of the counts."""
-    describe: Callable[[Sequence[Mapping[str, Any]]], Iterable[str]] = lambda lines: ()
-    """Say of the lines of an answers file what a reader of the scores has to know."""
+    describe: Callable[[Sequence[Mapping[str, Any]], Options], Iterable[str]] = lambda lines, options: ()
+    """Say of the lines of an answers file what a reader of the scores has to know.
+
+    Raises DataError if the options say otherwise.
+    """
+    remarks: Callable[[Sequence[Question]], Iterable[str]] = lambda questions: ()
+    """Say of the questions what a reader of the scores has to know."""
     rules: tuple[str, ...] = ("",)
     """Names of the rules that find the answer in a text; the first is the default."""
     primary: str = "accuracy"
@@ -153,4 +165,3 @@ def first_of(questions: Sequence[Question], limit: int | None) -> list[Question]
         chosen.add(group)
         total += size
     return [question for question in questions if question.group in chosen]
-

@@ -59,10 +59,20 @@ class DataFolder:
 
     def text(self, url: str) -> str:
         """Return the content of a UTF-8 file. Raises DataError if it is in another encoding."""
-        try:
-            return self.read(url).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{url}: is not UTF-8 text ({error}). Get the file again.") from error
+        return decoded(self.read(url), url)
+
+    def texts(self, url: str, ending: str) -> dict[str, str]:
+        """Return the content of each file under a folder whose name has this ending, by its path in the folder."""
+        with store_errors(url, self.storage):
+            filesystem, root = open_store(url, self.storage)
+            paths = [path for path in filesystem.find(root) if path.endswith(ending)]
+            # All at once, because a store takes long to answer each of a thousand requests.
+            contents = filesystem.cat(paths) if paths else {}
+        found = {}
+        for path in paths:
+            name = path[len(root.rstrip("/")) + 1 :]
+            found[name] = decoded(contents[path], join(url, name))
+        return found
 
     def json(self, url: str, kind: type[T]) -> T:
         """Return the content of a JSON file as `kind`. Raises DataError if it is not of that kind."""
@@ -71,6 +81,14 @@ class DataFolder:
     def json_lines(self, url: str, kind: type[T]) -> list[T]:
         """Return the lines of a file of JSON objects as `kind`. Raises DataError that names the line."""
         return [parsed(line.encode(), kind, f"{url}, line {number}") for number, line in lines(self.text(url), url)]
+
+
+def decoded(content: bytes, url: str) -> str:
+    """Return UTF-8 text, without a byte order mark. Raises DataError if it is in another encoding."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{url}: is not UTF-8 text ({error}). Get the file again.") from error
 
 
 def lines(text: str, url: str) -> Iterator[tuple[int, str]]:

@@ -23,12 +23,14 @@ def find_benchmark(name: str) -> Benchmark:
     if is_plugin(name):
         found = load(name, "benchmark")
         if not isinstance(found, Benchmark):
-            raise SpecError(f"benchmark: {name} is a {type(found).__name__}; expected a {Benchmark.__module__}.Benchmark object")
+            raise SpecError(
+                f"benchmark: {name} is a {type(found).__name__}; expected a {Benchmark.__module__}.Benchmark object"
+            )
         return found
     if name not in names():
         hint = did_you_mean(name, names())
         raise SpecError(
-            f"benchmark: there is no {name!r}" + (f"; {hint}" if hint else "") + f" (known: {', '.join(names())}; "
-            "your own: module:name)"
+            f"benchmark: there is no {name!r}" + (hint and f"; {hint}") + f" Known are {', '.join(names())}; your own "
+            "is module:name."
         )
     return import_module(f"{benchmarks.__name__}.{name}").BENCHMARK

@@ -1,0 +1,116 @@
+"""The command that scores answers files: score."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from betakd_ray.cli.app import Endpoint, app, exit_codes
+from betakd_ray.cli.console import print_table
+from betakd_ray.spec import StorageSpec
+from betakd_ray.spec.base import is_plugin
+
+if TYPE_CHECKING:
+    from betakd_ray.evaluation.scoring import Scored
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be scored, and how."""
+
+    benchmarks: tuple[str, ...]
+    answers: tuple[str, ...]
+    """Answers files, or folders of them, one for each model."""
+    data: str
+    storage: StorageSpec = StorageSpec()
+    rule: str | None = None
+    ocr: bool | None = None
+    limit: int | None = None
+    output: str | None = None
+    markdown: bool = False
+
+    def file(self, answers: str, benchmark: str) -> str:
+        """Return the answers file of a model on a benchmark."""
+        if "{benchmark}" in answers:
+            return answers.replace("{benchmark}", benchmark)
+        return answers if len(self.benchmarks) == 1 else f"{answers.rstrip('/')}/{benchmark}.jsonl"
+
+
+@app.command()
+def score(
+    benchmark: Annotated[
+        str, typer.Argument(help="scienceqa, textvqa, gqa, pope, mme, mmbench, chartqa, seed or module:name; or a list")
+    ],
+    answers: Annotated[
+        list[str],
+        typer.Option(help="answers file, or for several benchmarks a folder with BENCHMARK.jsonl; one for each model"),
+    ],
+    data: Annotated[str, typer.Option(help="folder with the benchmark's files, or with such folders; also s3://…")],
+    output: Annotated[str | None, typer.Option(help="file for the scores as JSON")] = None,
+    rule: Annotated[str | None, typer.Option(help="how a letter is found in a text, for mmbench and seed")] = None,
+    ocr: Annotated[
+        bool | None, typer.Option("--ocr/--no-ocr", help="refuse TextVQA answers asked without, or with, OCR tokens")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="score only this number of first questions")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print the tables as Markdown")] = False,
+    endpoint_url: Endpoint = None,
+) -> None:  # fmt: skip
+    """Score answers files of any tool as the public scorers do, with intervals; compare several models."""
+    names = (benchmark,) if is_plugin(benchmark) else tuple(name for name in benchmark.split(",") if name)
+    with exit_codes():
+        storage = StorageSpec(endpoint_url=endpoint_url)
+        run_score(Request(names, tuple(answers), data, storage, rule, ocr, limit, output, markdown))
+
+
+def run_score(request: Request) -> None:
+    """Score, print the tables, and write the JSON if a file is named."""
+    from betakd_ray.evaluation.score_table import as_json, comparison_rows, markdown, remark_lines, score_rows
+    from betakd_ray.evaluation.scoring import comparisons
+    from betakd_ray.output import output_errors
+    from betakd_ray.storage import open_store, replace_file
+
+    scored = _scored(request)
+    pairs = comparisons(scored)
+    if request.output:
+        with output_errors(request.output):
+            filesystem, path = open_store(request.output, request.storage)
+            replace_file(filesystem, path, (as_json(scored, pairs) + "\n").encode())
+    for rows in (score_rows(scored), comparison_rows(pairs)):
+        if len(rows) > 1:
+            print(markdown(rows) + "\n") if request.markdown else print_table(rows)
+    for line in remark_lines(scored):
+        print(line)
+
+
+def _scored(request: Request) -> "list[Scored]":
+    from betakd_ray.evaluation.answer_file import read_answers
+    from betakd_ray.evaluation.benchmark import Options
+    from betakd_ray.evaluation.question_files import DataFolder
+    from betakd_ray.evaluation.registry import find_benchmark
+    from betakd_ray.evaluation.scoring import Scoring, read_questions
+    from betakd_ray.evaluation.scoring import score as score_file
+
+    folder, options = DataFolder(request.data, request.storage), Options(ocr=request.ocr)
+    benchmarks = [find_benchmark(name) for name in request.benchmarks]
+    files = {
+        answers: [read_answers(request.file(answers, benchmark.name), request.storage) for benchmark in benchmarks]
+        for answers in request.answers
+    }
+    labels = _labels({answers: {file.label for file in own} for answers, own in files.items()})
+    found = []
+    for position, benchmark in enumerate(benchmarks):
+        rule = request.rule if len(benchmarks) == 1 or request.rule in benchmark.rules else None
+        scoring = Scoring(rule, options, request.limit)
+        questions = read_questions(benchmark, folder, options)
+        for answers, own in files.items():
+            found.append(replace(score_file(benchmark, questions, own[position], scoring), model=labels[answers]))
+    return found
+
+
+def _labels(models: dict[str, set[str]]) -> dict[str, str]:
+    """Return a name for each of the given answers: the model that they name, or else what was typed."""
+    names = {answers: own.copy().pop() for answers, own in models.items() if len(own) == 1}
+    return {
+        answers: names[answers] if list(names.values()).count(names.get(answers)) == 1 else answers
+        for answers in models
+    }
