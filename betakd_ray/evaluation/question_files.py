@@ -1,11 +1,11 @@
 """Files of benchmarks, in a folder on disk or in object storage: found under their public names, read and checked."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from betakd_ray.data.files import opened, store_errors
 from betakd_ray.errors import DataError, shortened
@@ -74,13 +74,13 @@ class DataFolder:
             found[name] = decoded(contents[path], join(url, name))
         return found
 
-    def json(self, url: str, kind: type[T]) -> T:
-        """Return the content of a JSON file as `kind`. Raises DataError if it is not of that kind."""
-        return parsed(self.read(url), kind, url)
+    def json(self, url: str, read: Callable[[bytes], T]) -> T:
+        """Return what `read`, such as a TypeAdapter's validate_json, makes of a file. Raises DataError if it refuses."""
+        return parsed(self.text(url).encode(), read, url)
 
-    def json_lines(self, url: str, kind: type[T]) -> list[T]:
-        """Return the lines of a file of JSON objects as `kind`. Raises DataError that names the line."""
-        return [parsed(line.encode(), kind, f"{url}, line {number}") for number, line in lines(self.text(url), url)]
+    def json_lines(self, url: str, read: Callable[[bytes], T]) -> list[T]:
+        """Return what `read` makes of each line. Raises DataError, which names the line, if it refuses one."""
+        return [parsed(line.encode(), read, f"{url}, line {number}") for number, line in lines(self.text(url), url)]
 
 
 def decoded(content: bytes, url: str) -> str:
@@ -103,10 +103,10 @@ def lines(text: str, url: str) -> Iterator[tuple[int, str]]:
             raise DataError(f"{url}, line {number}: is empty; expected one JSON object in each line")
 
 
-def parsed(content: bytes, kind: type[T], where: str) -> T:
-    """Return JSON as `kind`. Raises DataError, which says `where`, if it is no JSON or lacks a key."""
+def parsed(content: bytes, read: Callable[[bytes], T], where: str) -> T:
+    """Return what `read` makes of JSON. Raises DataError, which says `where`, if it is no JSON or lacks a key."""
     try:
-        return TypeAdapter(kind).validate_json(content)
+        return read(content)
     except ValidationError as error:
         first, count = error.errors(include_url=False)[0], error.error_count()
         at = ".".join(map(str, first["loc"]))

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pydantic import TypeAdapter
+
 from betakd_ray.evaluation.benchmark import Benchmark, Options, Question, Verdict
 from betakd_ray.evaluation.question_files import DataFolder
 
@@ -29,7 +31,7 @@ def questions(folder: DataFolder, options: Options) -> list[Question]:
             parts=("relaxed_overall", f"relaxed_{split}_split"),
         )
         for split, file in files.items()
-        for position, row in enumerate(folder.json(file, list[Row]))
+        for position, row in enumerate(folder.json(file, TypeAdapter(list[Row]).validate_json))
     ]  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pydantic import TypeAdapter
+
 from betakd_ray.evaluation.benchmark import Benchmark, Options, Question, Verdict
 from betakd_ray.evaluation.question_files import DataFolder, numbered, with_truth
 
@@ -37,9 +39,12 @@ def questions(folder: DataFolder, options: Options) -> list[Question]:
     """Return the questions of the LLaVA file, with the answers of GQA's own file."""
     file = folder.find(QUESTIONS, source="LLaVA's eval.zip")
     annotations = folder.find(ANNOTATIONS, source="GQA's questions1.2.zip")
-    rows = folder.json_lines(file, Row)
+    rows = folder.json_lines(file, TypeAdapter(Row).validate_json)
     truths = with_truth(
-        rows, folder.json(annotations, dict[str, Annotation]), lambda row: row.question_id, f"{file} and {annotations}"
+        rows,
+        folder.json(annotations, TypeAdapter(dict[str, Annotation]).validate_json),
+        lambda row: row.question_id,
+        f"{file} and {annotations}",
     )
     images = folder.look_for("images", "data/images") or f"{folder.url}/images"
     return [

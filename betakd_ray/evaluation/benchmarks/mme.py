@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from betakd_ray.errors import DataError
 from betakd_ray.evaluation.benchmark import SHORT_ANSWER, Benchmark, Options, Question, Sums, Verdict, ratio
 from betakd_ray.evaluation.question_files import DataFolder, numbered, with_truth
@@ -28,7 +30,7 @@ class Row:
 def questions(folder: DataFolder, options: Options) -> list[Question]:
     """Return the questions of the LLaVA file, with the answers of MME's own text files."""
     file = folder.find(QUESTIONS, source="LLaVA's eval.zip")
-    rows = folder.json_lines(file, Row)
+    rows = folder.json_lines(file, TypeAdapter(Row).validate_json)
     if unknown := {row.category for row in rows} - {*PERCEPTION, *COGNITION}:
         raise DataError(f"{file}: category {min(unknown)!r} is none of {', '.join((*PERCEPTION, *COGNITION))}")
     images = folder.find(TRUTH, "images", source="MME's authors, on request: MME_Benchmark_release_version.zip")
@@ -76,7 +78,7 @@ def count(questions: Sequence[Question], verdicts: Sequence[Verdict]) -> dict[st
     values = [verdict.value for verdict in verdicts]
     category = questions[0].stratum
     return {
-        f"{category} questions": len(values), f"{category} right": sum(values),
+        f"{category} questions": float(len(values)), f"{category} right": sum(values),
         f"{category} images": 1.0, f"{category} both": min(values),
     }  # fmt: skip
 

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from betakd_ray.errors import DataError
 from betakd_ray.evaluation.benchmark import Benchmark, Options, Question, Sums, Verdict, ratio
@@ -37,7 +38,7 @@ class Label:
 def questions(folder: DataFolder, options: Options) -> list[Question]:
     """Return the questions of the LLaVA file. Raises DataError if POPE's files have no label for some of them."""
     file = folder.find(QUESTIONS, source="LLaVA's eval.zip")
-    rows = folder.json_lines(file, Row)
+    rows = folder.json_lines(file, TypeAdapter(Row).validate_json)
     labels = _labels(folder, rows, file)
     images = folder.look_for("val2014") or f"{folder.url}/val2014"
     return [
@@ -69,7 +70,9 @@ def count(questions: Sequence[Question], verdicts: Sequence[Verdict]) -> dict[st
     name = {(True, True): "tp", (True, False): "tn", (False, True): "fn", (False, False): "fp"}[right, positive]
     said_yes = verdict.answered and right == positive
     category = question.stratum
-    return {f"{category} {name}": 1.0, f"{category} answered": verdict.answered, f"{category} yes": said_yes}
+    return {
+        f"{category} {name}": 1.0, f"{category} answered": float(verdict.answered), f"{category} yes": float(said_yes),
+    }  # fmt: skip
 
 
 def metrics(sums: Sums) -> dict[str, Any]:
@@ -113,7 +116,7 @@ def _labels(folder: DataFolder, rows: list[Row], file: str) -> dict[str, dict[tu
 
 def _of_category(folder: DataFolder, url: str) -> dict[tuple[str, str], str]:
     found: dict[tuple[str, str], str] = {}
-    for number, row in enumerate(folder.json_lines(url, Label), start=1):
+    for number, row in enumerate(folder.json_lines(url, TypeAdapter(Label).validate_json), start=1):
         if found.setdefault((row.image, row.text), row.label) != row.label:
             raise DataError(f"{url}, line {number}: another label than before for {row.text!r} of {row.image}")
     return found

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from betakd_ray.errors import DataError
 from betakd_ray.evaluation.benchmark import OPTION_LETTER, Benchmark, Options, Question, Verdict
 from betakd_ray.evaluation.question_files import DataFolder, numbered, with_truth
@@ -40,7 +42,7 @@ class Problem:
 def questions(folder: DataFolder, options: Options) -> list[Question]:
     """Return the questions of the LLaVA file. Raises DataError unless they are those of the test split."""
     file = folder.find(QUESTIONS, source="LLaVA's eval.zip")
-    rows = folder.json(file, list[Row])
+    rows = folder.json(file, TypeAdapter(list[Row]).validate_json)
     problems, splits = _annotations(folder)
     where = f"{file} and {problems[0]}"
     truths = with_truth(rows, problems[1], lambda row: row.id, where)
@@ -89,8 +91,8 @@ def _annotations(folder: DataFolder) -> tuple[tuple[str, dict[str, Problem]], tu
     source = "the ScienceQA repository, data/scienceqa"
     problems, splits = folder.find(PROBLEMS, source=source), folder.find(SPLITS, source=source)
     return (
-        (problems, folder.json(problems, dict[str, Problem])),
-        (splits, folder.json(splits, dict[str, list[str]])),
+        (problems, folder.json(problems, TypeAdapter(dict[str, Problem]).validate_json)),
+        (splits, folder.json(splits, TypeAdapter(dict[str, list[str]]).validate_json)),
     )
 
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import TypeAdapter
+
 from betakd_ray.evaluation.benchmark import Benchmark, Options, Question, Verdict
 from betakd_ray.evaluation.question_files import DataFolder, numbered, with_truth
 
@@ -35,8 +37,8 @@ def questions(folder: DataFolder, options: Options) -> list[Question]:
     """Return the questions of the LLaVA file, with the answers of SEED-Bench's own file."""
     file = folder.find(QUESTIONS, source="LLaVA's eval.zip")
     truth = folder.find(TRUTH, source="the SEED-Bench data set")
-    rows = folder.json_lines(file, Row)
-    content = folder.json(truth, Truths)
+    rows = folder.json_lines(file, TypeAdapter(Row).validate_json)
+    content = folder.json(truth, TypeAdapter(Truths).validate_json)
     types = {number: name for name, number in content.question_type.items()}
     keys = [_key(row.question_id) for row in rows]
     truths = with_truth(keys, {_key(each.question_id): each for each in content.questions}, str, f"{file} and {truth}")

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from betakd_ray.errors import DataError
 from betakd_ray.evaluation.benchmark import Benchmark, Options, Question, Verdict
 from betakd_ray.evaluation.question_files import DataFolder, numbered, with_truth
@@ -37,10 +39,10 @@ def questions(folder: DataFolder, options: Options) -> list[Question]:
     """Return the questions of the LLaVA file, with or without their line of OCR tokens."""
     file = folder.find(QUESTIONS, source="LLaVA's eval.zip")
     annotations = folder.find(ANNOTATIONS, source="the TextVQA site, version 0.5.1")
-    rows = folder.json_lines(file, Row)
+    rows = folder.json_lines(file, TypeAdapter(Row).validate_json)
     answers = {
         _key(each.image_id, each.question.lower()): [normalized(answer) for answer in each.answers]
-        for each in folder.json(annotations, Annotations).data
+        for each in folder.json(annotations, TypeAdapter(Annotations).validate_json).data
         if each.answers
     }
     keys = [_key(row.question_id, question_of(row.text)) for row in rows]
@@ -90,7 +92,7 @@ def describe(lines: Sequence[Mapping[str, Any]], options: Options) -> Iterable[s
     if options.ocr is not None and shown != options.ocr * len(lines):
         raise DataError(
             f"{shown} of {len(lines)} prompts of the answers have OCR tokens; expected "
-            f"{'all' if options.ocr else 'none'} of them. Score answers that were asked so, or leave the option ocr out."
+            f"{'all' if options.ocr else 'none'} of them. Score answers that were asked so, or leave out the option."
         )
     if shown in (0, len(lines)):
         yield f"asked {'with' if shown else 'without'} OCR tokens in the prompt"
