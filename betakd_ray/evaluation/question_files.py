@@ -75,7 +75,7 @@ class DataFolder:
         return found
 
     def json(self, url: str, read: Callable[[bytes], T]) -> T:
-        """Return what `read`, such as a TypeAdapter's validate_json, makes of a file. Raises DataError if it refuses."""
+        """Return what `read`, e.g. a TypeAdapter's validate_json, makes of a file. Raises DataError if it refuses."""
         return parsed(self.text(url).encode(), read, url)
 
     def json_lines(self, url: str, read: Callable[[bytes], T]) -> list[T]:
