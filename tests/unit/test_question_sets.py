@@ -331,3 +331,13 @@ def test_scienceqa_gives_records_for_distillation(tmp_path):
     assert last["conversations"][0]["value"].startswith("<image>\nContext: Look.\nWhich is 5?")
     with pytest.raises(DataError, match=r"no split 'val'; it has test, train"):
         list(scienceqa_records(DataFolder(str(kept.folder)), "val"))
+
+
+def test_the_example_of_the_documents_works(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    (tmp_path / "my_captions.py").write_text(page.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write(tmp_path, "colours.jsonl", [{"image": "1.jpg", "thing": "cup", "colour": "red"}])
+    questions = read_questions(find_benchmark("my_captions:COLOURS"), DataFolder(str(tmp_path)), Options())
+    assert questions[0].parts == ("accuracy", "accuracy[cup]")
+    assert find_benchmark("my_captions:COLOURS").judge(questions[0], " Red", "").value == 1
