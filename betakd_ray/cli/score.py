@@ -1,5 +1,6 @@
 """The command that scores answers files: score."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -109,8 +110,6 @@ def _scored(request: Request) -> "list[Scored]":
 
 def _labels(models: dict[str, set[str]]) -> dict[str, str]:
     """Return a name for each of the given answers: the model that they name, or else what was typed."""
-    names = {answers: own.copy().pop() for answers, own in models.items() if len(own) == 1}
-    return {
-        answers: names[answers] if list(names.values()).count(names.get(answers)) == 1 else answers
-        for answers in models
-    }
+    names = {answers: next(iter(own)) for answers, own in models.items() if len(own) == 1}
+    unique = {name for name, count in Counter(names.values()).items() if count == 1}
+    return {answers: names[answers] if names.get(answers) in unique else answers for answers in models}

@@ -67,12 +67,9 @@ class DataFolder:
             filesystem, root = open_store(url, self.storage)
             paths = [path for path in filesystem.find(root) if path.endswith(ending)]
             # All at once, because a store takes long to answer each of a thousand requests.
-            contents = filesystem.cat(paths) if paths else {}
-        found = {}
-        for path in paths:
-            name = path[len(root.rstrip("/")) + 1 :]
-            found[name] = decoded(contents[path], join(url, name))
-        return found
+            contents = filesystem.cat_ranges(paths, None, None, on_error="raise")
+        names = [path[len(root.rstrip("/")) + 1 :] for path in paths]
+        return {name: decoded(content, join(url, name)) for name, content in zip(names, contents, strict=True)}
 
     def json(self, url: str, read: Callable[[bytes], T]) -> T:
         """Return what `read`, e.g. a TypeAdapter's validate_json, makes of a file. Raises DataError if it refuses."""

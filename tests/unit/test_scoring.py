@@ -10,10 +10,14 @@ from betakd_ray.errors import DataError, SpecError
 from betakd_ray.evaluation.answer_file import read_answers
 from betakd_ray.evaluation.benchmark import Options, per_cent_right
 from betakd_ray.evaluation.intervals import Tally, compare, interval, resampled
+from betakd_ray.evaluation.question_files import DataFolder
+from betakd_ray.evaluation.question_images import check_images, image_content
+from betakd_ray.evaluation.registry import find_benchmark
 from betakd_ray.evaluation.score_table import as_json, comparison_rows, markdown, remark_lines, score_rows
-from betakd_ray.evaluation.scoring import AVERAGE, average, comparisons
+from betakd_ray.evaluation.scoring import AVERAGE, average, comparisons, read_questions
 from betakd_ray.spec import StorageSpec
-from tests.questions import SETS, Set
+from tests.questions import SETS, Set, picture
+from tests.s3 import served
 
 RIGHT = {
     "scienceqa": ["B", "A", "B", "A", "B"], "textvqa": ["red"] * 3, "gqa": ["cat", "yes.", "Red"],
@@ -306,6 +310,7 @@ def command(folder, **how):
 
 
 def save(path, lines):
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -350,3 +355,33 @@ def test_comparisons_are_a_table(six):
     assert comparison_rows(comparisons([six[1], six[1]]))[1] == [
         "gqa", "accuracy", "m", "m", "+0.00", "0.00 to 0.00", "1.0000"
     ]  # fmt: skip
+
+
+def test_data_answers_and_scores_may_be_in_a_store(tmp_path, capsys):
+    with served() as s3:
+        for name in ("mme", "mmbench"):
+            kept = Set(name, tmp_path / name)
+            save(tmp_path / "answers" / f"{name}.jsonl", kept.lines(*RIGHT[name]))
+        root = f"s3://{s3.bucket}"
+        s3.filesystem().put(str(tmp_path), f"{s3.bucket}/eval", recursive=True)
+        storage = StorageSpec(endpoint_url=s3.endpoint_url, region="us-east-1")
+        request = Request(
+            ("mme", "mmbench"), (f"{root}/eval/answers",), f"{root}/eval", storage, output=f"{root}/out.json"
+        )
+        run_score(request)
+        content = json.loads(s3.filesystem().cat(f"{s3.bucket}/out.json"))
+        assert (content["mme"]["perception"], content["mmbench"]["accuracy"]) == (200, 100)
+        questions = read_questions(kept.benchmark, DataFolder(f"{root}/eval", storage), Options())
+        check_images(kept.benchmark, questions, storage)
+        mme = find_benchmark("mme")
+        questions = read_questions(mme, DataFolder(f"{root}/eval", storage), Options())
+        check_images(mme, questions, storage)
+        assert image_content(questions[0], storage) == picture()
+        s3.filesystem().rm(f"{s3.bucket}/eval/mme/MME_Benchmark_release_version/code_reasoning/0001.png")
+        with pytest.raises(DataError, match=r"1 are missing, the first s3://.*code_reasoning/0001.png"):
+            check_images(mme, questions, storage)
+
+
+def test_a_folder_whose_name_looks_like_a_pattern_is_read(tmp_path):
+    kept = Set("mme", tmp_path / "a[b]*")
+    assert kept.score(kept.lines(*RIGHT["mme"])).metrics["perception"] == 200
