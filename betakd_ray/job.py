@@ -25,6 +25,7 @@ from betakd_ray.data.mixture import find_passes
 from betakd_ray.data.plan import Pass, Plan
 from betakd_ray.data.reader import Reader
 from betakd_ray.data.render import Renderer
+from betakd_ray.engine.check import check_deepspeed
 from betakd_ray.errors import ClusterError, DataError, Interrupted, TrainingError
 from betakd_ray.leftovers import remove_unfinished
 from betakd_ray.models.compatibility import check_feature_layer, check_features, check_vocabularies
@@ -177,6 +178,7 @@ class BetaKDJob:
         Checks all that needs the models' configurations, or objects of the user's own. Raises ModelError or SpecError.
         """
         spec = self.spec
+        check_deepspeed(spec)
         check_plugins(spec.objective)
         processor = student_processor(spec.student)
         check_adapters(spec.student)

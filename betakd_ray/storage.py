@@ -74,10 +74,20 @@ def open_store(
     A request to S3 is made up to `attempts` times. Then it raises an OSError; StoreSilent if there was no answer, which
     takes about two minutes with the default `attempts`.
     """
+    if is_http(url):
+        # Without a limit for a whole file, which may be read over hours, beside others.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_S, sock_read=60.0)
+        # block_size 0: one request from begin to end, because many web servers ignore a range.
+        return fsspec.core.url_to_fs(url, client_kwargs={"timeout": timeout}, block_size=0)
     if not url.startswith(("s3://", "s3a://")):
         return fsspec.core.url_to_fs(url)
     filesystem = S3(**_s3_options(storage or StorageSpec(), attempts))
     return filesystem, str(S3._strip_protocol(url))
+
+
+def is_http(url: str) -> bool:
+    """Return whether a URL is one of a web server."""
+    return url.startswith(("http://", "https://"))
 
 
 def join(url: str, *parts: str) -> str:

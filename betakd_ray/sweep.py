@@ -193,7 +193,10 @@ class Sweep:
         """Return the evaluation's name in a cell's run. It changes if the evaluation's spec or its shards change."""
         questions = self.spec.evaluation
         assert questions
-        checksums = [shard.checksum for shard in find_shards(questions.data.paths, questions.data.storage)]
+        checksums = [
+            shard.checksum
+            for shard in find_shards(questions.data.paths, questions.data.storage, questions.data.manifest)
+        ]
         return f"evaluation-{hashlib.sha256(f'{questions.model_dump_json()}{checksums}'.encode()).hexdigest()[:8]}"
 
     def _stored(self) -> dict[int, CellResult]:

@@ -6,10 +6,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from betakd_ray.check.open_mappings import check_open_mappings
 from betakd_ray.cli.app import Overrides, SpecPath, app, exit_codes
 from betakd_ray.cli.console import print_sections, print_table
 from betakd_ray.cli.init import Kind
-from betakd_ray.spec import SweepSpec, load_spec, parse_spec
+from betakd_ray.spec import JobSpec, SweepSpec, load_spec, parse_spec
 from betakd_ray.spec.advice import advice
 from betakd_ray.spec.grid import cells_of
 from betakd_ray.spec.loading import KINDS, kind_of, read_spec
@@ -26,9 +27,12 @@ def validate(
         tree, origin = read_spec(spec, overrides)
         found = kind or kind_of(tree)
         parsed = parse_spec(tree, KINDS[found], origin)
+        jobs = [parsed] if isinstance(parsed, JobSpec) else []
         if isinstance(parsed, SweepSpec):
-            cells = cells_of(parsed, parsed.output.path)
-            found = f"{found} of {len(cells)} cells"
+            jobs = [cell.job for cell in cells_of(parsed, parsed.output.path)]
+            found = f"{found} of {len(jobs)} cells"
+        for each in jobs:
+            check_open_mappings(each)
     print(f"{spec}: valid ({found})")
 
 

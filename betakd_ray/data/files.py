@@ -17,7 +17,7 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from betakd_ray.errors import BetaKDError, DataError, DataUnreachable
 from betakd_ray.output import disk_full, is_full
 from betakd_ray.spec import StorageSpec
-from betakd_ray.storage import open_store, whole_file
+from betakd_ray.storage import is_http, open_store, whole_file
 
 BLOCK_BYTES = 8 << 20  # one request to the store, and what a reader holds besides the sample at hand
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -61,7 +61,7 @@ def opened(url: str, storage: StorageSpec) -> Iterator[ChecksumStream]:
     errors = partial(store_errors, url, storage)
     with errors():
         filesystem, path = open_store(url, storage)
-        raw = filesystem.open(path, "rb", block_size=BLOCK_BYTES)
+        raw = filesystem.open(path, "rb", block_size=0 if is_http(url) else BLOCK_BYTES)
     try:
         yield ChecksumStream(raw, url_like(url, filesystem, path), errors)
     finally:

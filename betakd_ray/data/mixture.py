@@ -20,8 +20,8 @@ def find_passes(data: DataSpec) -> list[Pass]:
     """
     if all(entry.weight == 1 for entry in data.train):
         # One call for all entries, so that a shard that two of them name is read only once.
-        return [Pass(shard, shard.samples) for shard in find_shards(data.paths, data.storage)]
-    found = [find_shards([entry.path], data.storage) for entry in data.train]
+        return [Pass(shard, shard.samples) for shard in find_shards(data.paths, data.storage, data.manifest)]
+    found = [find_shards([entry.path], data.storage, data.manifest) for entry in data.train]
     _require_disjoint(found)
     return [one for entry, shards in zip(data.train, found, strict=True) for one in passes_of(shards, entry.weight)]
 

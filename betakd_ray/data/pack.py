@@ -5,25 +5,30 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, cast
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 
+from betakd_ray.data.conversations import check_conversation, read_conversation
 from betakd_ray.data.files import new_file, opened
-from betakd_ray.data.manifest import commit_packing, sole_packing
-from betakd_ray.data.render import FORMATS, rgb
-from betakd_ray.data.samples import check_conversation
+from betakd_ray.data.formats import Rows, open_source
+from betakd_ray.data.pictures import FORMATS, require_still, rgb
+from betakd_ray.data.records import Reading, samples_of
+from betakd_ray.data.replacing import commit_packing, sole_packing
 from betakd_ray.data.shards import Shard
+from betakd_ray.data.summary import Summary
 from betakd_ray.errors import DataError
 from betakd_ray.spec import PackSpec, StorageSpec
 from betakd_ray.storage import join
 
 MAGIC = {"jpg": rb"\xff\xd8\xff", "png": rb"\x89PNG\r\n\x1a\n", "webp": rb"RIFF....WEBP"}
+WINDOW = 1000
+"""Number of rows with images that are in memory at a time, to be mixed."""
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
@@ -62,29 +67,99 @@ def pack(
     return shards
 
 
-def pack_from_spec(spec: PackSpec) -> list[Shard]:
-    """Pack a LLaVA JSON and its images, shuffled by `shuffle_seed`, with a progress bar on a terminal."""
-    entries = _numbered_entries(spec.conversations, spec.storage)
-    if spec.shuffle_seed is not None:
-        random.Random(spec.shuffle_seed).shuffle(entries)
-    samples = (_llava_sample(entry, where, spec.images, spec.storage) for where, entry in entries)
+def pack_from_spec(
+    spec: PackSpec, report: Callable[[Summary], None] = lambda summary: None, rows: Rows | None = None
+) -> list[Shard]:
+    """Pack a source's records, shuffled by `shuffle_seed`, with a progress bar on a terminal.
+
+    All records are looked at. `report` gets what was seen before anything is replaced. Raises DataError if some are bad
+    and `on_bad` is `stop`; the former shards are then unchanged. `rows` are records to pack in place of the source's.
+    """
+    reading = Reading(spec.images, spec.storage, spec.map, spec.split_turns)
+    if rows is None:
+        rows = open_source(spec.conversations, spec.storage, spec.format)
+    numbered = _shuffled(rows, spec.shuffle_seed)
+    total = len(numbered) if isinstance(numbered, list) else None
     return pack(
-        samples,
+        _good_samples(numbered, reading, spec, report),
         spec.output,
         prefix=spec.prefix,
         samples_per_shard=spec.samples_per_shard,
         storage=spec.storage,
-        total=len(entries),
+        total=total,
     )
 
 
 def llava_samples(conversations: str, images: str | None, storage: StorageSpec) -> Iterator[dict[str, Any]]:
-    """Yield samples of a LLaVA file: a JSON list, or JSON lines, of {"id", "conversations", "image"?: name or names}.
+    """Yield the samples of a file of records, each with the contents of its images.
 
-    Raises DataError with the file and the number of the entry, counted from 1.
+    Raises DataError with the file and the number of the first bad record, counted from 1.
     """
-    for where, entry in _numbered_entries(conversations, storage):
-        yield _llava_sample(entry, where, images, storage)
+    for number, (where, record) in enumerate(open_source(conversations, storage), 1):
+        try:
+            yield from samples_of(record, number, Reading(images, storage))
+        except ValueError as error:
+            raise DataError(f"{where}: {error}. Repair the entry or leave it out.") from error
+
+
+def _good_samples(
+    numbered: Iterable[tuple[int, tuple[str, Any]]],
+    reading: Reading,
+    spec: PackSpec,
+    report: Callable[[Summary], None],
+) -> Iterator[dict[str, Any]]:
+    """Yield the samples of good records, look at all others, and raise DataError at the end if they are not to be."""
+    summary = Summary()
+    for number, (where, record) in numbered:
+        try:
+            samples = [
+                {**sample, "images": [_checked_image(image, order) for order, image in enumerate(sample["images"])]}
+                for sample in samples_of(record, number, reading)
+            ]
+        except ValueError as error:
+            summary.add_bad(where, str(error))
+            continue
+        summary.good += len(samples)
+        if not summary.bad or spec.on_bad == "skip":
+            yield from samples
+    report(summary)
+    if summary.bad and spec.on_bad == "stop":
+        raise DataError(
+            f"{spec.conversations}: {summary.bad} of {summary.good + summary.bad} samples cannot be used, and nothing "
+            "was packed. Repair them, or pack only the good ones with --keep-going (on_bad: skip).\n"
+            + "\n".join(summary.lines())
+        )
+
+
+def _shuffled(rows: Rows, seed: int | None) -> Iterable[tuple[int, tuple[str, Any]]]:
+    """Return numbered rows in a seeded order; rows that hold images are mixed within a window of WINDOW rows."""
+    numbered = enumerate(rows, 1)
+    if seed is None:
+        return numbered
+    rng, first = random.Random(seed), list(islice(numbered, 1))
+    if not any(_holds_bytes(row) for _, (_, row) in first):
+        whole = [*first, *numbered]
+        rng.shuffle(whole)
+        return whole
+    return _mixed(chain(first, numbered), rng)
+
+
+def _mixed(rows: Iterable[Any], rng: random.Random) -> Iterator[Any]:
+    held: list[Any] = []
+    for row in rows:
+        held.append(row)
+        if len(held) >= WINDOW:
+            at = rng.randrange(len(held))
+            held[at], held[-1] = held[-1], held[at]
+            yield held.pop()
+    rng.shuffle(held)
+    yield from held
+
+
+def _holds_bytes(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_bytes, value.values()))
+    return isinstance(value, bytes) or (isinstance(value, list) and any(map(_holds_bytes, value)))
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -110,7 +185,7 @@ def _members(sample: dict[str, Any], number: int, storage: StorageSpec) -> dict[
     record = {name: value for name, value in sample.items() if name != "images"}
     try:
         images = [_encoded_image(image, storage) for image in sample.get("images", ())]
-        check_conversation(record.get("conversations"), len(images))
+        check_conversation(read_conversation(record).turns, len(images))
         members = {"json": json.dumps(record, ensure_ascii=False).encode()}
     except (ValueError, TypeError) as error:
         raise DataError(f"sample {sample['id']!r}: {error}. Repair the sample or leave it out.") from error
@@ -127,12 +202,24 @@ def _encoded_image(image: bytes | str | Path, storage: StorageSpec) -> tuple[str
             return extension, content
     try:
         picture = Image.open(io.BytesIO(content), formats=FORMATS)
+        require_still(picture)
         buffer = io.BytesIO()
         (picture if picture.mode in PNG_MODES else rgb(picture)).save(buffer, "PNG")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         seen = f"{len(content)} bytes" if isinstance(image, bytes) else str(image)
         raise ValueError(f"{seen}: cannot be read as an image ({error})") from error
     return "png", buffer.getvalue()
+
+
+def _checked_image(content: bytes, order: int) -> bytes:
+    """Return an image's content once its header is read, so that a web page under an image's name is found here."""
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            require_still(picture)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        said = "it is in none of the formats that are read" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"image {order}, of {len(content)} bytes, cannot be read as an image: {said}") from error
+    return content
 
 
 def _with_progress(samples: Iterable[Any], prefix: str, total: int | None) -> Iterable[Any]:
@@ -143,59 +230,3 @@ def _with_progress(samples: Iterable[Any], prefix: str, total: int | None) -> It
 def _read(url: str, storage: StorageSpec) -> bytes:
     with opened(url, storage) as stream:
         return stream.read()
-
-
-# ------------------------------------------------------------------------------------------------- sources
-
-
-def _numbered_entries(location: str, storage: StorageSpec) -> list[tuple[str, Any]]:
-    """Return (location, entry) for each entry of a JSON list or of JSON lines."""
-    content = _read(location, storage)
-    try:
-        # utf-8-sig: some editors write a byte order mark, and json refuses it.
-        entries = _json_values(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{location}: is neither a JSON list nor JSON lines: {error}.") from error
-    return [(f"{location}, entry {number}", entry) for number, entry in enumerate(entries, 1)]
-
-
-def _json_values(text: str) -> list[Any]:
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    # Not splitlines(): it also splits at characters such as U+2028, which a text in JSON may contain.
-    return [_json_line(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def _json_line(number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"line {number}: {error}") from error
-
-
-def _llava_sample(entry: Any, where: str, folder: str | None, storage: StorageSpec) -> dict[str, Any]:
-    if not isinstance(entry, dict) or not isinstance(entry.get("id"), (str, int)):
-        raise DataError(f'{where}: expected an object with "id" and "conversations", found {repr(entry)[:80]}.')
-    names = _image_names(entry.get("image"), where)
-    if names and folder is None:
-        raise DataError(f"{where}: names the image {names[0]!r}; give `images`, the folder it is relative to.")
-    try:
-        check_conversation(entry.get("conversations"), len(names))
-    except ValueError as error:
-        raise DataError(f"{where}: {error}. Repair the entry or leave it out.") from error
-    try:
-        images = [_read(join(folder or "", name), storage) for name in names]
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
-    record = {name: value for name, value in entry.items() if name not in ("id", "image", "images")}
-    return {"id": str(entry["id"]), **record, "images": images}
-
-
-def _image_names(value: Any, where: str) -> Sequence[str]:
-    names = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(f'{where}: "image" is {value!r}; expected a file name or a list of them.')
-    for name in names:
-        if name.startswith("/") or ".." in name.split("/"):
-            raise DataError(f"{where}: image {name!r} is outside the folder `images`; name it relative to that folder.")
-    return names

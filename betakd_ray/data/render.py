@@ -10,6 +10,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from betakd_ray.batch.images import Images
 from betakd_ray.batch.processing import ImageProcessing
 from betakd_ray.batch.sample import IMAGE, Rendering
 from betakd_ray.data.control_tokens import control_tokens, counted, neutral, neutral_system
+from betakd_ray.data.pictures import FORMATS, require_still, rgb
+from betakd_ray.data.processors import chosen_template, template_variables, with_pixel_limits
 from betakd_ray.data.samples import RawSample, Unrenderable
 from betakd_ray.data.templates import REMEDY, ChatTemplate, Span, Template
 from betakd_ray.errors import ModelError, SpecError
@@ -28,9 +31,6 @@ from betakd_ray.plugins import load, source_of
 from betakd_ray.spec import DataSpec
 from betakd_ray.spec.base import is_plugin
 from betakd_ray.spec.data import TEMPLATES
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""Image formats that are read, whatever the member's name says. Not all of Pillow's: for EPS it starts Ghostscript."""
 
 PROBES = ((48, 32), (32, 48), (300, 40), (700, 500))
 """Sizes (width, height) in pixels of test images that show how a processor treats an image's shape."""
@@ -84,11 +84,14 @@ class Renderer:
     """
 
     def __init__(self, processor: Any, data: DataSpec) -> None:
+        processor = with_pixel_limits(processor, data)
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.image_processor: Any = getattr(processor, "image_processor", None)
         self.processor = processor
         self.template = data.template
         self.template_date = data.template_date
+        self.template_arguments = data.template_arguments
+        self._template_name = data.chat_template
         self.system_prompt = data.system_prompt
         self.max_length = data.max_length
         self.max_image_pixels = data.max_image_pixels
@@ -118,8 +121,12 @@ class Renderer:
             return _template_function(data, self._eos)
         if not self._chat_template:
             raise ModelError("data.template is `chat`, but the processor has no chat template. Use vicuna_v1 or plain.")
+        source = self._chat_template
         image_token = self.image_token if self.image_processor else None
-        return ChatTemplate(self._chat_template, self.tokenizer.special_tokens_map, image_token, self.template_date)
+        variables = template_variables(source, self.tokenizer.special_tokens_map, data.template_arguments)
+        not_ends = {self.tokenizer.bos_token, self.tokenizer.unk_token, image_token} - {self._eos}
+        ends = set(control_tokens(self.tokenizer, source, ()).values()) - not_ends
+        return ChatTemplate(source, variables, image_token, self.template_date, sorted(ends))
 
     def _check(self) -> None:
         """Try the template on a conversation of two turns. Raises SpecError or ModelError."""
@@ -175,6 +182,7 @@ class Renderer:
             # Without the date where it is not used, so that caches from before this setting stay valid.
             date = (self.template_date.isoformat(),) if "strftime_now" in self._chat_template else ()
             chat = (self._chat_template, self.tokenizer.special_tokens_map, *date)
+            chat += (self.template_arguments,) if self.template_arguments else ()
         everything = repr((data, self._image_settings(), images, chat, text, self._tokenization()))
         return hashlib.sha256(everything.encode()).hexdigest()[:16]
 
@@ -250,14 +258,17 @@ class Renderer:
         turns = sample.conversation
         if turns[0]["from"] != "human":
             raise Unrenderable("the first turn is from gpt: an answer without a question")
-        spans = self._spans(turns, self.system_prompt)
+        # The spec's system prompt replaces that of a sample, as it replaces the template's.
+        system = sample.system if self.system_prompt is None else self.system_prompt
+        spans = self._spans(turns, system)
         placeholders = sum(text.count(self.image_token) for text, _ in spans)
         if placeholders != len(sample.images):
-            raise Unrenderable(f"{placeholders} {IMAGE} placeholders, but {len(sample.images)} images")
+            shown = IMAGE if self.image_token == IMAGE else f"{IMAGE} or {self.image_token}"
+            raise Unrenderable(f"{placeholders} {shown} placeholders, but {len(sample.images)} images")
         if any(self.image_token in text for text, is_answer in spans if is_answer):
             raise Unrenderable(f"an {IMAGE} placeholder is in an answer, but a model cannot write an image")
         if self._control:
-            self._refuse_control_tokens(turns, spans)
+            self._refuse_control_tokens(turns, system, spans)
         return spans
 
     def _spans(self, turns: Sequence[dict[str, str]], system: str | None) -> list[Span]:
@@ -272,23 +283,26 @@ class Renderer:
             raise Unrenderable(f"data.template {self.template} raised {type(error).__name__}: {error}") from error
         return [(text.replace(IMAGE, self.image_token), is_answer) for text, is_answer in spans]
 
-    def _refuse_control_tokens(self, turns: Sequence[dict[str, str]], spans: Sequence[Span]) -> None:
+    def _refuse_control_tokens(
+        self, turns: Sequence[dict[str, str]], system: str | None, spans: Sequence[Span]
+    ) -> None:
         """Raise Unrenderable if there are control tokens that the template does not write for ordinary text."""
         ordinary = neutral(turns)
-        key = tuple((turn["from"], turn["value"]) for turn in ordinary)
+        key = (neutral_system(system), *((turn["from"], turn["value"]) for turn in ordinary))
         if key not in self._of_template:
             if len(self._of_template) >= KEPT_COUNTS:
                 self._of_template.clear()
-            self._of_template[key] = self._counted(self._spans(ordinary, neutral_system(self.system_prompt)))
+            self._of_template[key] = self._counted(self._spans(ordinary, neutral_system(system)))
         if extra := self._counted(spans) - self._of_template[key]:
             raise Unrenderable(_contains(extra))
 
     def _counted(self, spans: Sequence[Span]) -> Counter[str]:
         return counted(self.tokenizer, self._control, "".join(text for text, _ in spans))
 
-    @property
+    @cached_property
     def _chat_template(self) -> str | None:
-        return self.processor.chat_template or self.tokenizer.chat_template
+        """Return the source of the model's own chat template; None if it has none."""
+        return chosen_template(self.processor, self._template_name)
 
     def _expand(self, spans: Sequence[Span], texts: Iterator[str]) -> list[Span]:
         """Replace each placeholder by the text for its image.
@@ -349,6 +363,7 @@ class Renderer:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 # Before rgb(): opening an image reads only its header, and rgb() allocates all its pixels.
                 self._require_small(image.width, image.height)
+                require_still(image)
                 decoded = rgb(image)
         except (Unrenderable, MemoryError):
             raise
@@ -382,15 +397,3 @@ class Renderer:
         square = Image.new("RGB", (side, side), mean)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
-
-
-def rgb(image: Image.Image) -> Image.Image:
-    """Return the first frame in RGB, without alpha. The EXIF orientation is ignored, as in LLaVA.
-
-    Raises ValueError for pixel values without a known scale.
-    """
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} has no known scale; store it with 8 or 16 bits a channel")
-    if image.mode.startswith("I;16"):  # Pillow would make every value above 255 white
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")

@@ -1,15 +1,11 @@
 """Samples as they stand in a shard: the members of a tar, and the conversation, images and fields that they hold."""
 
 import json
-import re
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
-from betakd_ray.batch.sample import IMAGE
-
-Turn = dict[str, str]
-IMAGE_NAME = re.compile(r"(?:(\d+)\.)?(?:jpe?g|png|webp)")
+from betakd_ray.data.conversations import CAPTIONS, QUESTIONS, TURNS, Turn, check_conversation, read_conversation
+from betakd_ray.data.media import IMAGE_NAME, STILL, require_media_read, unread_members
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +18,8 @@ class RawSample:
     conversation: list[Turn]
     images: list[bytes]
     extra: dict[str, Any] = field(default_factory=dict)  # the record's other fields
+    system: str | None = None
+    """The record's own system prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,54 +47,71 @@ class TarMembers:
     fault: str | None = None
 
 
-def check_conversation(turns: Any, images: int) -> list[Turn]:
-    """Return the turns of a LLaVA conversation, with a placeholder per image. Raises ValueError with the reason."""
-    if not isinstance(turns, list) or not turns:
-        raise ValueError('"conversations" is not a list of turns')
-    checked = [_turn(number, turn) for number, turn in enumerate(turns)]
-    for number, (before, turn) in enumerate(pairwise(checked), 1):
-        if turn["from"] == before["from"]:
-            raise ValueError(
-                f"turn {number} is from {turn['from']}, like the turn before; human and gpt must alternate"
-            )
-    if not any(turn["from"] == "gpt" and turn["value"].strip() for turn in checked):
-        raise ValueError("the conversation has no answer (no gpt turn with text)")
-    placeholders = sum(turn["value"].count(IMAGE) for turn in checked)
-    if images and not placeholders:
-        return _with_placeholders(checked, images)
-    if placeholders != images:
-        raise ValueError(f"{placeholders} {IMAGE} placeholders, but {images} images")
-    return checked
-
-
 def parse_sample(group: TarMembers) -> RawSample | BadSample:
+    """Return the sample of a group of members, or the reason why it cannot be used."""
     try:
         if group.fault:
             raise ValueError(group.fault)
         record = _record(group.members)
+        if unread := unread_members(list(group.members)):
+            raise ValueError(
+                f"the member{'s' if len(unread) > 1 else ''} {', '.join(f'{group.key}.{name}' for name in unread)} "
+                f"would not be read; images are members KEY.jpg, or KEY.0.jpg, KEY.1.jpg … ({', '.join(STILL)})"
+            )
         images = _images(group.members)
-        conversation = check_conversation(record.pop("conversations", None), len(images))
-        sample_id = str(record.pop("id", group.key))
+        found = read_conversation(record)
+        require_media_read(found.rest, len(images))
+        conversation = check_conversation(found.turns, len(images))
+        named = found.rest.pop("id", None)
+        sample_id = group.key if named is None or named == "" else str(named)
         # JSON may hold half of a surrogate pair, which cannot be encoded. It is found here, where the sample can be
         # refused.
         sample_id.encode()
+        (found.system or "").encode()
     except ValueError as error:
         return BadSample(group.key, group.index, str(error))
-    return RawSample(group.key, group.index, sample_id, conversation, images, extra=record)
+    return RawSample(group.key, group.index, sample_id, conversation, images, found.rest, found.system)
 
 
 def _record(members: dict[str, bytes]) -> dict[str, Any]:
-    if "json" not in members:
-        raise ValueError(f"there is no json member; the members are {sorted(members)}")
+    """Return the record of a sample: its json member, and its txt member as a caption if there is no other."""
+    if "json" not in members and "txt" not in members:
+        raise ValueError(f"there is no json member; the members are {_listed(members)}{_dots(members)}")
+    record = _json(members["json"]) if "json" in members else {}
+    if isinstance(record, list) and all(isinstance(turn, dict) for turn in record):
+        record = {"conversations": record}  # as Energon has it
+    if not isinstance(record, dict):
+        raise ValueError(f"the json member holds a {type(record).__name__}, not an object")
+    if "txt" in members and not any(record.get(key) for key in (*TURNS, *QUESTIONS, *CAPTIONS, "texts")):
+        try:
+            record["caption"] = members["txt"].decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the txt member is not UTF-8: {error.reason} at byte {error.start}") from error
+    return record
+
+
+def _json(content: bytes) -> Any:
     try:
-        record = json.loads(members["json"].decode("utf-8"), object_pairs_hook=_object)
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise ValueError(f"the json member is not UTF-8: {error.reason} at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the json member is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"the json member holds a {type(record).__name__}, not an object")
-    return record
+
+
+def _listed(members: dict[str, bytes]) -> str:
+    names = sorted(members)
+    return repr(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _dots(members: dict[str, bytes]) -> str:
+    """Return what to do if dots within the names hide the extensions, e.g. in `img_v1.5_000.json`."""
+    if not any(name.endswith(".json") for name in members):
+        return ""
+    return (
+        ". A key ends at the first dot of a name, as in webdataset: the names have dots before their extension. Rename "
+        "the members without these dots, or let `betakd pack SHARD --out FOLDER` do it"
+    )
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -115,23 +130,3 @@ def _images(members: dict[str, bytes]) -> list[bytes]:
     if numbers and (numbers[0] > 1 or numbers != list(range(numbers[0], numbers[0] + len(numbers)))):
         raise ValueError(f"images {sorted(match[0] for match, _ in matches)} are not numbered 0, 1, 2 … or 1, 2, 3 …")
     return [content for _, content in numbered]
-
-
-def _turn(number: int, turn: Any) -> Turn:
-    if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt") or not isinstance(turn.get("value"), str):
-        raise ValueError(f'turn {number} is not {{"from": "human" or "gpt", "value": text}}')
-    if turn["from"] == "gpt" and IMAGE in turn["value"]:
-        raise ValueError(f"turn {number}: an answer cannot contain {IMAGE}")
-    try:
-        turn["value"].encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"turn {number} has half of a surrogate pair at character {error.start}") from error
-    return {"from": turn["from"], "value": turn["value"]}
-
-
-def _with_placeholders(turns: list[Turn], images: int) -> list[Turn]:
-    first = next((number for number, turn in enumerate(turns) if turn["from"] == "human"), None)
-    if first is None:
-        raise ValueError("there are images, but no human turn to put them in")
-    front = {"from": "human", "value": f"{IMAGE}\n" * images + turns[first]["value"]}
-    return [*turns[:first], front, *turns[first + 1 :]]

@@ -4,7 +4,10 @@ A shard is a tar, plain or gzipped. Neighbouring members with the same key form 
 at the first dot of the base name:
 
     000000012.json     {"id": …, "conversations": [{"from": "human" | "gpt", "value": …}, …], …}
-    000000012.jpg      its image (jpg, jpeg, png, webp), or 000000012.0.jpg, 000000012.1.jpg … in order
+    000000012.jpg      its image (media.STILL), or 000000012.0.jpg, 000000012.1.jpg … in order
+    000000012.txt      its caption, if it has no conversation
+
+`conversations` says which other forms of the json are read.
 
 The members are read with a stricter `tarfile` and not with webdataset's `tar_file_iterator`, which uses `tarfile`
 unchanged: there a broken header counts as the end of the archive, and all members after it are lost without an error.
@@ -24,7 +27,8 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_expo
 from tenacity.wait import wait_base
 
 from betakd_ray.data.files import ChecksumStream, opened
-from betakd_ray.data.samples import IMAGE_NAME, BadSample, RawSample, TarMembers, parse_sample
+from betakd_ray.data.media import IMAGE_NAME
+from betakd_ray.data.samples import BadSample, RawSample, TarMembers, parse_sample
 from betakd_ray.errors import DataError, DataUnreachable
 from betakd_ray.spec import StorageSpec
 from betakd_ray.storage import StoreSilent
@@ -72,10 +76,10 @@ def read_shard(shard: Shard, storage: StorageSpec, skip: Skip | None = None) -> 
     """
     skipped = _predicate(skip)
     samples, places = 0, dict[str, int]()
-    with opened(shard.url, storage) as stream, _tar_errors(shard.url):
+    with opened(shard.url, storage) as stream, tar_errors(shard.url):
         # Samples beyond the manifest's number are counted, but not yielded: neither the ledger nor `skip` has a place
         # for them. Their keys are not kept, because a wrong shard may have any number of them.
-        for group in _groups(stream, lambda index: index < shard.samples and not skipped(index)):
+        for group in groups(stream, lambda index: index < shard.samples and not skipped(index)):
             samples += 1
             first = places.setdefault(group.key, group.index) if group.index < shard.samples else group.index
             if first < group.index:
@@ -111,8 +115,8 @@ def scan_shard(url: str, storage: StorageSpec) -> Shard:
 
     Raises ShardDamaged or DataUnreachable.
     """
-    with opened(url, storage) as stream, _tar_errors(url):
-        samples = sum(1 for _ in _groups(stream, lambda index: False))
+    with opened(url, storage) as stream, tar_errors(url):
+        samples = sum(1 for _ in groups(stream, lambda index: False))
     return Shard(url, samples, stream.size, stream.checksum)
 
 
@@ -175,14 +179,14 @@ class _StrictTarInfo(tarfile.TarInfo):
         return super()._proc_member(tar)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _groups(stream: ChecksumStream, wanted: Callable[[int], bool]) -> Iterator[TarMembers]:
+def groups(stream: ChecksumStream, wanted: Callable[[int], bool]) -> Iterator[TarMembers]:
     """Yield neighbouring members with one key as groups, with contents only if wanted. Reads `stream` to its end."""
     group: TarMembers | None = None
     open_tar = cast(Any, tarfile.open)  # Any: the type stub requires seek and tell, which "r|" never calls
     with open_tar(fileobj=_unpacked(stream), mode="r|", bufsize=TAR_BUFFER_BYTES, tarinfo=_StrictTarInfo) as tar:
         while member := tar.next():
             tar.members.clear()  # otherwise tarfile keeps every header in memory
-            key, extension = _split(member.name)
+            key, extension = split_name(member.name)
             if member.isdir() or key is None:
                 continue
             if group is None or group.key != key:
@@ -191,8 +195,8 @@ def _groups(stream: ChecksumStream, wanted: Callable[[int], bool]) -> Iterator[T
                 index = 0 if group is None else group.index + 1
                 group = TarMembers(key, index, wanted(index))
             group.size += member.size
-            group.fault = group.fault or _fault(member, extension, group)
-            # The name is kept even if the content is not read, because `_fault` looks for names that occur twice.
+            group.fault = group.fault or member_fault(member, extension, group)
+            # The name is kept even if the content is not read, because `member_fault` looks for names that occur twice.
             if not group.fault:
                 reads = group.wanted and _is_read(extension)
                 group.members[extension] = tar.extractfile(member).read() if reads else b""
@@ -251,7 +255,7 @@ def _unpacked(stream: ChecksumStream) -> _Guarded:
     return _Guarded(tar, stream)
 
 
-def _split(name: str) -> tuple[str | None, str]:
+def split_name(name: str) -> tuple[str | None, str]:
     """Return key and lower-case extension by webdataset's rule; (None, "") for what it ignores, e.g. README."""
     name = name.encode("utf-8", "backslashreplace").decode()  # tarfile uses surrogates for bytes that are not UTF-8
     match = _MEMBER.fullmatch(name)
@@ -266,10 +270,10 @@ def _is_unsafe(name: str) -> bool:
 
 
 def _is_read(extension: str) -> bool:
-    return extension == "json" or IMAGE_NAME.fullmatch(extension) is not None
+    return extension in ("json", "txt") or IMAGE_NAME.fullmatch(extension) is not None
 
 
-def _fault(member: tarfile.TarInfo, extension: str, group: TarMembers) -> str | None:
+def member_fault(member: tarfile.TarInfo, extension: str, group: TarMembers) -> str | None:
     if _is_unsafe(member.name):
         return f"member {member.name!r} points outside of the archive"
     if not member.isreg() or member.issparse():
@@ -286,7 +290,7 @@ def _fault(member: tarfile.TarInfo, extension: str, group: TarMembers) -> str | 
 
 
 @contextmanager
-def _tar_errors(url: str) -> Iterator[None]:
+def tar_errors(url: str) -> Iterator[None]:
     """Turn errors of `tarfile` into ShardDamaged. For broken headers it raises almost any class of error."""
     try:
         yield

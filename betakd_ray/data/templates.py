@@ -1,6 +1,6 @@
 """Chat templates: a conversation → one text, in pieces of prompt and answer. `spec.data.TEMPLATES` names them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from functools import cached_property
 from typing import Any
@@ -46,6 +46,18 @@ def image_first(text: str) -> str:
     return f"{IMAGE}\n" * count + text.replace(IMAGE, "").strip()
 
 
+def parts_of(text: str) -> list[dict[str, str]]:
+    """Return a question as parts: its images, then its text; in place if there is text between two images."""
+    pieces = text.split(IMAGE)
+    if not any(piece.strip() for piece in pieces[1:-1]):
+        return [{"type": "image"}] * (len(pieces) - 1) + [{"type": "text", "text": text.replace(IMAGE, "").strip()}]
+    parts: list[dict[str, str]] = []
+    for at, piece in enumerate(pieces):
+        parts += [{"type": "image"}] if at else []
+        parts += [{"type": "text", "text": piece}] if piece.strip() else []
+    return parts
+
+
 REMEDY = (
     "Correct `chat_template` in the files of the model's tokenizer, or set data.template to vicuna_v1, plain or a "
     "function of your own (docs/extending.md)."
@@ -58,18 +70,31 @@ class ChatTemplate:
     """A processor's own chat template, as a function like the others.
 
     It is a program of the model's, so it is rendered in another process with limits. `variables` are the special tokens
-    that it may name, `date` is what it gets as today's. `image_token` is the text of an image; None for a model without
-    images.
+    that it may name and the spec's arguments, `date` is what it gets as today's. `image_token` is the text of an image;
+    None for a model without images. `ends` are the control tokens that may close an answer.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, Any], image_token: str | None, date: date) -> None:
+    def __init__(
+        self,
+        source: str,
+        variables: Mapping[str, Any],
+        image_token: str | None,
+        date: date,
+        ends: Collection[str] = (),
+    ) -> None:
         self.source, self.variables, self.image_token, self.date = source, dict(variables), image_token, date
+        self._ends = tuple(ends)
         self._exceeded = 0
 
-    def __call__(self, turns: Sequence[dict[str, str]], system: str | None, _eos: str) -> Iterator[Span]:
-        """Yield the conversation. The answer is the text that a reply adds to its prompt. Raises Unrenderable."""
+    def __call__(self, turns: Sequence[dict[str, str]], system: str | None, eos: str) -> Iterator[Span]:
+        """Yield the conversation. The answer is the text that a reply adds to its prompt. Raises Unrenderable.
+
+        Some templates rewrite earlier answers, e.g. remove their thoughts, once another question follows. No text then
+        has each answer as the model would write it, so only the answers after the last change are learned. An answer
+        that the template does not close is closed with `eos`, or the model would never learn to stop.
+        """
         messages = [self._message("system", system)] if system else []
-        seen = ""
+        spans, seen, is_end_added = list[Span](), "", False
         for turn in turns:
             if turn["from"] == "human":
                 messages.append(self._message("user", turn["value"]))
@@ -77,25 +102,53 @@ class ChatTemplate:
             asked = self._rendered(messages, generation=True)
             messages.append(self._message("assistant", turn["value"]))
             replied = self._rendered(messages, generation=False)
-            if not (asked.startswith(seen) and replied.startswith(asked)):
+            if not replied.startswith(asked):
                 raise Unrenderable(
-                    "the chat template changes earlier turns, so it is not known which tokens are answers"
+                    "the chat template changes the prompt when an answer is added, so it is not known which tokens are "
+                    "answers (a thinking model may need data.template_arguments, e.g. {enable_thinking: false})"
                 )
-            yield asked[len(seen) :], False
-            reply = replied[len(asked) :]
-            yield reply.rstrip(), True
-            # Templates add a newline after the end token of a turn; the model need not learn it.
-            yield reply[len(reply.rstrip()) :], False
+            if spans and not asked.startswith(seen) and asked.startswith(seen.rstrip()):
+                spans.pop()  # the space behind the answer, which the template writes only at the end
+                seen = seen.rstrip()
+            if not asked.startswith(seen):
+                spans, seen, is_end_added = [], "", False
+            new = asked[len(seen) :]
+            # Some templates close an answer only when another question follows: then its end is there already.
+            spans.append((new.removeprefix(eos) if is_end_added else new, False))
+            answer, is_end_added = self._answer(replied[len(asked) :], turn["value"].strip(), eos)
+            spans += answer
             seen = replied
         self._exceeded = 0
+        yield from spans
+
+    def _answer(self, reply: str, written: str, eos: str) -> tuple[list[Span], bool]:
+        """Return what a reply adds to its prompt, of which the answer is learned, and whether `eos` was added to it."""
+        header = ""
+        if written and self._ignores_generation and (at := reply.find(written)) > 0:
+            # The name of the speaker, which the template writes only with an answer, belongs to the prompt.
+            header, reply = reply[:at], reply[at:]
+        learned = reply.rstrip()
+        is_closed = learned.endswith((eos, *self._ends))
+        # Templates add a newline after the end token of a turn; the model need not learn it.
+        spans = [(learned if is_closed else learned + eos, True), (reply[len(learned) :], False)]
+        return [(header, False), *spans] if header else spans, not is_closed
+
+    @cached_property
+    def _ignores_generation(self) -> bool:
+        """Return whether the template does not begin the assistant's turn when it is asked to."""
+        messages = [self._message("user", "Pomegranate?")]
+        try:
+            with_it, without = (self._rendered(messages, generation=generation) for generation in (True, False))
+        except Unrenderable:
+            return False
+        return with_it == without
 
     def _message(self, role: str, text: str) -> dict[str, Any]:
         if not self._takes_parts:
             return {"role": role, "content": image_first(text) if role == "user" else text}
-        images = 0
-        if role == "user":
-            images, text = text.count(IMAGE), text.replace(IMAGE, "").strip()
-        return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+        if role == "user" and IMAGE in text:
+            return {"role": role, "content": parts_of(text)}
+        return {"role": role, "content": [{"type": "text", "text": text}]}
 
     @cached_property
     def _takes_parts(self) -> bool:

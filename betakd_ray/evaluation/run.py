@@ -79,7 +79,7 @@ class Evaluation:
         Raises ClusterError, DataError, ModelError or OutputError for errors that the user can repair, and Interrupted
         after `stop()`.
         """
-        shards = find_shards(self.spec.data.paths, self.spec.data.storage)
+        shards = find_shards(self.spec.data.paths, self.spec.data.storage, self.spec.data.manifest)
         if not sum(shard.samples for shard in shards):
             raise DataError(f"data.train: {list(self.spec.data.paths)} has no samples. Name shards with questions.")
         self._store({})  # fails here, before the models run, if the output cannot be written
@@ -102,7 +102,7 @@ class Evaluation:
 
         Raises DataError if there are no such questions, or if a store fails.
         """
-        shards = find_shards(self.spec.data.paths, self.spec.data.storage)
+        shards = find_shards(self.spec.data.paths, self.spec.data.storage, self.spec.data.manifest)
         return read_result(self.folder, self.spec.output.storage, Subject.of(self.spec, shards))
 
     def _answer(self, shards: list[Shard]) -> dict[str, list[Answered]]:

@@ -34,6 +34,28 @@ def check_vocabularies(teacher_processor: Any, student_processor: Any) -> None:
         )
 
 
+def check_processor(path: str, config: Any, processor: Any) -> None:
+    """Raise ModelError for ids of the tokenizer without a row of the embedding, or for image settings that are missing.
+
+    Both would end in an error of a CUDA kernel or of the first forward pass, after GPUs are taken.
+    """
+    tokenizer, rows = getattr(processor, "tokenizer", processor), config.get_text_config().vocab_size
+    token, last = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    if last >= rows:
+        raise ModelError(
+            f"{path}: the tokenizer has ids up to {last} ({token!r}), but the model's embedding has {rows} rows. Load "
+            "the model, call resize_token_embeddings(len(tokenizer)), and save it again; or use its own tokenizer."
+        )
+    for name in ("patch_size", "vision_feature_select_strategy"):
+        if processor is not tokenizer and getattr(processor, name, "") is None:
+            vision = getattr(config, "vision_config", None)
+            known = getattr(config, name, None) or getattr(vision, name, None)
+            raise ModelError(
+                f"{path}: its processor has no {name}, so the number of an image's tokens is not known. Add "
+                f'"{name}": {known!r} to processor_config.json, as the model\'s config.json has it.'
+            )
+
+
 def check_features(objective: ObjectiveSpec, teacher_tokens: tuple[int, ...], student_tokens: tuple[int, ...]) -> None:
     """Raise ModelError if an energy compares image tokens and the two models make different numbers of them.
 

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from betakd_ray.errors import ModelError
+from betakd_ray.models.compatibility import check_processor
 from betakd_ray.models.completeness import recorded_loading, require_complete
 from betakd_ray.models.pretrained import from_pretrained, require_safetensors
 from betakd_ray.models.quantization import quantization
@@ -134,6 +135,10 @@ def sees_images(config: PretrainedConfig) -> bool:
 
 
 def require_images(path: str, config: PretrainedConfig, processor: Any) -> None:
-    """Raise ModelError for a vision–language model that has a tokenizer but no image processor."""
+    """Raise ModelError for a processor that does not belong to the model, or lacks what the model needs.
+
+    It lacks an image processor or the size of its patches, or its tokenizer has ids without a row of the embedding.
+    """
+    check_processor(path, config, processor)
     if sees_images(config) and isinstance(processor, PreTrainedTokenizerBase):
         raise ModelError(f"{path}: has only a tokenizer, which accepts no images; add the processor's files")

@@ -30,6 +30,8 @@ def local_folder(location: str, storage: StorageSpec, only: str | None = None) -
     the model is copied again. Raises ModelError for a URL that cannot be listed, has no files, or changes meanwhile.
     """
     if "://" not in location:
+        if location.startswith("/") and not os.path.exists(location):
+            raise ModelError(f"{location}: there is no such folder on this machine. Correct the path of the model.")
         return location
     filesystem, path = open_store(location, storage)
     source = join(path, only) if only else path
@@ -119,4 +121,11 @@ def model_errors(spec: ModelSpec, problem: str) -> Iterator[None]:
                 f"{spec.path}: comes with code of its own, which was not run. Read that code. If you trust it, set "
                 "trust_remote_code: true beside this path, and set revision to the commit that you read."
             ) from error
-        raise ModelError(f"{spec.path}: {problem}: {said.splitlines()[0]}") from error
+        raise ModelError(f"{spec.path}: {problem}: {said.splitlines()[0]}{_not_here(spec.path)}") from error
+
+
+def _not_here(path: str) -> str:
+    """Return a note that a relative path names no folder, so that it was taken for an id of the hub; or nothing."""
+    if "://" in path or os.path.exists(path):
+        return ""
+    return f" (there is no folder {path} in {os.getcwd()}, so it was looked for on the Hugging Face Hub)"

@@ -11,6 +11,7 @@ from betakd_ray.batch.sample import IMAGE
 from betakd_ray.errors import ModelError
 from betakd_ray.models.assemble import CLASS_TOKENS, assembled, require_tower, rows_for, with_image_token, with_row
 from betakd_ray.models.completeness import require_complete
+from betakd_ray.models.config_keys import misspelt_keys, texts_like_numbers
 from betakd_ray.models.load import (
     auto_class,
     load_config,
@@ -36,12 +37,16 @@ def student_config(student: StudentSpec) -> PretrainedConfig:
     if init.vision_tower:
         _tower_config(_source(init, init.vision_tower))
     tree = dict(init.config)
+    if texts := list(texts_like_numbers(tree, "student.init.config")):
+        raise ModelError("; ".join(texts))
     try:
         config = AutoConfig.for_model(tree.pop("model_type"), **tree)
     except KeyError as error:
         raise ModelError(f"student.init.config: model_type {error} is missing or unknown to transformers") from error
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise ModelError(f"student.init.config: {error}") from error
+    if misspelt := list(misspelt_keys(config, init.config, "student.init.config")):
+        raise ModelError("; ".join(misspelt))
     if auto_class(config) is None:
         raise ModelError(
             f"student.init.config: {config.model_type!r} is not a vision–language or causal language model"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 
-from betakd_ray.errors import shortened, without_url_secrets
+from betakd_ray.errors import SECRET_VARIABLES, shortened, without_url_secrets
 
 
 class Spec(BaseModel):
@@ -33,6 +33,20 @@ def _public(url: str) -> str:
     return url
 
 
+def _expanded(location: str) -> str:
+    """Return a path or URL with `${NAME}` replaced from the environment. Raises ValueError if NAME is not set there."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if name in SECRET_VARIABLES:
+            raise ValueError(f"names {match[0]}, a secret, but a spec is stored and published; leave it out")
+        if name not in os.environ:
+            raise ValueError(f"holds {match[0]}, but {name} is not set in this environment; set it, or write its value")
+        return os.environ[name]
+
+    return re.sub(r"\$\{(\w+)\}", value, location)
+
+
 def _absolute(location: str) -> str:
     """Return a path as an absolute path, because Ray's workers run in other folders; return a URL unchanged."""
     if re.match(r"^[a-z][a-z0-9+.-]*://", location):
@@ -42,11 +56,9 @@ def _absolute(location: str) -> str:
 
 def _absolute_if_present(location: str) -> str:
     """Return the absolute path of an existing folder; any other relative name is a hub id and is returned unchanged."""
-    return (
-        _absolute(location)
-        if os.path.exists(os.path.expanduser(location)) or location.startswith(("/", "./", "~"))
-        else location
-    )
+    # A hub id is NAME or OWNER/NAME: what has more parts, or begins with a dot, can only be a path.
+    is_path = location.startswith(("/", "./", "../", "~")) or ("://" not in location and location.count("/") > 1)
+    return _absolute(location) if is_path or os.path.exists(os.path.expanduser(location)) else location
 
 
 def _folder(location: str) -> str:
@@ -69,8 +81,9 @@ def _gguf_within(file: str) -> str:
 
 Url = Annotated[str, AfterValidator(_public)]
 GgufFile = Annotated[Url, AfterValidator(_gguf_within)]
-Location = Annotated[Url, Field(min_length=1), AfterValidator(_absolute)]
-ModelLocation = Annotated[Url, Field(min_length=1), AfterValidator(_folder), AfterValidator(_absolute_if_present)]
+_Place = Annotated[str, AfterValidator(_expanded), AfterValidator(_public), Field(min_length=1)]
+Location = Annotated[_Place, AfterValidator(_absolute)]
+ModelLocation = Annotated[_Place, AfterValidator(_folder), AfterValidator(_absolute_if_present)]
 
 
 def _numbers(value: Any) -> Iterator[float]:

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from betakd_ray.errors import did_you_mean, shortened
 from betakd_ray.spec.base import PATTERNS, PLUGIN, Spec
+from betakd_ray.spec.hints import yaml_hint
 from betakd_ray.spec.origin import Origin, Path
 
 MAX_FAULTS = 20
@@ -112,24 +113,12 @@ def _unexpected(seen: Any, wanted: list[str], choices: list[list[str]]) -> str:
         return f"is empty, but {_either(wanted)} is expected: write one, or remove the line"
     known = [name for each in choices for name in each]
     hint = did_you_mean(seen, known) if isinstance(seen, str) else ""
-    return f"expected {_either(wanted)}, got {shortened(seen)}" + "".join(
-        f"; {each}" for each in (hint, _yaml_surprise(seen, wanted)) if each
-    )
+    surprise = yaml_hint(seen, wanted="text" if "a text" in wanted else "number")
+    return f"expected {_either(wanted)}, got {shortened(seen)}{hint and f'; {hint}'}{surprise}"
 
 
 def _either(wanted: list[str]) -> str:
     return " or ".join(dict.fromkeys(wanted))
-
-
-def _yaml_surprise(seen: Any, wanted: list[str]) -> str:
-    """Return an explanation if YAML reads what was written as something else than it looks like."""
-    if "a text" in wanted and isinstance(seen, bool):
-        return "YAML reads an unquoted yes, no, on, off, true or false as a truth value: quote it"
-    if "a text" in wanted and isinstance(seen, int | float):
-        return "YAML reads it as a number: quote it"
-    if isinstance(seen, str) and re.fullmatch(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+", seen):
-        return "YAML reads an exponent without a point or sign as text: write it as 1.0e+5 or 100000"
-    return ""
 
 
 def _said(kind: type[Spec], tree: Any, path: Path, issue: Any) -> str:

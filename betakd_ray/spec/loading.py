@@ -41,7 +41,7 @@ def read_spec(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], origin: Origin) -> Origin:
     """Set the fields that overrides such as "training.workers=2" name; return the origin of the values then."""
-    options = {tuple(_apply(tree, override).split(".")): f"--set {override}" for override in overrides}
+    options = {tuple(apply_override(tree, override).split(".")): f"--set {override}" for override in overrides}
     return replace(origin, options={**origin.options, **options})
 
 
@@ -135,8 +135,8 @@ def _other_kind(tree: dict[str, Any], kind: type[Spec], origin: Origin) -> list[
 _A = {"job": "a job", "evaluation": "an evaluation", "sweep": "a sweep", "pack": "a packing of data"}
 
 
-def _apply(tree: dict[str, Any], override: str) -> str:
-    """Apply an override; return the path of its field."""
+def apply_override(tree: dict[str, Any], override: str) -> str:
+    """Set what an override such as "training.workers=2" says; return the path of its field. Raises SpecError."""
     path, separator, text = override.partition("=")
     if not separator or not path:
         raise SpecError(f"override {override!r}: write it as section.field=value, e.g. training.workers=2")

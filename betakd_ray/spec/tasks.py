@@ -106,13 +106,39 @@ def _overlap(one: str, other: str) -> bool:
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
-class PackSpec(Spec):
-    """Packing of a LLaVA-style JSON and its images into checked WebDataset shards."""
+SOURCE_FORMATS = ("json", "parquet", "arrow", "table", "shards")
+"""Names of the formats in `betakd_ray.data.formats`."""
+MAPPED = ("conversations", "question", "answer", "caption", "image", "id", "system")
+"""Fields of a record that `map` can take from another key."""
+if TYPE_CHECKING:
+    SourceFormat = Mapped = str
+else:
+    SourceFormat, Mapped = Literal[SOURCE_FORMATS], Literal[MAPPED]
 
-    conversations: Location = Field(description="JSON list, or JSON lines, of {id, image?, conversations}")
-    images: Location | None = Field(default=None, description="folder that `image` is relative to")
+
+class PackSpec(Spec):
+    """Packing of records and their images into checked WebDataset shards."""
+
+    conversations: Location = Field(
+        description="records: JSON or JSON lines, parquet, a data set saved by `datasets`, CSV or TSV, or shards"
+    )
+    images: Location | None = Field(default=None, description="folder that names of images are relative to")
     output: Location = Field(description="folder for the shards")
+    format: SourceFormat | None = Field(default=None, description="default: by the name of `conversations`")
+    map: dict[Mapped, str] = Field(
+        default_factory=dict, description="field → the key or column that holds it, e.g. {question: query}"
+    )
+    on_bad: Literal["stop", "skip"] = Field(
+        default="stop", description="after all records were looked at: pack none if one is bad, or only the good ones"
+    )
+    split_turns: bool = Field(
+        default=False, description="make each answer a sample of its own, with the turns before it"
+    )
     prefix: str = "train"
     samples_per_shard: Count = 1000
-    shuffle_seed: Seed | None = Field(default=0, description="shuffle samples before packing; null keeps the order")
+    shuffle_seed: Seed | None = Field(
+        default=0,
+        description="shuffle records before packing, those that hold their images within a window of 1000; null keeps "
+        "the order",
+    )
     storage: StorageSpec = StorageSpec()

@@ -1,6 +1,7 @@
 """A YAML loader that accepts only what a spec can hold."""
 
 import json
+import re
 from typing import Any, cast
 
 import yaml
@@ -13,6 +14,10 @@ MAX_VALUES = 10_000
 MAX_DEPTH = 50
 _KINDS = ("str", "null", "bool", "int", "float", "seq", "map", "merge")
 _TEXT, *_VALUES, _MERGE = (f"tag:yaml.org,2002:{kind}" for kind in _KINDS)
+
+
+_STRANGE = re.compile(r"[-+]?(?:0[0-7_]+|[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?)")
+"""Pattern of what YAML 1.1 reads as a number of base 8 (010) or 60 (1:30), which hardly anybody means."""
 
 
 class SpecLoader(yaml.SafeLoader):
@@ -66,6 +71,10 @@ class SpecLoader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        is_number = isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float"))
+        if is_number and _STRANGE.fullmatch(node.value):
+            problem = f"{node.value} is a number of base 8 or 60 in YAML: quote it, or write it without 0 or colon"
+            raise ConstructorError(None, None, problem, node.start_mark)
         try:
             value = super().construct_object(node, deep)
             if isinstance(node, yaml.ScalarNode):

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from betakd_ray.data import claims as module
-from betakd_ray.data import manifest
+from betakd_ray.data import manifest, replacing
 from betakd_ray.data.claims import Claims, Content, claimed
 from betakd_ray.data.manifest import find_shards, index_shards, read_manifest
+from betakd_ray.data.manifest_file import Packing
 from betakd_ray.data.pack import pack
 from betakd_ray.data.shards import read_shard
 from betakd_ray.errors import DataError
@@ -158,7 +159,7 @@ def test_a_packing_that_was_cleared_is_not_committed_under_the_number_of_another
     """The last defence: the claim may be lost between the last look at it and the commit."""
     folder, storage = place
     with pytest.raises(DataError, match="has removed the shards of this one"):
-        manifest.commit_packing(folder, manifest.Packing("train", 0), [], storage)
+        replacing.commit_packing(folder, Packing("train", 0), [], storage)
     assert read_manifest(folder, storage) == {}
 
 

@@ -44,8 +44,10 @@ def test_urls_of_any_store_are_found_and_read():
 
 def test_a_manifest_is_read_once_for_each_folder(tmp_path, monkeypatch):
     folder = five_shards(tmp_path)
-    read, real = [], module._read
-    monkeypatch.setattr(module, "_read", lambda folder, storage: read.append(folder) or real(folder, storage))
+    read, real = [], module.read_manifest_file
+    monkeypatch.setattr(
+        module, "read_manifest_file", lambda folder, storage: read.append(folder) or real(folder, storage)
+    )
     find_shards([f"{folder}/*.tar"], STORAGE)
     assert read == [str(folder)]
 

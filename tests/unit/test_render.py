@@ -221,10 +221,17 @@ def test_a_placeholder_in_an_answer_is_refused(processor, template, method):
         getattr(renderer(processor, template=template), method)(sample([("Draw.", "<image>")], [png()]))
 
 
-def test_a_chat_template_that_rewrites_earlier_turns_is_refused():
-    rewriting = tiny_processor(chat_template="{% if messages|length > 2 %}!{% endif %}" + CHAT_TEMPLATE)
-    with pytest.raises(Unrenderable, match="changes earlier turns"):
-        renderer(rewriting, template="chat").render(sample(MANY))
+def test_of_a_chat_template_that_rewrites_earlier_turns_only_what_stands_as_written_is_learned():
+    rewriting = tiny_processor(chat_template="{% if messages|length > 4 %}!{% endif %}" + CHAT_TEMPLATE)
+    whole = renderer(rewriting, template="chat").render(sample(MANY))
+    assert rewriting.tokenizer.decode(whole.input_ids[whole.answer_mask]) == "yes" + EOS
+    assert "Still blue" in rewriting.tokenizer.decode(whole.input_ids)
+
+
+def test_a_chat_template_that_changes_the_prompt_of_an_answer_is_refused():
+    changing = tiny_processor(chat_template="{% if not add_generation_prompt %}!{% endif %}" + CHAT_TEMPLATE)
+    with pytest.raises(ModelError, match="changes the prompt when an answer is added"):
+        renderer(changing, template="chat")
 
 
 REFUSING = "{% if 'it' in messages[0].content %}{{ raise_exception('no questions') }}{% endif %}" + CHAT_TEMPLATE

@@ -111,7 +111,7 @@ BAD = {
         "turn 2 is from gpt, like the turn before",
     ),
     "no conversation": ([("b.json", b'{"id": 1}'), ("b.jpg", JPG)], "conversations"),
-    "unknown speaker": ([("b.json", turns_json(("system", "Hi"), ("gpt", "yes")))], "turn 0"),
+    "unknown speaker": ([("b.json", turns_json(("narrator", "Hi"), ("gpt", "yes")))], "turn 0"),
     "no answer": ([("b.json", turns_json(("human", "<image>"))), ("b.jpg", JPG)], "no answer"),
     "blank answer": ([("b.json", turns_json(("human", "<image>"), ("gpt", " \n"))), ("b.jpg", JPG)], "no answer"),
     "placeholder in an answer": (
