@@ -6,7 +6,7 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,7 +68,9 @@ def pack(
 
 
 def pack_from_spec(
-    spec: PackSpec, report: Callable[[Summary], None] = lambda summary: None, rows: Rows | None = None
+    spec: PackSpec,
+    report: Callable[[Summary], None] = lambda summary: None,
+    rows: Rows | list[tuple[str, Any]] | None = None,
 ) -> list[Shard]:
     """Pack a source's records, shuffled by `shuffle_seed`, with a progress bar on a terminal.
 
@@ -78,10 +80,9 @@ def pack_from_spec(
     reading = Reading(spec.images, spec.storage, spec.map, spec.split_turns)
     if rows is None:
         rows = open_source(spec.conversations, spec.storage, spec.format)
-    numbered = _shuffled(rows, spec.shuffle_seed)
-    total = len(numbered) if isinstance(numbered, list) else None
+    total = len(rows) if isinstance(rows, list) and not spec.split_turns else None
     return pack(
-        _good_samples(numbered, reading, spec, report),
+        _good_samples(_shuffled(rows, spec.shuffle_seed), reading, spec, report),
         spec.output,
         prefix=spec.prefix,
         samples_per_shard=spec.samples_per_shard,
@@ -112,11 +113,8 @@ def _good_samples(
     summary = Summary()
     for number, (where, record) in numbered:
         try:
-            samples = [
-                {**sample, "images": [_checked_image(image, order) for order, image in enumerate(sample["images"])]}
-                for sample in samples_of(record, number, reading)
-            ]
-        except ValueError as error:
+            samples = [_checked(sample) for sample in samples_of(record, number, reading)]
+        except (ValueError, TypeError) as error:  # TypeError: what JSON cannot hold
             summary.add_bad(where, str(error))
             continue
         summary.good += len(samples)
@@ -131,17 +129,16 @@ def _good_samples(
         )
 
 
-def _shuffled(rows: Rows, seed: int | None) -> Iterable[tuple[int, tuple[str, Any]]]:
-    """Return numbered rows in a seeded order; rows that hold images are mixed within a window of WINDOW rows."""
+def _shuffled(rows: Rows | list[tuple[str, Any]], seed: int | None) -> Iterable[tuple[int, tuple[str, Any]]]:
+    """Return numbered rows in a seeded order; rows that are not in memory are mixed within a window of WINDOW rows."""
     numbered = enumerate(rows, 1)
     if seed is None:
         return numbered
-    rng, first = random.Random(seed), list(islice(numbered, 1))
-    if not any(_holds_bytes(row) for _, (_, row) in first):
-        whole = [*first, *numbered]
-        rng.shuffle(whole)
-        return whole
-    return _mixed(chain(first, numbered), rng)
+    if not isinstance(rows, list):
+        return _mixed(numbered, random.Random(seed))
+    whole = list(numbered)
+    random.Random(seed).shuffle(whole)
+    return whole
 
 
 def _mixed(rows: Iterable[Any], rng: random.Random) -> Iterator[Any]:
@@ -154,12 +151,6 @@ def _mixed(rows: Iterable[Any], rng: random.Random) -> Iterator[Any]:
             yield held.pop()
     rng.shuffle(held)
     yield from held
-
-
-def _holds_bytes(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_holds_bytes, value.values()))
-    return isinstance(value, bytes) or (isinstance(value, list) and any(map(_holds_bytes, value)))
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -211,15 +202,21 @@ def _encoded_image(image: bytes | str | Path, storage: StorageSpec) -> tuple[str
     return "png", buffer.getvalue()
 
 
+def _checked(sample: dict[str, Any]) -> dict[str, Any]:
+    """Return a sample with its images as they are stored. Raises ValueError or TypeError if it cannot be stored."""
+    json.dumps({name: value for name, value in sample.items() if name != "images"}, ensure_ascii=False).encode()
+    return {**sample, "images": [_checked_image(image, order) for order, image in enumerate(sample["images"])]}
+
+
 def _checked_image(content: bytes, order: int) -> bytes:
-    """Return an image's content once its header is read, so that a web page under an image's name is found here."""
+    """Return an image as it is stored, once its header is read: a web page under an image's name is found here."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             require_still(picture)
+        return _encoded_image(content, StorageSpec())[1]
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         said = "it is in none of the formats that are read" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"image {order}, of {len(content)} bytes, cannot be read as an image: {said}") from error
-    return content
 
 
 def _with_progress(samples: Iterable[Any], prefix: str, total: int | None) -> Iterable[Any]:

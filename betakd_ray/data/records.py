@@ -109,6 +109,8 @@ def _content(image: Any, reading: Reading) -> bytes:
         with opened(url, reading.storage) as stream:
             return stream.read()
     except DataError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise ValueError(f"there is no image '{url}' (FileNotFoundError)") from error
+        said = error.__cause__
+        # A store that fails is no fault of this record. On a disk, it is: a folder, a name that is too long or locked.
+        if isinstance(said, FileNotFoundError | ValueError) or (isinstance(said, OSError) and "://" not in url):
+            raise ValueError(f"there is no image '{url}' ({type(said).__name__})") from error
         raise

@@ -69,10 +69,7 @@ def _faults(own: Mapping[str, Any], error: ValidationError) -> Iterator[str]:
             yield f"{path}: DeepSpeed has no such key; correct its name or leave it out"
             continue
         value = issue.get("input")
-        hint = yaml_hint(value)
-        if value == "auto":
-            hint = "; only the Trainer of Hugging Face fills in auto: leave the key out, or give a number"
-        yield f"{path}: DeepSpeed refuses {shortened(value)}: {issue['msg']}{hint}"
+        yield f"{path}: DeepSpeed refuses {shortened(value)}: {issue['msg']}{yaml_hint(value)}"
 
 
 def _path(tree: Mapping[str, Any], key: str) -> list[str] | None:

@@ -19,6 +19,7 @@ FORMATS: dict[str, Callable[[str, StorageSpec], Rows]] = {
     "shards": tars.rows,
 }
 """Format → its function of (location, storage). `spec.tasks.SOURCE_FORMATS` has the same names."""
+_TEXT = ("json", "table")
 _ENDINGS = {
     ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "table",
     ".tsv": "table", ".tar": "shards", ".tar.gz": "shards", ".tgz": "shards",
@@ -37,11 +38,15 @@ _METADATA = ("metadata.jsonl", "metadata.csv")
 """Names of the list of an image folder, as `datasets` of Hugging Face has it."""
 
 
-def open_source(location: str, storage: StorageSpec, form: str | None = None) -> Rows:
-    """Return the records of a file or folder. Raises DataError if its format is not known."""
+def open_source(location: str, storage: StorageSpec, form: str | None = None) -> Rows | list[tuple[str, Any]]:
+    """Return the records of a file or folder; a list if they are in memory anyway, without the images that they name.
+
+    Raises DataError if the format is not known.
+    """
     if form is None:
         form, location = _recognised(location, storage)
-    return FORMATS[form](location, storage)
+    rows = FORMATS[form](location, storage)
+    return list(rows) if form in _TEXT else rows
 
 
 def _recognised(location: str, storage: StorageSpec) -> tuple[str, str]:
