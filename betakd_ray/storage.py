@@ -76,7 +76,7 @@ def open_store(
     """
     if is_http(url):
         # Without a limit for a whole file, which may be read over hours, beside others.
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_S, sock_read=60.0)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0, sock_read=60.0)
         # block_size 0: one request from begin to end, because many web servers ignore a range.
         return fsspec.core.url_to_fs(url, client_kwargs={"timeout": timeout}, block_size=0)
     if not url.startswith(("s3://", "s3a://")):
