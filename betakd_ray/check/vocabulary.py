@@ -42,7 +42,8 @@ def _fault(subject: Subject) -> str:
     if subject.renderer.image_processor is not None and image != subject.renderer.image_token_id:
         return f"the config's image token is {image}, the processor's {subject.renderer.image_token_id}"
     text = config.get_text_config()
-    ends = {getattr(each, "eos_token_id", None) for each in (text, subject.model.generation_config) if each is not None}
+    # Not a set: a model with several end-of-sequence tokens has a list of them.
+    ends = [getattr(each, "eos_token_id", None) for each in (text, subject.model.generation_config) if each is not None]
     known = {token for each in ends for token in (each if isinstance(each, list) else [each]) if token is not None}
     if any(token >= len(embedding) for token in known):
         return f"the config's end-of-sequence token {max(known)} has no row"

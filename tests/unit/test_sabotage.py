@@ -149,6 +149,12 @@ def test_an_honest_model_is_never_stopped(name, dtype, seed):
     assert {each.check for each in found if each.verdict in ("doubt", "skipped")} >= {"weights", "template", "sight"}
 
 
+def test_a_model_with_several_end_of_sequence_tokens_is_not_stopped():
+    model = build(FAMILIES["llava"].config())
+    model.generation_config.eos_token_id = [2, 1]
+    assert "vocabulary" in {each.check for each in checked("llava", model=model) if each.verdict == "ok"}
+
+
 @pytest.mark.parametrize("method", [{"quant_method": "quanto", "weights": "int8"}], ids=["quanto"])
 def test_an_honest_quantised_model_is_never_stopped(folder, family, method):
     model = load_model(TeacherSpec(path=str(folder), options={"quantization_config": method}))
