@@ -190,7 +190,7 @@ class Renderer:
         """Return test images of these sizes as the model would see them; nothing if it takes no images."""
         if self._process_images is None:
             return {}, [""]
-        return self._process_images(self._framed(Image.new("RGB", size, (200, 30, 90))) for size in sizes)
+        return self._process_images(self.framed(Image.new("RGB", size, (200, 30, 90))) for size in sizes)
 
     def _image_settings(self) -> tuple[Any, ...] | None:
         if self.image_processor is None:
@@ -369,9 +369,10 @@ class Renderer:
             raise
         except Exception as error:  # Pillow's decoders raise almost any class of error for damaged bytes
             raise Unrenderable(f"image cannot be decoded: {error or type(error).__name__}") from error
-        return self._framed(decoded)
+        return self.framed(decoded)
 
-    def _framed(self, image: Image.Image) -> Image.Image:
+    def framed(self, image: Image.Image) -> Image.Image:
+        """Return an image as the model's image processor gets it: padded to a square, if the data say so."""
         return self._squared(image) if self.pad_to_square else image
 
     def _require_small(self, width: int, height: int) -> None:

@@ -25,7 +25,9 @@ TRACKER_FOLDERS = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "w
 MODEL = "model"
 """Folder of the trained student, which transformers' `from_pretrained` loads."""
 MODEL_RECORD = "betakd.json"
-"""File beside the model: which driver exported it, and after which step."""
+"""File beside the model: which driver exported it, after which step, and how it is asked."""
+CARD = "README.md"
+"""Model card, beside the model."""
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints: one folder each."""
 

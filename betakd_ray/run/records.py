@@ -50,6 +50,10 @@ class ModelRecord:
     token: Count
     """Token of the driver that exported it (`run.lease`)."""
     step: Count
+    has_prompt: bool = False
+    """Whether the folder's chat template makes the prompts of training; false also for one of version 0.1.0."""
+    pad_to_square: bool = False
+    """Whether images have to be padded before the folder's image processor gets them."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 Only a MobileVLM needs this package in order to be loaded.
 """
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,13 +15,15 @@ from betakd_ray.leftovers import temporary_folder
 from betakd_ray.models.student import student_processor
 from betakd_ray.models.vlm import takes_images
 from betakd_ray.output import disk_errors, output_errors
-from betakd_ray.run.folder import MODEL, MODEL_RECORD
+from betakd_ray.run.folder import CARD, MODEL
 from betakd_ray.run.lease import Permit
-from betakd_ray.run.records import Checks, ModelRecord
+from betakd_ray.run.records import ModelRecord
 from betakd_ray.spec import JobSpec, StorageSpec, StudentSpec
 from betakd_ray.storage import join, open_store, put_file
+from betakd_ray.train.card import Snippet, model_card
 from betakd_ray.train.check_files import read_checks
 from betakd_ray.train.distiller import Distiller
+from betakd_ray.train.prompt import generation_settings, save_prompt
 
 PREFIX = "student."
 
@@ -33,25 +33,38 @@ def export_student(
 ) -> None:
     """Write a DeepSpeedEngine's student to RUN/model (collective: every rank must call it).
 
-    The folder has weights (safetensors), config, processor and model card. The other ranks wait in `group` for rank 0's
-    upload; by default this is the group of all ranks. `step` is the model's; `metrics` may be of an earlier one, which
-    was logged. Raises RunTaken if another driver has taken the run over.
+    The folder has weights (safetensors), config, processor with the prompt of training, generation settings and model
+    card. The other ranks wait in `group` for rank 0's upload; by default this is the group of all ranks. `step` is the
+    model's; `metrics` may be of an earlier one, which was logged. Raises RunTaken if another driver has taken the run
+    over.
     """
     state = _student_state(engine, spec)
     if dist.get_rank() == 0 and state is not None:
         distiller = cast(Distiller, engine.module)
         with temporary_folder("export") as folder:
             with disk_errors(folder):
-                _save(distiller.student, state, spec.student, str(folder))
-                student_processor(spec.student).save_pretrained(folder)
-                checks = read_checks(permit) if spec.teacher else None
-                card = model_card(spec, metrics, checks, sees_images=takes_images(distiller.student))
-                (folder / "README.md").write_text(card, encoding="utf-8")
                 record = ModelRecord(permit.token, step)
-                (folder / MODEL_RECORD).write_text(json.dumps(asdict(record)))
+                _write_beside(distiller.student, spec, folder, metrics, record, permit)
+                _save(distiller.student, state, spec.student, str(folder))
             permit.check()
             _upload(folder, join(permit.run, MODEL), permit.storage)
     dist.barrier(group=group)
+
+
+def _write_beside(
+    model: PreTrainedModel, spec: JobSpec, folder: Path, metrics: dict[str, Any], record: ModelRecord, permit: Permit
+) -> None:
+    """Write what a model's folder has beside weights and configuration; set the model's generation settings."""
+    processor = student_processor(spec.student)
+    own = getattr(model, "generation_config", None)
+    # In place of those that the student started with: transformers refuses to save some of them, e.g. a temperature
+    # without sampling, and then the whole result would be lost.
+    model.generation_config = generation_settings(processor, spec.data, model.config, own)
+    record = save_prompt(folder, processor, spec.data, record)
+    checks = read_checks(permit) if spec.teacher else None
+    snippet = Snippet.of(processor, model.config, record, sees_images=takes_images(model))
+    card = model_card(spec, metrics, checks, snippet=snippet)
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _save(model: PreTrainedModel, state: dict[str, Tensor], student: StudentSpec, folder: str) -> None:
@@ -78,82 +91,3 @@ def _student_state(engine: Any, spec: JobSpec) -> dict[str, Tensor] | None:
     if state is None:
         return None
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
-
-
-def model_card(
-    spec: JobSpec, metrics: dict[str, Any], checks: Checks | None = None, *, sees_images: bool = True
-) -> str:
-    """Return the model card: what the model is, which models and data it comes from, and how it was trained.
-
-    `checks` are those of the models before the first step.
-    """
-    kind, task = ("vision–language", "image-text-to-text") if sees_images else ("language", "text-generation")
-    teacher = spec.teacher.path if spec.teacher else "none (supervised fine-tuning)"
-    channels = ", ".join([*(["ce"] if spec.objective.ce else []), *spec.objective.channels])
-    numbers = "\n".join(
-        f"| {name} | {value:.5g} |" for name, value in metrics.items() if isinstance(value, (int, float))
-    )
-    return f"""---
-library_name: transformers
-pipeline_tag: {task}
-tags: [knowledge-distillation, beta-kd]
----
-# {spec.name}
-
-A {kind} model trained with uncertainty-aware knowledge distillation (Beta-KD, arXiv 2603.21426).
-
-| | |
-|---|---|
-| teacher | `{teacher}` |
-| channels | {channels} |
-| weighting | {spec.objective.weighting.kind} |
-| data | {", ".join(f"`{entry}`" for entry in spec.data.train)} |
-| trained parts | {", ".join(spec.student.train)}{_adapted(spec.student)} |
-| global batch × epochs | {spec.training.global_batch_size} × {spec.training.epochs} |
-
-## Metrics of the last step
-
-| metric | value |
-|---|---|
-{numbers}
-
-{_checked(spec, checks)}## The whole job
-
-```json
-{spec.model_dump_json(indent=2)}
-```
-"""
-
-
-def _checked(spec: JobSpec, checks: Checks | None) -> str:
-    """Return the section about the checks of the models; empty without a teacher."""
-    if spec.teacher is None:
-        return ""
-    if spec.teacher.check == "off":
-        return "## Checks before the first step\n\nNone: the spec has `teacher.check: off`.\n\n"
-    if checks is None:
-        return "## Checks before the first step\n\nNone are noted in the run.\n\n"
-    rows = "\n".join(
-        f"| {' | '.join(map(_cell, (each.part, each.check, each.seen, each.expected, each.verdict)))} |"
-        for each in checks.findings
-    )
-    return f"""## Checks before the first step
-
-Teacher on {checks.teacher}.
-
-| model | check | seen | expected | verdict |
-|---|---|---|---|---|
-{rows}
-
-"""
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _adapted(student: StudentSpec) -> str:
-    if not student.lora:
-        return ""
-    place = "merged" if student.lora.merge else "in separate files: without peft, transformers does not load them"
-    return f"; the language model with adapters of rank {student.lora.r} ({place})"

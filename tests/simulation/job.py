@@ -139,7 +139,7 @@ class Learner:
     def __init__(self, scheduler: Scheduler, group: Group, rank: int) -> None:
         self.trained: list[Place] = []
         self.host_group = cast(Attempt, group.attempt).host_group
-        self.engine = SimpleNamespace(module=SimpleNamespace(student=None))
+        self.engine = SimpleNamespace(module=SimpleNamespace(student=SimpleNamespace(config=None)))
         self._scheduler, self._group, self._rank = scheduler, group, rank
 
     def step(self, samples: list[Sample], *_: Any, **__: Any) -> Totals:

@@ -1,10 +1,12 @@
 """The code under test, with the simulation in place of the machine, the cluster, the data and the models."""
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec.core
@@ -17,7 +19,10 @@ from betakd_ray.data.plan import Pass
 from betakd_ray.on_ray import monitor, source
 from betakd_ray.run import audit, checkpoint, claim, lease
 from betakd_ray.run.files import SPEC_FILE
+from betakd_ray.run.folder import MODEL_RECORD
 from betakd_ray.run.manifest import Manifest
+from betakd_ray.run.records import ModelRecord
+from betakd_ray.spec import DataSpec
 from betakd_ray.teacher import client, pool, signals, starting
 from betakd_ray.train import checkpoint as saving
 from betakd_ray.train import export, loop, students, worker
@@ -82,9 +87,17 @@ def _replace_what_stays(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "SPEC_FILE", replace(SPEC_FILE, parse=lru_cache(SPEC_FILE.parse)))
     patch.setattr(export, "_student_state", lambda engine, spec: {})
     patch.setattr(export, "_save", lambda student, state, spec, folder: None)
-    patch.setattr(export, "student_processor", lambda spec: SimpleNamespace(save_pretrained=lambda folder: None))
+    patch.setattr(export, "student_processor", lambda spec: None)
+    patch.setattr(export, "generation_settings", lambda *_: None)
+    patch.setattr(export, "save_prompt", _save_record)
     patch.setattr(export, "takes_images", lambda student: True)
+    patch.setattr(export, "Snippet", SimpleNamespace(of=lambda *_, **__: None))
     patch.setattr(export, "model_card", lambda *args, **options: "a model")
+
+
+def _save_record(folder: Path, processor: None, data: DataSpec, record: ModelRecord) -> ModelRecord:
+    (folder / MODEL_RECORD).write_text(json.dumps(asdict(record)))
+    return record
 
 
 def _replace_of_schedule(patch: pytest.MonkeyPatch, schedule: Schedule) -> None:
