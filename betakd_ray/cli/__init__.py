@@ -1,5 +1,6 @@
 """The command line: parse, call, print. One module for the commands on each kind of thing."""
 
+from betakd_ray.cli import ask, push
 from betakd_ray.cli.app import Overrides, app, exit_codes, job, main
 from betakd_ray.cli.console import print_scores, print_table
 from betakd_ray.cli.data import run_pack
@@ -13,6 +14,7 @@ from betakd_ray.cli.score import run_score
 __all__ = [
     "Overrides",
     "app",
+    "ask",
     "audit",
     "exit_codes",
     "init",
@@ -20,6 +22,7 @@ __all__ = [
     "main",
     "print_scores",
     "print_table",
+    "push",
     "run_evaluation",
     "run_job",
     "run_pack",
