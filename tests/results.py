@@ -127,11 +127,15 @@ def write_result(folder: Path, model: PreTrainedModel, processor: Any, data: dic
 
 
 def _complete(processor: Any, family: str) -> AbstractContextManager[Any]:
-    """Give a processor of tests.families its part for videos, without which transformers cannot save it."""
+    """Give a processor of tests.families what transformers needs in order to save it and to load it again."""
     if getattr(processor, "video_processor", 0) is not None:
         return nullcontext()
+    # The tokens that tests.families sets as attributes: a published tokenizer has them in its files.
+    own = vars(processor.tokenizer).items()
+    named = {name: value for name, value in own if name.endswith("_token") and isinstance(value, str)}
+    processor.tokenizer._set_model_specific_special_tokens(special_tokens=named)
     if is_torchvision_available():
-        processor.video_processor = getattr(transformers, VIDEO_PROCESSOR_MAPPING_NAMES[family])()
+        processor.video_processor = getattr(transformers, VIDEO_PROCESSOR_MAPPING_NAMES[family]["torchvision"])()
         return nullcontext()
     return mock.patch.object(type(processor), "get_attributes", return_value=["image_processor", "tokenizer"])
 

@@ -29,8 +29,8 @@ class Snippet:
     """What the lines of code need to know that ask a result with transformers."""
 
     sees_images: bool = True
-    backend: str = "pil"
-    """Which image processing training used (`models.padding.backend`)."""
+    backend: str | None = "pil"
+    """Which image processing training used (`models.padding.backend`); None for that which transformers chooses."""
     needs_package: bool = False
     """Whether transformers learns the family only from this package."""
     has_prompt: bool = True
@@ -40,9 +40,11 @@ class Snippet:
     def of(cls, processor: Any, config: Any, record: ModelRecord, *, sees_images: bool) -> "Snippet":
         """Return what is needed for a model with this processor, configuration and record."""
         images = getattr(processor, "image_processor", None)
+        # A processor that also takes videos cannot be told: it would ask for the same kind of video processing.
+        is_chosen = images is None or getattr(processor, "video_processor", None) is not None
         return cls(
             sees_images=sees_images,
-            backend="pil" if images is None else backend(images),
+            backend=None if is_chosen else backend(images),
             needs_package=config.model_type == "mobilevlm_v2",
             has_prompt=record.has_prompt,
             is_padded=not record.pad_to_square,
@@ -51,13 +53,14 @@ class Snippet:
     def code(self) -> str:
         """Return the lines of Python, with `PLACE` for the model."""
         family = "import betakd_ray.models.mobilevlm  # pip install betakd-ray\n" if self.needs_package else ""
-        return family + (_WITH_IMAGE.replace("BACKEND", self.backend) if self.sees_images else _WITH_TEXT)
+        chosen = f', backend="{self.backend}")  # the image processing of training' if self.backend else ")"
+        return family + (_WITH_IMAGE.replace("BACKEND", chosen) if self.sees_images else _WITH_TEXT)
 
 
 _WITH_IMAGE = f"""\
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-processor = AutoProcessor.from_pretrained("{PLACE}", backend="BACKEND")  # the image processing of training
+processor = AutoProcessor.from_pretrained("{PLACE}"BACKEND
 model = AutoModelForImageTextToText.from_pretrained("{PLACE}")
 content = [{{"type": "image", "path": "photo.jpg"}}, {{"type": "text", "text": "What is in the image?"}}]
 inputs = processor.apply_chat_template(

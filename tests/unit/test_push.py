@@ -220,6 +220,13 @@ def test_the_card_s_lines_run(run: Path, tmp_path: Path) -> None:
     assert done.stdout.strip() == conversation.ask("What is in the image?")
 
 
+def test_the_card_names_the_image_processing_where_transformers_can_be_told() -> None:
+    assert '("FOLDER-OR-HUB-ID", backend="torchvision")  # ' in Snippet(backend="torchvision").code()
+    assert 'AutoProcessor.from_pretrained("FOLDER-OR-HUB-ID")\n' in Snippet(backend=None).code()
+    assert "betakd_ray.models.mobilevlm" in Snippet(needs_package=True).code()
+    assert "AutoTokenizer" in Snippet(sees_images=False).code()
+
+
 def test_the_document_shows_the_card_s_lines() -> None:
     shown = (Path(__file__).parents[2] / "docs/models.md").read_text()
     assert f"```python\n{Snippet().code().replace(PLACE, 'runs/my-run/model')}```" in shown
