@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,7 +111,7 @@ class Renderer:
         self._control: dict[int, str] = {}
         if data.special_tokens != "allow":
             kept = () if data.special_tokens == "refuse" else data.special_tokens
-            written = self._chat_template if data.template == "chat" else None
+            written = self.chat_template if data.template == "chat" else None
             self._control = control_tokens(self.tokenizer, written, kept)
         self._of_template: dict[tuple[Any, ...], Counter[str]] = {}
         self._check()
@@ -119,9 +119,9 @@ class Renderer:
     def _template(self, data: DataSpec) -> Template:
         if data.template != "chat":
             return _template_function(data, self._eos)
-        if not self._chat_template:
+        if not self.chat_template:
             raise ModelError("data.template is `chat`, but the processor has no chat template. Use vicuna_v1 or plain.")
-        source = self._chat_template
+        source = self.chat_template
         image_token = self.image_token if self.image_processor else None
         variables = template_variables(source, self.tokenizer.special_tokens_map, data.template_arguments)
         not_ends = {self.tokenizer.bos_token, self.tokenizer.unk_token, image_token} - {self._eos}
@@ -178,11 +178,13 @@ class Renderer:
         images = [(texts, [(name, a.shape, a.dtype) for name, a in arrays.items()]) for arrays, texts in probed]
         text = self._uncut(PROBE).input_ids.tolist()
         chat: tuple[Any, ...] | None = None
-        if self.template == "chat" and self._chat_template:
+        if self.template == "chat" and self.chat_template:
             # Without the date where it is not used, so that caches from before this setting stay valid.
-            date = (self.template_date.isoformat(),) if "strftime_now" in self._chat_template else ()
-            chat = (self._chat_template, self.tokenizer.special_tokens_map, *date)
+            date = (self.template_date.isoformat(),) if "strftime_now" in self.chat_template else ()
+            chat = (self.chat_template, self.tokenizer.special_tokens_map, *date)
             chat += (self.template_arguments,) if self.template_arguments else ()
+            # Before, they all came first: a signal from then would be of another text.
+            chat += ("images in place",) if cast(ChatTemplate, self._template_function).takes_parts else ()
         everything = repr((data, self._image_settings(), images, chat, text, self._tokenization()))
         return hashlib.sha256(everything.encode()).hexdigest()[:16]
 
@@ -300,7 +302,7 @@ class Renderer:
         return counted(self.tokenizer, self._control, "".join(text for text, _ in spans))
 
     @cached_property
-    def _chat_template(self) -> str | None:
+    def chat_template(self) -> str | None:
         """Return the source of the model's own chat template; None if it has none."""
         return chosen_template(self.processor, self._template_name)
 

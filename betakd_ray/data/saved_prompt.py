@@ -11,8 +11,9 @@ from PIL import Image
 from betakd_ray.batch.sample import IMAGE
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.samples import RawSample, Unrenderable
-from betakd_ray.data.saved_template import additions_to, templates_of
+from betakd_ray.data.saved_template import additions_to, templates_of, with_arguments
 from betakd_ray.data.template_process import render_template
+from betakd_ray.data.templates import parts_of
 from betakd_ray.plugins import load
 from betakd_ray.spec import DataSpec
 from betakd_ray.spec.base import is_plugin
@@ -25,6 +26,7 @@ QUESTIONS = (
     ("Why ünïcode?\n\nIn two lines", "And\tnow?"),
     (f"{IMAGE}\nWhich colour?",),
     (f"{IMAGE}\n{IMAGE}\nWhich of the two?", "Sure?"),
+    (f"Is {IMAGE} like {IMAGE} here?",),
     ("No image yet.", f"{IMAGE}\nAnd in this one?", "Why?"),
 )
 """Conversations on which the prompts are compared: the questions of each."""
@@ -47,12 +49,15 @@ def messages_of(turns: Sequence[dict[str, str]], images: Sequence[Any], *, in_pa
     `in_parts` is true for a model that takes images: its messages are lists of parts.
     """
     remaining = iter(images)
-    messages = []
+    messages: list[dict[str, Any]] = []
     for turn in turns:
         role, text = ("user", turn["value"]) if turn["from"] == "human" else ("assistant", turn["value"])
-        shown = [{"type": "image", "image": next(remaining)} for _ in range(text.count(IMAGE))]
-        words = text.replace(IMAGE, "").strip() if role == "user" else text
-        messages.append({"role": role, "content": [*shown, {"type": "text", "text": words}] if in_parts else words})
+        if in_parts:
+            parts = parts_of(text) if role == "user" else [{"type": "text", "text": text}]
+            content = [part | {"image": next(remaining)} if part["type"] == "image" else part for part in parts]
+            messages.append({"role": role, "content": content})
+        else:
+            messages.append({"role": role, "content": text.strip() if role == "user" else text})
     return messages
 
 
@@ -63,8 +68,7 @@ def _candidates(renderer: Renderer, data: DataSpec) -> Iterator[str]:
         if own := getattr(load(data.template, "data.template"), "chat_template", None):
             yield from additions_to(own, data.system_prompt, data.template_date, renderer.image_token, beginnings)
     elif data.template == "chat":
-        own = renderer.processor.chat_template or renderer.tokenizer.chat_template
-        own = own.get("default", "") if isinstance(own, dict) else own
+        own = with_arguments(renderer.chat_template or "", data.template_arguments)
         yield from additions_to(own, data.system_prompt, data.template_date, renderer.image_token, beginnings)
     else:
         yield from templates_of(data.template, data.system_prompt, renderer.image_token, beginnings)

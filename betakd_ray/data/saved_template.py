@@ -5,9 +5,10 @@ model's own chat template is kept, with additions for what the spec sets. `data.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from itertools import product
+from typing import Any
 
 from betakd_ray.data.templates import VICUNA_SYSTEM
 
@@ -63,6 +64,19 @@ _WITH_SYSTEM = """\
 {%- if messages[0]['role'] != 'system' -%}
 {%- set messages = [{'role': 'system', 'content': SYSTEM}] + messages -%}
 {%- endif %}"""
+_CLOSED = """\
+{%- set closed = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set content = message['content'] -%}
+{%- if message['role'] == 'assistant' -%}
+{%- set text = content if content is string else content[-1]['text'] -%}
+{%- set text = text.rstrip() + eos_token + text[text.rstrip() | length:] -%}
+{%- set content = text if content is string else content[:-1] + [{'type': 'text', 'text': text}] -%}
+{%- endif -%}
+{%- set closed.messages = closed.messages + [{'role': message['role'], 'content': content}] -%}
+{%- endfor -%}
+{%- set messages = closed.messages %}"""
+"""Addition for templates that do not close an answer: earlier ones get the end-of-sequence token of training."""
 _CLOCK = re.compile(r"""\bstrftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
 """Pattern of a call for today's date with a literal format."""
 
@@ -71,6 +85,29 @@ def literal(text: str) -> str:
     """Return a text as a string of Jinja, in ASCII."""
     escaped = text.encode("unicode_escape").decode("ascii").replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def with_arguments(own: str, arguments: Mapping[str, Any]) -> str:
+    """Return a model's own chat template with values for what it reads beside the messages.
+
+    They are those of training when a caller of `apply_chat_template` gives none.
+    """
+    given = (
+        f"{{%- set {name} = {_value(value)} if {name} is not defined else {name} %}}"
+        for name, value in arguments.items()
+    )
+    return "".join(given) + own
+
+
+def _value(value: Any) -> str:
+    """Return a value of YAML as Jinja writes it."""
+    if isinstance(value, str):
+        return literal(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{literal(str(key))}: {_value(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, Sequence):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return str(value)  # numbers, True, False and None, which Jinja writes as Python does
 
 
 def templates_of(name: str, system: str | None, image: str, beginnings: tuple[str, ...]) -> Iterator[str]:
@@ -87,8 +124,8 @@ def templates_of(name: str, system: str | None, image: str, beginnings: tuple[st
 def additions_to(own: str, system: str | None, day: date, image: str, beginnings: tuple[str, ...]) -> Iterator[str]:
     """Yield forms of a model's own chat template, with more and more additions; the first is the template itself.
 
-    An addition gives it the system prompt, the day as today's date, parts as one string, a first text, or takes spaces
-    away from the end of a prompt.
+    An addition gives it the system prompt, the day as today's date, parts as one string, a first text or an end of each
+    answer, or takes spaces away from the end of a prompt.
     """
     dated = _CLOCK.sub(lambda call: literal(day.strftime(call[1][1:-1])), own)
     systems: tuple[str, ...] = ("",)
@@ -96,9 +133,11 @@ def additions_to(own: str, system: str | None, day: date, image: str, beginnings
         of_parts = f"[{{'type': 'text', 'text': {literal(system)}}}]"
         # The last one is for a template that has no system prompt.
         systems = (*(_filled(_WITH_SYSTEM, {"SYSTEM": each}, quoted=False) for each in (of_parts, literal(system))), "")
-    for as_text, is_cut, first, default in product((False, True), (False, True), beginnings, systems):
+    either = (False, True)
+    for closes, as_text, is_cut, first, default in product(either, either, either, beginnings, systems):
         head = _filled(_MACROS + _AS_TEXT, {"IMAGE": image}) if as_text else ""
         begun = f"{{{{- {literal(first)} }}}}" if first else ""
+        head = _CLOSED + head if closes else head
         yield head + default + begun + (_cut(dated) if is_cut else dated)
 
 

@@ -144,14 +144,14 @@ class ChatTemplate:
         return with_it == without
 
     def _message(self, role: str, text: str) -> dict[str, Any]:
-        if not self._takes_parts:
+        if not self.takes_parts:
             return {"role": role, "content": image_first(text) if role == "user" else text}
-        if role == "user" and IMAGE in text:
+        if role == "user":
             return {"role": role, "content": parts_of(text)}
         return {"role": role, "content": [{"type": "text", "text": text}]}
 
     @cached_property
-    def _takes_parts(self) -> bool:
+    def takes_parts(self) -> bool:
         """Return whether the template takes a message as parts, e.g. an image; older templates take a string."""
         if self.image_token is None:
             return False

@@ -27,7 +27,7 @@ def save_prompt(folder: Path, processor: Any, data: DataSpec, record: ModelRecor
     """
     renderer = Renderer(processor, data)
     has_prompt, is_padded = _with_template(renderer, data), _with_padding(renderer)
-    processor.save_pretrained(folder)
+    renderer.processor.save_pretrained(folder)  # a copy of `processor` if the spec has limits of an image's pixels
     record = replace(record, has_prompt=has_prompt, pad_to_square=not is_padded)
     (folder / MODEL_RECORD).write_text(json.dumps(asdict(record)), encoding="utf-8")
     return record

@@ -117,6 +117,36 @@ def test_what_a_model_s_own_template_lacks_is_added(own: str, system: str | None
         assert_same_prompts(processor, data, images=True, count=15)
 
 
+UNCLOSED = CHAT_TEMPLATE.replace("</s>", "")
+THINKING = "{{ 'think. ' if enable_thinking else 'answer. ' }}" + CHAT_TEMPLATE
+STRICT = (
+    "{% if enable_thinking is defined and enable_thinking == false %}{{ 'no thoughts. ' }}{% endif %}" + CHAT_TEMPLATE
+)
+
+
+@pytest.mark.parametrize("own", [THINKING, STRICT])
+@pytest.mark.parametrize(
+    "arguments", [{"enable_thinking": False}, {"enable_thinking": "o'no"}, {"enable_thinking": [1, {"a": None}]}]
+)
+def test_the_arguments_of_training_are_kept(own: str, arguments: Any) -> None:
+    processor = tiny_processor(chat_template=own)
+    assert_same_prompts(processor, data_of("chat", template_arguments=arguments), images=True, count=8)
+
+
+def test_the_template_is_that_which_the_spec_names() -> None:
+    processor = tiny_processor(chat_template=None)
+    processor.chat_template = {"default": PARTS, "terse": CHAT_TEMPLATE, "rag": TODAY + PARTS}
+    assert_same_prompts(processor, data_of("chat", chat_template="terse"), images=True, count=8)
+    assert_same_prompts(processor, data_of("chat"), images=True, count=8)
+
+
+@pytest.mark.parametrize("own", [UNCLOSED, PARTS.replace("{{ '</s>' }}", "")])
+def test_a_template_that_closes_no_answer_closes_them_as_in_training(own: str) -> None:
+    assert "eos_token" not in own
+    assert "</s>" not in own
+    assert_same_prompts(tiny_processor(chat_template=own), data_of("chat"), images=True)
+
+
 def metaspace_tokenizer(scheme: str) -> PreTrainedTokenizerFast:
     """Return a tokenizer that marks the beginning of a word, in one of the ways in which Llama's do."""
     letters = {chr(code): at + 3 for at, code in enumerate([*range(32, 127), 9601])}
