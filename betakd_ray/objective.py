@@ -1,20 +1,22 @@
-"""Answer rows → energies per row and the gradient of one scalar: the only module with vocabulary-wide tensors.
+"""Answer rows → energies per row and the gradient of one scalar, chunk by chunk.
 
 The weights of a batch are known before its losses (see `weighting`). Therefore the forward pass also computes the
-gradient with respect to the logits, chunk by chunk: logits of only `chunk_rows` rows exist at a time, whatever the size
-of the batch. All energies of a job share one computation of the teacher's and the student's logits.
+gradient with respect to the logits: it overwrites them, and logits of only one chunk of rows exist at a time, whatever
+the size of the batch. All energies of a job share one computation of the teacher's and the student's logits.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from betakd_ray.energies.rows import cross_entropy, entropy, matching_distance
+from betakd_ray.energies.block import Channels, RowResult, TopK, blocks, rest_of
+from betakd_ray.energies.closed_form import Pair, Result, is_known, through_autograd
 from betakd_ray.errors import SpecError
 from betakd_ray.plugins import load
 from betakd_ray.spec import LogitsEnergy, ObjectiveSpec, PluginEnergy
@@ -29,19 +31,41 @@ They are computed on logging steps only. All except the first need a teacher's l
 PROBE = (4, 11)
 """Rows and token ids of the random logits on which an energy from a user's module is tried."""
 PROBE_TOLERANCE = 1e-5
+CHUNK_BYTES = 2**27
+"""Bytes of the logits of one chunk, for each side. Fewer chunks are fewer passes over the head's gradient."""
+LEAST_CHUNK = 64
+"""Smallest number of rows in a chunk that the byte limit leads to; matrix products with fewer rows are slow."""
 RowEnergy = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 """Function of (teacher_logits [rows, vocab], student_logits [rows, vocab], `moving`: channel → number []) → [rows]."""
 
 
-def project(rows: Float[Tensor, "rows width"], weight: Float[Tensor, "vocab width"]) -> Float[Tensor, "rows vocab"]:
+def project(
+    rows: Float[Tensor, "rows width"],
+    weight: Float[Tensor, "vocab width"],
+    out: Float[Tensor, "rows vocab"] | None = None,
+) -> Float[Tensor, "rows vocab"]:
     """Return logits in float32 (or float64 for float64 rows), without rounding them to bfloat16 first.
 
-    With logits rounded to bfloat16, a small KL would lose its gradient.
+    With logits rounded to bfloat16, a small KL would lose its gradient. They are in `out` if it is given.
     """
-    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+    if _has_tensor_cores(rows):
         return torch.mm(rows, weight.t(), out_dtype=torch.float32)
     dtype = torch.promote_types(torch.float32, rows.dtype)
-    return rows.to(dtype) @ weight.to(dtype).t()
+    return torch.mm(rows.to(dtype), weight.to(dtype).t(), out=out)
+
+
+def _has_tensor_cores(rows: Tensor) -> bool:
+    """Return whether matrix products take `rows` in half precision and give float32."""
+    return rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
+    """Add a @ b to `total` in float32 without a second matrix; `is_first`: overwrite it, which saves making it zero."""
+    beta = 0.0 if is_first else 1.0
+    if _has_tensor_cores(b):
+        torch.addmm(total, a.to(b.dtype), b, beta=beta, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a, b.to(total.dtype), beta=beta)
 
 
 def top_k(
@@ -50,12 +74,6 @@ def top_k(
     """Return the k largest logits of each row, their ids, and the log-sum-exp of the rest."""
     top, ids = logits.topk(k, dim=1)
     return top, ids, rest_of(logits, ids)
-
-
-def rest_of(logits: Float[Tensor, "rows vocab"], ids: Int[Tensor, "rows k"]) -> Float[Tensor, "rows 1"]:
-    """Return the log-sum-exp of each row over all ids except `ids`."""
-    # Not log(1 − Σ p): that loses all digits where the k largest hold almost all of the probability.
-    return logits.scatter(1, ids, -math.inf).logsumexp(dim=1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -78,6 +96,20 @@ def energy_function(energy: LogitsEnergy) -> RowEnergy:
         return function(teacher_logits, student_logits, **options, **at)
 
     return value
+
+
+def row_result(energy: LogitsEnergy) -> RowResult:
+    """Return the value and the derivatives of an energy, with the options that the spec gives. Raises SpecError."""
+    function, options = load(energy.function, "objective.energies"), energy.options
+    closed_form = getattr(function, "closed_form", None)
+
+    def result(pair: Pair, moving: Mapping[str, Tensor], needs_gradient: bool) -> Result:
+        at = {energy.moving: moving[energy.name]} if energy.moving else {}
+        if closed_form is None:
+            return through_autograd(function, pair, needs_gradient, **options, **at)
+        return closed_form(pair, **options, **at)
+
+    return result
 
 
 def check_plugins(spec: ObjectiveSpec) -> None:
@@ -146,7 +178,7 @@ class RowObjective(nn.Module):
         self.ce = spec.ce
         self.chunk_rows = spec.chunk_rows
         self.lm_head = lm_head
-        self.functions = [energy_function(energy) for energy in self.energies]
+        self.results = {energy.name: row_result(energy) for energy in self.energies}
         self.top_k_vocab = top_k_vocab
         self.measures = STATISTICS if teacher_head is not None or top_k_vocab else STATISTICS[:1]
         # Not a buffer: a buffer would be saved with the student and rounded to the student's precision.
@@ -171,72 +203,20 @@ class RowObjective(nn.Module):
             raise ValueError(
                 f"energies {self.channels} compare with a teacher: give its rows, and its head for hidden states"
             )
-        chunks = _Chunks(self, teacher, targets, row_weights, moving or {}, statistics)
-        total, values = _ChunkedRows.apply(student_rows, self.lm_head.weight, self.lm_head.bias, chunks)
-        return RowLosses(total, values, chunks.moving_gradients)
+        rows = _Rows(self, teacher, targets, row_weights, moving or {}, statistics)
+        total, values = _ChunkedRows.apply(student_rows, self.lm_head.weight, self.lm_head.bias, rows)
+        return RowLosses(total, values, rows.channels.moving_gradients)
 
-    def compared(
-        self, teacher: TeacherRows | None, rows: slice, student_logits: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        """Return the teacher's and the student's logits of one chunk on the same ids; None without a teacher's logits.
-
-        `student_logits` is [rows, V_s]. Both results are [rows, common ids]; with a top-k signal, they are
-        [rows, k + 1]: the `top_ids`, and one bucket for all other ids.
-        """
-        if teacher is None or not self._has_logits(teacher):
-            return None
-        if teacher.top_ids is not None:
-            assert teacher.top_log_probs is not None
-            ids = teacher.top_ids[rows].long()
-            student_logits = student_logits[:, : self.top_k_vocab or None]
-            buckets = torch.cat([student_logits.gather(1, ids), rest_of(student_logits, ids)], dim=1)
-            return teacher.top_log_probs[rows].to(buckets.dtype), buckets
-        assert teacher.hidden is not None
-        assert self.teacher_head is not None
-        teacher_logits = project(teacher.hidden[rows], self.teacher_head)
-        vocab = min(teacher_logits.shape[1], student_logits.shape[1])
-        return teacher_logits[:, :vocab], student_logits[:, :vocab]
+    def chunk_size(self, rows: int, vocab: int, element_size: int) -> int:
+        """Return the number of rows in a chunk; chunks are of equal size, so that none is small."""
+        most = self.chunk_rows or max(LEAST_CHUNK, CHUNK_BYTES // (vocab * element_size))
+        return math.ceil(rows / math.ceil(rows / most))
 
     def _has_logits(self, teacher: TeacherRows) -> bool:
         return teacher.top_ids is not None or (teacher.hidden is not None and self.teacher_head is not None)
 
-    def values(
-        self,
-        compared: tuple[Tensor, Tensor] | None,
-        student_logits: Tensor,
-        targets: Tensor,
-        moving: Mapping[str, Tensor],
-    ) -> list[Tensor]:
-        """Return the values of each channel for one chunk: a list of [rows], in the order of `channels`.
 
-        `compared` is the result of the method `compared`: two [rows, ids]. `student_logits` is [rows, V_s], `targets`
-        is [rows].
-        """
-        values = [cross_entropy(student_logits, targets)] if self.ce else []
-        if compared is not None:
-            teacher_logits, student_logits = compared
-            values += [function(teacher_logits, student_logits, moving) for function in self.functions]
-        return values
-
-    @staticmethod
-    def statistics(compared: tuple[Tensor, Tensor] | None, student_logits: Tensor) -> list[Tensor]:
-        """Return each of `measures` for one chunk: a list of [rows]; of the buckets with a top-k signal.
-
-        `compared` is the result of the method `compared`: two [rows, ids]. `student_logits` is [rows, V_s].
-        """
-        if compared is None:
-            return [entropy(student_logits)]
-        teacher_logits, student_logits = compared
-        agree = teacher_logits.argmax(1) == student_logits.argmax(1)
-        return [
-            entropy(student_logits),
-            entropy(teacher_logits),
-            matching_distance(teacher_logits, student_logits),
-            agree.to(student_logits.dtype),
-        ]
-
-
-class _Chunks:
+class _Rows:
     """Inputs of a chunked pass that autograd does not track, and the computation of one chunk at a time."""
 
     def __init__(
@@ -249,105 +229,141 @@ class _Chunks:
         statistics: bool,
     ) -> None:
         self.objective = objective
-        self.teacher = teacher
+        is_compared = bool(objective.energies) or statistics  # else the teacher's features alone are of use
+        self.teacher = teacher if is_compared and teacher is not None and objective._has_logits(teacher) else None
         self.targets = targets
         self.row_weights = row_weights
-        self.statistics = statistics
         # Detached: the objective returns gradients for these numbers and does not update them.
-        learned = {energy.name for energy in objective.energies if energy.is_learned}
-        self.moving = {name: value.detach().requires_grad_(name in learned) for name, value in moving.items()}
-        self.learned = {name: value for name, value in self.moving.items() if value.requires_grad}
-        self.moving_gradients = {name: torch.zeros_like(value) for name, value in self.learned.items()}
+        moving = {name: value.detach() for name, value in moving.items()}
+        learned = frozenset(energy.name for energy in objective.energies if energy.is_learned and energy.name in moving)
+        gradients = {name: torch.zeros_like(moving[name]) for name in sorted(learned)}
+        self.channels = Channels(objective.ce, objective.results, moving, learned, statistics, False, gradients)
+        self.columns = row_weights.shape[1] + (len(objective.measures) if statistics else 0)
+        # The row of an absent sample may hold NaN, and the zero of its gradient would not remove it: 0 · NaN is NaN.
+        self.absent = (row_weights == 0).all(dim=1, keepdim=True)
 
-    def slices(self) -> Iterator[slice]:
-        """Yield the slices of the rows, `chunk_rows` rows each; the last may be shorter."""
-        for start in range(0, len(self.targets), self.objective.chunk_rows):
-            yield slice(start, start + self.objective.chunk_rows)
+    @property
+    def vocab(self) -> int:
+        """Return the number of ids of the side that has more."""
+        head = self.objective.teacher_head
+        return max(len(self.objective.lm_head.weight), 0 if head is None else len(head))
 
-    def values(self, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum [] and the detached values [rows, columns] of one chunk with `logits` [rows, V_s]."""
-        compared = self.objective.compared(self.teacher, rows, logits)
-        columns = self.objective.values(compared, logits, self.targets[rows], self.moving)
-        values = torch.stack(columns, dim=1) if columns else logits.new_zeros((logits.shape[0], 0))
-        weights = self.row_weights[rows]
-        # A row with weight 0 may have an infinite value, and 0 · inf would make the sum NaN.
-        total = torch.where(weights != 0, values * weights, 0.0).sum()
-        values = values.detach()
-        if self.statistics:
-            with torch.no_grad():
-                extra = torch.stack(self.objective.statistics(compared, logits), dim=1)
-            values = torch.cat([values, extra.to(values.dtype)], dim=1)
-        return total, values
+    def chunks(self, element_size: int) -> Iterator[slice]:
+        """Yield the slices of the rows whose logits exist at a time."""
+        if count := len(self.targets):
+            size = self.objective.chunk_size(count, self.vocab, element_size)
+            for start in range(0, count, size):
+                yield slice(start, min(start + size, count))
 
-    def gradient(self, rows: slice, total: Tensor, logits: Tensor) -> Tensor:
-        """Return ∂total/∂logits [rows, V_s], and add the gradients of the learned numbers to `moving_gradients`."""
-        gradient, *learned = torch.autograd.grad(total, [logits, *self.learned.values()], allow_unused=True)
-        for name, part in zip(self.learned, learned, strict=True):
-            if part is not None:
-                self.moving_gradients[name] += part
-        return gradient.masked_fill_(self.absent(rows), 0.0)
+    def compute(self, rows: slice, logits: Tensor, teacher: Tensor | None) -> Tensor:
+        """Return the values [rows, columns] of one chunk, and overwrite `logits` with ∂total/∂logits if it is needed.
 
-    def absent(self, rows: slice) -> Tensor:
-        """Return whether all weights of a row are 0, [rows, 1].
-
-        Such a row may not be finite, and 0 · NaN would make the gradient of the head NaN.
+        `teacher` are the teacher's logits; None without, or with a top-k signal.
         """
-        return (self.row_weights[rows] == 0).all(dim=1, keepdim=True)
+        values = []
+        for block in blocks(logits):
+            at = slice(rows.start + block.start, min(rows.start + block.stop, rows.stop))
+            theirs = self._top_k(at) if teacher is None else teacher[block]
+            values.append(self.channels.compute(logits[block], theirs, self.targets[at], self.row_weights[at]))
+        return torch.cat(values)
+
+    def _top_k(self, rows: slice) -> TopK | None:
+        if self.teacher is None or self.teacher.top_ids is None:
+            return None
+        assert self.teacher.top_log_probs is not None
+        return TopK(self.teacher.top_ids[rows].long(), self.teacher.top_log_probs[rows], self.objective.top_k_vocab)
+
+
+class _Buffers:
+    """Memory for the logits of one chunk, which the next chunk uses again: fresh memory costs the CPU a page fault."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def project(self, name: str, rows: Tensor, weight: Tensor) -> Tensor:
+        """Return the logits of `rows`, valid until the next call with this name."""
+        if not is_known(rows):  # a GPU's allocator gives the same memory again by itself
+            return project(rows, weight)
+        dtype = torch.promote_types(torch.float32, rows.dtype)
+        if name not in self._memory:
+            self._memory[name] = rows.new_empty((len(rows), len(weight)), dtype=dtype)
+        return project(rows, weight, self._memory[name][: len(rows)])
 
 
 class _ChunkedRows(torch.autograd.Function):
     """Autograd function whose forward pass already computes the gradient; the backward pass only scales it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, student_rows: Tensor, weight: Tensor, bias: Tensor | None, chunks: _Chunks
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, student_rows: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows
     ) -> tuple[Tensor, Tensor]:
         # With no channel on logits (`fd` alone, without CE) there is nothing to differentiate.
-        learns = bool(chunks.objective.channels)
-        need_rows, need_weight, need_bias = (need and learns for need in ctx.needs_input_grad[:3])
+        learns = bool(rows.objective.channels)
+        needs = [need and learns for need in ctx.needs_input_grad[:3]]
+        rows.channels.needs_gradient = any(needs)
+        gradients = _HeadGradients(student_rows, weight, bias, needs)
         dtype = torch.promote_types(torch.float32, student_rows.dtype)
-        grad_rows = torch.zeros_like(student_rows) if need_rows else None
-        # At least float32, because it is a sum over chunks. `backward` rounds it once.
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=dtype) if need_bias and bias is not None else None
-        total = student_rows.new_zeros((), dtype=dtype)
-        values = []
-        for rows in chunks.slices():
-            logits = project(student_rows[rows], weight)
+        values = student_rows.new_zeros((len(student_rows), rows.columns), dtype=dtype)
+        buffers = _Buffers()
+        for chunk in rows.chunks(dtype.itemsize):
+            logits = buffers.project("student", student_rows[chunk], weight)
             if bias is not None:
                 logits += bias
-            # Autograd is off inside a Function's forward. It is enabled for one chunk's logits, so that the graph of
-            # this chunk is freed before the next one starts.
-            with torch.enable_grad():
-                logits.requires_grad_(need_rows or need_weight or need_bias)
-                chunk_total, chunk_values = chunks.values(rows, logits)
-            total += chunk_total.detach()
-            values.append(chunk_values)
-            if not logits.requires_grad:
-                continue
-            grad = chunks.gradient(rows, chunk_total, logits)
-            if grad_rows is not None:
-                grad_rows[rows] = (grad.to(weight.dtype) @ weight).to(grad_rows.dtype)
-            if grad_weight is not None:
-                # An absent row may hold NaN, and the zero in `grad` would not remove it: 0 · NaN is NaN.
-                taking_part = student_rows[rows].masked_fill(chunks.absent(rows), 0.0)
-                grad_weight += project(grad.t().to(weight.dtype), taking_part.t())
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
-        ctx.dtypes = (student_rows.dtype, weight.dtype, None if bias is None else bias.dtype)
-        columns = chunks.row_weights.shape[1] + (len(chunks.objective.measures) if chunks.statistics else 0)
-        result = torch.cat(values) if values else total.new_zeros((0, columns))
-        ctx.mark_non_differentiable(result)
-        return total, result
+            teacher = None
+            if rows.teacher is not None and rows.teacher.top_ids is None:
+                assert rows.teacher.hidden is not None
+                assert rows.objective.teacher_head is not None
+                teacher = buffers.project("teacher", rows.teacher.hidden[chunk], rows.objective.teacher_head)
+            values[chunk] = rows.compute(chunk, logits, teacher)
+            if any(needs):
+                taking_part = student_rows[chunk].masked_fill(rows.absent[chunk], 0.0)
+                gradients.add(chunk, logits, taking_part, weight)
+        weights = rows.row_weights
+        # A row with weight 0 may have an infinite value, and 0 · inf would make the sum NaN.
+        total = torch.where(weights != 0, values[:, : weights.shape[1]] * weights, 0.0).sum().to(dtype)
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(values)
+        return total, values
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad_rows, grad_weight, grad_bias = (
-            None if grad is None else (grad * grad_total).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return grad_rows, grad_weight, grad_bias, None
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.gradients is None:
+            raise RuntimeError("the objective's gradient was used already: call the objective again for another one")
+        # Handed over, and not kept: so autograd takes them as they are, without a copy of the head's.
+        gradients, ctx.gradients = ctx.gradients, None
+        return *gradients.scaled(grad_total), None
+
+
+class _HeadGradients:
+    """Gradients of rows, head and bias, added up over chunks in at least float32; `scaled` rounds them once."""
+
+    def __init__(self, rows: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> None:
+        self.dtypes = rows.dtype, weight.dtype, None if bias is None else bias.dtype
+        dtype = torch.promote_types(torch.float32, rows.dtype)
+        # The first chunk overwrites them; without a chunk they have to be zero.
+        make = torch.empty_like if len(rows) else torch.zeros_like
+        self.rows = torch.zeros_like(rows) if needs[0] else None
+        self.weight = make(weight, dtype=dtype) if needs[1] else None
+        self.bias = torch.zeros_like(bias, dtype=dtype) if needs[2] and bias is not None else None
+
+    def add(self, chunk: slice, gradient: Tensor, rows: Tensor, weight: Tensor) -> None:
+        """Add what a chunk's gradient in the logits [rows, vocab] contributes.
+
+        `rows` and `weight` are not kept until the backward pass: ZeRO-3 frees the weight before it.
+        """
+        if self.rows is not None:
+            self.rows[chunk] = (gradient.to(weight.dtype) @ weight).to(self.rows.dtype)
+        if self.weight is not None:
+            _add_product(self.weight, gradient.t(), rows, is_first=chunk.start == 0)
+        if self.bias is not None:
+            self.bias += gradient.sum(0)
+
+    def scaled(self, factor: Tensor) -> Iterator[Tensor | None]:
+        """Yield each gradient times `factor`, in the dtype of what it belongs to. The result may be the same memory."""
+        is_one = is_known(factor) and factor.item() == 1
+        for gradient, dtype in zip((self.rows, self.weight, self.bias), self.dtypes, strict=True):
+            yield None if gradient is None else (gradient if is_one else gradient.mul_(factor)).to(dtype)
 
 
 def segment_mean(

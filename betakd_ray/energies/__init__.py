@@ -10,8 +10,7 @@ Three rules hold for every function of logits here.
 - Arithmetic is at least float32 (float64 stays float64); the gradient returns in the dtype of the input.
 - A vocabulary id masked out on both sides (both logits are -inf) changes neither value nor gradient. A row that is not
   finite for another reason gives a result that is not finite: no function replaces such a value silently.
-- Energies are differentiable once. Terms whose first derivative is zero everywhere are detached. This saves a
-  vocabulary-wide backward pass and makes the gradient at agreement exactly zero. So second derivatives are wrong.
+- Energies are differentiable once, in both sides: the derivative is computed in closed form (`closed_form`).
 """
 
 from collections.abc import Callable

@@ -14,7 +14,7 @@ def cross_entropy(student_logits: Float[Tensor, "rows vocab"], targets: Int[Tens
     Every row counts. A target outside the vocabulary, such as the label −100, is an error (IndexError or RuntimeError
     from torch's gather); it does not give zero.
     """
-    log_q = log_probabilities(student_logits, 1.0)
+    log_q = log_probabilities(student_logits)
     return -log_q.gather(-1, targets.long().unsqueeze(-1)).squeeze(-1)
 
 
@@ -23,7 +23,7 @@ def entropy(logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
 
     H_n = −Σ_v p_n(v) log p_n(v)                                     (Shannon 1948)
     """
-    log_p = log_probabilities(logits, 1.0)
+    log_p = log_probabilities(logits)
     # Detached, because the derivative through log p is zero, as in `kl`.
     return soft_cross_entropy(log_p, log_p.detach())
 

@@ -22,6 +22,7 @@ from betakd_ray.spec import JobSpec
 from betakd_ray.storage import create_file, join, make_folder, open_store
 
 FREE_TO_CHANGE = {
+    "objective": ("chunk_rows",),
     "training": (
         "workers",
         "micro_batch_size",

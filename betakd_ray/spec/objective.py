@@ -112,7 +112,10 @@ class ObjectiveSpec(Spec):
     reduction: Literal["sample", "token"] = Field(
         default="sample", description="mean over the samples of each sample's mean, or mean over all answer tokens"
     )
-    chunk_rows: Count = Field(default=1024, description="answer rows whose logits are in memory at a time")
+    chunk_rows: Count | None = Field(
+        default=None,
+        description="answer rows whose logits are in memory at a time; null: as many as fit 128 MiB for each side",
+    )
 
     @property
     def channels(self) -> tuple[str, ...]:

@@ -72,6 +72,8 @@ def test_a_run_goes_on_as_it_was_begun(home: Path, run: Path) -> None:
     job(home).check()
     forget(run)
     job(home, cluster={"start_timeout_s": 5.0}).check()  # may differ
+    objective = job_tree(home, home / "runs").get("objective", {})
+    job(home, objective={**objective, "chunk_rows": 7}).check()  # as may what does not change the result
     assert {path.name for path in run.iterdir()} >= {SPEC, PLAN}
 
 

@@ -12,6 +12,7 @@ from betakd_ray.energies.rows import cross_entropy
 from betakd_ray.objective import STATISTICS, RowObjective, TeacherRows, energy_function, segment_mean, top_k
 from betakd_ray.spec import ObjectiveSpec
 from betakd_ray.spec.energies import BY_NAME, ProbabilitiesEnergy
+from tests.autograd_energies import ORACLES
 
 ROWS, WIDTH, TEACHER_WIDTH, VOCAB = 7, 5, 6, 11
 NAMES = list(ENERGIES)
@@ -80,7 +81,8 @@ class Case:
         for energy in self.spec.energies:
             teacher_logits = self.teacher_rows @ self.teacher_head.t()
             common = min(logits.shape[1], teacher_logits.shape[1])
-            values.append(energy_function(energy)(teacher_logits[:, :common], logits[:, :common], MOVING))
+            at = {energy.moving: MOVING[energy.name]} if energy.moving else {}
+            values.append(ORACLES[energy.name](teacher_logits[:, :common], logits[:, :common], **energy.options, **at))
         values = torch.stack(values, dim=1)
         return (values * self.weights).sum(), values
 
@@ -209,7 +211,7 @@ class Buckets(Case):
             buckets.append(torch.cat([row[ids], row[rest].exp().sum().log()[None]]))
         buckets = torch.stack(buckets)
         values = [cross_entropy(logits, self.targets)]
-        values += [energy_function(energy)(self.log_probs, buckets, MOVING) for energy in self.spec.energies]
+        values += [ORACLES[energy.name](self.log_probs, buckets, **energy.options) for energy in self.spec.energies]
         values = torch.stack(values, dim=1)
         return (values * self.weights).sum(), values
 
