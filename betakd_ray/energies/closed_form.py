@@ -171,7 +171,7 @@ class Gradient:
             return out.zero_()
         for at, (key, each) in enumerate(self._sums.items()):
             part = _projected(each, probs.get(key), None if at else out)
-            if key not in (None, 1.0):
+            if each.temperature is not None and key != 1.0:
                 part /= each.temperature
             if at:
                 out += part
