@@ -1,57 +1,126 @@
-"""Batched greedy decoding: from prompts to answers, in the same order."""
+"""Answers of a model to many questions: batches of similar length, and the same texts as one question at a time."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from transformers import GenerationConfig
 
-from betakd_ray.batch.images import joined_images
-from betakd_ray.batch.inputs import to_device
-from betakd_ray.batch.normalization import Normalization
+from betakd_ray.batch.packing import cut
 from betakd_ray.batch.sample import IMAGE, Rendering
 from betakd_ray.data.render import Renderer, Unrenderable
 from betakd_ray.data.samples import BadSample, RawSample
-from betakd_ray.models.vlm import with_image_tokens
+from betakd_ray.evaluation.decode import Decoded, Decoder
+
+BATCH_TOKENS = 16384
+"""Default limit of a batch in tokens, those to be generated included."""
+FIRST_TOKENS = 16
+"""Number of new tokens after which answers that have not ended are put into batches of their own.
+
+Without this, one long answer would keep all rows of its batch busy. Few answers to benchmarks are longer.
+"""
+WINDOW_BATCHES = 4
+"""Number of batches whose prompts are made at a time and sorted by length."""
+RENDERING_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question as the model sees it."""
+
+    key: int
+    """Number by which the caller knows the question."""
+    rendering: Rendering
+    max_new_tokens: int
+
+
+class Answerer:
+    """A model that answers batches of prompts, greedily.
+
+    Two tokens may be so close that rounding, which differs between batches, decides. Such a prompt is answered again by
+    itself. So the texts do not depend on the batches.
+    """
+
+    def __init__(
+        self, model: Any, renderer: Renderer, *, batch_size: int | None = None, batch_tokens: int = BATCH_TOKENS
+    ) -> None:
+        self._decode = Decoder(model, renderer)
+        self._tokenizer = renderer.tokenizer
+        self._batch_size, self._batch_tokens = batch_size, batch_tokens
+
+    def answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, str]]:
+        """Yield (key, answer) of every prompt, batch by batch; the order is not that of `prompts`.
+
+        A batch has at most `batch_size` prompts and `batch_tokens` tokens; if the device has too little memory for it,
+        it is divided.
+        """
+        limits = [min(FIRST_TOKENS, prompt.max_new_tokens) for prompt in prompts]
+        longer = yield from self._round(prompts, limits)
+        yield from self._round(longer, [prompt.max_new_tokens for prompt in longer])
+
+    def _round(self, prompts: Sequence[Prompt], limits: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """Yield the answers that end within their limits, or may not be longer; return the other prompts."""
+        unfinished: list[Prompt] = []
+        lengths = [len(prompt.rendering.input_ids) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+        for batch in cut(lengths, self._batch_size, self._batch_tokens):
+            asked, allowed = [prompts[at] for at in batch], [limits[at] for at in batch]
+            for prompt, limit, decoded in zip(asked, allowed, self._decoded(asked, allowed), strict=True):
+                if decoded.is_close and len(batch) > 1:
+                    yield prompt.key, self._text(self._alone(prompt))
+                elif decoded.has_ended or limit == prompt.max_new_tokens:
+                    yield prompt.key, self._text(decoded)
+                else:
+                    unfinished.append(prompt)
+        return unfinished
+
+    def _text(self, decoded: Decoded) -> str:
+        return self._tokenizer.decode(decoded.tokens, skip_special_tokens=True).strip()
+
+    def _alone(self, prompt: Prompt) -> Decoded:
+        return self._decode([prompt.rendering], [prompt.max_new_tokens])[0]
+
+    def _decoded(self, prompts: Sequence[Prompt], limits: Sequence[int]) -> list[Decoded]:
+        """Decode a batch, in halves if the device has too little memory for it."""
+        try:
+            return self._decode([prompt.rendering for prompt in prompts], limits)
+        except torch.OutOfMemoryError:
+            if len(prompts) == 1:
+                raise
+        # After the handler, whose traceback would keep the tensors of the failed batch.
+        torch.cuda.empty_cache()
+        half = len(prompts) // 2
+        return self._decoded(prompts[:half], limits[:half]) + self._decoded(prompts[half:], limits[half:])
 
 
 def answers(
-    model: Any, renderer: Renderer, samples: Iterable[RawSample | BadSample], *, batch_size: int, max_new_tokens: int
+    model: Any,
+    renderer: Renderer,
+    samples: Iterable[RawSample | BadSample],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Iterator[str | None]:
     """Yield the model's answer to each sample's last question, in order; None if the question cannot be asked.
 
-    Decoding is greedy. It ends at the tokenizer's or the model's end-of-sequence token. `samples` is read one batch at
-    a time.
+    Decoding is greedy. It ends at the tokenizer's or the model's end-of-sequence token. `samples` is read
+    `WINDOW_BATCHES` batches at a time.
     """
-    normalize = Normalization.of(renderer.image_processor)
-    config = _greedy(model, renderer, max_new_tokens)
+    answerer = Answerer(model, renderer, batch_size=batch_size, batch_tokens=batch_tokens)
     remaining = iter(samples)
-    while batch := list(islice(remaining, batch_size)):
-        prompts = [_prompt(renderer, sample) for sample in batch]
-        askable = [prompt for prompt in prompts if prompt is not None]
-        texts = iter(_generate(model, renderer, askable, normalize, config) if askable else ())
-        yield from (None if prompt is None else next(texts) for prompt in prompts)
+    with ThreadPoolExecutor(RENDERING_THREADS, thread_name_prefix="render") as threads:
+        while window := list(islice(remaining, WINDOW_BATCHES * batch_size)):
+            rendered = threads.map(partial(prompt_of, renderer), window)
+            prompts = [Prompt(at, each, max_new_tokens) for at, each in enumerate(rendered) if each is not None]
+            texts = dict(answerer.answers(prompts))
+            yield from map(texts.get, range(len(window)))
 
 
-def pad_left(prompts: list[Rendering], pad_token_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return token ids and attention mask, both [B, L].
-
-    Padding is on the left, so that every prompt ends at the position where generation begins.
-    """
-    shape = (len(prompts), max(len(prompt.input_ids) for prompt in prompts))
-    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros(shape, dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        start = shape[1] - len(prompt.input_ids)
-        input_ids[row, start:] = prompt.input_ids
-        attention_mask[row, start:] = 1
-    return input_ids, attention_mask
-
-
-def _prompt(renderer: Renderer, sample: RawSample | BadSample) -> Rendering | None:
+def prompt_of(renderer: Renderer, sample: RawSample | BadSample) -> Rendering | None:
+    """Return the sample up to its last answer, for a model to continue; None if the question cannot be asked."""
     if isinstance(sample, BadSample) or _shown(sample) != len(sample.images):
         return None
     try:
@@ -67,33 +136,3 @@ def _shown(sample: RawSample) -> int:
     """
     last = max(i for i, turn in enumerate(sample.conversation) if turn["from"] == "gpt")
     return sum(turn["value"].count(IMAGE) for turn in sample.conversation[:last])
-
-
-@torch.inference_mode()
-def _generate(
-    model: Any, renderer: Renderer, prompts: list[Rendering], normalize: Normalization, config: GenerationConfig
-) -> list[str]:
-    device = model.device
-    input_ids, attention_mask = (to_device(each, device) for each in pad_left(prompts, renderer.pad_token_id))
-    images = joined_images([prompt.images for prompt in prompts if prompt.images])
-    shown = {name: to_device(array, device) for name, array in images.items()}
-    if shown:
-        shown = with_image_tokens(model, input_ids, normalize.of_images(shown, model.dtype))
-    tokens = model.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config, **shown)
-    new = tokens[:, input_ids.shape[1] :].tolist()
-    return [text.strip() for text in renderer.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-def _greedy(model: Any, renderer: Renderer, max_new_tokens: int) -> GenerationConfig:
-    own = model.generation_config.eos_token_id
-    # Both: a student learns to end with the tokenizer's token, but a chat model may end its turns with another one.
-    ends = {renderer.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    return GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        # Set here, because the checkpoint's own generation settings replace values that are not set.
-        repetition_penalty=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
-        pad_token_id=renderer.pad_token_id,
-    )

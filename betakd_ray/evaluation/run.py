@@ -152,7 +152,7 @@ def answer(spec: EvaluationSpec, label: str, shards: list[Shard]) -> list[Answer
     """Load a model on this process's device and ask it every question. Raises ModelError or DataError."""
     renderer = Renderer(load_processor(spec.models[label]), spec.data)
     model = freeze(load_model(spec.models[label], devices=[find_device()]))
-    # The two are at most one batch apart, so tee never holds more samples than a batch.
+    # The two are at most a few batches apart (`WINDOW_BATCHES`), so tee never holds more samples than these.
     asked, kept = tee(_samples(spec, shards))
     texts = answers(model, renderer, asked, batch_size=spec.batch_size, max_new_tokens=spec.max_new_tokens)
     return [_answered(sample, text) for text, sample in zip(texts, kept, strict=True)]

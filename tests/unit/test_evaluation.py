@@ -8,8 +8,9 @@ from PIL import Image
 from betakd_ray.batch.normalization import Normalization
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.samples import BadSample, RawSample
+from betakd_ray.evaluation.decode import pad_left
 from betakd_ray.evaluation.exact_match import ModelAnswer, agreement, score
-from betakd_ray.evaluation.generate import answers, pad_left
+from betakd_ray.evaluation.generate import answers
 from betakd_ray.spec import DataSpec
 from tests.tiny import tiny_model, tiny_processor
 
