@@ -10,6 +10,7 @@ from betakd_ray.spec import JobSpec, load_spec
 if TYPE_CHECKING:
     from betakd_ray.check.teacher import check_teacher
     from betakd_ray.energies import energy
+    from betakd_ray.evaluation.suite import evaluate
     from betakd_ray.job import BetaKDJob, JobResult
     from betakd_ray.weighting import BetaWeighting
 
@@ -23,6 +24,7 @@ __all__ = [
     "check_teacher",
     "energy",
     "errors",
+    "evaluate",
     "load_spec",
 ]
 
@@ -36,6 +38,7 @@ _HEAVY = {
     "BetaWeighting": "weighting",
     "energy": "energies",
     "check_teacher": "check.teacher",
+    "evaluate": "evaluation.suite",
 }
 
 

@@ -5,9 +5,10 @@ from betakd_ray.cli.app import Overrides, app, exit_codes, job, main
 from betakd_ray.cli.console import print_scores, print_table
 from betakd_ray.cli.data import run_pack
 from betakd_ray.cli.distill import run_job
+from betakd_ray.cli.evaluate import run_evaluation
 from betakd_ray.cli.init import init, schema
 from betakd_ray.cli.jobs import run_sweep
-from betakd_ray.cli.models import run_evaluation
+from betakd_ray.cli.models import convert
 from betakd_ray.cli.runs import audit
 from betakd_ray.cli.score import run_score
 
@@ -16,6 +17,7 @@ __all__ = [
     "app",
     "ask",
     "audit",
+    "convert",
     "exit_codes",
     "init",
     "job",

@@ -16,7 +16,7 @@ STARTERS = ("easy-vqa", "llava", "qwen2.5-vl", "smollm", "text")
 SCHEMA = "{}.schema.json"
 """Name of the file with the schema of a kind of spec, which the first line of a starter names."""
 Starter = Literal["easy-vqa", "llava", "qwen2.5-vl", "smollm", "text"]
-Kind = Literal["job", "pack", "evaluation", "sweep"]
+Kind = Literal["job", "pack", "evaluation", "benchmarks", "sweep"]
 
 
 @app.command()

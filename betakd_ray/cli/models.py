@@ -1,33 +1,11 @@
-"""Commands on models: evaluate, convert, export."""
+"""Commands on models: convert, export."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from betakd_ray.cli.app import Overrides, SpecPath, app, exit_codes
-from betakd_ray.cli.console import print_scores
-from betakd_ray.sigterm import on_sigterm
-from betakd_ray.spec import EvaluationSpec, load_spec
-
-
-@app.command()
-def evaluate(spec: SpecPath, overrides: Overrides = []) -> None:  # noqa: B006
-    """Answer a packed question set with several models and score them alike."""
-    with exit_codes():
-        run_evaluation(spec, overrides)
-
-
-def run_evaluation(spec: str, overrides: list[str]) -> None:
-    """Evaluate and print the table."""
-    parsed = load_spec(spec, overrides, EvaluationSpec)
-
-    from betakd_ray.evaluation.run import Evaluation
-    from betakd_ray.on_ray.cluster import connected
-
-    evaluation = Evaluation(parsed)  # names what is wrong before a cluster starts
-    with on_sigterm(evaluation.stop), connected(parsed):
-        print_scores(evaluation.run())
+from betakd_ray.cli.app import app, exit_codes
 
 
 @app.command()

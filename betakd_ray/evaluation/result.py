@@ -36,7 +36,7 @@ class Subject:
     @classmethod
     def of(cls, spec: EvaluationSpec, shards: Sequence[Shard]) -> "Subject":
         """Return the subject as it is now. Raises ModelError for a model that is not there."""
-        return cls({label: _of_model(model) for label, model in spec.models.items()}, _of_questions(spec, shards))
+        return cls({label: digest_of_model(model) for label, model in spec.models.items()}, _of_questions(spec, shards))
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,18 @@ def read_result(folder: str, storage: StorageSpec, subject: Subject) -> dict[str
     return result.scores
 
 
-def _of_model(spec: ModelSpec) -> str:
+def digest_of_model(spec: ModelSpec) -> str:
     """Return a digest of a model's files, and of how they are loaded."""
     with model_errors(spec, "its files cannot be told from others"):
-        return _digest([spec.model_dump_json(), model_version(spec)])
+        return digest([spec.model_dump_json(), model_version(spec)])
 
 
 def _of_questions(spec: EvaluationSpec, shards: Sequence[Shard]) -> str:
     asked = spec.model_dump(mode="json", include={*QuestionsSpec.model_fields, "agreement_with"})
     benchmark = source_of(spec.benchmark) if is_plugin(spec.benchmark) else ""
-    return _digest([asked, benchmark, [asdict(shard) for shard in shards]])
+    return digest([asked, benchmark, [asdict(shard) for shard in shards]])
 
 
-def _digest(content: list[Any]) -> str:
+def digest(content: list[Any]) -> str:
+    """Return a digest of JSON values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -61,6 +61,7 @@ from betakd_ray.spec.objective import (
     check_weighting,
 )
 from betakd_ray.spec.tasks import (
+    BenchmarksSpec,
     EvaluationSpec,
     PackSpec,
     QuestionsSpec,
@@ -73,6 +74,7 @@ __all__ = [
     "VISUAL_ENERGIES",
     "AlignTopK",
     "AnyEnergy",
+    "BenchmarksSpec",
     "CacheSpec",
     "CheckSpec",
     "CheckpointInit",

@@ -14,13 +14,19 @@ from betakd_ray.spec.base import Spec
 from betakd_ray.spec.faults import faults_of
 from betakd_ray.spec.job import JobSpec
 from betakd_ray.spec.origin import Origin
-from betakd_ray.spec.tasks import EvaluationSpec, PackSpec, SweepSpec
+from betakd_ray.spec.tasks import BenchmarksSpec, EvaluationSpec, PackSpec, SweepSpec
 from betakd_ray.spec.yaml_loader import SpecLoader, fault
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
-KINDS: dict[str, type[Spec]] = {"job": JobSpec, "evaluation": EvaluationSpec, "sweep": SweepSpec, "pack": PackSpec}
-"""Name → kind of spec. Each has a command: distill, evaluate, sweep, pack."""
-COMMANDS = {"job": "distill", "evaluation": "evaluate", "sweep": "sweep", "pack": "pack"}
+KINDS: dict[str, type[Spec]] = {
+    "job": JobSpec,
+    "evaluation": EvaluationSpec,
+    "benchmarks": BenchmarksSpec,
+    "sweep": SweepSpec,
+    "pack": PackSpec,
+}
+"""Name → kind of spec."""
+COMMANDS = {"job": "distill", "evaluation": "evaluate", "benchmarks": "evaluate", "sweep": "sweep", "pack": "pack"}
 """Name of a kind of spec → the command that runs it."""
 
 
@@ -132,7 +138,13 @@ def _other_kind(tree: dict[str, Any], kind: type[Spec], origin: Origin) -> list[
     ]
 
 
-_A = {"job": "a job", "evaluation": "an evaluation", "sweep": "a sweep", "pack": "a packing of data"}
+_A = {
+    "job": "a job",
+    "evaluation": "an evaluation on packed questions",
+    "benchmarks": "an evaluation on benchmarks",
+    "sweep": "a sweep",
+    "pack": "a packing of data",
+}
 
 
 def apply_override(tree: dict[str, Any], override: str) -> str:

@@ -1,22 +1,25 @@
 """Specs beside a job: evaluation, sweep and packing."""
 
 import itertools
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from betakd_ray.spec.base import (
     Count,
     FreeForm,
     Location,
+    Place,
     Plugin,
     Seed,
     Spec,
     StorageSpec,
+    as_tuple,
     finite,
 )
 from betakd_ray.spec.cluster import ClusterSpec
-from betakd_ray.spec.data import DataSpec
+from betakd_ray.spec.data import DataSpec, TemplateName
 from betakd_ray.spec.job import Name, OutputSpec
 from betakd_ray.spec.models import ModelSpec
 
@@ -64,6 +67,55 @@ class EvaluationSpec(QuestionsSpec):
         if self.agreement_with is not None and self.agreement_with not in self.models:
             raise ValueError(f"agreement_with {self.agreement_with!r} is not one of the models {list(self.models)}")
         return self
+
+
+class BenchmarksSpec(Spec):
+    """Evaluation of models on public benchmarks, from the files in which these are published."""
+
+    name: Name = "evaluation"
+    models: dict[Name, ModelSpec] = Field(min_length=1, description="label → model; the label is in the answers' files")
+    benchmarks: Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
+        description="names such as scienceqa, textvqa, gqa, pope, mme, mmbench; module:name for your own"
+    )
+    data: Place = Field(description="folder or URL with the benchmarks' files, in the layout of LLaVA or MobileVLM")
+    template: TemplateName | Plugin | None = Field(
+        default=None,
+        description="default: the one that a model of this package was trained with; otherwise vicuna_v1 for LLaVA and "
+        "MobileVLM, and the model's own for others",
+    )
+    system_prompt: str | None = Field(default=None, description="as in the data section of a job")
+    processing: Literal["pad", "crop"] | None = Field(
+        default=None,
+        description="how LLaVA and MobileVLM see an image that is no square: padded, or its centre; default: as each "
+        "benchmark's published figures were made",
+    )
+    ocr: bool | None = Field(
+        default=None, description="whether TextVQA's questions have OCR tokens; default: as they are in its file"
+    )
+    rule: str | None = Field(default=None, description="how MMBench finds the letter in an answer; see the docs")
+    limit: Count | None = Field(default=None, description="ask only about this number of first questions of each")
+    max_new_tokens: Count | None = Field(default=None, description="default: as each benchmark's published figures")
+    batch_size: Count = Field(default=64, description="questions that a process answers at a time")
+    batch_tokens: Count = Field(
+        default=16384, description="largest number of tokens of a batch, new ones and padding included"
+    )
+    workers: Count | None = Field(default=None, description="processes at most; default: as many as have room")
+    cluster: ClusterSpec = ClusterSpec()
+    output: OutputSpec = Field(default_factory=OutputSpec)
+
+    @field_validator("benchmarks")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{repeated[0]} is named twice; name each benchmark once")
+        return names
+
+
+def label_of(path: str) -> str:
+    """Return a label for a model: the name of its folder, or of the run whose `model` folder it is."""
+    names = [name for name in re.split(r"[/\\]+", path) if name not in ("", ".", "..")]
+    names = names[:-1] if len(names) > 1 and names[-1] == "model" else names
+    return re.sub(r"[^A-Za-z0-9._-]", "-", names[-1]).lstrip("._-") if names else "model"
 
 
 class SweepSpec(Spec):

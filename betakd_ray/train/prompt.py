@@ -52,7 +52,9 @@ def _with_template(renderer: Renderer, data: DataSpec) -> bool:
             data.template,
         )
     if template is not None or data.template != "chat":  # another template than that of training would mislead
-        renderer.processor.chat_template = renderer.tokenizer.chat_template = template
+        # Under the spec's name too, with which this package asks for it; callers of transformers get the default.
+        named = {"default": template, data.chat_template: template} if data.chat_template else template
+        renderer.processor.chat_template = renderer.tokenizer.chat_template = named
     return template is not None
 
 
