@@ -21,6 +21,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from betakd_ray.check.finding import Finding
+from betakd_ray.data.held_out import HeldOutData
 from betakd_ray.data.mixture import find_passes
 from betakd_ray.data.plan import Pass, Plan
 from betakd_ray.data.reader import Reader
@@ -77,6 +78,7 @@ class BetaKDJob:
         self.run = join(spec.output.path, spec.name)
         self.origins: dict[str, str] = {}
         """What the job is made from (`run.claim`); known after `check()`."""
+        self._held_out: HeldOutData | None = None
         self._permit = Permit(self.run, spec.output.storage)
         self._stop = StopRequest(f"{spec.name}: was asked to stop, and lost nothing. Run it again to go on.")
         self._update: Update = lambda **_: None
@@ -133,6 +135,7 @@ class BetaKDJob:
         check_trackers(self.spec)
         renderers = self.renderers()
         plan = self.plan(find_passes(self.spec.data))
+        self._held_out = HeldOutData.of(self.spec, plan, renderers)
         self.origins = origins_of(plan, self._digests(renderers))
         # Before spec.json is written: if the user has removed it, a checkpoint still says which job this is.
         store = CheckpointStore(self.run, self.spec.output.storage)
@@ -306,6 +309,7 @@ class BetaKDJob:
             cache=cache,
             canary=canary,
             origins=self.origins,
+            held_out=self._held_out,
         )
         reader = Reader(
             plan,

@@ -181,22 +181,31 @@ class Reader:
         try:
             if isinstance(sample, BadSample):
                 raise Unrenderable(sample.reason)
-            return RenderedSample(sample.index, sample.key, self._render(sample))
+            return RenderedSample(
+                sample.index, sample.key, views_of(sample, self.renderers, pairs_images=self.pairs_images)
+            )
         except Unrenderable as reason:
             return RefusedSample(sample.index, sample.key, str(reason))
 
-    def _render(self, sample: RawSample) -> dict[str, Rendering]:
-        views = {view: renderer.render(sample) for view, renderer in self.renderers.items()}
-        # From the second token on, because no row of logits predicts the first one.
-        answers = [view.input_ids[1:][view.answer_mask[1:]] for view in views.values()]
-        if not all(np.array_equal(answers[0], other) for other in answers[1:]):
-            raise Unrenderable(
-                "teacher and student do not have the same answer tokens (for one of them max_length cuts the sample)"
-            )
-        counts = {view: renderer.count_image_tokens(views[view]) for view, renderer in self.renderers.items()}
-        if self.pairs_images and len(set(counts.values())) > 1:
-            raise Unrenderable(f"energies compare image tokens one by one, but their numbers differ: {counts}")
-        return views
+
+def views_of(
+    sample: RawSample, renderers: Mapping[str, Renderer], *, pairs_images: bool = False
+) -> dict[str, Rendering]:
+    """Return what each model sees of a sample. Raises Unrenderable if the two cannot be compared.
+
+    With `pairs_images`, they must have equally many image tokens.
+    """
+    views = {view: renderer.render(sample) for view, renderer in renderers.items()}
+    # From the second token on, because no row of logits predicts the first one.
+    answers = [view.input_ids[1:][view.answer_mask[1:]] for view in views.values()]
+    if not all(np.array_equal(answers[0], other) for other in answers[1:]):
+        raise Unrenderable(
+            "teacher and student do not have the same answer tokens (for one of them max_length cuts the sample)"
+        )
+    counts = {view: renderer.count_image_tokens(views[view]) for view, renderer in renderers.items()}
+    if pairs_images and len(set(counts.values())) > 1:
+        raise Unrenderable(f"energies compare image tokens one by one, but their numbers differ: {counts}")
+    return views
 
 
 class _Answers:

@@ -175,7 +175,7 @@ class Change:
 
 def changes(there: JobSpec, asked: JobSpec) -> list[Change]:
     """Return the fields in which two specs differ, without those that a run may change."""
-    free = {"cluster", "tracking", "output"}
+    free = {"cluster", "tracking", "output", "evaluation"}
     before, now = (each.model_dump(mode="json", exclude=free) for each in (there, asked))
     for tree in (before, now):
         for section, fields in FREE_TO_CHANGE.items():

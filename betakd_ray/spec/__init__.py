@@ -29,7 +29,7 @@ from betakd_ray.spec.energies import (
     TemporallyAdaptiveInterpolation,
     VisualEnergy,
 )
-from betakd_ray.spec.job import JobSpec, OutputSpec
+from betakd_ray.spec.job import HeldOutSpec, JobSpec, OutputSpec
 from betakd_ray.spec.loading import (
     load_spec,
     parse_spec,
@@ -89,6 +89,7 @@ __all__ = [
     "FeatureDistance",
     "ForwardKL",
     "GPUPoolSpec",
+    "HeldOutSpec",
     "InstanceWeighting",
     "InterpolationSchedule",
     "JobSpec",

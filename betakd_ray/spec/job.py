@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from betakd_ray.spec.base import NAME_PATTERN, Location, Place, Short, Spec, as_tuple
+from betakd_ray.spec.base import NAME_PATTERN, Count, Location, Place, Short, Spec, as_tuple
 from betakd_ray.spec.cluster import ClusterSpec
 from betakd_ray.spec.data import DataSpec
 from betakd_ray.spec.energies import ProbabilitiesEnergy, VisualEnergy
@@ -45,6 +45,18 @@ class TrackingSpec(Spec):
 Name = Annotated[str, Field(pattern=NAME_PATTERN, description="letters, digits, . _ -")]
 
 
+class HeldOutSpec(Spec):
+    """Evaluation of the student while it trains, on samples that it does not train on."""
+
+    data: Annotated[tuple[Location, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
+        description="shards, as in data.train; the other fields of the data section apply to them too"
+    )
+    every: Count = Field(default=500, description="steps between two evaluations; the last step is evaluated too")
+    samples: Count = Field(
+        default=512, description="use only this number of first samples; they are kept in the workers' memory"
+    )
+
+
 class JobSpec(Spec):
     """One distillation job, or plain supervised fine-tuning if there is no `teacher`."""
 
@@ -55,6 +67,9 @@ class JobSpec(Spec):
     objective: ObjectiveSpec = ObjectiveSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
     training: TrainingSpec = TrainingSpec()
+    evaluation: HeldOutSpec | None = Field(
+        default=None, description="loss, energies and agreement on held-out samples, in the metrics under eval/"
+    )
     cluster: ClusterSpec = ClusterSpec()
     # A factory: the default path is made absolute when a spec is made, and not at the import of this module.
     output: OutputSpec = Field(default_factory=OutputSpec)

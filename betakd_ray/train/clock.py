@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-PHASES = ("forward_backward", "optimizer", "save", "log")
+PHASES = ("forward_backward", "optimizer", "evaluate", "save", "log")
 """Phases of the training itself. In the rest of its time it waits for the feed (`STALLS`)."""
 STALLS = ("data_wait", "teacher_wait", "collate", "agree", "copy")
 """Activities of the feed while the training waits for it."""

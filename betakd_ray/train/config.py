@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from ray.actor import ActorHandle
 
+from betakd_ray.data.held_out import HeldOutData
 from betakd_ray.data.plan import Plan
 from betakd_ray.run.lease import Permit
 from betakd_ray.spec import JobSpec
@@ -38,6 +39,9 @@ class WorkerConfig:
     """Checked sample that is asked again while the job runs; None if the teacher is not checked."""
     origins: dict[str, str] = field(default_factory=dict)
     """What the run is made from, for the manifests of its checkpoints."""
+
+    held_out: HeldOutData | None = None
+    """Samples on which the student is evaluated while it trains; None if it is not."""
 
     @property
     def run(self) -> str:

@@ -1,10 +1,10 @@
 """One rank's student: models, optimizers and β. It makes one optimizer step of a step's micro-batches, without Ray."""
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -126,8 +126,38 @@ class Learner:
         with clock.phase("optimizer"):
             return self._update(progress)
 
+    def evaluate(self, micro_batches: Iterable[DeviceBatch], counts: StepCounts) -> Totals:
+        """Return the means over held-out samples with the weights of now, statistics included. Collective.
+
+        It changes nothing that the training depends on: neither weights, β and sums, nor random generators.
+        """
+        sums = StepSums(len(self.channels), len(self.distiller.rows.measures), self.device)
+        sums.clear(counts.most_samples)
+        generators = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=generators), torch.no_grad():
+            self.engine.eval()
+            try:
+                for batch in micro_batches:
+                    passed = self._forward(batch, counts, statistics=True)
+                    sums.add(*passed.added, passed.output.statistics)
+            finally:
+                self.engine.train()
+        return sums.reduced(applied=True)
+
     def _backward(self, batch: DeviceBatch, counts: StepCounts, progress: float, statistics: bool) -> None:
         """Run forward and backward of one micro-batch."""
+        passed = self._forward(batch, counts, statistics)
+        self.engine.backward(passed.output.loss, scale_wrt_gas=False)
+        if passed.loss.requires_grad:
+            passed.loss.backward()
+        for name, value in passed.moving.items():
+            if value.requires_grad:
+                # Without the scale, because BetaOptimizer sums over the ranks and does not divide.
+                value.backward(passed.output.moving_gradients[name] / self.world_size * reversal(progress))
+        self.sums.add(*passed.added, passed.output.statistics)
+
+    def _forward(self, batch: DeviceBatch, counts: StepCounts, statistics: bool) -> "_Passed":
+        """Run the student and the objective on one micro-batch."""
         inputs = batch.inputs
         features = {name: batch.teacher.parts[name] for name in self.weighting.needed} if batch.teacher else {}
         beta = self.weighting.beta(features, inputs.has_image)
@@ -140,22 +170,15 @@ class Learner:
             inputs,
             batch.teacher,
             batch.pairs,
-            # Detached: in the student's loss β is a constant. β learns only from its own loss, further down.
+            # Detached: in the student's loss β is a constant. β learns only from its own loss.
             torch.where(present, beta.detach() * share[:, None] * scale, 0.0),
             {name: value.detach() for name, value in moving.items()},
             statistics,
         )
-        self.engine.backward(output.loss, scale_wrt_gas=False)
         # Not a product with zero, which would keep a NaN.
         energies = torch.where(present, output.energies, 0.0)
         loss = (self.weighting.loss(beta, energies, present) * share).sum()
-        if loss.requires_grad:
-            loss.backward()
-        for name, value in moving.items():
-            if value.requires_grad:
-                # Without the scale, because BetaOptimizer sums over the ranks and does not divide.
-                value.backward(output.moving_gradients[name] / scale * reversal(progress))
-        self.sums.add(energies, beta.detach(), present, share, loss.detach(), output.statistics)
+        return _Passed(output, moving, loss, (energies, beta.detach(), present, share, loss.detach()))
 
     def _share(self, inputs: TensorInputs, counts: StepCounts) -> Tensor:
         """Return each sample's weight in the global mean [B], by `objective.reduction`."""
@@ -251,6 +274,18 @@ class Learner:
             dist_init_required=False,
         )
         return engine
+
+
+class _Passed(NamedTuple):
+    """Results of a forward pass over one micro-batch."""
+
+    output: Distilled
+    moving: Mapping[str, Tensor]
+    """Current number of each stateful channel."""
+    loss: Tensor
+    """Loss from which β learns: the sum of the samples' losses, times their shares."""
+    added: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    """What `StepSums.add` takes, but for the statistics."""
 
 
 def _seed(seed: int) -> None:

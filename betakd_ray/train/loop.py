@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import ray
 import ray.train
-import torch
 import torch.distributed as dist
 
 from betakd_ray import errors
@@ -40,19 +39,18 @@ from betakd_ray.train.clock import StepClock
 from betakd_ray.train.config import STOPPED, WorkerConfig
 from betakd_ray.train.export import export_student
 from betakd_ray.train.feed import Feed
+from betakd_ray.train.held_out import HeldOut
 from betakd_ray.train.learner import Learner
 from betakd_ray.train.micro_batches import Collator, Refused, Step
 from betakd_ray.train.prefetch import Prefetch
 from betakd_ray.train.sums import Totals
 from betakd_ray.train.teacher_checks import check_new_student, tell
-from betakd_ray.train.usage import Usage, peak_memory
+from betakd_ray.train.usage import Usage, of_channels, peak_memory
 
 COUNTS = ("samples", "dropped", "skipped", "skipped_in_a_row")
 """Counters of a worker that a checkpoint keeps in progress.json."""
 LISTED_SAMPLES = 100_000
 """Largest number of samples of skipped steps that are listed, because the list is written whole each time."""
-QUANTILES = (0.1, 0.5, 0.9)
-"""Quantiles of β over a global batch that are logged."""
 
 
 class Worker:
@@ -94,6 +92,9 @@ class Worker:
         self.cache = CacheWriter(config.cache, keep=config.plan.epochs > 1) if config.cache else None
         self.permit = config.permit.requiring(partial(require_current, config.monitor, self.start, config.run))
         self.store = CheckpointStore(config.run, self.spec.output.storage, self.permit, config.origins)
+        limits = (self.training.micro_batch_samples, self.training.micro_batch_tokens)
+        self.collator = Collator(config.pad_token_id, config.image_token_id, config.needs, config.facts, *limits)
+        self.held_out: HeldOut | None = None
         warn = partial(tell, config.monitor)
         self.metrics = MetricsWriter(self.spec, config.run, config.permit.token, warn) if self.rank == 0 else None
         self.ledger = config.plan.empty_ledger() if self.rank == 0 else None
@@ -117,6 +118,8 @@ class Worker:
             if self.metrics:
                 threads.callback(self.metrics.end_trackers)
             self.resume()
+            if data := self.config.held_out:
+                self.held_out = HeldOut.of(data, self.collator, self.client, self.learner.host_group)
             feed, prefetch = self.feed(threads)
             for step, batches in prefetch.steps():
                 self.saver.check()
@@ -130,7 +133,7 @@ class Worker:
                 self.account(step)
                 self.guard(totals, step)
                 if is_logged:
-                    self.log(totals, step)
+                    self.log(totals, step, self.evaluate(step.number))
                 keep_spare()
                 if self.step < self.total_steps and (
                     step.counts.save or self.step % self.training.checkpoint_every == 0
@@ -146,8 +149,20 @@ class Worker:
             return self.finish()
 
     def is_logged(self, step: int) -> bool:
-        """Return whether a step's numbers are logged: every `log_every` steps, the first and the last."""
-        return step % self.training.log_every == 0 or step in (1, self.total_steps)
+        """Return whether a step's numbers are logged: every `log_every` steps, first, last, and evaluated ones."""
+        return step % self.training.log_every == 0 or step in (1, self.total_steps) or self.is_evaluated(step)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Return whether the student is evaluated after a step: every `evaluation.every` steps, and after the last."""
+        evaluation = self.spec.evaluation
+        return evaluation is not None and (step % evaluation.every == 0 or step == self.total_steps)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Return the numbers on the held-out samples, if the student is evaluated after this step. Collective."""
+        if self.held_out is None or not self.is_evaluated(step):
+            return {}
+        with self.clock.phase("evaluate"):
+            return self.held_out.evaluate(self.learner)
 
     # -------------------------------------------------------------------------------------------- what feeds it
 
@@ -165,14 +180,7 @@ class Worker:
                 config.plan.shards,
                 config.facts.dtype if config.facts else "float32",
             ),
-            Collator(
-                config.pad_token_id,
-                config.image_token_id,
-                config.needs,
-                config.facts,
-                self.training.micro_batch_samples,
-                self.training.micro_batch_tokens,
-            ),
+            self.collator,
             gather_over(self.learner.feed_group),
             rank=self.rank,
             ranks=self.ranks,
@@ -256,8 +264,11 @@ class Worker:
             del self.skips[: -max(1, LISTED_SAMPLES // self.training.global_batch_size)]
             self.metrics.write(SKIPPED, to_jsonl(self.skips))
 
-    def log(self, totals: Totals, step: Step) -> None:
-        """Log this step's numbers (paper Figures 4–6, Table 6), and the timing since the last record. Collective."""
+    def log(self, totals: Totals, step: Step, evaluation: dict[str, float]) -> None:
+        """Log this step's numbers (paper Figures 4–6, Table 6), and the timing since the last record. Collective.
+
+        `evaluation` has the numbers on held-out samples; it is empty if the student was not evaluated.
+        """
         betas = self.learner.sums.betas()
         seconds = self.clock.read()
         mean, slowest = self.learner.mean_and_max({**seconds, "teacher_busy": self.usage.teacher_busy_s})
@@ -268,7 +279,7 @@ class Worker:
         with self.clock.phase("log"):
             record: dict[str, Any] = {"step": self.step, "time": time.time()}
             record |= {"loss": totals.loss.item(), "samples": self.samples}
-            record |= self.of_channels(totals, betas)
+            record |= of_channels(totals, betas, self.learner.weighting.saturated(betas), self.learner.channels)
             record |= {f"moving/{name}": value.item() for name, value in self.learner.curriculum.values().items()}
             record |= dict(zip(self.learner.distiller.rows.measures, totals.statistics.tolist(), strict=True))
             engine = self.learner.engine
@@ -285,25 +296,9 @@ class Worker:
             record |= usage.rates(mean, slowest, self.ranks)
             if (peak := self.learner.peak_flops) and (flops := self.learner.flops):
                 record["flops_utilisation"] = usage.flops(flops) / mean["elapsed"] / (peak * self.ranks)
+            record |= evaluation
             self.metrics.log(record)
             self.config.monitor.log.remote(record)
-
-    def of_channels(self, totals: Totals, betas: torch.Tensor) -> dict[str, float]:
-        """Return each channel's energy, its β · energy, and statistics of its β. `betas` is [samples, channels]."""
-        quantiles = betas.nanquantile(torch.tensor(QUANTILES, device=betas.device), dim=0)
-        quantiles = quantiles.nan_to_num()  # zero, like the mean, for a channel that no sample has
-        by_channel = {
-            "energy": totals.energies,
-            "weighted": totals.weighted,
-            "beta": totals.beta,
-            **{f"beta_p{round(100 * q)}": row for q, row in zip(QUANTILES, quantiles, strict=True)},
-            "beta_saturated": self.learner.weighting.saturated(betas),
-        }
-        return {
-            f"{kind}/{name}": value
-            for kind, values in by_channel.items()
-            for name, value in zip(self.learner.channels, values.tolist(), strict=True)
-        }
 
     # ---------------------------------------------------------------------------- checkpoint and result
 

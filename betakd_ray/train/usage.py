@@ -1,14 +1,47 @@
-"""What the steps between two log records used: samples, tokens, time, memory."""
+"""Numbers of a log record: of each channel, and what the steps since the last record used."""
 
 import resource
 import sys
+from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from betakd_ray.models.flops import StudentFlops
 from betakd_ray.train.agreement import TokenCounts
 from betakd_ray.train.clock import PHASES, STALLS
 from betakd_ray.train.micro_batches import Step
+from betakd_ray.train.sums import Totals
+
+QUANTILES = (0.1, 0.5, 0.9)
+"""Quantiles of β over a global batch that are logged."""
+
+
+def of_channels(
+    totals: Totals,
+    betas: Float[Tensor, "samples channels"],
+    saturated: Float[Tensor, " channels"],
+    channels: Sequence[str],
+) -> dict[str, float]:
+    """Return each channel's energy, its β · energy, and statistics of its β.
+
+    `saturated` is the share of samples whose β is at a bound.
+    """
+    quantiles = betas.nanquantile(torch.tensor(QUANTILES, device=betas.device), dim=0)
+    quantiles = quantiles.nan_to_num()  # zero, like the mean, for a channel that no sample has
+    by_channel = {
+        "energy": totals.energies,
+        "weighted": totals.weighted,
+        "beta": totals.beta,
+        **{f"beta_p{round(100 * q)}": row for q, row in zip(QUANTILES, quantiles, strict=True)},
+        "beta_saturated": saturated,
+    }
+    return {
+        f"{kind}/{name}": value
+        for kind, values in by_channel.items()
+        for name, value in zip(channels, values.tolist(), strict=True)
+    }
 
 
 class Usage:

@@ -14,6 +14,7 @@ from betakd_ray.energies import ENERGIES
 from betakd_ray.errors import SpecError
 from betakd_ray.plugins import load
 from betakd_ray.spec import (
+    BenchmarksSpec,
     CosineProbs,
     EvaluationSpec,
     FeatureDistance,
@@ -196,7 +197,7 @@ def test_every_section_is_closed():
                 if isinstance(inner, type) and hasattr(inner, "model_fields"):
                     yield from sections(inner)
 
-    for root in (JobSpec, EvaluationSpec, PackSpec):
+    for root in (JobSpec, EvaluationSpec, BenchmarksSpec, PackSpec):
         for kind in sections(root):
             # A plugin's fields are its function's arguments, which only that function knows.
             assert kind.model_config["extra"] == ("allow" if kind is PluginEnergy else "forbid"), kind

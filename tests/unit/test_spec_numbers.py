@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from betakd_ray.errors import SpecError
-from betakd_ray.spec import EvaluationSpec, JobSpec, PackSpec, PluginEnergy, SweepSpec, parse_spec
+from betakd_ray.spec import BenchmarksSpec, EvaluationSpec, JobSpec, PackSpec, PluginEnergy, SweepSpec, parse_spec
 from betakd_ray.spec.base import LONGEST_S, Spec
 from betakd_ray.spec.energies import SECTIONS
 
@@ -55,7 +55,7 @@ def holding(annotation: Any, number: float) -> Any:
 
 
 ALL: dict[str, type[Spec]] = {}
-for each in (JobSpec, EvaluationSpec, SweepSpec, PackSpec, *SECTIONS):
+for each in (JobSpec, EvaluationSpec, BenchmarksSpec, SweepSpec, PackSpec, *SECTIONS):
     sections(each, ALL)
 NUMBERS = [
     (section, field)
