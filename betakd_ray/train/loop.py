@@ -56,6 +56,8 @@ LISTED_SAMPLES = 100_000
 class Worker:
     """One rank: its learner, its feed, and their connections to Ray."""
 
+    held_out: HeldOut | None = None
+
     def __init__(self, config: WorkerConfig) -> None:
         self.config = config
         self.spec = config.spec
@@ -92,9 +94,6 @@ class Worker:
         self.cache = CacheWriter(config.cache, keep=config.plan.epochs > 1) if config.cache else None
         self.permit = config.permit.requiring(partial(require_current, config.monitor, self.start, config.run))
         self.store = CheckpointStore(config.run, self.spec.output.storage, self.permit, config.origins)
-        limits = (self.training.micro_batch_samples, self.training.micro_batch_tokens)
-        self.collator = Collator(config.pad_token_id, config.image_token_id, config.needs, config.facts, *limits)
-        self.held_out: HeldOut | None = None
         warn = partial(tell, config.monitor)
         self.metrics = MetricsWriter(self.spec, config.run, config.permit.token, warn) if self.rank == 0 else None
         self.ledger = config.plan.empty_ledger() if self.rank == 0 else None
@@ -165,6 +164,12 @@ class Worker:
             return self.held_out.evaluate(self.learner)
 
     # -------------------------------------------------------------------------------------------- what feeds it
+
+    @property
+    def collator(self) -> Collator:
+        """Return the function that cuts samples into this job's micro-batches."""
+        config, limits = self.config, (self.training.micro_batch_samples, self.training.micro_batch_tokens)
+        return Collator(config.pad_token_id, config.image_token_id, config.needs, config.facts, *limits)
 
     def feed(self, threads: ExitStack) -> tuple[Feed, Prefetch]:
         """Start the threads that prepare this rank's steps; closing `threads` ends them."""
