@@ -309,7 +309,7 @@ class BetaKDJob:
             cache=cache,
             canary=canary,
             origins=self.origins,
-            held_out=self._held_out,
+            held_out=ray.put(self._held_out) if self._held_out else None,
         )
         reader = Reader(
             plan,

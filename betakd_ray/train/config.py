@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
+import ray
 from ray.actor import ActorHandle
 
-from betakd_ray.data.held_out import HeldOutData
 from betakd_ray.data.plan import Plan
 from betakd_ray.run.lease import Permit
 from betakd_ray.spec import JobSpec
@@ -40,8 +40,11 @@ class WorkerConfig:
     origins: dict[str, str] = field(default_factory=dict)
     """What the run is made from, for the manifests of its checkpoints."""
 
-    held_out: HeldOutData | None = None
-    """Samples on which the student is evaluated while it trains; None if it is not."""
+    held_out: "ray.ObjectRef | None" = None
+    """Object of the `HeldOutData` on which the student is evaluated while it trains; None if it is not.
+
+    A reference, because Ray's own actors load this configuration, and need no transformers for it.
+    """
 
     @property
     def run(self) -> str:

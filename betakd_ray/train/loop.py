@@ -118,7 +118,7 @@ class Worker:
                 threads.callback(self.metrics.end_trackers)
             self.resume()
             if data := self.config.held_out:
-                self.held_out = HeldOut.of(data, self.collator, self.client, self.learner.host_group)
+                self.held_out = HeldOut.of(ray.get(data), self.collator, self.client, self.learner.host_group)
             feed, prefetch = self.feed(threads)
             for step, batches in prefetch.steps():
                 self.saver.check()

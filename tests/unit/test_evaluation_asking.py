@@ -76,9 +76,10 @@ def test_only_llava_sees_a_padded_image_or_its_centre_by_the_benchmark(name: str
     )
     assert isinstance(padded, Rendering)
     assert isinstance(cut, Rendering)
+    assert padded.pixels is not None
+    assert cut.pixels is not None
     assert np.array_equal(padded.pixels, cut.pixels) == (name != "llava")
     if name == "llava":
-        assert cut.pixels is not None
         assert (cut.pixels[0, 2, 6:10, 6:10] > 240).all(), "the centre is blue"
 
 
@@ -88,7 +89,9 @@ def test_a_prompt_is_that_of_training_up_to_the_answer(name: str) -> None:
     views = renderers(spec(template=template), ModelSpec(path="/m"), processor)
     for image in (picture(), None):
         asked = question(image=None if image is None else "x")
-        trained = Renderer(processor, DataSpec(train=("a.tar",), template=template)).render(sample_of(asked, image))
+        trained = Renderer(processor, DataSpec.model_validate({"train": "a.tar", "template": template})).render(
+            sample_of(asked, image)
+        )
         found = rendering_of(asked, image, views)
         assert isinstance(found, Rendering)
         answer = int(np.argmax(trained.answer_mask))

@@ -44,7 +44,9 @@ SAMPLES = [sample(at, *question) for at, question in enumerate(QUESTIONS)]
 
 def family(name: str) -> tuple[Any, Renderer]:
     chosen = FAMILIES[name]
-    renderer = Renderer(chosen.processor(), DataSpec(train=("unused.tar",), template=chosen.template))
+    renderer = Renderer(
+        chosen.processor(), DataSpec.model_validate({"train": "unused.tar", "template": chosen.template})
+    )
     return build(chosen.config()), renderer
 
 
