@@ -10,7 +10,6 @@ Ray, the handler only sets a flag (`StopRequest`), and every wait that may be lo
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,8 @@ from typing import Any
 
 from betakd_ray.errors import BetaKDError, Interrupted
 
+STDERR = 2
+"""File descriptor of standard error."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """Signals that ask to stop."""
 ENDED_AT_ONCE = 128 + signal.SIGINT
@@ -170,8 +171,8 @@ def _say(text: str) -> None:
 
     A live display may have hidden the cursor: it is shown again.
     """
-    cursor = "\x1b[?25h" if os.isatty(sys.__stderr__.fileno()) else ""
-    os.write(sys.__stderr__.fileno(), f"{cursor}betakd: {text}\n".encode())
+    cursor = "\x1b[?25h" if os.isatty(STDERR) else ""
+    os.write(STDERR, f"{cursor}betakd: {text}\n".encode())
 
 
 def _is_exit(error: BaseException | None, code: int) -> bool:

@@ -11,7 +11,8 @@ from rich.console import Console
 from betakd_ray.cli.app import Overrides, app, exit_codes
 from betakd_ray.errors import SpecError
 from betakd_ray.spec import JobSpec, load_spec, parse_spec, set_field
-from betakd_ray.spec.loading import Origin, apply_overrides
+from betakd_ray.spec.loading import apply_overrides
+from betakd_ray.spec.origin import FieldPath, Origin
 
 Flag = str | None
 
@@ -95,7 +96,7 @@ def _name(student: str, teacher: str | None) -> str:
 
 
 def _origin(given: dict[str, Any]) -> Origin:
-    typed = {tuple(field.split(".")): f"{FLAGS[field]} {value}" for field, value in given.items()}
+    typed: dict[FieldPath, str] = {tuple(field.split(".")): f"{FLAGS[field]} {value}" for field, value in given.items()}
     return Origin("the flags", options=typed)
 
 

@@ -12,7 +12,7 @@ from betakd_ray.run.folder import MODEL
 from betakd_ray.sigterm import on_sigterm
 from betakd_ray.spec import BenchmarksSpec, EvaluationSpec, JobSpec, ModelSpec, parse_spec, set_field
 from betakd_ray.spec.loading import apply_overrides, kind_of, read_spec
-from betakd_ray.spec.origin import Origin
+from betakd_ray.spec.origin import FieldPath, Origin
 from betakd_ray.spec.tasks import label_of
 from betakd_ray.storage import join
 
@@ -123,13 +123,13 @@ def tree_of(targets: list[str], given: dict[str, Any]) -> tuple[dict[str, Any], 
     is_packed = "benchmarks" not in tree and "benchmarks" not in given
     if is_packed and "data" in given and "train" not in tree.get("data", {}):
         tree |= {"name": label_of(targets[0])} | {"data": _trained_with(tree["models"])}
-    options = {
+    options: dict[FieldPath, str] = {
         path: _typed(name, value) for name, value in given.items() for path in _set(tree, name, value, is_packed)
     }
     return tree, Origin(origin.name, origin.node, options)
 
 
-def _set(tree: dict[str, Any], name: str, value: Any, is_packed: bool) -> Iterator[tuple[str, ...]]:
+def _set(tree: dict[str, Any], name: str, value: Any, is_packed: bool) -> Iterator[FieldPath]:
     """Set what an option says; yield the paths of its fields."""
     if name == "out":
         parent, _, folder = value.rstrip("/").rpartition("/")

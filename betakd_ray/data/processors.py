@@ -60,7 +60,7 @@ def with_pixel_limits(processor: Any, data: DataSpec) -> Any:
     """
     if data.min_pixels is None and data.max_pixels is None:
         return processor
-    images = getattr(processor, "image_processor", None)
+    images: Any = getattr(processor, "image_processor", None)
     if "min_pixels" not in getattr(getattr(images, "valid_kwargs", None), "__annotations__", {}):
         kind = type(processor if images is None else images).__name__
         raise SpecError(

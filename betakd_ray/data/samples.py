@@ -77,7 +77,7 @@ def _record(members: dict[str, bytes]) -> dict[str, Any]:
     """Return the record of a sample: its json member, and its txt member as a caption if there is no other."""
     if "json" not in members and "txt" not in members:
         raise ValueError(f"there is no json member; the members are {_listed(members)}{_dots(members)}")
-    record = _json(members["json"]) if "json" in members else {}
+    record: Any = _json(members["json"]) if "json" in members else {}
     if isinstance(record, list) and all(isinstance(turn, dict) for turn in record):
         record = {"conversations": record}  # as Energon has it
     if not isinstance(record, dict):

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from betakd_ray.errors import did_you_mean, shortened
 from betakd_ray.spec.base import PATTERNS, PLUGIN, Spec
 from betakd_ray.spec.hints import yaml_hint
-from betakd_ray.spec.origin import Origin, Path
+from betakd_ray.spec.origin import FieldPath, Origin
 
 MAX_FAULTS = 20
 """Largest number of wrong fields that a message names."""
@@ -38,7 +38,7 @@ _OF_A_WHOLE = ("literal_error", "too_short", "too_long", "tuple_type", "list_typ
 
 def faults_of(kind: type[Spec], tree: Any, issues: list[Any], origin: Origin) -> list[str]:
     """Return a line for each wrong field: where it is, what was seen, what was expected. In the order of the file."""
-    at: dict[Path, list[Any]] = {}
+    at: dict[FieldPath, list[Any]] = {}
     for issue in issues:
         at.setdefault(_path(tree, issue), []).append(issue)
     lines: dict[str, int] = {}
@@ -54,7 +54,7 @@ def faults_of(kind: type[Spec], tree: Any, issues: list[Any], origin: Origin) ->
     return ordered[:MAX_FAULTS] + more
 
 
-def _path(tree: Any, issue: Any) -> Path:
+def _path(tree: Any, issue: Any) -> FieldPath:
     """Return the way to the value in the file. pydantic's also names kinds, types, and what a short form stands for."""
     path: list[str | int] = []
     *inner, last = issue["loc"] or ("",)
@@ -72,13 +72,13 @@ def _has(tree: Any, part: str | int) -> bool:
     return isinstance(tree, list | tuple) and isinstance(part, int) and part < len(tree)
 
 
-def _field_named_in(text: str) -> Path:
+def _field_named_in(text: str) -> FieldPath:
     """Return the field that the text of a check over several fields begins with, e.g. `deepspeed.fp16: is …`."""
     named = re.match(r"[a-z_]\w*(?:\.\w+)*(?=:| )", text)
     return tuple(named[0].split(".")) if named else ()
 
 
-def _explained(kind: type[Spec], tree: Any, path: Path, issues: list[Any]) -> Iterator[str]:
+def _explained(kind: type[Spec], tree: Any, path: FieldPath, issues: list[Any]) -> Iterator[str]:
     """Yield the texts about one value. What the branches of a union expect becomes one text."""
     expected = [_expectation(issue) for issue in issues]
     wanted = [text for text in expected if text]
@@ -121,7 +121,7 @@ def _either(wanted: list[str]) -> str:
     return " or ".join(dict.fromkeys(wanted))
 
 
-def _said(kind: type[Spec], tree: Any, path: Path, issue: Any) -> str:
+def _said(kind: type[Spec], tree: Any, path: FieldPath, issue: Any) -> str:
     name, context = issue["type"], issue.get("ctx", {})
     seen = _at(tree, path, issue.get("input"))
     if name == "extra_forbidden":
@@ -144,7 +144,7 @@ def _said(kind: type[Spec], tree: Any, path: Path, issue: Any) -> str:
     return f"{issue['msg'].removeprefix('Input should be ')}, got {shortened(seen)}"
 
 
-def _at(tree: Any, path: Path, otherwise: Any) -> Any:
+def _at(tree: Any, path: FieldPath, otherwise: Any) -> Any:
     """Return the value in the file; `otherwise` if it has none there. A check may have seen a longer form of it."""
     for part in path:
         if not _has(tree, part):
@@ -175,7 +175,7 @@ def _sections(root: type[Spec]) -> Iterator[tuple[str, type[Spec]]]:
         yield from ((name, model) for model in _models_in(field.annotation))
 
 
-def _models_at(kind: type[Spec], tree: Any, path: Path) -> list[type[Spec]]:
+def _models_at(kind: type[Spec], tree: Any, path: FieldPath) -> list[type[Spec]]:
     """Return the classes of the section at `path`; several if its `kind` is not known."""
     models = [kind]
     for part in path:

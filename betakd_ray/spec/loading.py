@@ -13,7 +13,7 @@ from betakd_ray.errors import SpecError, shortened
 from betakd_ray.spec.base import Spec
 from betakd_ray.spec.faults import faults_of
 from betakd_ray.spec.job import JobSpec
-from betakd_ray.spec.origin import Origin
+from betakd_ray.spec.origin import FieldPath, Origin
 from betakd_ray.spec.tasks import BenchmarksSpec, EvaluationSpec, PackSpec, SweepSpec
 from betakd_ray.spec.yaml_loader import SpecLoader, fault
 
@@ -111,7 +111,9 @@ def parse_options(kind: type[AnySpec], options: Mapping[str, tuple[str, Any]]) -
 
     Raises SpecError, which names the option.
     """
-    typed = {(field,): f"{option} {shortened(value)}" for field, (option, value) in options.items()}
+    typed: dict[FieldPath, str] = {
+        (field,): f"{option} {shortened(value)}" for field, (option, value) in options.items()
+    }
     tree = {field: value for field, (_, value) in options.items()}
     return parse_spec(tree, kind, Origin(next(iter(typed.values()), "options"), options=typed))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-Path = tuple[str | int, ...]
+FieldPath = tuple[str | int, ...]
 """Way to a value: names of fields, and places in lists."""
 
 
@@ -18,17 +18,17 @@ class Origin:
     """The file as it was given, or what else the values come from."""
     node: yaml.Node | None = None
     """The file's content with its line numbers; None if there is no file."""
-    options: Mapping[Path, str] = field(default_factory=dict)
+    options: Mapping[FieldPath, str] = field(default_factory=dict)
     """Values that do not come from the file: path → the option as it was typed, e.g. `--set training.workers=0`."""
 
-    def of(self, path: Path) -> str:
+    def of(self, path: FieldPath) -> str:
         """Return where the value at `path` was written: `job.yaml:12`, or an option."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.options:
                 return self.options[path[:length]]
         return self.name if self.node is None else f"{self.name}:{self.line(path)}"
 
-    def line(self, path: Path) -> int:
+    def line(self, path: FieldPath) -> int:
         """Return the line of the value at `path`, or of the nearest value around it; 0 without a file."""
         if self.node is None:
             return 0

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import ModelCard, hf_hub_download
 
@@ -82,6 +83,6 @@ def _readme(path: str, revision: str | None, storage: StorageSpec) -> str | None
     try:
         with store_errors(url, storage):
             filesystem, place = open_store(url, storage)
-            return bytes(filesystem.cat_file(place)).decode("utf-8", errors="replace")
+            return cast(bytes, filesystem.cat_file(place)).decode("utf-8", errors="replace")
     except (FileNotFoundError, DataError):
         return None
