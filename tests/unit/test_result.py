@@ -3,18 +3,20 @@
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from betakd_ray.data.render import Renderer
 from betakd_ray.models.padding import backend
 from betakd_ray.spec import DataSpec
 from tests.families import FAMILIES, build, text_config
 from tests.results import evaluated, plain_answers, samples, write_result
-from tests.tiny import tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 pytestmark = pytest.mark.timeout(1800)
 TEXT = ("text", "text_vicuna")
 MANY = ("llava", "qwen2_5_vl", "text")
+SETTINGS = {"smolvlm": {"system_prompt": "Be brief."}, "qwen2_5_vl": {"max_pixels": 1200}}
+"""Further settings of `data`, by family."""
 
 
 def language_model() -> PreTrainedModel:
@@ -33,9 +35,7 @@ class Made:
         self.sees = name not in TEXT
         family = FAMILIES.get(name)
         template = family.template if family else {"text": "chat", "text_vicuna": "vicuna_v1"}[name]
-        self.data = (
-            {"template": template} if name != "smolvlm" else {"template": template, "system_prompt": "Be brief."}
-        )
+        self.data = {"template": template, **SETTINGS.get(name, {})}
         make = family.processor if family else tiny_tokenizer
         self.folder = write_result(
             home / name, build(family.config()) if family else language_model(), make(), self.data
@@ -47,6 +47,20 @@ class Made:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("results")
+
+
+def test_a_result_of_a_named_template_has_it_as_its_default_and_under_its_name(tmp_path: Path) -> None:
+    own = tiny_tokenizer()
+    own.chat_template = {"default": "{{ messages[0]['content'] }}", "terse": CHAT_TEMPLATE}
+    data = {"template": "chat", "chat_template": "terse"}
+    folder = write_result(tmp_path / "text", language_model(), own, data)
+    (sample,) = samples(1, images=False)
+    saved = AutoTokenizer.from_pretrained(folder)
+    for settings in (data, {"template": "chat"}):
+        renderer = Renderer(saved, DataSpec.model_validate({"train": "/x.tar", **settings}))
+        assert saved.decode(renderer.prompt(sample).input_ids).endswith("<|assistant|>\n")
+    messages = [{"role": "user", "content": "Why?"}]
+    assert saved.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).endswith("<|assistant|>\n")
 
 
 def compare(made: dict[str, Made], count: int) -> None:
