@@ -16,7 +16,7 @@ from torch import Tensor
 from betakd_ray.energies.closed_form import Gradient, Pair, Result, Side, is_known
 from betakd_ray.energies.rows import entropy, matching_distance
 
-BLOCK_BYTES = {"cpu": 2**20, "other": 2**25}
+BLOCK_BYTES = {"cpu": 2**22, "other": 2**25}
 """Bytes of one tensor of a block: several of them fit a core's cache, or a GPU has enough to do with each."""
 RowResult = Callable[[Pair, Mapping[str, Tensor], bool], Result]
 """Function of (pair, `moving`: channel → number [], whether a gradient is needed)."""
