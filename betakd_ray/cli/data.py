@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from betakd_ray.cli.app import Endpoint, Overrides, app, exit_codes
-from betakd_ray.errors import DataError, SpecError
+from betakd_ray.errors import DataError, SpecError, shortened
 from betakd_ray.spec import DataSpec, ModelSpec, PackSpec, StorageSpec, load_spec, parse_spec
 from betakd_ray.spec.loading import apply_overrides, parse_options
 from betakd_ray.spec.origin import FieldPath, Origin
@@ -204,7 +204,7 @@ def inspect(
 
 def _data_of(shard: str, template: str, overrides: list[str]) -> DataSpec:
     tree: dict[str, Any] = {"train": shard, "template": template}
-    typed: dict[FieldPath, str] = {("train",): f"SHARD {shard}", ("template",): f"--template {template}"}
+    typed: dict[FieldPath, str] = {("train",): f"SHARD {shard}", ("template",): f"--template {shortened(template)}"}
     origin = apply_overrides(tree, [each.removeprefix("data.") for each in overrides], Origin("inspect", options=typed))
     return parse_spec(tree, DataSpec, origin)
 

@@ -7,7 +7,7 @@ may normalise, and a template may join the two halves of one (`<|im_<image>end|>
 
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from betakd_ray.batch.sample import IMAGE
@@ -68,3 +68,11 @@ def neutral_system(system: str | None) -> str | None:
 
 def _word(text: str) -> str:
     return WORD if text.replace(IMAGE, "").strip() else ""
+
+
+def contained(found: Mapping[str, int]) -> str:
+    """Return what is wrong with a text that has these control tokens."""
+    return (
+        f"the text contains the control token {', '.join(map(repr, found))}, which only the template may write. Remove "
+        "it from the text, or keep it with data.special_tokens"
+    )

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from transformers import LlavaProcessor
 from betakd_ray.batch.images import Images
 from betakd_ray.batch.processing import ImageProcessing
 from betakd_ray.batch.sample import IMAGE, Rendering
-from betakd_ray.data.control_tokens import control_tokens, counted, neutral, neutral_system
+from betakd_ray.data.control_tokens import contained, control_tokens, counted, neutral, neutral_system
 from betakd_ray.data.pictures import FORMATS, require_still, rgb
 from betakd_ray.data.processors import chosen_template, template_variables, with_pixel_limits
 from betakd_ray.data.samples import RawSample, Unrenderable
@@ -67,13 +67,6 @@ def _template_function(data: DataSpec, eos: str) -> Template:
             "It must always return the same: leave out random numbers and the time"
         )
     return function
-
-
-def _contains(found: Mapping[str, int]) -> str:
-    return (
-        f"the text contains the control token {', '.join(map(repr, found))}, which only the template may write. Remove "
-        "it from the text, or keep it with data.special_tokens"
-    )
 
 
 class Renderer:
@@ -132,7 +125,7 @@ class Renderer:
         """Try the template on a conversation of two turns. Raises SpecError or ModelError."""
         in_system = counted(self.tokenizer, self._control, self.system_prompt or "")
         if in_system:
-            raise SpecError(f"data.system_prompt: {_contains(in_system)}")
+            raise SpecError(f"data.system_prompt: {contained(in_system)}")
         try:
             spans = self._checked_spans(PROBE)
             if not any(PROBE.conversation[-1]["value"] in text for text, is_answer in spans if is_answer):
@@ -296,7 +289,7 @@ class Renderer:
                 self._of_template.clear()
             self._of_template[key] = self._counted(self._spans(ordinary, neutral_system(system)))
         if extra := self._counted(spans) - self._of_template[key]:
-            raise Unrenderable(_contains(extra))
+            raise Unrenderable(contained(extra))
 
     def _counted(self, spans: Sequence[Span]) -> Counter[str]:
         return counted(self.tokenizer, self._control, "".join(text for text, _ in spans))

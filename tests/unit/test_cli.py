@@ -37,6 +37,7 @@ objective:
   energies: [fkl]
 """
 EVALUATION = "name: e\nmodels: {a: {path: org/a}}\ndata: {train: /data/*.tar}\nmax_new_tokens: 4\n"
+BENCHMARKS = "models: {m: {path: org/m}}\nbenchmarks: [gqa, pope]\ndata: /questions\n"
 PACK = "conversations: train.json\noutput: shards\n"
 
 
@@ -57,7 +58,7 @@ def said(*arguments: object) -> str:
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     monkeypatch.chdir(tmp_path)
     sweep = f"name: s\ntemplate: {tmp_path / 'job.yaml'}\naxes: {{objective.weighting: [equal, task]}}\nseeds: [0, 1]\n"
-    texts = {"job": JOB, "evaluation": EVALUATION, "pack": PACK, "sweep": sweep}
+    texts = {"job": JOB, "evaluation": EVALUATION, "benchmarks": BENCHMARKS, "pack": PACK, "sweep": sweep}
     for name, text in texts.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     return {name: tmp_path / f"{name}.yaml" for name in texts}
@@ -163,10 +164,13 @@ def test_each_fault_is_a_line_with_its_place_in_the_order_of_the_file(files: dic
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("name: 2026", ":1: name: expected a text, got 2026; YAML reads it as a number: quote it"),
+        ("name: 2026", ":1: name: expected a text, got 2026; YAML reads an unquoted 2026 as a number"),
         ("data: {train: /x, system_prompt: no}", ":1: data.system_prompt: expected a text, got False; YAML reads"),
         ("cluster: {student: {labels: {pool: on}}}", ":1: cluster.student.labels.pool: expected a text, got True"),
-        ("training: {epochs: 5e8}", "epochs: expected a whole number, got '5e8'; YAML reads an exponent"),
+        (
+            "training: {epochs: 5e8}",
+            "epochs: expected a whole number, got '5e8'; YAML reads 5e8 as a text",
+        ),
         ("training:", ":1: training: is empty, but a mapping of fields is expected: write one, or remove the line"),
         ("training: {precision: bf61}", "expected bf16 or fp32, got 'bf61'; did you mean 'bf16'?"),
         ("data: {train: /x, template: vicuna}", "or module:name of your own, got 'vicuna'; did you mean 'vicuna_v1'?"),
