@@ -284,12 +284,10 @@ class BetaKDJob:
         if spec.teacher:
             self._update(numbers=f"loading the teacher (processes: {spec.cluster.teacher.min})")
         pool, facts, needs = self._start_teachers(teachers, actors)
-        canary = None
-        if pool is not None:
-            if settings_of(spec):
-                self._update(numbers="checking the teacher's signal")
-            checks = TeacherCheck(spec, plan, self._permit, self.origins, teachers)
-            canary = checks.run(pool, monitor, self._stop)
+        if pool and settings_of(spec):
+            self._update(numbers="checking the teacher's signal")
+        checks = TeacherCheck(spec, plan, self._permit, self.origins, teachers)
+        canary = checks.run(pool, monitor, self._stop) if pool else None
         views = {"student": renderers["student"], "teacher": renderers.get("teacher", renderers["student"])}
         cache = None
         if spec.teacher and facts:
