@@ -18,6 +18,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _generate_availab
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.util.accelerators import accelerators
 
+import betakd_ray
 from betakd_ray.on_ray.cluster import ACCELERATOR
 from betakd_ray.on_ray.gauges import NAMES as METRICS
 from betakd_ray.spec import ClusterSpec
@@ -204,8 +205,7 @@ def images(file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_node_runs_this_version_with_cuda_where_there_are_gpus(file):
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    image = f"REGISTRY/betakd_ray:{version}"
+    image = f"REGISTRY/betakd_ray:{betakd_ray.__version__}"
     assert images(file) == {
         "head": f"{image}-cpu",
         "teacher": f"{image}-cuda",

@@ -298,7 +298,7 @@ def test_a_url_with_a_credential_is_refused_and_not_repeated(home, field, url):
 
 
 def test_the_refusal_names_the_field_and_the_remedy(home):
-    with pytest.raises(SpecError, match=r"output\.path: holds a password.*AWS_ACCESS_KEY_ID"):
+    with pytest.raises(SpecError, match=r"output: holds a password.*AWS_ACCESS_KEY_ID"):
         parse_spec(tree(home, URLS[0]))
     with pytest.raises(SpecError, match=r"conversations: holds a password"):
         parse_spec({"conversations": URLS[0], "output": "out"}, PackSpec)

@@ -152,7 +152,7 @@ def test_an_energy_names_its_function_and_the_parts_that_there_are(section):
     if isinstance(energy, VisualEnergy):
         assert energy.teacher_parts
     else:  # every option is an argument of the function, and the other way round
-        arguments = inspect.signature(function).parameters.values()
+        arguments = inspect.signature(getattr(function, "closed_form", function)).parameters.values()
         assert {each.name for each in arguments if each.kind is each.KEYWORD_ONLY} == {*energy.options} | moving
         assert ENERGIES[energy.name] is function
 
@@ -281,7 +281,7 @@ def test_a_missing_file_is_named(tmp_path):
         ),
         ({"objective__energies": [{"kind": "js", "mixtures": 1}]}, "no such field; did you mean 'mixture'?"),
         ({"output__zzz": 1}, "output.zzz: no such field; the fields here are if_running, path, storage"),
-        ({"training__workers": "two"}, "training.workers.min: "),
+        ({"training__workers": "two"}, "training.workers: expected a whole number"),
         ({"training__workers": "two"}, "got 'two'"),
         ({"training__workers": 0}, "greater than or equal to 1, got 0"),
         ({"training__precision": "fp8"}, "got 'fp8'"),

@@ -98,7 +98,7 @@ def test_a_number_that_no_job_can_use_is_refused(section: str, field: str) -> No
     ("field", "value"),
     [
         ("training.deepspeed", {"zero_optimization": {"sub_group_size": INFINITE}}),
-        ("student.init.config.config", {"model_type": "llava", "scale": [1.0, NAN]}),
+        ("student.init.config", {"model_type": "llava", "scale": [1.0, NAN]}),
         ("teacher.options", {"max_memory": {"cpu": INFINITE}}),
     ],
 )
@@ -110,7 +110,7 @@ def test_settings_of_another_library_hold_finite_numbers(field: str, value: Any)
         "student": {"init": {"kind": "config", "config": {"model_type": "llava"}, "processor": "org/p"}},
         "objective": {"energies": "fkl"},
     }
-    *path, last = [each for at, each in enumerate(field.split(".")) if not (each == "config" and at == 2)]
+    *path, last = field.split(".")
     node = tree
     for each in path:
         node = node.setdefault(each, {})
@@ -133,7 +133,7 @@ def test_the_values_of_a_sweep_are_finite_numbers() -> None:
 
 @pytest.mark.parametrize("number", [-1, 2**63])
 def test_a_seed_that_a_generator_does_not_take_is_refused_with_its_value(number: int) -> None:
-    with pytest.raises(SpecError, match=rf"seed: Input should be (greater|less) than .*, got {number}"):
+    with pytest.raises(SpecError, match=rf"seed: must be (greater|less) than .*, got {number}"):
         parse_spec({"name": "job", "data": {"train": "/x.tar"}, "training": {"seed": number}})
 
 
