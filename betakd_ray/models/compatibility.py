@@ -40,7 +40,7 @@ def check_processor(path: str, config: Any, processor: Any) -> None:
     Both would end in an error of a CUDA kernel or of the first forward pass, after GPUs are taken.
     """
     tokenizer, rows = getattr(processor, "tokenizer", processor), config.get_text_config().vocab_size
-    token, last = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    token, last = max(_used(processor).items(), key=lambda pair: pair[1])
     if last >= rows:
         raise ModelError(
             f"{path}: the tokenizer has ids up to {last} ({token!r}), but the model's embedding has {rows} rows. Load "
@@ -54,6 +54,19 @@ def check_processor(path: str, config: Any, processor: Any) -> None:
                 f"{path}: its processor has no {name}, so the number of an image's tokens is not known. Add "
                 f'"{name}": {known!r} to processor_config.json, as the model\'s config.json has it.'
             )
+
+
+def _used(processor: Any) -> dict[str, int]:
+    """Return token → id, without control tokens that nobody writes: no role, not in a chat template.
+
+    transformers adds such a token to each tokenizer that it makes from a GGUF. In the text of data it is refused.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    roles = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token, getattr(processor, "image_token", None)}
+    written = f"{processor.chat_template} {tokenizer.chat_template}"
+    control = {each.content for each in tokenizer.added_tokens_decoder.values() if each.special}
+    unused = {token for token in control - roles if token not in written}
+    return {token: index for token, index in tokenizer.get_vocab().items() if token not in unused}
 
 
 def check_features(objective: ObjectiveSpec, teacher_tokens: tuple[int, ...], student_tokens: tuple[int, ...]) -> None:

@@ -47,7 +47,7 @@ def faults_of(kind: type[Spec], tree: Any, issues: list[Any], origin: Origin) ->
         said = [issue for issue in there if not (deeper and issue["type"] in _OF_A_WHOLE)]
         for text in _explained(kind, tree, path, said):
             place = (*path, *_field_named_in(text))
-            where = ".".join(map(str, path)) or "the spec"
+            where = ".".join(str(part) or "''" for part in path) or "the spec"
             lines.setdefault(f"{origin.of(place)}: {where}: {text}", origin.line(place))
     ordered = sorted(lines, key=lambda line: lines[line])
     more = [f"{origin.name}: and {len(ordered) - MAX_FAULTS} more"] if len(ordered) > MAX_FAULTS else []
@@ -57,13 +57,15 @@ def faults_of(kind: type[Spec], tree: Any, issues: list[Any], origin: Origin) ->
 def _path(tree: Any, issue: Any) -> FieldPath:
     """Return the way to the value in the file. pydantic's also names kinds, types, and what a short form stands for."""
     path: list[str | int] = []
-    *inner, last = issue["loc"] or ("",)
+    if not issue["loc"]:
+        return ()
+    *inner, last = issue["loc"]
     for part in inner:
         if _has(tree, part):
             path.append(part)
             tree = tree[part]
     is_named = issue["type"] in ("missing", "extra_forbidden") or _has(tree, last)
-    return tuple([*path, last] if is_named and last != "" else path)
+    return tuple([*path, last] if is_named else path)
 
 
 def _has(tree: Any, part: str | int) -> bool:

@@ -47,7 +47,10 @@ def read_spec(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], origin: Origin) -> Origin:
     """Set the fields that overrides such as "training.workers=2" name; return the origin of the values then."""
-    options = {tuple(apply_override(tree, override).split(".")): f"--set {override}" for override in overrides}
+    options: dict[FieldPath, str] = {}
+    for override in overrides:
+        path = apply_override(tree, override)
+        options[tuple(path.split("."))] = f"--set {override if override.isprintable() else repr(override)}"
     return replace(origin, options={**origin.options, **options})
 
 

@@ -99,5 +99,5 @@ def fault(error: yaml.YAMLError | UnicodeDecodeError) -> str:
     That text may be a part of a URL, in which a password is not recognised and would be printed.
     """
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return str(error)
+        return " ".join(str(error).split())
     return f"{error.problem} at line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"

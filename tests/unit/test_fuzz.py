@@ -420,7 +420,9 @@ def require_spec_or_reason(path, kind, overrides=()):
         spec = load_spec(path, overrides, kind)
     except SpecError as error:
         message = str(error)
-        assert message.startswith((f"{path}: ", "override "))
+        # The file with a line, or the option that set the value; both have the same form in each line.
+        begins = rf"({re.escape(str(path))}(:\d+)?: |override |--set )"
+        assert all(re.match(begins, line) for line in message.splitlines()), message
         assert len(message.encode()) < 20_000
     else:
         assert kind.model_validate_json(spec.model_dump_json()) == spec

@@ -145,6 +145,12 @@ def test_a_processor_without_its_patch_size_and_ids_beyond_the_embedding_are_err
     check_processor("m", config, processor)
     with pytest.raises(ModelError, match=r"m: the tokenizer has ids up to \d+ .*embedding has 300 rows"):
         check_processor("m", tiny_config(vocab=300), processor)
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<nobody>"]})
+    rows = max(processor.tokenizer.get_vocab().values())
+    check_processor("m", tiny_config(vocab=rows), processor)
+    processor.chat_template = "{{ '<nobody>' }}"
+    with pytest.raises(ModelError, match=rf"ids up to {rows} .'<nobody>'."):
+        check_processor("m", tiny_config(vocab=rows), processor)
     processor.patch_size = None
     with pytest.raises(ModelError, match=r"no patch_size.*Add .patch_size.: 8 to processor_config\.json"):
         check_processor("m", config, processor)

@@ -77,8 +77,12 @@ COVERED = {
 }  # fmt: skip
 
 
+OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
+"""Public names that begin with `_`, so that no field has them."""
+
+
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__")
+    return name.startswith("_") and not name.startswith("__") and name not in OF_NAMED_TUPLES
 
 
 def private_uses() -> Iterator[str]:
