@@ -47,11 +47,17 @@ def faults_of(kind: type[Spec], tree: Any, issues: list[Any], origin: Origin) ->
         said = [issue for issue in there if not (deeper and issue["type"] in _OF_A_WHOLE)]
         for text in _explained(kind, tree, path, said):
             place = (*path, *_field_named_in(text))
-            where = ".".join(str(part) or "''" for part in path) or "the spec"
+            where = ".".join(map(_shown, path)) or "the spec"
             lines.setdefault(f"{origin.of(place)}: {where}: {text}", origin.line(place))
     ordered = sorted(lines, key=lambda line: lines[line])
     more = [f"{origin.name}: and {len(ordered) - MAX_FAULTS} more"] if len(ordered) > MAX_FAULTS else []
     return ordered[:MAX_FAULTS] + more
+
+
+def _shown(part: str | int) -> str:
+    """Return a field as it is written; one that would break the line, or not be seen, as Python writes it."""
+    text = str(part)
+    return text if text and text.isprintable() else repr(text)
 
 
 def _path(tree: Any, issue: Any) -> FieldPath:

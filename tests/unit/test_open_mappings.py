@@ -151,6 +151,7 @@ def test_a_processor_without_its_patch_size_and_ids_beyond_the_embedding_are_err
     processor.chat_template = "{{ '<nobody>' }}"
     with pytest.raises(ModelError, match=rf"ids up to {rows} .'<nobody>'."):
         check_processor("m", tiny_config(vocab=rows), processor)
+    processor = tiny_processor()
     processor.patch_size = None
     with pytest.raises(ModelError, match=r"no patch_size.*Add .patch_size.: 8 to processor_config\.json"):
         check_processor("m", config, processor)
