@@ -14,10 +14,11 @@ ALIKE = 0.8
 """Similarity to a known key from which an unknown one counts as misspelt; transformers keeps keys of users' own."""
 
 
-def misspelt_keys(config: PretrainedConfig, given: Mapping[str, Any], where: str) -> Iterator[str]:
+def misspelt_keys(config: PretrainedConfig, given: Mapping[Any, Any], where: str) -> Iterator[str]:
     """Yield a message for each key that the class of a configuration does not know, but one like it."""
     known = _known(type(config))
-    for name, value in given.items():
+    # Names of a mapping such as `id2label` are numbers.
+    for name, value in ((name, value) for name, value in given.items() if isinstance(name, str)):
         inner = getattr(config, name, None)
         if isinstance(value, dict) and isinstance(inner, PretrainedConfig):
             yield from misspelt_keys(inner, value, f"{where}.{name}")
@@ -25,7 +26,7 @@ def misspelt_keys(config: PretrainedConfig, given: Mapping[str, Any], where: str
             yield f"{where}.{name}: a {config.model_type!r} has no such setting; did you mean {close[0]!r}?"
 
 
-def texts_like_numbers(given: Mapping[str, Any], where: str) -> Iterator[str]:
+def texts_like_numbers(given: Mapping[Any, Any], where: str) -> Iterator[str]:
     """Yield a message for each text that other languages read as a number: a configuration has none such."""
     for name, value in given.items():
         if isinstance(value, dict):

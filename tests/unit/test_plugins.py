@@ -98,7 +98,7 @@ def test_a_faulty_energy_is_refused_before_anything_starts(energy: object, said:
     ("energy", "said"),
     [
         ("broken:fkl", "fkl is a channel of this package"),
-        ("broken:not a name", "should match pattern"),
+        ("broken:not a name", "expected module:name of your own"),
         ("hubre", "there is no kind 'hubre'; .*module:name for your own"),
         ("fkll", "did you mean 'fkl'"),
     ],
