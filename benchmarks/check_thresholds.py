@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from betakd_ray.check.batching import noise
+from betakd_ray.check.keeping import KeepingRenderer
 from betakd_ray.check.measures import relative_difference
 from betakd_ray.check.parity import full_logits
 from betakd_ray.check.sight import effect_of_images
 from betakd_ray.check.subject import HIDDEN, Subject, local_score
 from betakd_ray.check.weights import SMALLEST, spectral_ratio, spectral_ratios
-from betakd_ray.data.render import Renderer
 from betakd_ray.models.load import load_model
 from betakd_ray.models.vlm import lm_head
 from betakd_ray.spec import DataSpec, TeacherSpec
@@ -35,9 +35,10 @@ def subject(name: str, dtype: torch.dtype, seed: int, samples: int) -> Subject:
     model, processor = build(family.config(), seed=seed).to(dtype), family.processor()
     system = None if family.template == "chat" else ""
     data = DataSpec(train=("/x",), template=family.template, system_prompt=system, pad_to_square=False)
-    renderer = Renderer(processor, data)
+    renderer, drawn = KeepingRenderer(processor, data), tuple(conversations(samples, seed))
+    renderings = tuple(map(renderer.render, drawn))
     score, head = local_score(model, HIDDEN, renderer.image_processor), lm_head(model).weight.detach()
-    return Subject(model, renderer, data, tuple(conversations(samples, seed)), HIDDEN, score, head, 8192)
+    return Subject(model, renderer, data, drawn, renderings, HIDDEN, score, head, 8192)
 
 
 def rounding(given: Subject) -> tuple[float, float, float]:

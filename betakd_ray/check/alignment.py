@@ -2,15 +2,15 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from betakd_ray.check.answers import Answers, answers_of
 from betakd_ray.check.finding import Finding
-from betakd_ray.check.measures import is_negative, is_positive, loss, own_loss
+from betakd_ray.check.measures import is_negative, is_positive, losses
 from betakd_ray.check.subject import Subject, targets
-from betakd_ray.check.weights import is_trained
 
 KNOWS_NOTHING = 0.85
 """Share of the uniform loss ln V from which a teacher knows nothing of the answers.
@@ -19,11 +19,14 @@ Honest: 0.01 (easy-VQA), 0.29 with half of the labels wrong; embedding rows in a
 """
 BETTER = 0.5
 """Share of its own loss under which the loss at shifted rows shows that the rows are shifted."""
+SHIFTS = (1, -1, 2, -2)
+"""Places by which rows may be shifted."""
 
 
 def check_alignment(subject: Subject) -> list[Finding]:
     """Return findings on the loss of the true answers: its level, beside shifted rows and beside others' answers."""
-    own = float(own_loss(subject).mean())
+    shifted = losses(subject, (0, *SHIFTS))
+    own = float(shifted[0].mean())
     uniform = math.log(len(subject.head))
     expected = (
         f"less than chance: {KNOWS_NOTHING * uniform:.1f} of {uniform:.1f} nats; less than at other rows or answers"
@@ -36,12 +39,12 @@ def check_alignment(subject: Subject) -> list[Finding]:
 
     if not math.isfinite(own):
         return [finding("fail", "the teacher's output is not finite", "Load it in another dtype.")]
-    trained = is_trained(subject.model)
+    trained = subject.is_trained
     worst = "fail" if trained and subject.knows_answers else "doubt"
     remedy = (
         "Check teacher.path, its config.json and data.template; teacher.check.knows_answers: false if this is meant."
     )
-    if trained and (shift := _shift(subject, own)):
+    if trained and (shift := _shift(shifted)):
         cause = f"the rows are off by {shift:+d}: the teacher predicts the token {abs(shift)} place(s) away"
         return [finding("fail", cause, "Correct the engine's answer rows.")]
     if own >= KNOWS_NOTHING * uniform:
@@ -59,12 +62,12 @@ def check_alignment(subject: Subject) -> list[Finding]:
                     "wrong labels, or a damaged teacher", more=more)]  # fmt: skip
 
 
-def _shift(subject: Subject, own: float) -> int:
+def _shift(shifted: Mapping[int, Tensor]) -> int:
     """Return by how many places the answers fit better than where they are; 0 if none fits clearly better."""
-    for shift in (1, -1, 2, -2):
-        there = loss(subject, subject.hidden, [targets(each, shift) for each in subject.renderings])
-        here = own_loss(subject)
-        if float(there.nanmean()) < BETTER * own and is_positive(here - there):
+    here = shifted[0]
+    for shift in SHIFTS:
+        there = shifted[shift]
+        if float(there.nanmean()) < BETTER * float(here.mean()) and is_positive(here - there):
             return shift
     return 0
 

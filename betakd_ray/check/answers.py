@@ -36,17 +36,44 @@ class Answers:
         return (p * (p - q)).sum(-1).mean()
 
 
-def answers_of(
-    subject: Subject, renderings: Sequence[Rendering], hidden: Sequence[Tensor] | None = None
-) -> list[Answers]:
-    """Return the answers of each rendering; `hidden` has its hidden states, if they are known already."""
-    special = torch.tensor(sorted(subject.renderer.tokenizer.all_special_ids))
-    found = []
-    for rendering, states in zip(renderings, hidden or subject.ask(renderings), strict=True):
-        logits, wanted = subject.logits(states), targets(rendering)[: len(states)]
-        is_content = ~torch.isin(wanted, special) & (wanted < logits.shape[1])
-        found.append(Answers(logits[is_content].softmax(-1), wanted[is_content]))
-    return found
+@dataclass(frozen=True)
+class Truth:
+    """The true tokens of some renderings, found once for many questions to a model."""
+
+    tokens: tuple[Tensor, ...]
+    """[rows] of each sample."""
+    is_content: tuple[Tensor, ...]
+    """[rows] of each sample: false for end-of-sequence tokens and for tokens without a row of the head."""
+
+    @classmethod
+    def of(cls, subject: Subject, renderings: Sequence[Rendering]) -> "Truth":
+        """Return the true tokens of renderings."""
+        special = torch.tensor(sorted(subject.renderer.tokenizer.all_special_ids))
+        tokens = tuple(map(targets, renderings))
+        return cls(tokens, tuple(~torch.isin(each, special) & (each < len(subject.head)) for each in tokens))
+
+    def right(self, subject: Subject, hidden: Sequence[Tensor]) -> Tensor:
+        """Return what `right` does for hidden states of the renderings; no distribution is kept."""
+        rows, tokens = self.content(hidden)
+        pairs = zip(subject.each_logits(rows), tokens, strict=True)
+        found = [logits.softmax(-1).gather(1, each.to(logits.device)[:, None]).mean() for logits, each in pairs]
+        return torch.stack(found).cpu()
+
+    def content(self, hidden: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the hidden states and the true tokens of each sample's content rows."""
+        rows, tokens = [], []
+        for states, ids, is_content in zip(hidden, self.tokens, self.is_content, strict=True):
+            kept = is_content[: len(states)]
+            rows.append(states[: len(kept)][kept])
+            tokens.append(ids[: len(kept)][kept])
+        return rows, tokens
+
+
+def answers_of(subject: Subject, renderings: Sequence[Rendering], hidden: Sequence[Tensor]) -> list[Answers]:
+    """Return the answers of each rendering, from its hidden states."""
+    rows, tokens = Truth.of(subject, renderings).content(hidden)
+    pairs = zip(subject.each_logits(rows), tokens, strict=True)
+    return [Answers(logits.softmax(-1).cpu(), each) for logits, each in pairs]
 
 
 def right(answers: Sequence[Answers]) -> Tensor:

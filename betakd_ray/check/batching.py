@@ -8,17 +8,14 @@ from torch import Tensor
 from betakd_ray.check.finding import Finding
 from betakd_ray.check.measures import divergence, relative_difference
 from betakd_ray.check.parity import TOLERANCE
-from betakd_ray.check.subject import Subject, with_images
-
-ALONE = 8
-"""Largest number of samples that are also asked alone."""
+from betakd_ray.check.subject import ALONE, Subject, with_images
 
 
 def check_batching(subject: Subject) -> list[Finding]:
     """Return findings on samples asked alone, again, in the opposite order, and with their images in another order."""
     expected = f"one answer to one sample within {TOLERANCE[subject.dtype]:g} ({subject.dtype}), alone and among others"
     renderings = subject.renderings[:ALONE]
-    alone = [subject.ask([each])[0] for each in renderings]
+    alone = subject.alone
     for case, cause, other in (
         ("asked twice", "the teacher is in training mode (dropout), or its kernels are not deterministic", None),
         ("in a padded group", "padding or neighbours change a sample's states (attention mask, positions)", renderings),
@@ -39,9 +36,7 @@ def check_batching(subject: Subject) -> list[Finding]:
 
 def noise(subject: Subject) -> float:
     """Return the largest divergence in nats between a sample asked alone and in a group: numerical noise."""
-    count = min(ALONE, len(subject.renderings))
-    alone = [subject.ask([each])[0] for each in subject.renderings[:count]]
-    pairs = zip(alone, subject.hidden[:count], strict=True)
+    pairs = zip(subject.alone, subject.hidden, strict=False)
     return max(float(divergence(*map(subject.logits, pair)).max()) for pair in pairs)
 
 

@@ -12,23 +12,23 @@ SIGMAS = 4.0
 """Standard errors by which a mean must differ from zero to count: about 1 of 30,000 draws does so by chance."""
 
 
-def losses(subject: Subject, hidden: Tensor, wanted: Tensor) -> Tensor:
-    """Return the cross-entropy of each row that has a target, in nats."""
-    logits = subject.logits(hidden)[: len(wanted)]
-    has_target = (wanted[: len(logits)] >= 0) & (wanted[: len(logits)] < logits.shape[1])
-    return torch.nn.functional.cross_entropy(
-        logits[has_target].float(), wanted[: len(logits)][has_target], reduction="none"
-    )
+def losses(subject: Subject, shifts: Sequence[int]) -> dict[int, Tensor]:
+    """Return each sample's mean cross-entropy in nats [samples] for each shift of its answer's tokens by places.
+
+    It is NaN for a sample without a target.
+    """
+    found: dict[int, list[Tensor]] = {shift: [] for shift in shifts}
+    for rendering, logits in zip(subject.renderings, subject.each_logits(subject.hidden), strict=True):
+        for shift in shifts:
+            found[shift].append(_loss(logits, targets(rendering, shift).to(logits.device)))
+    return {shift: torch.stack(each).cpu() for shift, each in found.items()}
 
 
-def loss(subject: Subject, hidden: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    """Return each sample's mean cross-entropy in nats [samples]; NaN for a sample without a target."""
-    return torch.stack([losses(subject, *pair).mean() for pair in zip(hidden, wanted, strict=True)])
-
-
-def own_loss(subject: Subject) -> Tensor:
-    """Return each sample's mean cross-entropy of its true answer, in nats."""
-    return loss(subject, subject.hidden, [targets(each) for each in subject.renderings])
+def _loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    count = min(len(logits), len(wanted))
+    logits, wanted = logits[:count], wanted[:count]
+    has_target = (wanted >= 0) & (wanted < logits.shape[1])
+    return torch.nn.functional.cross_entropy(logits[has_target], wanted[has_target])
 
 
 def divergence(first: Tensor, second: Tensor) -> Tensor:

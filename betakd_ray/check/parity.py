@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from betakd_ray.batch.inputs import TensorInputs
@@ -113,9 +114,8 @@ def _cause(subject: Subject) -> str:
     best, cause = 0.25, "hidden states are changed on their way, or the model changes logits after its head"
     for _, rendering, hidden in subject.few:
         ours, rows = subject.logits(hidden), rows_of(rendering)
-        whole = _whole_logits(subject, rendering)
         for shift in (-2, -1, 1, 2):
-            moved = whole[np.clip(rows + shift, 0, len(whole) - 1)]
+            moved = _logits_at(subject, rendering, np.clip(rows + shift, 0, len(rendering.input_ids) - 1))
             if (difference := relative_difference(ours, moved)) < best:
                 best, cause = difference, f"the rows are off by {shift:+d}: a state is taken from another position"
     others = [full_logits(subject, rendering) for _, rendering, _ in subject.few]
@@ -145,18 +145,18 @@ def local_hidden(subject: Subject) -> list[Tensor]:
 
 def full_logits(subject: Subject, rendering: Rendering) -> Tensor:
     """Return the logits [rows, vocab] of the model's own forward pass at a sample's answer rows, in float32."""
-    return _whole_logits(subject, rendering)[rows_of(rendering)]
+    return _logits_at(subject, rendering, rows_of(rendering))
 
 
 @torch.inference_mode()
-def _whole_logits(subject: Subject, rendering: Rendering) -> Tensor:
+def _logits_at(subject: Subject, rendering: Rendering, rows: NDArray[np.int64]) -> Tensor:
     inputs = TensorInputs.of(subject.stacked([rendering]), subject.device)
     images = subject.normalize.of_images(inputs.images, subject.model.dtype) if inputs.images else {}
     beside = with_image_tokens(subject.model, inputs.input_ids, images) if images else {}
     output: Any = subject.model(
         input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, use_cache=False, **beside
     )
-    return output.logits[0].float().cpu()
+    return output.logits[0][torch.from_numpy(rows)].float().cpu()
 
 
 # --------------------------------------------------------------------------------------- parts besides the logits

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from betakd_ray.batch.normalization import Normalization
-from betakd_ray.check.answers import answers_of, right
+from betakd_ray.check.answers import Truth
 from betakd_ray.check.finding import Finding, Verdict
 from betakd_ray.check.measures import is_positive
 from betakd_ray.check.subject import HIDDEN, Subject, local_score
-from betakd_ray.check.weights import is_trained
 from betakd_ray.models.vlm import language_model, parts, takes_images
 
 MUCH, SIGMAS = 0.03, 3.5
@@ -49,18 +48,22 @@ Trial = Callable[[Subject], Any]
 def check_settings(subject: Subject) -> list[Finding]:
     """Return a failure that names the setting with which the teacher knows the answers much better."""
     expected = "no other value of a setting that makes the true answers more probable"
-    if not is_trained(subject.model) or not subject.knows_answers:
+    if not subject.is_trained or not subject.knows_answers:
         return [Finding("settings", "cannot be judged", expected, "skipped", "it knows no answers", part=subject.part)]
-    few = subject.samples[:MOST_SAMPLES]
     base = replace(
-        subject, samples=few, needs=HIDDEN, score=local_score(subject.model, HIDDEN, subject.renderer.image_processor)
+        subject,
+        samples=subject.samples[:MOST_SAMPLES],
+        renderings=subject.renderings[:MOST_SAMPLES],
+        needs=HIDDEN,
+        score=local_score(subject.model, HIDDEN, subject.renderer.image_processor),
     )
-    own = right(answers_of(base, base.renderings))
+    truth = Truth.of(base, base.renderings)
+    own = truth.right(base, base.hidden)
     better: list[_Better] = []
     count = 0
     for name, trial in trials(base):
         with trial(base) as changed:
-            other = right(answers_of(changed, changed.renderings))
+            other = truth.right(changed, changed.ask(changed.renderings))
         count += 1
         if (verdict := _verdict(own, other)) != "ok":
             better.append(_Better(verdict == "fail", float(_nats(own, other).nanmean()), name))

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from betakd_ray.batch.sample import Rendering
 from betakd_ray.check.answers import Answers, answers_of, right
 from betakd_ray.check.batching import noise
 from betakd_ray.check.finding import Finding
 from betakd_ray.check.measures import divergence, is_negative, is_positive
 from betakd_ray.check.subject import Subject, with_images
-from betakd_ray.check.weights import is_trained
 from betakd_ray.data.samples import Unrenderable
 from betakd_ray.models.vlm import parts, takes_images
 
@@ -48,14 +48,14 @@ def check_sight(subject: Subject) -> list[Finding]:
 
 
 def _effect(subject: Subject, expected: str) -> Finding:
-    own, other, swapped = _pairs(subject)
-    blank = [subject.logits(each) for each in _asked(subject, subject.with_images, _blank)]
-    if not swapped:
-        other, swapped, own = blank, [], [subject.logits(subject.hidden[at]) for at in subject.with_images]
-    moved = torch.stack([divergence(*_same(a, b)).mean() for a, b in zip(own, other, strict=True)])
+    swapped = _swapped(subject)
+    at = [*swapped] or subject.with_images
+    own = [subject.hidden[each] for each in at]
+    other = subject.ask([*swapped.values()]) if swapped else _asked(subject, at, _blank)
+    moved = _moved(subject, own, other)
     floor = ABOVE_NOISE * noise(subject) + 1e-9
     seen = f"another image moves the answers by {float(moved.mean()):.2g} nats, noise {floor / ABOVE_NOISE:.1g}"
-    trained = is_trained(subject.model)
+    trained = subject.is_trained
     remedy = "Compare its files with the source's; try the teacher on a few images yourself."
 
     def finding(verdict: Any, cause: str = "", more: str = "") -> Finding:
@@ -69,7 +69,9 @@ def _effect(subject: Subject, expected: str) -> Finding:
         return finding("doubt", "the image has hardly an effect: the questions need none, or the tower is weak")
     if not swapped or not subject.knows_answers:
         return finding("ok")
-    gain, expects = right(swapped[0]) - right(swapped[1]), _expected(*swapped)
+    of_own = answers_of(subject, [subject.renderings[each] for each in at], own)
+    of_other = answers_of(subject, [*swapped.values()], other)
+    gain, expects = right(of_own) - right(of_other), _expected(of_own, of_other)
     gains = f"{float(gain.nanmean()):+.3f}, expected {float(expects.nanmean()):+.3f}"
     more = f"; the right image raises the probability of the true answers by {gains}"
     if is_negative(gain - SHARE * expects, sigmas=3.0):
@@ -82,35 +84,32 @@ def _effect(subject: Subject, expected: str) -> Finding:
 
 def effect_of_images(subject: Subject) -> float:
     """Return the mean divergence in nats between answers with the own image and with another sample's."""
-    own, other, _ = _pairs(subject)
-    return float(torch.stack([divergence(*_same(a, b)).mean() for a, b in zip(own, other, strict=True)]).mean())
+    swapped = _swapped(subject)
+    return float(_moved(subject, [subject.hidden[at] for at in swapped], subject.ask([*swapped.values()])).mean())
 
 
-def _pairs(subject: Subject) -> tuple[list[Tensor], list[Tensor], list[list[Answers]]]:
-    """Return logits with the own image, logits with another sample's, and the answers with both."""
-    at = [at for at in subject.with_images if _other_images(subject, at) is not None]
-    if not at:
-        return [], [], []
-    renderings = [subject.renderings[each] for each in at]
-    swapped_renderings = [
-        subject.renderer.render(with_images(subject.samples[each], _other_images(subject, each) or [])) for each in at
-    ]
-    own, swapped = [subject.hidden[each] for each in at], subject.ask(swapped_renderings)
-    both = [answers_of(subject, renderings, own), answers_of(subject, swapped_renderings, swapped)]
-    return [*map(subject.logits, own)], [*map(subject.logits, swapped)], both
+def _moved(subject: Subject, own: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """Return the mean divergence in nats between the answers of each sample [samples]."""
+    pairs = zip(subject.each_logits(own), subject.each_logits(other), strict=True)
+    return torch.stack([divergence(*_same(a, b)).mean() for a, b in pairs]).cpu()
 
 
-def _other_images(subject: Subject, at: int) -> list[bytes] | None:
-    """Return the images of the next sample that has as many, and others; None if there is none."""
+def _swapped(subject: Subject) -> dict[int, Rendering]:
+    """Return the samples with another sample's images, by their positions; without those for which there are none."""
+    found = {at: _with_other_images(subject, at) for at in subject.with_images}
+    return {at: each for at, each in found.items() if each is not None}
+
+
+def _with_other_images(subject: Subject, at: int) -> Rendering | None:
+    """Return a sample with the images of the next one that has as many, and others; None if there is none."""
     images, samples = subject.samples[at].images, subject.samples
     for step in range(1, len(samples)):
         other = samples[(at + step) % len(samples)].images
         if len(other) == len(images) and other != images:
             try:
-                subject.renderer.render(with_images(samples[at], other))
+                return subject.renderer.render(with_images(samples[at], other))
             except Unrenderable:  # longer than max_length with this image
                 continue
-            return other
     return None
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any
 
@@ -15,7 +15,8 @@ from betakd_ray.batch.inputs import ModelInputs, Pairs, TensorInputs
 from betakd_ray.batch.normalization import Normalization
 from betakd_ray.batch.packing import cut, stack
 from betakd_ray.batch.sample import Rendering
-from betakd_ray.data.render import Renderer
+from betakd_ray.check.keeping import KeepingRenderer
+from betakd_ray.check.weights import is_trained
 from betakd_ray.data.samples import RawSample
 from betakd_ray.models.vlm import lm_head
 from betakd_ray.objective import project
@@ -30,6 +31,10 @@ CPU = torch.device("cpu")
 HIDDEN = Needs(frozenset({"hidden"}))
 MOST_ROWS = 64
 """Largest number of answer rows of a sample that are compared, so that long answers cost no more memory."""
+MOST_LOGITS = 2**24
+"""Largest number of logits that are computed at once, unless one sample has more: 64 MiB."""
+ALONE = 8
+"""Largest number of samples that are also asked alone."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,11 @@ class Subject:
     """A model with its processor, the function that asks it, and samples of the data."""
 
     model: Any
-    renderer: Renderer
+    renderer: KeepingRenderer
     data: DataSpec
     samples: tuple[RawSample, ...]
+    renderings: tuple[Rendering, ...]
+    """The samples as the spec's template shows them."""
     needs: Needs
     score: Score
     head: Tensor
@@ -50,9 +57,14 @@ class Subject:
     close: int = 16
     """Number of samples that are compared with the model's own forward pass, one by one."""
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
+
+    @cached_property
+    def is_trained(self) -> bool:
+        """Return whether the model's weights have structure that random numbers lack."""
+        return is_trained(self.model)
 
     @property
     def dtype(self) -> str:
@@ -62,11 +74,6 @@ class Subject:
     @property
     def normalize(self) -> Normalization:
         return Normalization.of(self.renderer.image_processor)
-
-    @cached_property
-    def renderings(self) -> tuple[Rendering, ...]:
-        """Return the samples as the spec's template shows them."""
-        return tuple(map(self.renderer.render, self.samples))
 
     @property
     def few(self) -> Iterator[tuple[RawSample, Rendering, Tensor]]:
@@ -82,6 +89,11 @@ class Subject:
     def hidden(self) -> tuple[Tensor, ...]:
         """Return the hidden states of each sample's answer rows, as they arrive at a student."""
         return tuple(self.ask(self.renderings))
+
+    @cached_property
+    def alone(self) -> tuple[Tensor, ...]:
+        """Return the hidden states of the first samples, each asked in a group of its own."""
+        return tuple(self.ask([each])[0] for each in self.renderings[:ALONE])
 
     def stacked(self, renderings: Sequence[Rendering]) -> ModelInputs:
         return stack(renderings, self.renderer.pad_token_id, self.renderer.image_token_id)
@@ -105,8 +117,21 @@ class Subject:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits that a student computes from hidden states, in float32."""
+        return self._project(hidden).cpu()
+
+    def each_logits(self, hidden: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield `logits` of each sample's hidden states on the model's device, computed for many samples at once."""
+        for run in _runs([len(each) for each in hidden], max(1, MOST_LOGITS // len(self.head))):
+            yield from self._project(torch.cat([hidden[at] for at in run])).split([len(hidden[at]) for at in run])
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        return project(hidden.to(self.device).to(self.head.dtype), self._device_head)
+
+    @cached_property
+    def _device_head(self) -> Tensor:
+        """Return the head where it is multiplied; in float32 on a CPU, which has no products of other dtypes."""
         head = self.head.to(self.device)
-        return project(hidden.to(self.device).to(head.dtype), head).cpu()
+        return head if self.device.type == "cuda" else head.float()
 
     def _own_score(self, inputs: ModelInputs) -> GroupAnswer:
         return local_score(self.model, HIDDEN, self.renderer.image_processor)(inputs)
@@ -151,10 +176,28 @@ def with_images(sample: RawSample, images: list[bytes]) -> RawSample:
     return replace(sample, images=images)
 
 
+def _runs(counts: Sequence[int], most: int) -> Iterator[range]:
+    """Yield runs of positions whose counts add up to `most` at the most, or are single."""
+    start = total = 0
+    for at, count in enumerate(counts):
+        if at > start and total + count > most:
+            yield range(start, at)
+            start, total = at, 0
+        total += count
+    if counts:
+        yield range(start, len(counts))
+
+
+@lru_cache(maxsize=16)
+def _groups(lengths: tuple[int, ...], max_tokens: int) -> list[list[int]]:
+    """Return `cut`, found once: the settings are tried on the same samples again and again."""
+    return cut(lengths, max_tokens=max_tokens)
+
+
 def _grouped(subject: Subject, renderings: Sequence[Rendering], score: Score) -> list[Signal | None]:
-    lengths = [len(each.input_ids) for each in renderings]
+    lengths = tuple(len(each.input_ids) for each in renderings)
     found: list[Signal | None] = [None] * len(renderings)
-    for group in cut(lengths, max_tokens=subject.batch_tokens):
+    for group in _groups(lengths, subject.batch_tokens):
         signals = score(subject.stacked([renderings[at] for at in group])).signals()
         for at, signal in zip(group, signals, strict=True):
             found[at] = signal

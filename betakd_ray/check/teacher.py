@@ -1,13 +1,15 @@
 """All checks of one loaded model on a few samples of the data, in the process that holds the model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 
+from betakd_ray.batch.sample import Rendering
 from betakd_ray.check.alignment import check_alignment
 from betakd_ray.check.batching import check_batching
 from betakd_ray.check.finding import Finding
+from betakd_ray.check.keeping import KeepingRenderer
 from betakd_ray.check.parity import check_parity
 from betakd_ray.check.settings import check_settings
 from betakd_ray.check.sight import check_sight
@@ -15,7 +17,6 @@ from betakd_ray.check.subject import CPU, HIDDEN, Score, Subject, local_score
 from betakd_ray.check.template import check_template
 from betakd_ray.check.vocabulary import check_vocabulary
 from betakd_ray.check.weights import check_weights
-from betakd_ray.data.render import Renderer
 from betakd_ray.data.samples import RawSample, Unrenderable
 from betakd_ray.models.vlm import lm_head
 from betakd_ray.spec import CheckSpec, DataSpec
@@ -45,12 +46,14 @@ def check_teacher(
     directly. The model is left as it was. Raises ModelError and SpecError as `Renderer` does.
     """
     settings = settings or CheckSpec()
-    renderer = Renderer(processor, data)
+    renderer = KeepingRenderer(processor, data)
+    drawn = list(_renderable(renderer, samples, max(settings.samples, settings.answers)))
     subject = Subject(
         model=model,
         renderer=renderer,
         data=data,
-        samples=tuple(_renderable(renderer, samples, max(settings.samples, settings.answers))),
+        samples=tuple(sample for sample, _ in drawn),
+        renderings=tuple(rendering for _, rendering in drawn),
         needs=needs,
         score=score or local_score(model, needs, renderer.image_processor),
         head=to_tensor(to_wire(lm_head(model).weight) if head is None else head, CPU),
@@ -88,14 +91,17 @@ def check_scorer(
     )
 
 
-def _renderable(renderer: Renderer, samples: Sequence[RawSample], count: int) -> list[RawSample]:
-    found: list[RawSample] = []
+def _renderable(
+    renderer: KeepingRenderer, samples: Sequence[RawSample], count: int
+) -> Iterator[tuple[RawSample, Rendering]]:
+    """Yield the first `count` samples that can be rendered, with their renderings."""
+    left = count
     for sample in samples:
+        if not left:
+            return
         try:
-            renderer.render(sample)
+            rendering = renderer.render(sample)
         except Unrenderable:  # the reader puts it into quarantine; that is no fault of the teacher
             continue
-        found.append(sample)
-        if len(found) == count:
-            break
-    return found
+        left -= 1
+        yield sample, rendering

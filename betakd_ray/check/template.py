@@ -5,12 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from betakd_ray.check.answers import answers_of, right
+from betakd_ray.check.answers import Truth
 from betakd_ray.check.finding import Finding
 from betakd_ray.check.measures import is_positive
 from betakd_ray.check.subject import Subject
-from betakd_ray.check.weights import is_trained
-from betakd_ray.data.render import Renderer
 from betakd_ray.data.samples import Unrenderable
 from betakd_ray.errors import UserError
 from betakd_ray.spec import DataSpec
@@ -25,11 +23,11 @@ def check_template(subject: Subject) -> list[Finding]:
 
     The others are the processor's own chat template, `vicuna_v1` and `plain`, without a system prompt and with theirs.
     """
-    own = right(answers_of(subject, subject.renderings, subject.hidden))
+    own = Truth.of(subject, subject.renderings).right(subject, subject.hidden)
     expected = f"no other template with a probability of the true answers higher by {MUCH} or more"
     ours = _name(subject.data)
     seen, tried = f"{ours} {float(own.nanmean()):.2f}", 0
-    if not is_trained(subject.model):
+    if not subject.is_trained:
         return [Finding("template", seen, expected, "skipped", "a model with random weights", part=subject.part)]
     best, best_gain = "", 0.0
     for data in _others(subject.data):
@@ -60,13 +58,13 @@ def _others(data: DataSpec) -> Iterator[DataSpec]:
 def _gain(subject: Subject, data: DataSpec, own: Tensor) -> Tensor | None:
     """Return by how much each sample's true tokens are more probable with another template; None if it fails."""
     try:
-        renderer = Renderer(subject.renderer.processor, data)
+        renderer = subject.renderer.with_text_of(data)
         renderings = [renderer.render(each) for each in subject.samples]
     except (UserError, Unrenderable):  # the processor has no chat template, or the samples do not fit it
         return None
     if all((a.input_ids.tolist() == b.input_ids.tolist()) for a, b in zip(renderings, subject.renderings, strict=True)):
         return None
-    gain = right(answers_of(subject, renderings)) - own
+    gain = Truth.of(subject, renderings).right(subject, subject.ask(renderings)) - own
     return gain if torch.isfinite(gain).any() else None
 
 

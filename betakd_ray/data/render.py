@@ -239,13 +239,17 @@ class Renderer:
         spans = self._checked_spans(sample)
         if not sample.images:
             return spans, {}
+        images, texts = self._images_of(sample)
+        return self._expand(spans, iter(texts)), images
+
+    def _images_of(self, sample: RawSample) -> tuple[Images, list[str]]:
+        """Return the arrays of a sample's images, and the text that stands for each."""
         if self._process_images is None:
             raise Unrenderable("the sample has images, but the model accepts none")
         try:
-            images, texts = self._process_images(map(self._decode, sample.images))
+            return self._process_images(map(self._decode, sample.images))
         except ValueError as error:  # some processors refuse a very thin image
             raise Unrenderable(f"the image processor refuses an image: {error}") from error
-        return self._expand(spans, iter(texts)), images
 
     # ------------------------------------------------------------------------------------------ text
 
