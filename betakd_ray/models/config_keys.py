@@ -13,6 +13,12 @@ from betakd_ray.spec.hints import yaml_hint
 ALIKE = 0.8
 """Similarity to a known key from which an unknown one counts as misspelt; transformers keeps keys of users' own."""
 
+COMMON = {"model_type", "vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers"}
+"""Keys that a model reads of the configuration of any part, also where the part's own class lacks them.
+
+LLaVA's projector reads `hidden_size` of its tower; a LeViT has only `hidden_sizes`.
+"""
+
 
 def misspelt_keys(config: PretrainedConfig, given: Mapping[Any, Any], where: str) -> Iterator[str]:
     """Yield a message for each key that the class of a configuration does not know, but one like it."""
@@ -38,4 +44,4 @@ def texts_like_numbers(given: Mapping[Any, Any], where: str) -> Iterator[str]:
 def _known(kind: type[PretrainedConfig]) -> set[str]:
     fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
     arguments = {name for each in kind.__mro__ if each is not object for name in inspect.signature(each).parameters}
-    return fields | arguments | set(kind.attribute_map) | {"model_type"}
+    return fields | arguments | set(kind.attribute_map) | COMMON

@@ -1,5 +1,7 @@
 """Mappings of a spec that belong to other libraries, and what YAML 1.1 makes of numbers and texts."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -8,10 +10,13 @@ from betakd_ray.engine.check import check_deepspeed
 from betakd_ray.errors import ModelError, SpecError
 from betakd_ray.models.compatibility import check_processor
 from betakd_ray.models.source import local_folder
-from betakd_ray.spec import JobSpec, StorageSpec, parse_spec
+from betakd_ray.models.student import student_config
+from betakd_ray.spec import ConfigInit, JobSpec, StorageSpec, StudentSpec, parse_spec
 from betakd_ray.spec.hints import yaml_hint
 from betakd_ray.spec.yaml_loader import SpecLoader
 from tests.tiny import tiny_config, tiny_processor
+
+JOBS = Path(__file__).parents[2] / "jobs"
 
 
 def job(text="", **changes):
@@ -155,3 +160,32 @@ def test_a_processor_without_its_patch_size_and_ids_beyond_the_embedding_are_err
     processor.patch_size = None
     with pytest.raises(ModelError, match=r"no patch_size.*Add .patch_size.: 8 to processor_config\.json"):
         check_processor("m", config, processor)
+
+
+@pytest.mark.parametrize("file", sorted(JOBS.glob("*/*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_no_shipped_spec_has_a_key_that_is_taken_for_misspelt(file, monkeypatch):
+    monkeypatch.chdir(JOBS.parent)
+    tree = yaml.load(file.read_text(), SpecLoader)
+    if "student" not in tree:
+        pytest.skip("another kind of spec")
+    init = parse_spec(tree).student.init
+    if isinstance(init, ConfigInit):
+        student_config(StudentSpec(init=init.model_copy(update={"vision_tower": None})))
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "vocab_size"])
+def test_a_key_that_models_read_of_any_part_is_taken(key):
+    """LLaVA's projector reads the width of its tower, which a LeViT calls hidden_sizes."""
+    vision = {"model_type": "levit", key: 96}
+    student_config(
+        StudentSpec(
+            init={"kind": "config", "processor": "/x", "config": {"model_type": "llava", "vision_config": vision}}
+        )
+    )
+
+
+def test_a_misspelt_key_of_a_part_is_named():
+    vision = {"model_type": "levit", "hiden_sizes": [32, 64, 96]}
+    init = {"kind": "config", "processor": "/x", "config": {"model_type": "llava", "vision_config": vision}}
+    with pytest.raises(ModelError, match=r"vision_config\.hiden_sizes: .* did you mean 'hidden_sizes'"):
+        student_config(StudentSpec(init=init))
