@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -69,16 +70,18 @@ _DISPLAY = _Display()
 
 REPEAT_S = 60.0
 """Seconds without a new line after which the present phase is said again, so that a log does not look dead."""
+PACE_S = 10.0
+"""Seconds between two lines of text of `pieces_line`."""
 
 
 class _PlainLine:
     """Progress as lines of text: one for each change, and one a minute while a phase lasts."""
 
-    def __init__(self, label: str, total: int | None, numbers: str) -> None:
-        self._label, self._total, self._numbers, self._completed = label, total, numbers, 0
+    def __init__(self, label: str, total: int | None, numbers: str, completed: int = 0) -> None:
+        self._label, self._total, self._numbers, self._completed = label, total, numbers, completed
         self._phase, self._begun = numbers, time.monotonic()
         self._ended = threading.Event()
-        self.say(f"0 of {total} {numbers}" if total is not None else numbers)
+        self.say(f"{completed} of {total} {numbers}" if total is not None else numbers)
         threading.Thread(target=self._repeat, name="progress", daemon=True).start()
 
     def close(self) -> None:
@@ -119,9 +122,32 @@ class _PlainLine:
         sys.stderr.flush()
 
 
+class _PacedLine:
+    """Progress of many small pieces: a line every `PACE_S` seconds, with the time that is left, and one at the end."""
+
+    def __init__(self, label: str, total: int, numbers: str, completed: int) -> None:
+        self._plain = _PlainLine(label, total, numbers, completed)
+        self.close = self._plain.close
+        self._total, self._numbers = total, numbers
+        self._first = self._done = completed
+        self._begun = self._said = time.monotonic()
+
+    def __call__(self, *, advance: int) -> None:
+        self._done += advance
+        now = time.monotonic()
+        if self._done >= self._total or now - self._said >= PACE_S:
+            self._said = now
+            self._plain(line=f"{self._done} of {self._total} {self._numbers}{self._left(now)}")
+
+    def _left(self, now: float) -> str:
+        """Return the time left at the pace so far; empty if nothing is left. What was done before does not count."""
+        left, new = self._total - self._done, self._done - self._first
+        return f", ETA {timedelta(seconds=round((now - self._begun) / new * left))}" if left > 0 and new > 0 else ""
+
+
 @contextmanager
 def progress_line(
-    label: str, total: int | None = None, numbers: str = "", *, is_shown: bool = True
+    label: str, total: int | None = None, numbers: str = "", *, is_shown: bool = True, completed: int = 0
 ) -> Iterator[Update]:
     """Show a line with a bar, and `numbers` after it, until the block ends; lines of text if there is no terminal.
 
@@ -131,14 +157,15 @@ def progress_line(
         yield lambda **_: None
         return
     if not has_display():
-        plain = _PlainLine(label, total, numbers)
+        plain = _PlainLine(label, total, numbers, completed)
         try:
             yield plain
         finally:
             plain.close()
         return
     progress = _DISPLAY.open()
-    line = progress.add_task(label, total=total, numbers=numbers)
+    # Given here and not as an update, from which rich would take a pace at which the rest would be done at once.
+    line = progress.add_task(label, total=total, numbers=numbers, completed=completed)
     try:
         yield partial(_update, progress, line)
     finally:
@@ -146,6 +173,23 @@ def progress_line(
             progress.update(line, visible=False)
         if _DISPLAY.close():
             progress.update(line, visible=False)
+
+
+@contextmanager
+def pieces_line(label: str, total: int, numbers: str, *, completed: int = 0) -> Iterator[Update]:
+    """Show a line for many small pieces of work, of which `completed` were done before, with the time left.
+
+    The update takes `advance` only. Without a terminal there is a line of text every `PACE_S` seconds.
+    """
+    if has_display():
+        with progress_line(label, total, numbers, completed=completed) as update:
+            yield update
+        return
+    plain = _PacedLine(label, total, numbers, completed)
+    try:
+        yield plain
+    finally:
+        plain.close()
 
 
 def has_display() -> bool:

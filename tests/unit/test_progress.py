@@ -8,7 +8,7 @@ from rich.console import Console
 
 from betakd_ray import progress
 from betakd_ray.on_ray.monitor import Report
-from betakd_ray.progress import progress_line
+from betakd_ray.progress import pieces_line, progress_line
 from betakd_ray.run.pace import Pace, bar_text, clock_text, progress_text
 from betakd_ray.train.view import TrainingView
 
@@ -71,6 +71,30 @@ def test_without_a_terminal_each_change_is_a_line_on_standard_error(capsys):
         "sweep: 1 of 2 cells",
         "sweep: 2 of 2 cells",
     ]
+
+
+def test_small_pieces_are_a_line_now_and_then_with_the_time_left(capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with pieces_line("gqa", 1000, "questions", completed=400) as update:
+        for _ in range(6):
+            now[0] += 4
+            update(advance=100)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "gqa: 400 of 1000 questions",
+        "gqa: 700 of 1000 questions, ETA 0:00:12",  # 300 of those that were left took 12 s
+        "gqa: 1000 of 1000 questions",
+    ]
+
+
+def test_small_pieces_that_were_done_before_make_no_pace_of_the_bar(screen):
+    with pieces_line("gqa", 1000, "questions", completed=400) as update:
+        update(advance=1)
+        assert progress._DISPLAY._progress
+        (task,) = progress._DISPLAY._progress.tasks
+        assert task.completed == 401
+        assert not task.speed, "nothing is known of the pace after one piece"
 
 
 def test_a_phase_that_lasts_is_said_again_and_a_step_is_not(capsys, monkeypatch):
