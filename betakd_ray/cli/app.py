@@ -28,6 +28,8 @@ app = typer.Typer(
 SpecPath = Annotated[str, typer.Argument(help="YAML spec: a path, a URL, or - for standard input", metavar="SPEC")]
 Overrides = Annotated[list[str], typer.Option("--set", help="change a field: section.field=value; may be repeated")]
 Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint, for stores other than AWS")]
+Region = Annotated[str | None, typer.Option(help="S3 region")]
+Anonymous = Annotated[bool, typer.Option("--anonymous", help="read public buckets without credentials")]
 
 
 def _print_version(wanted: bool) -> bool:
@@ -50,9 +52,14 @@ def _options(
     """
 
 
-def storage_of(endpoint_url: str | None) -> StorageSpec:
-    """Return the store that --endpoint-url names. Raises SpecError."""
-    return parse_options(StorageSpec, {"endpoint_url": ("--endpoint-url", endpoint_url)})
+def storage_of(endpoint_url: str | None, region: str | None = None, anonymous: bool = False) -> StorageSpec:
+    """Return the store that --endpoint-url, --region and --anonymous name. Raises SpecError."""
+    typed = {
+        "endpoint_url": ("--endpoint-url", endpoint_url),
+        "region": ("--region", region),
+        "anonymous": ("--anonymous", anonymous),
+    }
+    return parse_options(StorageSpec, typed)
 
 
 @contextmanager

@@ -7,20 +7,21 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from betakd_ray.cli.app import Endpoint, Overrides, app, exit_codes
-from betakd_ray.errors import DataError, SpecError, shortened
-from betakd_ray.spec import DataSpec, ModelSpec, PackSpec, StorageSpec, load_spec, parse_spec
+from betakd_ray.cli.app import Anonymous, Endpoint, Overrides, Region, app, exit_codes, storage_of
+from betakd_ray.errors import DataError, SpecError, did_you_mean, shortened
+from betakd_ray.spec import DataSpec, ModelSpec, PackSpec, load_spec, parse_spec
 from betakd_ray.spec.loading import apply_overrides, parse_options
 from betakd_ray.spec.origin import FieldPath, Origin
 from betakd_ray.spec.tasks import SOURCE_FORMATS
 
 BAD_FRACTION = 0.01
 """Share of bad samples from which `index` writes no manifest by itself: the default of data.max_bad_fraction."""
-SOURCES = {"scienceqa": "betakd_ray.evaluation.benchmarks.scienceqa:scienceqa_records"}
-"""Data set as published, for `pack --from` → its function of (folder, split)."""
+SOURCES = {
+    "scienceqa": "betakd_ray.evaluation.benchmarks.scienceqa:scienceqa_records",
+    "scienceqa_img": "betakd_ray.evaluation.benchmarks.scienceqa:scienceqa_image_records",
+}
+"""Data set as published, for `pack --from` → its function of (folder, folder of the images, split)."""
 
-Region = Annotated[str | None, typer.Option(help="S3 region")]
-Anonymous = Annotated[bool, typer.Option("--anonymous", help="read public buckets without credentials")]
 KeepGoing = Annotated[bool, typer.Option("--keep-going", help="leave bad samples out, and go on with the good ones")]
 Strict = Annotated[bool, typer.Option("--strict", help="stop if any sample is bad or any member is not read")]
 
@@ -54,7 +55,7 @@ def pack(
         flags |= {"split_turns": split_turns or None, "on_bad": _on_bad(keep_going, strict)}
         given = {name: value for name, value in flags.items() if value is not None}
         spec = _pack_spec(source, origin, given, overrides)
-        _pack(spec, _records_of(origin, spec.conversations, split))
+        _pack(spec, _records_of(origin, spec, split))
 
 
 def run_pack(spec: str, overrides: list[str]) -> None:
@@ -104,16 +105,25 @@ def _on_bad(keep_going: bool, strict: bool) -> str | None:
     return "skip" if keep_going else "stop" if strict else None
 
 
-def _records_of(origin: str | None, folder: str, split: str) -> Iterator[tuple[str, Any]] | None:
+def _records_of(origin: str | None, spec: PackSpec, split: str) -> Iterator[tuple[str, Any]] | None:
     """Return the records of a data set as published; None for one that is packed by its format."""
-    from betakd_ray.plugins import load
-
     if origin is None:
         return None
     if origin not in SOURCES:
-        raise SpecError(f"--from: there is no data set {origin!r}; known are {', '.join(SOURCES)}")
-    records = load(SOURCES[origin], "--from")(folder, split)
-    return ((f"{folder}, {split} {number}", record) for number, record in enumerate(records, 1))
+        hint = did_you_mean(origin, SOURCES)
+        raise SpecError(
+            f"--from: there is no data set {origin!r}; "
+            + (f"{hint} " if hint else "")
+            + f"known are {', '.join(SOURCES)}"
+        )
+
+    from betakd_ray.evaluation.question_files import DataFolder
+    from betakd_ray.plugins import load
+
+    folder = DataFolder(spec.conversations, spec.storage)
+    images = DataFolder(spec.images, spec.storage) if spec.images else folder
+    records = load(SOURCES[origin], "--from")(folder, images, split)
+    return ((f"{spec.conversations}, {split} {number}", record) for number, record in enumerate(records, 1))
 
 
 @app.command()
@@ -147,7 +157,7 @@ def index(
     with exit_codes():
         _on_bad(keep_going, strict)
         place = _location("--manifest", manifest) if manifest else None
-        found = index_shards(shards, _storage(endpoint_url, region, anonymous), place, judge)
+        found = index_shards(shards, storage_of(endpoint_url, region, anonymous), place, judge)
         print(f"{len(found)} shards, {sum(shard.samples for shard in found)} samples")
         if place:
             print(f"manifest: {place}; name it in the spec as data.manifest")
@@ -157,15 +167,6 @@ _REMEDY = (
     "Repair the samples; or pack the good ones into new shards with `betakd pack SHARDS --out FOLDER --keep-going`; or "
     "write it all the same with --keep-going, and set data.max_bad_fraction in the spec."
 )
-
-
-def _storage(endpoint_url: str | None, region: str | None, anonymous: bool) -> StorageSpec:
-    typed = {
-        "endpoint_url": ("--endpoint-url", endpoint_url),
-        "region": ("--region", region),
-        "anonymous": ("--anonymous", anonymous),
-    }
-    return parse_options(StorageSpec, typed)
 
 
 def _location(option: str, path: str) -> str:
@@ -187,7 +188,7 @@ def inspect(
     """Show a shard's samples: keys, sizes and, with --model, the prompt and what the model learns."""
     console = Console(highlight=False)
     with exit_codes():
-        storage = _storage(endpoint_url, region, anonymous)
+        storage = storage_of(endpoint_url, region, anonymous)
         place = _location("--manifest", manifest) if manifest else None
         data = _data_of(shard, template, overrides)
         named = parse_options(ModelSpec, {"path": ("--model", model)}) if model else None

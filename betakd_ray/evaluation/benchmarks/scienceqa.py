@@ -68,8 +68,8 @@ def letter(text: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def scienceqa_records(folder: DataFolder, split: str) -> Iterator[dict[str, Any]]:
-    """Yield the problems of a split as LLaVA's records, asked as in the benchmark; `image` is relative to `images/`.
+def scienceqa_records(folder: DataFolder, images: DataFolder, split: str) -> Iterator[dict[str, Any]]:
+    """Yield the problems of a split as LLaVA's records, asked as in the benchmark; `image` is a path or URL.
 
     Raises DataError for files that are missing or damaged, and for a split that there is not.
     """
@@ -77,14 +77,20 @@ def scienceqa_records(folder: DataFolder, split: str) -> Iterator[dict[str, Any]
     if split not in splits[1]:
         raise DataError(f"{splits[0]}: has no split {split!r}; it has {', '.join(sorted(splits[1]))}")
     pids = splits[1][split]
+    shown_in = images.of(FOLDERS).look_for(f"images/{split}", split) or images.url
     for pid, problem in zip(pids, with_truth(pids, problems[1], str, f"{splits[0]} and {problems[0]}"), strict=True):
-        shown = {"image": f"{split}/{pid}/{problem.image}"} if problem.image else {}
+        shown = {"image": f"{shown_in}/{pid}/{problem.image}"} if problem.image else {}
         asked = f"{_IMAGE}\n" if shown else ""
         asked += f"Context: {problem.hint}\n" if problem.hint else ""
         chosen = _right_letter(problem, f"{problems[0]}: {pid}")
         choices = "\n".join(f"{name}. {choice}" for name, choice in zip(LETTERS, problem.choices, strict=False))
         human = {"from": "human", "value": f"{asked}{problem.question}\n{choices}{OPTION_LETTER}"}
         yield {"id": pid} | shown | {"conversations": [human, {"from": "gpt", "value": chosen}]}
+
+
+def scienceqa_image_records(folder: DataFolder, images: DataFolder, split: str) -> Iterator[dict[str, Any]]:
+    """Yield those of `scienceqa_records` that have an image."""
+    return (record for record in scienceqa_records(folder, images, split) if "image" in record)
 
 
 def _annotations(folder: DataFolder) -> tuple[tuple[str, dict[str, Problem]], tuple[str, dict[str, list[str]]]]:
