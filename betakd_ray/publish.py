@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from betakd_ray.data.files import store_errors
 from betakd_ray.errors import DataError, ModelError, OutputError
+from betakd_ray.evaluation.score_table import COUNTS
 from betakd_ray.leftovers import temporary_folder
 from betakd_ray.models.load import load_config, load_processor, sees_images
 from betakd_ray.run.files import SPEC_FILE, stored
@@ -193,14 +194,17 @@ def _scores(
         if is_required:
             raise DataError(f"{url}: no such file. Give an {EVALUATION}, or the folder of an evaluation.")
         return None
-    found = json.loads(text).get("scores", {})
+    content = json.loads(text)
+    found = content.get("scores", {})
     chosen = label if label in found else next(iter(found), None) if len(found) == 1 else None
     if chosen is None:
         raise DataError(f"{url}: has the models {', '.join(found)}. Choose this one by --label.")
     folder = url.rpartition("/")[0]
     counts = _counts(_text(join(folder, f"answers-{chosen}.jsonl"), storage) or "")
+    ends = content.get("intervals", {}).get(chosen, {})
     scores = [made for name, value in found[chosen].items() if (made := _score(name, value, counts)) is not None]
-    return last_part(folder), scores
+    known = {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+    return last_part(folder), [replace(each, interval=known.get(each.metric, each.interval)) for each in scores]
 
 
 def _score(name: str, value: Any, counts: Mapping[str, int]) -> Score | None:
@@ -208,7 +212,7 @@ def _score(name: str, value: Any, counts: Mapping[str, int]) -> Score | None:
     if isinstance(value, dict):
         interval = (float(value["low"]), float(value["high"])) if {"low", "high"} <= value.keys() else None
         return Score(name, float(value["value"]), interval) if "value" in value else None
-    if name == "unanswerable" and not value:
+    if (name == "unanswerable" and not value) or name.rpartition("/")[2] in COUNTS:
         return None
     kind = name.partition("[")[2].removesuffix("]")
     count = counts.get(kind, 0)

@@ -2,7 +2,7 @@
 
 from betakd_ray.cli import ask, push
 from betakd_ray.cli.app import Overrides, app, exit_codes, job, main
-from betakd_ray.cli.console import print_scores, print_table
+from betakd_ray.cli.console import print_result, print_table
 from betakd_ray.cli.data import run_pack
 from betakd_ray.cli.distill import run_job
 from betakd_ray.cli.evaluate import run_evaluation
@@ -22,7 +22,7 @@ __all__ = [
     "init",
     "job",
     "main",
-    "print_scores",
+    "print_result",
     "print_table",
     "push",
     "run_evaluation",

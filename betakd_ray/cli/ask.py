@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from betakd_ray.cli.app import Endpoint, app, exit_codes
+from betakd_ray.cli.app import Endpoint, app, exit_codes, storage_of
 from betakd_ray.errors import DataError, UserError
 from betakd_ray.spec import StorageSpec
 
@@ -41,7 +41,7 @@ def ask(
     """Ask a model about images, or by text alone; the answer is what an evaluation would get."""
     with exit_codes():
         images, question = parted(words or [])
-        storage = StorageSpec(endpoint_url=endpoint_url)
+        storage = storage_of(endpoint_url)
         shown = [read_image(image, storage) for image in images]  # before the model, which takes longer
         conversation = _opened(model, storage, max_new_tokens, system, template)
         for image in shown:

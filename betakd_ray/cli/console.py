@@ -1,22 +1,52 @@
 """Tables on the terminal."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from operator import itemgetter
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from betakd_ray.spec import StorageSpec
 
-def print_scores(scores: dict[str, dict[str, float]]) -> None:
-    """Print one row per model and one column per metric; `unanswerable` only if there is such a sample."""
-    names = list(dict.fromkeys(name for metrics in scores.values() for name in metrics))
-    if not any(metrics.get("unanswerable") for metrics in scores.values()):
-        names.remove("unanswerable")
-    rows = [[f"{metrics[name]:.4g}" if name in metrics else "" for name in names] for metrics in scores.values()]
-    print_table([["model", *names], *([label, *row] for label, row in zip(scores, rows, strict=True))])
+if TYPE_CHECKING:
+    from betakd_ray.evaluation.result import Result
+    from betakd_ray.evaluation.scoring import Scored
+
+
+def print_result(result: "Result", *, markdown: bool = False) -> None:
+    """Print the scores of a packed question set with their intervals, and how the models compare."""
+    from betakd_ray.evaluation.packed import tables_of
+    from betakd_ray.evaluation.score_table import markdown as as_markdown
+
+    for rows in tables_of(result):
+        print(as_markdown(rows) + "\n") if markdown else print_table(rows)
+
+
+def print_scored(
+    scored: "Sequence[Scored]", output: str | None, storage: StorageSpec, *, markdown: bool = False
+) -> None:
+    """Print the scores on benchmarks with their intervals and comparisons; write them as JSON if a file is named."""
+    from betakd_ray.evaluation.score_table import as_json, comparison_rows, remark_lines, report, score_rows
+    from betakd_ray.evaluation.scoring import comparisons
+    from betakd_ray.output import output_errors
+    from betakd_ray.storage import open_store, replace_file
+
+    pairs = comparisons(scored)
+    if output:
+        with output_errors(output):
+            filesystem, path = open_store(output, storage)
+            replace_file(filesystem, path, (as_json(scored, pairs) + "\n").encode())
+    if markdown:
+        print(report(scored, pairs), end="")
+        return
+    for rows in (score_rows(scored), comparison_rows(pairs)):
+        if len(rows) > 1:
+            print_table(rows)
+    print("\n".join(remark_lines(scored)))
 
 
 def print_table(lines: list[list[str]]) -> None:

@@ -1,23 +1,22 @@
 """The command that asks models: evaluate."""
 
+import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import typer
 
-from betakd_ray.cli.app import Endpoint, Overrides, app, exit_codes
-from betakd_ray.cli.console import print_scores, print_table
+from betakd_ray.cli.app import Anonymous, Endpoint, Overrides, Region, app, exit_codes, storage_of
+from betakd_ray.cli.console import print_result, print_scored
 from betakd_ray.errors import SpecError
 from betakd_ray.run.folder import MODEL
 from betakd_ray.sigterm import on_sigterm
-from betakd_ray.spec import BenchmarksSpec, EvaluationSpec, JobSpec, ModelSpec, parse_spec, set_field
+from betakd_ray.spec import BenchmarksSpec, EvaluationSpec, JobSpec, ModelSpec, StorageSpec, parse_spec, set_field
 from betakd_ray.spec.loading import apply_overrides, kind_of, read_spec
 from betakd_ray.spec.origin import FieldPath, Origin
 from betakd_ray.spec.tasks import label_of
 from betakd_ray.storage import join
-
-if TYPE_CHECKING:
-    from betakd_ray.evaluation.scoring import Scored
 
 Targets = Annotated[
     list[str],
@@ -26,6 +25,16 @@ Targets = Annotated[
         help="models, each a folder, hub id or URL, also as LABEL=MODEL; or the YAML of an evaluation or of a job",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Where the scores go besides the evaluation's own folder."""
+
+    output: str | None = None
+    """File for the scores as JSON."""
+    markdown: bool = False
+    storage: StorageSpec = StorageSpec()
 
 
 @app.command()
@@ -45,15 +54,21 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(help="instead of each benchmark's own limit")] = None,
     batch_size: Annotated[int | None, typer.Option(help="questions at a time")] = None,
     gpus: Annotated[float | None, typer.Option(help="GPUs for each copy of a model")] = None,
+    output: Annotated[str | None, typer.Option(help="file for the scores as JSON, as `betakd score` has it")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="print the tables as Markdown")] = False,
     endpoint_url: Endpoint = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
     """Ask models the questions of benchmarks or packed shards, and score the answers; goes on after a kill."""
     given = {"benchmarks": benchmarks.split(",") if benchmarks else None, "data": data, "out": out, "limit": limit,
              "rule": rule, "ocr": ocr, "template": template, "max_new_tokens": max_new_tokens,
-             "batch_size": batch_size, "gpus": gpus, "endpoint_url": endpoint_url}  # fmt: skip
+             "batch_size": batch_size, "gpus": gpus, "endpoint_url": endpoint_url, "region": region,
+             "anonymous": anonymous or None}  # fmt: skip
     with exit_codes():
-        _run(*tree_of(targets, {name: value for name, value in given.items() if value is not None}), overrides)
+        tree, origin = tree_of(targets, {name: value for name, value in given.items() if value is not None})
+        _run(tree, origin, overrides, Shown(output, markdown, storage_of(endpoint_url, region)))
 
 
 def run_evaluation(spec: str, overrides: list[str]) -> None:
@@ -61,40 +76,39 @@ def run_evaluation(spec: str, overrides: list[str]) -> None:
     _run(*read_spec(spec), overrides)
 
 
-def _run(tree: dict[str, Any], origin: Origin, overrides: list[str]) -> None:
+def _run(tree: dict[str, Any], origin: Origin, overrides: list[str], shown: Shown = Shown()) -> None:
     origin = apply_overrides(tree, overrides, origin)
     if kind_of(tree) == "benchmarks":
-        _run_benchmarks(parse_spec(tree, BenchmarksSpec, origin))
+        _run_benchmarks(parse_spec(tree, BenchmarksSpec, origin), shown)
     else:
-        _run_packed(parse_spec(tree, EvaluationSpec, origin))
+        _run_packed(parse_spec(tree, EvaluationSpec, origin), shown)
 
 
-def _run_benchmarks(spec: BenchmarksSpec) -> None:
+def _run_benchmarks(spec: BenchmarksSpec, shown: Shown) -> None:
     from betakd_ray.evaluation.suite import Suite
 
     suite = Suite(spec)
     with on_sigterm(suite.stop):
-        _print(suite.run())
-    print(f"Answers and scores: {suite.folder}")
+        scored = suite.run()
+    print_scored(scored, shown.output, shown.storage, markdown=shown.markdown)
+    print(f"Answers and scores: {suite.folder}", file=sys.stderr)
 
 
-def _run_packed(spec: EvaluationSpec) -> None:
+def _run_packed(spec: EvaluationSpec, shown: Shown) -> None:
     from betakd_ray.evaluation.run import Evaluation
     from betakd_ray.on_ray.cluster import connected
+    from betakd_ray.output import output_errors
+    from betakd_ray.storage import open_store, replace_file
 
     evaluation = Evaluation(spec)  # names what is wrong before a cluster starts
     with on_sigterm(evaluation.stop), connected(spec):
-        print_scores(evaluation.run())
-
-
-def _print(scored: "list[Scored]") -> None:
-    from betakd_ray.evaluation.score_table import comparison_rows, remark_lines, score_rows
-    from betakd_ray.evaluation.scoring import comparisons
-
-    for rows in (score_rows(scored), comparison_rows(comparisons(scored))):
-        if len(rows) > 1:
-            print_table(rows)
-    print("\n".join(remark_lines(scored)))
+        result = evaluation.result()
+    if shown.output:
+        with output_errors(shown.output):
+            filesystem, path = open_store(shown.output, shown.storage)
+            replace_file(filesystem, path, (result.to_json() + "\n").encode())
+    print_result(result, markdown=shown.markdown)
+    print(f"Answers and scores: {evaluation.folder}", file=sys.stderr)
 
 
 def tree_of(targets: list[str], given: dict[str, Any]) -> tuple[dict[str, Any], Origin]:
@@ -134,10 +148,15 @@ def _set(tree: dict[str, Any], name: str, value: Any, is_packed: bool) -> Iterat
     if name == "out":
         parent, _, folder = value.rstrip("/").rpartition("/")
         values = {"name": folder, "output.path": parent or ("/" if value.startswith("/") else ".")}
-    elif name == "endpoint_url":
-        values = {"data.storage.endpoint_url": value}
-        if "://" in tree.get("output", {}).get("path", ""):
-            values["output.storage.endpoint_url"] = value
+    elif name in ("endpoint_url", "region", "anonymous"):
+        values = {f"data.storage.{name}": value}
+        # Not by their paths in the tree, because a label may have a dot.
+        for model in tree.get("models", {}).values():
+            if isinstance(model, dict) and "://" in str(model.get("path")):
+                model.setdefault("storage", {})[name] = value
+        # Nothing can be written without credentials.
+        if name != "anonymous" and "://" in tree.get("output", {}).get("path", ""):
+            values[f"output.storage.{name}"] = value
     else:
         of_packed = {"data": "data.train", "template": "data.template"} if is_packed else {"data": "data.path"}
         values = {({"gpus": "cluster.student.gpus"} | of_packed).get(name, name): value}

@@ -4,8 +4,7 @@ from typing import Annotated
 
 import typer
 
-from betakd_ray.cli.app import Endpoint, app, exit_codes
-from betakd_ray.spec import StorageSpec
+from betakd_ray.cli.app import Endpoint, app, exit_codes, storage_of
 
 
 @app.command()
@@ -26,7 +25,7 @@ def push(
     from betakd_ray.publish import push as upload
 
     with exit_codes():
-        storage = StorageSpec(endpoint_url=endpoint_url)
+        storage = storage_of(endpoint_url)
         done = upload(run, repo, storage=storage, is_private=not public, scores=scores, label=label, message=message)
     print(f"{done.url}: {', '.join(done.files)}")
     if done.left_out:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from betakd_ray.cli.app import Endpoint, app, exit_codes
-from betakd_ray.cli.console import print_table
+from betakd_ray.cli.app import Anonymous, Endpoint, Region, app, exit_codes, storage_of
+from betakd_ray.cli.console import print_scored
 from betakd_ray.spec import StorageSpec
 from betakd_ray.spec.base import is_plugin
 
@@ -55,32 +55,20 @@ def score(
     limit: Annotated[int | None, typer.Option(min=1, help="score only this number of first questions")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="print the tables as Markdown")] = False,
     endpoint_url: Endpoint = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
 ) -> None:  # fmt: skip
     """Score answers files of any tool as the public scorers do, with intervals; compare several models."""
     names = (benchmark,) if is_plugin(benchmark) else tuple(name for name in benchmark.split(",") if name)
     with exit_codes():
-        storage = StorageSpec(endpoint_url=endpoint_url)
+        storage = storage_of(endpoint_url, region, anonymous)
         run_score(Request(names, tuple(answers), data, storage, rule, ocr, limit, output, markdown))
 
 
 def run_score(request: Request) -> None:
     """Score, print the tables, and write the JSON if a file is named."""
-    from betakd_ray.evaluation.score_table import as_json, comparison_rows, markdown, remark_lines, score_rows
-    from betakd_ray.evaluation.scoring import comparisons
-    from betakd_ray.output import output_errors
-    from betakd_ray.storage import open_store, replace_file
-
-    scored = _scored(request)
-    pairs = comparisons(scored)
-    if request.output:
-        with output_errors(request.output):
-            filesystem, path = open_store(request.output, request.storage)
-            replace_file(filesystem, path, (as_json(scored, pairs) + "\n").encode())
-    for rows in (score_rows(scored), comparison_rows(pairs)):
-        if len(rows) > 1:
-            print(markdown(rows) + "\n") if request.markdown else print_table(rows)
-    for line in remark_lines(scored):
-        print(line)
+    writable = request.storage.model_copy(update={"anonymous": False})
+    print_scored(_scored(request), request.output, writable, markdown=request.markdown)
 
 
 def _scored(request: Request) -> "list[Scored]":
@@ -88,11 +76,12 @@ def _scored(request: Request) -> "list[Scored]":
     from betakd_ray.evaluation.benchmark import Options
     from betakd_ray.evaluation.question_files import DataFolder
     from betakd_ray.evaluation.registry import find_benchmark
-    from betakd_ray.evaluation.scoring import Scoring, read_questions
+    from betakd_ray.evaluation.scoring import Scoring, read_questions, rules_of
     from betakd_ray.evaluation.scoring import score as score_file
 
     folder, options = DataFolder(request.data, request.storage), Options(ocr=request.ocr)
     benchmarks = [find_benchmark(name) for name in request.benchmarks]
+    rules = rules_of(benchmarks, request.rule)
     files = {
         answers: [read_answers(request.file(answers, benchmark.name), request.storage) for benchmark in benchmarks]
         for answers in request.answers
@@ -100,8 +89,7 @@ def _scored(request: Request) -> "list[Scored]":
     labels = _labels({answers: {file.label for file in own} for answers, own in files.items()})
     found = []
     for position, benchmark in enumerate(benchmarks):
-        rule = request.rule if len(benchmarks) == 1 or request.rule in benchmark.rules else None
-        scoring = Scoring(rule, options, request.limit)
+        scoring = Scoring(rules[benchmark.name], options, request.limit)
         questions = read_questions(benchmark, folder, options)
         for answers, own in files.items():
             found.append(replace(score_file(benchmark, questions, own[position], scoring), model=labels[answers]))

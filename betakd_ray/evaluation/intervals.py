@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 Metrics = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 Array = NDArray[np.float64]
+Intervals = dict[str, tuple[float, float]]
+"""Metric → ends of its 95% interval."""
 
 RESAMPLES = 2000
 """Number of bootstrap resamples for an interval."""
@@ -61,6 +63,28 @@ class Comparison:
     """Ends of the 95% interval of the difference, by a paired bootstrap."""
     p: float
     """Chance of a difference at least as large if the two models did not differ, by exchanging their answers."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two models on the same questions."""
+
+    benchmark: str
+    """Name of the benchmark; empty for a packed question set."""
+    metric: str
+    model: str
+    compared_with: str
+    difference: float
+    """Score of `model` minus that of `compared_with`."""
+    low: float
+    high: float
+    """Ends of the 95% interval of the difference."""
+    p: float
+    """Chance of a difference at least as large if the two models did not differ."""
+
+    @classmethod
+    def of(cls, benchmark: str, model: str, compared_with: str, found: Comparison) -> "Compared":
+        return cls(benchmark, found.metric, model, compared_with, found.difference, found.low, found.high, found.p)
 
 
 def resampled(tally: Tally, formula: Metrics, *, seed: int, resamples: int = RESAMPLES) -> dict[str, Array]:

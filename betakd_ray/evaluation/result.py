@@ -4,13 +4,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
 from betakd_ray.data.files import store_errors
 from betakd_ray.data.shards import Shard
+from betakd_ray.evaluation.intervals import Compared, Intervals
 from betakd_ray.models.identity import model_version
 from betakd_ray.models.source import model_errors
 from betakd_ray.plugins import source_of
@@ -19,6 +20,8 @@ from betakd_ray.spec.base import is_plugin
 from betakd_ray.storage import join, open_store
 
 RESULT = "evaluation.json"
+TABLE = "evaluation.md"
+"""File of the scores as tables."""
 _LOG = logging.getLogger(__name__)
 
 Scores = dict[str, float]
@@ -46,6 +49,12 @@ class Result:
     scores: dict[str, Scores]
     """Label of a model → metric → number."""
     subject: Subject
+    intervals: dict[str, Intervals] = field(default_factory=dict)
+    """Label of a model → metric → ends of its 95% interval, where it is known."""
+    comparisons: list[Compared] = field(default_factory=list)
+    """Each model with each one before it."""
+    lmms_eval: dict[str, str] = field(default_factory=dict)
+    """Metric → task and metric in lmms-eval."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)

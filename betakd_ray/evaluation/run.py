@@ -17,7 +17,9 @@ from betakd_ray.data.shards import Shard, read_shard_with_retry
 from betakd_ray.errors import ClusterError, DataError, OutputError, TrainingError
 from betakd_ray.evaluation.exact_match import ModelAnswer, agreement
 from betakd_ray.evaluation.generate import answers
-from betakd_ray.evaluation.result import RESULT, Result, Scores, Subject, read_result
+from betakd_ray.evaluation.packed import comparisons_of, intervals_of, tables_of
+from betakd_ray.evaluation.result import RESULT, TABLE, Result, Scores, Subject, read_result
+from betakd_ray.evaluation.score_table import markdown
 from betakd_ray.models.device import find_device
 from betakd_ray.models.load import load_model, load_processor
 from betakd_ray.models.vlm import freeze
@@ -74,10 +76,14 @@ class Evaluation:
         self._stop.make()
 
     def run(self) -> dict[str, Scores]:
-        """Run the evaluation; return label of a model → metrics. Answers and metrics are also written to the output.
+        """Run the evaluation; return label of a model → metrics. Raises what `result` raises."""
+        return self.result().scores
 
-        Raises ClusterError, DataError, ModelError or OutputError for errors that the user can repair, and Interrupted
-        after `stop()`.
+    def result(self) -> Result:
+        """Run the evaluation; return its scores, how sure they are, and comparisons of the models.
+
+        Answers, result and table are also written to the output. Raises ClusterError, DataError, ModelError or
+        OutputError for errors that the user can repair, and Interrupted after `stop()`.
         """
         shards = find_shards(self.spec.data.paths, self.spec.data.storage, self.spec.data.manifest)
         if not sum(shard.samples for shard in shards):
@@ -86,7 +92,7 @@ class Evaluation:
         # Also before: if a model is replaced meanwhile, the result is not taken for that of the new one.
         subject = Subject.of(self.spec, shards)
         answered = self._answer(shards)
-        results = {label: self._score(label, answered) for label in self.spec.models}
+        result = self._result({label: self._score(label, answered) for label in self.spec.models}, subject, answered)
         lines = {
             f"answers-{label}.jsonl": "".join(
                 json.dumps(each.line(label, position), ensure_ascii=False) + "\n"
@@ -94,8 +100,16 @@ class Evaluation:
             )
             for label in self.spec.models
         }
-        self._store(lines | {RESULT: Result(results, subject).to_json()})  # last: with this file it counts as done
-        return results
+        lines[TABLE] = "\n\n".join(map(markdown, tables_of(result))) + "\n"
+        self._store(lines | {RESULT: result.to_json()})  # last: with this file it counts as done
+        return result
+
+    def _result(self, scores: dict[str, Scores], subject: Subject, answered: dict[str, list[Answered]]) -> Result:
+        """Return the result, with intervals and comparisons if it is known how the benchmark counts."""
+        if self.spec.benchmark not in BENCHMARKS:
+            return Result(scores, subject)
+        records = {label: [each.record for each in answered[label]] for label in self.spec.models}
+        return Result(scores, subject, intervals_of(records, self.spec.agreement_with), comparisons_of(records))
 
     def stored(self) -> dict[str, Scores] | None:
         """Return the result of an earlier run; None if there is no whole one of the same models and questions.

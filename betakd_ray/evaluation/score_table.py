@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from betakd_ray.evaluation.intervals import Comparison
+from betakd_ray.evaluation.intervals import Compared
 from betakd_ray.evaluation.scoring import Scored, average
 
 HEADER = ["model", "benchmark", "metric", "score", "95% interval", "in lmms-eval"]
-_COUNTS = ("missing", "unanswered", "repeated", "unparsable")
-
-Pairs = Sequence[tuple[Scored, Scored, Comparison]]
+WRONG = ("missing", "unanswered", "repeated", "unparsable")
+COUNTS = ("questions", *WRONG)
+"""Names of the numbers of questions and answers, which are no scores."""
 
 
 def score_rows(scored: Sequence[Scored]) -> list[list[str]]:
@@ -32,22 +33,27 @@ def remark_lines(scored: Sequence[Scored]) -> list[str]:
     """Return a line for each model and benchmark: how many questions, what is wrong with the answers, and notes."""
     return [
         f"{each.model}, {each.benchmark.name}: {each.counts['questions']} questions; "
-        + ", ".join(f"{each.counts[name]} {name}" for name in _COUNTS)
+        + ", ".join(f"{each.counts[name]} {name}" for name in WRONG)
         + "".join(f"; {note}" for note in each.notes)
         for each in scored
     ]
 
 
-def comparison_rows(pairs: Pairs) -> list[list[str]]:
-    """Return a header and one row for each pair of models on a benchmark."""
-    return [
-        ["benchmark", "metric", "model", "compared with", "difference", "95% interval", "p"],
-        *(
-            [first.benchmark.name, found.metric, second.model, first.model, f"{found.difference:+.2f}",
-             _ends((found.low, found.high)), f"{found.p:.4f}"]
-            for first, second, found in pairs
-        ),
-    ]  # fmt: skip
+def comparison_rows(pairs: Sequence[Compared]) -> list[list[str]]:
+    """Return a header and one row for each two models on a benchmark."""
+    named = any(each.benchmark for each in pairs)
+    rows = [["benchmark", "metric", "model", "compared with", "difference", "95% interval", "p"]]
+    rows += [
+        [each.benchmark, each.metric, each.model, each.compared_with, *_difference(each), f"{each.p:.4f}"]
+        for each in pairs
+    ]
+    return rows if named else [row[1:] for row in rows]
+
+
+def _difference(found: Compared) -> tuple[str, str]:
+    # Packed question sets have shares from 0 to 1, benchmarks have per cent.
+    digits = 2 if found.benchmark else 4
+    return f"{found.difference:+.{digits}f}", f"{found.low:+.{digits}f} to {found.high:+.{digits}f}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -56,17 +62,19 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def as_json(scored: Sequence[Scored], pairs: Pairs) -> str:
+def report(scored: Sequence[Scored], pairs: Sequence[Compared]) -> str:
+    """Return all tables and remarks as Markdown."""
+    tables = [rows for rows in (score_rows(scored), comparison_rows(pairs)) if len(rows) > 1]
+    remarks = "\n".join(f"- {line}" for line in remark_lines(scored))
+    return "\n\n".join([*map(markdown, tables), remarks]) + "\n"
+
+
+def as_json(scored: Sequence[Scored], pairs: Sequence[Compared]) -> str:
     """Return benchmark → metric → number; of several models, that by model, and the comparisons."""
     models = {model: _of_model(own) for model, own in by_model(scored).items()}
     if len(models) == 1:
         return json.dumps(next(iter(models.values())), indent=2)
-    compared = [
-        {"benchmark": first.benchmark.name, "metric": found.metric, "model": second.model, "compared_with": first.model,
-         "difference": found.difference, "low": found.low, "high": found.high, "p": found.p}
-        for first, second, found in pairs
-    ]  # fmt: skip
-    return json.dumps({"models": models, "comparisons": compared}, indent=2)
+    return json.dumps({"models": models, "comparisons": [asdict(each) for each in pairs]}, indent=2)
 
 
 def by_model(scored: Sequence[Scored]) -> dict[str, list[Scored]]:

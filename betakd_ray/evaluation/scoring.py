@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from betakd_ray.errors import DataError, SpecError, did_you_mean
 from betakd_ray.evaluation.answer_file import Answered, AnswerFile, joined
 from betakd_ray.evaluation.benchmark import AS_IN_THE_FILE, Benchmark, Options, Question, Verdict, first_of
-from betakd_ray.evaluation.intervals import Array, Comparison, Tally, compare, interval, resampled
+from betakd_ray.evaluation.intervals import Array, Compared, Tally, compare, interval, resampled
 from betakd_ray.evaluation.question_files import DataFolder
 
 AVERAGE = {"mme": "perception", "gqa": "accuracy", "textvqa": "accuracy", "pope": "f1", "mmbench": "accuracy",
@@ -111,6 +111,17 @@ def tally_of(benchmark: Benchmark, questions: Sequence[Question], verdicts: Sequ
     return Tally.of(list(members), counts, [questions[unit[0]].stratum for unit in members.values()])
 
 
+def rules_of(benchmarks: Sequence[Benchmark], rule: str | None) -> dict[str, str]:
+    """Return the rule of each benchmark, by its name: the given one for those that have it, or else their default.
+
+    Raises SpecError if none of them has it.
+    """
+    if rule is not None and not any(rule in benchmark.rules for benchmark in benchmarks):
+        for benchmark in sorted(benchmarks, key=lambda each: -len(each.rules)):
+            checked_rule(benchmark, rule)
+    return {each.name: rule if rule in each.rules else each.rules[0] for each in benchmarks}
+
+
 def checked_rule(benchmark: Benchmark, rule: str | None) -> str:
     """Return the rule, or the benchmark's default. Raises SpecError if the benchmark has no such rule."""
     if rule is None:
@@ -125,17 +136,17 @@ def checked_rule(benchmark: Benchmark, rule: str | None) -> str:
     return rule
 
 
-def comparisons(scored: Sequence[Scored], *, seed: int = 0) -> list[tuple[Scored, Scored, Comparison]]:
-    """Compare each model with the first one, on each benchmark that both have."""
+def comparisons(scored: Sequence[Scored], *, seed: int = 0) -> list[Compared]:
+    """Compare each model with each one before it, on each benchmark that both have."""
+    by_name: dict[str, list[Scored]] = {}
+    for each in scored:
+        by_name.setdefault(each.benchmark.name, []).append(each)
     found = []
-    for _, group in groupby(sorted(scored, key=lambda each: each.benchmark.name), key=lambda each: each.benchmark.name):
-        first, *others = group
-        for other in others:
-            metric = first.benchmark.primary
-            if metric in first.metrics:
-                found.append(
-                    (first, other, compare(first.tally, other.tally, first.benchmark.metrics, metric, seed=seed))
-                )
+    for name, group in by_name.items():
+        benchmark = group[0].benchmark
+        for first, second in combinations(group, 2) if benchmark.primary in group[0].metrics else ():
+            pair = compare(first.tally, second.tally, benchmark.metrics, benchmark.primary, seed=seed)
+            found.append(Compared.of(name, second.model, first.model, pair))
     return found
 
 

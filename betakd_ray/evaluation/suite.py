@@ -14,18 +14,19 @@ from betakd_ray.evaluation.answer_file import AnswerFile
 from betakd_ray.evaluation.asking import renderers
 from betakd_ray.evaluation.benchmark import Benchmark, Options, Question, answer_line, first_of
 from betakd_ray.evaluation.crew import Chunk, Crew
+from betakd_ray.evaluation.intervals import Compared, Intervals
 from betakd_ray.evaluation.pictures import require_pictures
 from betakd_ray.evaluation.pieces import Pieces, Reply
 from betakd_ray.evaluation.question_files import DataFolder
 from betakd_ray.evaluation.registry import find_benchmark
-from betakd_ray.evaluation.result import RESULT, Result, Scores, Subject, digest, digest_of_model
-from betakd_ray.evaluation.score_table import comparison_rows, markdown, remark_lines, score_rows
-from betakd_ray.evaluation.scoring import Scored, Scoring, checked_rule, comparisons, read_questions, score
+from betakd_ray.evaluation.result import RESULT, TABLE, Result, Scores, Subject, digest, digest_of_model
+from betakd_ray.evaluation.score_table import by_model, report
+from betakd_ray.evaluation.scoring import Scored, Scoring, average, comparisons, read_questions, rules_of, score
 from betakd_ray.evaluation.worker import AnsweringWorker
 from betakd_ray.models.load import load_config, load_processor, require_images
 from betakd_ray.on_ray.cluster import Demand, alive_nodes, check_room, connected, gpus_each, placement, without_room
 from betakd_ray.output import output_errors
-from betakd_ray.progress import progress_line
+from betakd_ray.progress import pieces_line
 from betakd_ray.sigterm import StopRequest
 from betakd_ray.spec import BenchmarksSpec, ModelSpec, parse_spec
 from betakd_ray.spec.tasks import label_of
@@ -35,8 +36,6 @@ ANSWERS = "answers"
 """Folder of the answers files: answers/MODEL/BENCHMARK.jsonl."""
 OWN_BYTES = float(1 << 30)
 """Bytes that a process needs besides its model."""
-TABLE = "evaluation.md"
-"""The scores as tables."""
 Every = Mapping[str, Sequence[Question]]
 """Name of a benchmark → all its questions, in the order of the question file."""
 Asked = Mapping[str, Mapping[str, Question]]
@@ -55,16 +54,9 @@ class Suite:
             found = find_benchmark(name)
             self.benchmarks[found.name] = found
         self.options = Options(ocr=spec.ocr)
-        self.scorings = {
-            name: Scoring(self._rule(benchmark), self.options, spec.limit)
-            for name, benchmark in self.benchmarks.items()
-        }
+        rules = rules_of(list(self.benchmarks.values()), spec.rule)
+        self.scorings = {name: Scoring(rule, self.options, spec.limit) for name, rule in rules.items()}
         self._stop = StopRequest(f"{spec.name}: was asked to stop. Answers up to now are kept: run it again to go on.")
-
-    def _rule(self, benchmark: Benchmark) -> str:
-        """Return the rule of a benchmark; the spec's rule is for the benchmarks that have a choice."""
-        only = len(self.benchmarks) == 1
-        return checked_rule(benchmark, self.spec.rule if only or len(benchmark.rules) > 1 else None)
 
     def stop(self) -> None:
         """Ask a running `run()` to end; it then raises Interrupted. It may be called from a signal handler."""
@@ -126,8 +118,7 @@ class Suite:
         total = len(left) * len(questions)
         done = total - sum(map(len, left.values()))
         chunks = {label: chunked(label, each, self.spec.batch_size) for label, each in left.items()}
-        with connected(self.spec), progress_line(self.spec.name, total, "questions") as update:
-            update(completed=done)
+        with connected(self.spec), pieces_line(self.spec.name, total, "questions", completed=done) as update:
 
             def keep(chunk: Chunk, said: list[Reply]) -> None:
                 new = dict(zip(chunk.keys, said, strict=True))
@@ -148,7 +139,7 @@ class Suite:
 
     def _require_pictures(self, questions: Sequence[Question]) -> None:
         shown = len({each.image for each in questions if each.image is not None})
-        with progress_line(f"{self.spec.name}: pictures", shown) as update:
+        with pieces_line(self.spec.name, shown, "pictures checked") as update:
 
             def on_read() -> None:
                 self._stop.check()
@@ -194,13 +185,9 @@ class Suite:
         return scored
 
     def _write_scores(self, scored: Sequence[Scored], subject: Subject) -> None:
-        rows = (score_rows(scored), comparison_rows(comparisons(scored)))
-        table = "\n\n".join([*(markdown(each) for each in rows if len(each) > 1), *remark_lines(scored)]) + "\n"
-        flat: dict[str, Scores] = {label: {} for label in self.spec.models}
-        for each in scored:
-            flat[each.model] |= {f"{each.benchmark.name}/{name}": value for name, value in each.flat().items()}
+        pairs = comparisons(scored)
         # The result last: with this file it counts as done.
-        self._write({TABLE: table, RESULT: Result(flat, subject).to_json()})
+        self._write({TABLE: report(scored, pairs), RESULT: result_of(scored, pairs, subject).to_json()})
 
     def _write(self, files: dict[str, str]) -> None:
         try:
@@ -211,6 +198,21 @@ class Suite:
                     replace_file(filesystem, join(root, name), content.encode())
         except ValueError as error:
             raise OutputError(f"output.path: {self.folder} cannot be written ({error})") from error
+
+
+def result_of(scored: Sequence[Scored], pairs: Sequence[Compared], subject: Subject) -> Result:
+    """Return the scores of all models, by benchmark/metric; counts are among the scores."""
+    scores, ends, names = dict[str, Scores](), dict[str, Intervals](), dict[str, str]()
+    for label, own in by_model(scored).items():
+        scores[label], ends[label] = {}, {}
+        for each in own:
+            name = each.benchmark.name
+            scores[label] |= {f"{name}/{metric}": value for metric, value in (each.metrics | each.counts).items()}
+            ends[label] |= {f"{name}/{metric}": both for metric, both in each.intervals.items()}
+            names |= {f"{name}/{metric}": theirs for metric, theirs in each.benchmark.lmms.items()}
+        if mean := average(own):
+            scores[label]["average"], ends[label]["average"] = mean
+    return Result(scores, subject, ends, list(pairs), names)
 
 
 def memory_of(model: ModelSpec) -> float | None:

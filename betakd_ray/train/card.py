@@ -19,7 +19,7 @@ PLACE = "FOLDER-OR-HUB-ID"
 SCORES = "## Scores"
 _LOCAL = re.compile(r"(?<![\w/:.~])(?:file://)?~?(?:/[^\s/'\"|`<>:,;()]+)+/([^\s/'\"|`<>:,;()]*)")
 """Pattern of an absolute path of at least two parts."""
-_SHOWN_METRICS = re.compile(r"step|samples|loss|(energy|beta)/.*")
+_SHOWN_METRICS = re.compile(r"step|samples|loss|(energy|beta)/.*|eval/(loss|top1_agreement|energy/.*)")
 _HIDDEN_SECTIONS = {"name", "output", "cluster", "tracking"}
 _HIDDEN_FIELDS = {"path", "storage", "cache", "train", "language_model", "vision_tower", "processor"}
 

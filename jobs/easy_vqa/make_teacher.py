@@ -10,7 +10,7 @@ import torch
 import typer
 from transformers import AutoModelForImageTextToText
 
-from betakd_ray.cli import Overrides, exit_codes, print_scores
+from betakd_ray.cli import Overrides, exit_codes, print_result
 from betakd_ray.evaluation.run import Evaluation
 from betakd_ray.job import BetaKDJob
 from betakd_ray.models.student import student_config
@@ -33,8 +33,8 @@ def main(overrides: Overrides = []) -> None:  # noqa: B006 (typer's way)
         with connected(spec):
             result = BetaKDJob(spec).fit()
             models = {"shipped": str(HERE / "teacher"), "new": result.model}
-            scores = Evaluation(evaluation(models, output=result.path)).run()
-        print_scores(scores)
+            scored = Evaluation(evaluation(models, output=result.path)).result()
+        print_result(scored)
         print(f"The new teacher: {result.model}")
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from betakd_ray.cli import exit_codes, print_scores
+from betakd_ray.cli import exit_codes, print_result
 from betakd_ray.evaluation.run import Evaluation
 from betakd_ray.job import BetaKDJob
 from betakd_ray.on_ray.cluster import connected
@@ -20,8 +20,8 @@ def main() -> None:
         alone = without_teacher(distilled, "easy-vqa-ce")
         results = {"CE only": BetaKDJob(alone).fit(), "distilled": BetaKDJob(distilled).fit()}
         models = {"teacher": str(HERE / "teacher")} | {label: result.model for label, result in results.items()}
-        scores = Evaluation(evaluation(models, output="runs/easy-vqa")).run()
-    print_scores(scores)
+        scored = Evaluation(evaluation(models, output="runs/easy-vqa")).result()
+    print_result(scored)
     print("Everything lies under runs/easy-vqa: shards, each run's metrics and checkpoints, and the models:")
     for label, folder in models.items():
         print(f"  {label:10} {folder}")

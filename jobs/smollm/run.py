@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from betakd_ray.cli import exit_codes, print_scores
+from betakd_ray.cli import exit_codes, print_result
 from betakd_ray.evaluation.run import Evaluation
 from betakd_ray.job import BetaKDJob
 from betakd_ray.on_ray.cluster import connected
@@ -39,8 +39,8 @@ def main() -> None:
         models["distilled"] = BetaKDJob(distilled).fit().model
         data = {"train": TEST, "template": "chat", "system_prompt": ""}
         asked = evaluation(models, "runs/smollm", data=data, limit=1000, batch_size=50)
-        scores = Evaluation(asked).run()
-    print_scores(scores)
+        scored = Evaluation(asked).result()
+    print_result(scored)
     for label, folder in models.items():
         print(f"  {label:10} {parameters(Path(folder)) / 1e6:.1f} M parameters, {folder}")
 

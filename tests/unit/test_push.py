@@ -177,6 +177,20 @@ def test_an_evaluation_s_own_intervals_are_used(run: Path, hub: Hub, tmp_path: P
     assert b"| f1 | 0.5 | 0.4 \xe2\x80\xa6 0.6 |" in hub.files[REPO]["README.md"]
 
 
+def test_scores_on_benchmarks_have_their_intervals_and_no_counts(run: Path, hub: Hub, tmp_path: Path) -> None:
+    folder = evaluation(
+        tmp_path / "table4", {"my-run": {"gqa/accuracy": 61.2, "gqa/questions": 12578, "average": 64.5}}
+    )
+    content = json.loads((folder / "evaluation.json").read_text())
+    ends = {"gqa/accuracy": [60.3, 62.1], "average": [63.9, 65.0]}
+    (folder / "evaluation.json").write_text(json.dumps(content | {"intervals": {"my-run": ends}}))
+    push(str(run), REPO, storage=STORAGE, scores=str(folder))
+    card = ModelCard(hub.files[REPO]["README.md"].decode())
+    assert "| gqa/accuracy | 61.2 | 60.3 … 62.1 |" in card.text
+    assert "| average | 64.5 | 63.9 … 65 |" in card.text
+    assert "questions |" not in card.text
+
+
 def test_a_label_is_asked_for_if_there_are_several(run: Path, hub: Hub, tmp_path: Path) -> None:
     folder = evaluation(tmp_path / "held-out", {"one": {"accuracy": 0.5}, "two": {"accuracy": 0.6}})
     with pytest.raises(DataError, match="--label"):

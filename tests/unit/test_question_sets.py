@@ -2,18 +2,27 @@
 
 import base64
 import json
+import os
+import shlex
+import shutil
 from pathlib import Path
+from typing import cast
 
 import pytest
+from typer.testing import CliRunner
 
+from betakd_ray.cli import app
+from betakd_ray.data.manifest import find_shards
+from betakd_ray.data.samples import RawSample
+from betakd_ray.data.shards import read_shard
 from betakd_ray.errors import DataError, SpecError
 from betakd_ray.evaluation.benchmark import OPTION_LETTER, SHORT_ANSWER, Benchmark, Options, answer_line, first_of
 from betakd_ray.evaluation.benchmarks.scienceqa import scienceqa_records
+from betakd_ray.evaluation.pictures import read_picture, require_pictures
 from betakd_ray.evaluation.question_files import DataFolder
-from betakd_ray.evaluation.question_images import check_images, image_content
 from betakd_ray.evaluation.registry import find_benchmark, names
 from betakd_ray.evaluation.scoring import read_questions
-from betakd_ray.spec import StorageSpec
+from betakd_ray.spec import StorageSpec, load_spec
 from tests.questions import SETS, Set, picture, tsv, write
 
 
@@ -83,7 +92,7 @@ def test_files_are_found_in_the_folder_of_several_benchmarks(tmp_path, name):
     benchmark = find_benchmark(name)
     SETS[name](tmp_path / benchmark.folders[0])
     questions = read_questions(benchmark, DataFolder(str(tmp_path)), Options())
-    check_images(benchmark, questions, StorageSpec())
+    require_pictures(questions, StorageSpec())
     assert questions == read_questions(benchmark, DataFolder(str(tmp_path)), Options())
 
 
@@ -293,24 +302,24 @@ def test_missing_and_unreadable_images_are_counted(tmp_path):
     kept = Set("gqa", tmp_path)
     (tmp_path / "images/n007.jpg").unlink()
     (tmp_path / "images/n08.jpg").write_bytes(b"<html>")
-    with pytest.raises(DataError, match=r"1 are missing, the first .*n007.jpg; 1 cannot be read, the first .*n08.jpg"):
-        check_images(kept.benchmark, kept.questions(), StorageSpec())
+    with pytest.raises(DataError, match=r"2 of 3 pictures are missing or cannot be read. The first: .*n007.jpg"):
+        require_pictures(kept.questions(), StorageSpec())
 
 
 def test_an_image_in_a_table_that_is_none_is_counted(tmp_path):
     kept = Set("mmbench", tmp_path)
     file = tmp_path / "mmbench_dev_en_20231003.tsv"
     file.write_text(file.read_text().replace('"dev"', '"dev"').replace("/9j/", "AAAA"))
-    with pytest.raises(DataError, match=r"3 cannot be read, the first row 7"):
-        check_images(kept.benchmark, kept.questions(), StorageSpec())
+    with pytest.raises(DataError, match=r"1 of 1 pictures .* the picture of question 7: cannot be decoded"):
+        require_pictures(kept.questions(), StorageSpec())
 
 
 @pytest.mark.parametrize("name", sorted(SETS))
 def test_images_are_read(tmp_path, name):
     kept = Set(name, tmp_path)
     questions = kept.questions()
-    check_images(kept.benchmark, questions, StorageSpec())
-    contents = [image_content(question, StorageSpec()) for question in questions]
+    require_pictures(questions, StorageSpec())
+    contents = [read_picture(question, StorageSpec()) for question in questions]
     assert all(content == picture() for question, content in zip(questions, contents, strict=True) if question.image)
 
 
@@ -319,7 +328,8 @@ def test_images_are_read(tmp_path, name):
 
 def test_scienceqa_gives_records_for_distillation(tmp_path):
     kept = Set("scienceqa", tmp_path)
-    first, *_, last = scienceqa_records(DataFolder(str(tmp_path)), "test")
+    folder = DataFolder(str(tmp_path))
+    first, *_, last = scienceqa_records(folder, folder, "test")
     assert first == {
         "id": "1",
         "conversations": [
@@ -327,10 +337,101 @@ def test_scienceqa_gives_records_for_distillation(tmp_path):
             {"from": "gpt", "value": "B"},
         ],
     }
-    assert last["image"] == "test/5/image.png"
+    assert last["image"] == f"{tmp_path}/images/test/5/image.png"
     assert last["conversations"][0]["value"].startswith("<image>\nContext: Look.\nWhich is 5?")
     with pytest.raises(DataError, match=r"no split 'val'; it has test, train"):
-        list(scienceqa_records(DataFolder(str(kept.folder)), "val"))
+        list(scienceqa_records(DataFolder(str(kept.folder)), folder, "val"))
+
+
+def _training(folder: Path, images: str) -> None:
+    """Write ScienceQA's own files with a training split, of which two of three problems have an image."""
+    Set("scienceqa", folder)
+    for name in ("llava_test_CQM-A.json", "images"):
+        (shutil.rmtree if name == "images" else os.remove)(folder / name)
+    write(folder, "pid_splits.json", {"train": ["2", "3", "5"], "val": ["1"], "test": ["4"]})
+    for pid in ("3", "5"):
+        write(folder, f"{images}/train/{pid}/image.png", picture())
+
+
+def _packed(shards: Path) -> list[RawSample]:
+    found = [
+        sample
+        for shard in find_shards([str(shards / "train-*.tar")], StorageSpec())
+        for sample in read_shard(shard, StorageSpec())
+    ]
+    assert all(isinstance(sample, RawSample) for sample in found)
+    return sorted(cast("list[RawSample]", found), key=lambda sample: sample.id)
+
+
+def _commands_of_the_job() -> list[list[str]]:
+    """Return the `betakd pack` commands of jobs/mobilevlm/scienceqa.yaml."""
+    lines = (Path(__file__).parents[2] / "jobs/mobilevlm/scienceqa.yaml").read_text().splitlines()
+    return [shlex.split(line.lstrip("# "))[1:] for line in lines if line.lstrip("# ").startswith("betakd pack ")]
+
+
+def test_the_commands_of_the_scienceqa_job_make_the_shards_that_it_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (command,) = _commands_of_the_job()
+    _training(tmp_path / "ScienceQA/data/scienceqa", "images")
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.stderr
+    job = load_spec(Path(__file__).parents[2] / "jobs/mobilevlm/scienceqa.yaml")
+    shards = find_shards(job.data.paths, job.data.storage)
+    assert sum(shard.samples for shard in shards) == 2
+    third, fifth = _packed(tmp_path / "shards/scienceqa")
+    assert (third.id, fifth.id) == ("3", "5")
+    assert third.images == [picture()]
+    asked, answer = third.conversation
+    assert asked["value"] == f"<image>\nWhich is 3?\nA. one\nB. two\nC. three{OPTION_LETTER}"
+    assert answer["value"] == "B"
+
+
+@pytest.mark.parametrize("images", ["images", ".", "sqa/images"])
+def test_scienceqa_is_packed_from_each_layout_of_its_images(tmp_path, images):
+    _training(tmp_path / "data", images)
+    done = CliRunner().invoke(
+        app, ["pack", str(tmp_path / "data"), "--from", "scienceqa", "--out", str(tmp_path / "s")]
+    )
+    assert done.exit_code == 0, done.stderr
+    assert [sample.id for sample in _packed(tmp_path / "s")] == ["2", "3", "5"]
+
+
+def test_scienceqa_s_images_may_lie_elsewhere_and_missing_ones_are_counted(tmp_path):
+    _training(tmp_path / "data", "../elsewhere")
+    pack = ["pack", str(tmp_path / "data"), "--from", "scienceqa", "--out", str(tmp_path / "s")]
+    done = CliRunner().invoke(app, pack)
+    assert done.exit_code == 2
+    assert "2 of 3 samples cannot be used" in done.stderr
+    done = CliRunner().invoke(app, [*pack, "--images", str(tmp_path / "elsewhere")])
+    assert done.exit_code == 0, done.stderr
+    assert len(_packed(tmp_path / "s")) == 3
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"problems.json": None}, "problems.json"),
+        ({"pid_splits.json": {"minitrain": []}}, "has no split 'train'; it has minitrain"),
+        ({"pid_splits.json": {"train": ["9"]}}, "1 of 1 questions have no ground truth"),
+        (
+            {"problems.json": {"2": {"question": "?", "choices": ["one"], "answer": 1}}},
+            "questions have no ground truth",
+        ),
+        ({"problems.json": "[]"}, "problems.json"),
+    ],
+)
+def test_scienceqa_files_that_lack_something_are_one_line(tmp_path, damage, said):
+    _training(tmp_path / "data", "images")
+    for name, content in damage.items():
+        (tmp_path / "data" / name).unlink()
+        if content is not None:
+            write(tmp_path / "data", name, content)
+    done = CliRunner().invoke(
+        app, ["pack", str(tmp_path / "data"), "--from", "scienceqa", "--out", str(tmp_path / "s")]
+    )
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_example_of_the_documents_works(tmp_path, monkeypatch):

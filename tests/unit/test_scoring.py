@@ -1,6 +1,7 @@
 """Scores of answers files: metrics, counts of what is wrong, intervals, comparisons, and the command."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ from betakd_ray.errors import DataError, SpecError
 from betakd_ray.evaluation.answer_file import read_answers
 from betakd_ray.evaluation.benchmark import Options, per_cent_right
 from betakd_ray.evaluation.intervals import Tally, compare, interval, resampled
+from betakd_ray.evaluation.pictures import read_picture, require_pictures
 from betakd_ray.evaluation.question_files import DataFolder
-from betakd_ray.evaluation.question_images import check_images, image_content
 from betakd_ray.evaluation.registry import find_benchmark
 from betakd_ray.evaluation.score_table import as_json, comparison_rows, markdown, remark_lines, score_rows
-from betakd_ray.evaluation.scoring import AVERAGE, average, comparisons, read_questions
+from betakd_ray.evaluation.scoring import AVERAGE, average, comparisons, read_questions, rules_of
 from betakd_ray.spec import StorageSpec
 from tests.questions import SETS, Set, picture
 from tests.s3 import served
@@ -269,7 +270,7 @@ def test_the_p_value_is_that_of_the_exact_sign_test():
 def test_equal_models_do_not_differ(tmp_path):
     kept = Set("pope", tmp_path)
     scored = kept.score(kept.lines(*RIGHT["pope"]))
-    found = comparisons([scored, scored])[0][2]
+    found = comparisons([scored, scored])[0]
     assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
 
 
@@ -351,9 +352,28 @@ def test_the_command_scores_several_benchmarks_of_two_files_of_one_model(tmp_pat
     assert "pope_f1_score" in capsys.readouterr().out
 
 
+def test_each_model_is_compared_with_each_one_before_it(six):
+    found = comparisons([replace(six[1], model=name) for name in ("a", "b", "c")])
+    assert [(each.model, each.compared_with) for each in found] == [("b", "a"), ("c", "a"), ("c", "b")]
+
+
+@pytest.mark.parametrize("names", [("gqa",), ("gqa", "pope"), ("mmbench", "seed")])
+def test_a_rule_that_no_benchmark_has_is_refused_also_for_several(names):
+    benchmarks = [find_benchmark(name) for name in names]
+    with pytest.raises(SpecError, match="no rule 'gpt'"):
+        rules_of(benchmarks, "gpt")
+
+
+def test_a_rule_is_for_the_benchmarks_that_have_it():
+    benchmarks = [find_benchmark(name) for name in ("gqa", "mmbench", "seed")]
+    assert rules_of(benchmarks, "vlmevalkit") == {"gqa": "", "mmbench": "vlmevalkit", "seed": "llava"}
+    assert rules_of(benchmarks, "lmms-eval") == {"gqa": "", "mmbench": "lmms-eval", "seed": "lmms-eval"}
+    assert rules_of(benchmarks, None) == {"gqa": "", "mmbench": "opencompass", "seed": "llava"}
+
+
 def test_comparisons_are_a_table(six):
     assert comparison_rows(comparisons([six[1], six[1]]))[1] == [
-        "gqa", "accuracy", "m", "m", "+0.00", "0.00 to 0.00", "1.0000"
+        "gqa", "accuracy", "m", "m", "+0.00", "+0.00 to +0.00", "1.0000"
     ]  # fmt: skip
 
 
@@ -372,14 +392,14 @@ def test_data_answers_and_scores_may_be_in_a_store(tmp_path, capsys):
         content = json.loads(s3.filesystem().cat(f"{s3.bucket}/out.json"))
         assert (content["mme"]["perception"], content["mmbench"]["accuracy"]) == (200, 100)
         questions = read_questions(kept.benchmark, DataFolder(f"{root}/eval", storage), Options())
-        check_images(kept.benchmark, questions, storage)
+        require_pictures(questions, storage)
         mme = find_benchmark("mme")
         questions = read_questions(mme, DataFolder(f"{root}/eval", storage), Options())
-        check_images(mme, questions, storage)
-        assert image_content(questions[0], storage) == picture()
+        require_pictures(questions, storage)
+        assert read_picture(questions[0], storage) == picture()
         s3.filesystem().rm(f"{s3.bucket}/eval/mme/MME_Benchmark_release_version/code_reasoning/0001.png")
-        with pytest.raises(DataError, match=r"1 are missing, the first s3://.*code_reasoning/0001.png"):
-            check_images(mme, questions, storage)
+        with pytest.raises(DataError, match=r"1 of \d+ pictures are missing .*s3://.*code_reasoning/0001.png"):
+            require_pictures(questions, storage)
 
 
 def test_a_folder_whose_name_looks_like_a_pattern_is_read(tmp_path):
