@@ -21,7 +21,7 @@ from betakd_ray.run.audit import audit
 from betakd_ray.run.checkpoint import CheckpointStore
 from betakd_ray.run.claim import changes
 from betakd_ray.run.extension import extend, is_extended
-from betakd_ray.run.folder import MANIFEST, PLAN, PROGRESS, RESULT, SPEC
+from betakd_ray.run.folder import LEDGER, MANIFEST, PLAN, PROGRESS, QUARANTINE, RESULT, SPEC
 from betakd_ray.run.lease import Permit
 from betakd_ray.run.result import JobResult as RunResult
 from betakd_ray.spec import ModelSpec, StorageSpec, parse_spec
@@ -44,11 +44,13 @@ def job(home: Path, **changes: Any) -> BetaKDJob:
 def run(home: Path) -> Path:
     """Begin a run and commit a checkpoint of it."""
     begun = job(home)
-    begun.check()
+    plan, _ = begun.check()
     store = CheckpointStore(begun.run, StorageSpec(), origins=begun.origins)
     files = home / "files"
     files.mkdir()
     (files / SPEC).write_text(begun.spec.model_dump_json())
+    (files / LEDGER).write_text(plan.empty_ledger().to_json())
+    (files / QUARANTINE).write_text("")
     (files / PROGRESS).write_text(json.dumps({"samples": 4, "dropped": 0, "skipped": 0, "skipped_in_a_row": 0}))
     name = "step-00000001-a"
     store.commit(store.manifest(name, 1, 1, store.upload(files, name)))
