@@ -305,7 +305,7 @@ def test_the_pool_hears_how_long_students_wait_without_the_training_s_help(opene
         began = time.monotonic()
         time.sleep(0.05)
         client.report_waiting(time.monotonic() - began)  # as long as it was: a busy machine sleeps longer
-    assert max(share for _, share in pool.pool._reports.values()) > 0.5
+    assert max(share for _, share in pool.pool._reports.values()) > 0.4
     time.sleep(0.3)
     assert max(share for _, share in pool.pool._reports.values()) == 0.0
 

@@ -267,3 +267,17 @@ def test_without_a_gradient_no_logit_is_overwritten():
         given = logits.clone()
         made(needs_gradient=needs).compute(given, None, torch.zeros(6).long(), torch.zeros(6, 0).double())
         assert torch.equal(given, logits) is is_same
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-1, 1e-2, 1e-3])
+def test_the_slope_in_a_learned_temperature_keeps_its_digits_near_agreement(spread: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher, noise = torch.randn(2, 50, 300, generator=generator, dtype=torch.float64)
+
+    def slope(dtype: torch.dtype) -> float:
+        temperature = torch.tensor(2.0, dtype=dtype, requires_grad=True)
+        value = ENERGIES["ctkd"](teacher.to(dtype), (teacher + spread * noise).to(dtype), temperature=temperature)
+        (gradient,) = torch.autograd.grad(value.sum(), temperature)
+        return gradient.item()
+
+    assert slope(torch.float32) == pytest.approx(slope(torch.float64), rel=1e-2)

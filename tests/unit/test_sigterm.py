@@ -90,12 +90,17 @@ def test_a_second_ctrl_c_ends_a_job_at_once() -> None:
 
 def test_ctrl_c_in_a_program_of_one_s_own_saves_first_and_the_second_is_python_s() -> None:
     stop = StopRequest("stopped")
-    with on_sigterm(stop.make):
-        signal.raise_signal(signal.SIGINT)
-        assert stop.is_made
-        with pytest.raises(KeyboardInterrupt):
+    # Where the tests run in the background of a shell, SIGINT is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with on_sigterm(stop.make):
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            assert stop.is_made
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_second_one_does_what_the_first_would_have_done_without_us(heard: list[str]) -> None:
