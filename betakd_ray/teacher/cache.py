@@ -88,6 +88,8 @@ class SignalCache:
     location: CacheSpec
     key: str
     needs: Needs
+    job: str = ""
+    """A name of this start of a job: a process that has read for another one lists the indexes again."""
 
     @classmethod
     def of(cls, spec: TeacherSpec, facts: TeacherFacts, view: str, needs: Needs) -> "SignalCache | None":
@@ -101,7 +103,7 @@ class SignalCache:
         if is_plugin(spec.engine):
             content += [spec.engine, source_of(spec.engine)]
         key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
-        return cls(spec.cache, key, needs)
+        return cls(spec.cache, key, needs, uuid4().hex)
 
     def locate(self, shard: Shard) -> Mapping[int, Stored]:
         """Return the places of a shard's signals, by the number of the sample in the shard's file.
