@@ -39,6 +39,21 @@ def skew_kl(pair: Pair, a: Tensor, log_a: Tensor, log_b: Tensor, skew: float) ->
     return value, terms, x.sigmoid_().mul_(a)
 
 
+def slope_in_temperature(p: Tensor, q: Tensor, log_p: Tensor, gap: Tensor, temperature: Tensor | float) -> Tensor:
+    """Return ∂(T² KL)/∂T from gap = log p − log q, for finite logits.
+
+    = 2 T K − T Σ_v [ (p g − p K) log p + (p − q) gap ],  g = gap + e^(−gap) − 1,  K = Σ p g = KL
+
+    Near agreement the terms of the usual form are first order in the gap and their sum is second order, which float32
+    does not have any more. Here every term is second order.
+    """
+    change = torch.where(gap.abs() < 1, p * torch.expm1(-gap), q - p)
+    terms = torch.addcmul(change, p, gap)
+    divergence = terms.sum(-1)
+    along = ((terms - p * divergence[:, None]) * log_p - change * gap).sum(-1)
+    return 2 * temperature * divergence - temperature * along
+
+
 def sum_of(terms: Tensor, others: Tensor, temperature: float) -> Slope:
     values = terms + others
     return Slope(values, values.sum(-1), temperature)

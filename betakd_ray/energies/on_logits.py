@@ -19,6 +19,7 @@ from betakd_ray.energies.derivatives import (
     log_odds,
     of_gradients,
     skew_kl,
+    slope_in_temperature,
     sum_of,
     target_between,
 )
@@ -227,21 +228,6 @@ def adaptive_kl(
     )
 
 
-def _slope_in_temperature(p: Tensor, q: Tensor, log_p: Tensor, gap: Tensor, temperature: Tensor | float) -> Tensor:
-    """Return ∂(T² KL)/∂T from gap = log p − log q, for finite logits.
-
-    = 2 T K − T Σ_v [ (p g − p K) log p + (p − q) gap ],  g = gap + e^(−gap) − 1,  K = Σ p g = KL
-
-    Near agreement the terms of the usual form are first order in the gap and their sum is second order, which float32
-    does not have any more. Here every term is second order.
-    """
-    change = torch.where(gap.abs() < 1, p * torch.expm1(-gap), q - p)
-    terms = torch.addcmul(change, p, gap)
-    divergence = terms.sum(-1)
-    along = ((terms - p * divergence[:, None]) * log_p - change * gap).sum(-1)
-    return 2 * temperature * divergence - temperature * along
-
-
 @differentiable
 def curriculum_temperature(
     pair: Pair,
@@ -271,7 +257,7 @@ def curriculum_temperature(
             _, from_teacher = pair.expectation(p, (gap - divergence[:, None]) * log_p)
             _, from_student = pair.expectation(q - p, log_q)
             return 2 * value / temperature - temperature * (from_teacher + from_student)
-        return _slope_in_temperature(p, q, log_p, gap, temperature)
+        return slope_in_temperature(p, q, log_p, gap, temperature)
 
     return Result(
         value,
