@@ -100,7 +100,7 @@ def test_a_shipped_spec_plans_and_learns_with_small_models(file: Path, home: Pat
 
 
 def test_the_recipe_is_the_papers() -> None:
-    """The values are those of ../shared/paper/models.md; a default there is a default here."""
+    """The values are those of the paper; where it gives none, the default is the one here."""
     recipe = {file.stem: load_spec(file) for file in (JOBS / "mobilevlm").glob("*.yaml")}
     for name, spec in recipe.items():
         optimizer, training = spec.optimizer, spec.training
