@@ -26,7 +26,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple, cast
 from uuid import uuid4
@@ -88,7 +88,7 @@ class SignalCache:
     location: CacheSpec
     key: str
     needs: Needs
-    job: str = ""
+    job: str = field(default="", compare=False)
     """A name of this start of a job: a process that has read for another one lists the indexes again."""
 
     @classmethod
@@ -112,7 +112,7 @@ class SignalCache:
         """
         found: dict[int, Stored] = {}
         # The newest last. Clocks of nodes may differ by less than the time between two answers to one sample.
-        for part in sorted(_index(self).of(_name(shard)), key=lambda part: part.file.rpartition("/")[2]):
+        for part in sorted(_index(self).of(_name(shard), self.job), key=lambda part: part.file.rpartition("/")[2]):
             places = zip(part.offsets.tolist(), part.lengths.tolist(), strict=True)
             stored = (Stored(part.file, offset, length) for offset, length in places)
             found.update(zip(part.members.tolist(), stored, strict=True))
@@ -329,14 +329,16 @@ class _Index:
         self._read: set[str] = set()
         self._by_shard: defaultdict[str, list[_Indexed]] = defaultdict(list)
         self._listed = -REFRESH_S
+        self._jobs: set[str] = set()
 
-    def of(self, shard: str) -> list[_Indexed]:
-        """Return the known index entries of the shard with this name."""
+    def of(self, shard: str, job: str) -> list[_Indexed]:
+        """Return the known index entries of the shard with this name. They are listed anew for a job that is new."""
         with self._lock:
-            if time.monotonic() - self._listed >= REFRESH_S:
+            if job not in self._jobs or time.monotonic() - self._listed >= REFRESH_S:
                 self._refresh()
                 # Set after the listing, so that after an error of the store the next call lists again.
                 self._listed = time.monotonic()
+                self._jobs.add(job)
             return list(self._by_shard.get(shard, ()))
 
     def _refresh(self) -> None:

@@ -191,6 +191,7 @@ def test_an_index_is_read_once_in_a_process_and_new_ones_are_found(tmp_path, mon
     write(store, 3)
     assert sorted(store.locate(SHARDS[0])) == [1, 2]  # as this process will know it for a while
     assert sorted(cache(tmp_path).locate(SHARDS[0])) == [1, 2, 3]  # but not for the next job
+    assert sorted(store.locate(SHARDS[0])) == [1, 2, 3]  # both jobs have one index
 
 
 def flip(path: Path, byte: int, bit: int = 1) -> None:
