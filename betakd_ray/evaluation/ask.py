@@ -18,6 +18,7 @@ from betakd_ray.batch.inputs import to_device
 from betakd_ray.batch.normalization import Normalization
 from betakd_ray.batch.sample import IMAGE, Rendering
 from betakd_ray.data.files import store_errors
+from betakd_ray.data.processors import chosen_template
 from betakd_ray.data.render import Renderer
 from betakd_ray.data.samples import RawSample, Unrenderable
 from betakd_ray.errors import DataError, ModelError, shortened
@@ -194,8 +195,7 @@ def _of_model(place: str, storage: StorageSpec, template: str | None) -> Subject
     model = _model(place, storage)
     processor = load_processor(model)
     record = _record(model)
-    own = processor.chat_template or getattr(processor, "tokenizer", processor).chat_template
-    if not own and template is None:
+    if template is None and not chosen_template(processor, None):
         raise ModelError(
             f"{place}: has no chat template, so it is not known how it is asked. Give the folder of its run, or "
             "--template vicuna_v1 or plain."

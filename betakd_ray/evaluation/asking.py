@@ -8,6 +8,7 @@ from transformers import LlavaProcessor
 
 from betakd_ray.batch.sample import IMAGE, Rendering
 from betakd_ray.data.files import store_errors
+from betakd_ray.data.processors import chosen_template
 from betakd_ray.data.render import Renderer, Unrenderable
 from betakd_ray.data.samples import RawSample
 from betakd_ray.errors import ModelError
@@ -68,7 +69,7 @@ def trained_with(model: ModelSpec) -> dict[str, Any] | None:
 
 
 def _usual_template(processor: Any) -> str:
-    written = processor.chat_template or getattr(getattr(processor, "tokenizer", processor), "chat_template", None)
+    written = chosen_template(processor, None)
     if not written:
         return "vicuna_v1"
     return "vicuna_v1" if isinstance(processor, LlavaProcessor) and VICUNA in written else "chat"
