@@ -32,14 +32,10 @@ def print_scored(
     """Print the scores on benchmarks with their intervals and comparisons; write them as JSON if a file is named."""
     from betakd_ray.evaluation.score_table import as_json, comparison_rows, remark_lines, report, score_rows
     from betakd_ray.evaluation.scoring import comparisons
-    from betakd_ray.output import output_errors
-    from betakd_ray.storage import open_store, replace_file
 
     pairs = comparisons(scored)
     if output:
-        with output_errors(output):
-            filesystem, path = open_store(output, storage)
-            replace_file(filesystem, path, (as_json(scored, pairs) + "\n").encode())
+        write_json(output, storage, as_json(scored, pairs))
     if markdown:
         print(report(scored, pairs), end="")
         return
@@ -47,6 +43,16 @@ def print_scored(
         if len(rows) > 1:
             print_table(rows)
     print("\n".join(remark_lines(scored)))
+
+
+def write_json(output: str, storage: StorageSpec, text: str) -> None:
+    """Write scores as JSON to a path or URL. Raises OutputError."""
+    from betakd_ray.output import output_errors
+    from betakd_ray.storage import open_store, replace_file
+
+    with output_errors(output):
+        filesystem, path = open_store(output, storage)
+        replace_file(filesystem, path, f"{text}\n".encode())
 
 
 def print_table(lines: list[list[str]]) -> None:

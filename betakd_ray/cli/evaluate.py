@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from betakd_ray.cli.app import Anonymous, Endpoint, Overrides, Region, app, exit_codes, storage_of
-from betakd_ray.cli.console import print_result, print_scored
+from betakd_ray.cli.console import print_result, print_scored, write_json
 from betakd_ray.errors import SpecError
 from betakd_ray.run.folder import MODEL
 from betakd_ray.sigterm import on_sigterm
@@ -97,16 +97,12 @@ def _run_benchmarks(spec: BenchmarksSpec, shown: Shown) -> None:
 def _run_packed(spec: EvaluationSpec, shown: Shown) -> None:
     from betakd_ray.evaluation.run import Evaluation
     from betakd_ray.on_ray.cluster import connected
-    from betakd_ray.output import output_errors
-    from betakd_ray.storage import open_store, replace_file
 
     evaluation = Evaluation(spec)  # names what is wrong before a cluster starts
     with on_sigterm(evaluation.stop), connected(spec):
         result = evaluation.result()
     if shown.output:
-        with output_errors(shown.output):
-            filesystem, path = open_store(shown.output, shown.storage)
-            replace_file(filesystem, path, (result.to_json() + "\n").encode())
+        write_json(shown.output, shown.storage, result.to_json())
     print_result(result, markdown=shown.markdown)
     print(f"Answers and scores: {evaluation.folder}", file=sys.stderr)
 
