@@ -17,6 +17,7 @@ from betakd_ray.energies.arithmetic import (
     upcast,
     zero_where_impossible,
 )
+from betakd_ray.energies.derivatives import log_odds
 
 
 def tempered(logits: Float[Tensor, "rows vocab"], temperature: Tensor | float) -> Float[Tensor, "rows vocab"]:
@@ -59,15 +60,6 @@ def skew_kl(
     # torch replaces softplus(x) by x above its threshold (20 by default). At 50 this is exact in float64 too.
     log_share = torch.nn.functional.softplus(log_ratio - odds, threshold=50)
     return never_negative(-math.log(skew) - (probs * log_share).sum(-1))
-
-
-def log_odds(weight: float, name: str) -> float:
-    if not 0 < weight < 1:
-        raise ValueError(
-            f"{name} is {weight}, expected a number strictly between 0 and 1; at the ends the divergence is a plain KL "
-            f"or zero. Choose fkl or rkl for a plain KL."
-        )
-    return math.log(weight) - math.log1p(-weight)
 
 
 def never_negative(divergence: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:

@@ -11,12 +11,15 @@ from betakd_ray.errors import ModelError, SpecError
 from betakd_ray.models.compatibility import check_processor
 from betakd_ray.models.source import local_folder
 from betakd_ray.models.student import student_config
-from betakd_ray.spec import ConfigInit, JobSpec, StorageSpec, StudentSpec, parse_spec
+from betakd_ray.spec import ConfigInit, JobSpec, StorageSpec, StudentSpec, load_spec, parse_spec, read_tree
 from betakd_ray.spec.hints import yaml_hint
+from betakd_ray.spec.loading import kind_of
 from betakd_ray.spec.yaml_loader import SpecLoader
 from tests.tiny import tiny_config, tiny_processor
 
 JOBS = Path(__file__).parents[2] / "jobs"
+SPECS = [file for file in sorted(JOBS.glob("*/*.yaml")) if kind_of(read_tree(file)) == "job"]
+"""The shipped specs of jobs; the others are of evaluations, packings and sweeps."""
 
 
 def job(text="", **changes):
@@ -162,13 +165,10 @@ def test_a_processor_without_its_patch_size_and_ids_beyond_the_embedding_are_err
         check_processor("m", config, processor)
 
 
-@pytest.mark.parametrize("file", sorted(JOBS.glob("*/*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
+@pytest.mark.parametrize("file", SPECS, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_no_shipped_spec_has_a_key_that_is_taken_for_misspelt(file, monkeypatch):
     monkeypatch.chdir(JOBS.parent)
-    tree = yaml.load(file.read_text(), SpecLoader)
-    if "student" not in tree:
-        pytest.skip("another kind of spec")
-    init = parse_spec(tree).student.init
+    init = load_spec(file).student.init
     if isinstance(init, ConfigInit):
         student_config(StudentSpec(init=init.model_copy(update={"vision_tower": None})))
 
